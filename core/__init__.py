@@ -1,0 +1,39 @@
+"""What the model is: configs, the forward and its sites, batches, the bridge to nn.Module."""
+
+from core.batch import Batch, check_batch, make_batch, patchify, stack_examples
+from core.bridge import as_module, from_module
+from core.config import (
+    PRESETS,
+    ProjectorConfig,
+    TextConfig,
+    VisionConfig,
+    VLMConfig,
+    config_from_dict,
+    preset,
+)
+from core.forward import Forward, Rule, Site, SiteInfo
+from core.layers import Logits
+from core.vlm import vlm
+
+__all__ = [
+    "PRESETS",
+    "Batch",
+    "Forward",
+    "Logits",
+    "ProjectorConfig",
+    "Rule",
+    "Site",
+    "SiteInfo",
+    "TextConfig",
+    "VLMConfig",
+    "VisionConfig",
+    "as_module",
+    "check_batch",
+    "config_from_dict",
+    "from_module",
+    "make_batch",
+    "patchify",
+    "preset",
+    "stack_examples",
+    "vlm",
+]

@@ -1,0 +1,187 @@
+"""The protocol: a forward is a pure function whose named calls (sites) accept rules.
+
+A model is written as plain functions. Wherever something may want to step in (a linear layer, a
+block, the output head, ...) it makes the call through a :class:`Site`::
+
+    y = site("linear", linear, p["down"], x, at="down")      # instead of linear(p["down"], x)
+
+A :class:`Forward` holds the model and an immutable tuple of rules. A transform is a function from
+Forward to Forward that appends rules, says how params must be prepared, or finishes the output.
+
+Kinds of site and what the wrapped function looks like (``p``: the site's own params, a dict):
+
+==========  ==================================================  =============================
+kind        function                                            site's path
+==========  ==================================================  =============================
+embed       ``f(p, ids) -> rows``                               of the table
+block       ``f(p, x, *tensors) -> x``                          ``text.blocks.3``
+linear      ``f(p, x) -> x @ weight.T + bias``                  of its weight
+norm        ``f(p, x) -> x``                                    of its weight
+attention   ``f({}, q, k, v, cu_seqlens) -> o``                 of the attention it sits in
+glu         ``f({}, gate, up) -> h``                            of the MLP it sits in
+head        ``f(p, x) -> Logits``                               of the unembedding; also ``lm_head``
+==========  ==================================================  =============================
+
+A rule of the pseudo-kind ``gather`` meets every *outermost* site that owns params: each leaf of
+params passes exactly one of them (a tied unembedding passes two), so that is the place to cast,
+unshard or load params.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from params.paths import alias_table, matches, no_match
+from params.tree import Tree, flatten
+
+SiteFn = Callable[..., Any]
+Wrap = Callable[[SiteFn, str], SiteFn]
+Select = Sequence[str] | Callable[["SiteInfo"], bool] | None
+KINDS = ("embed", "block", "linear", "norm", "attention", "glu", "head")
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """One call of the model that rules can reach: its kind, its path, and whether it is outermost."""
+
+    kind: str
+    path: str
+    outermost: bool
+    aliases: Mapping[int, str] = field(default_factory=dict, compare=False)
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a path pattern names this site; every head also answers to ``lm_head``."""
+        return (self.kind == "head" and matches(pattern, "lm_head")) or matches(
+            pattern, self.path, self.aliases
+        )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """At each selected site of ``kind``, ``f`` becomes ``wrap(f, path)``. Later rules are outer."""
+
+    kind: str
+    wrap: Wrap
+    select: Select = None
+    name: str = "rule"
+
+    def applies(self, site: SiteInfo) -> bool:
+        if self.kind != site.kind and not (self.kind == "gather" and site.outermost):
+            return False
+        if self.select is None or callable(self.select):
+            return self.select is None or self.select(site)
+        return any(site.matches(pattern) for pattern in self.select)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the model. Calling it makes one call, through the rules that match it."""
+
+    table: Mapping[tuple[str, str], tuple[Wrap, ...]]
+    path: str = ""
+    inner: bool = False
+    lazy: bool = False  # the head's Logits stay unevaluated, because a loss will consume them
+    record: list[SiteInfo] | None = None
+
+    def at(self, name: str, *, inner: bool = False) -> Site:
+        """The same rules, one level deeper."""
+        path = f"{self.path}.{name}" if self.path else name
+        return replace(self, path=path, inner=self.inner or inner)
+
+    def __call__(self, kind: str, f: SiteFn, p: Tree, *args: Any, at: str = "") -> Any:
+        path = f"{self.path}.{at}" if self.path and at else self.path or at
+        if self.record is not None:
+            self.record.append(SiteInfo(kind, path, outermost=bool(p) and not self.inner))
+        for wrap in self.table.get((kind, path), ()):
+            f = wrap(f, path)
+        return f(p, *args)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A pure function ``(params, batch) -> logits [N, V]`` (or loss) and the rules applied to it.
+
+    ``build(site)`` gives the function with its sites bound; it runs once, here, not per call.
+    ``sites`` lists what the function reaches, so that a rule that would do nothing raises now.
+    """
+
+    build: Callable[[Site], Callable[[Tree, Any], Any]]
+    sites: tuple[SiteInfo, ...]
+    rules: tuple[Rule, ...] = ()
+    preparations: tuple[Callable[[Tree, int], Tree], ...] = ()
+    finish: Callable[[Any, Any], Any] | None = None
+    applied: tuple[str, ...] = ()  # names of the transforms, innermost first
+
+    def __post_init__(self) -> None:
+        table: dict[tuple[str, str], tuple[Wrap, ...]] = {}
+        for rule in self.rules:
+            for site in self.sites:
+                if rule.applies(site):
+                    key = (site.kind, site.path)
+                    table[key] = (*table.get(key, ()), rule.wrap)
+        object.__setattr__(self, "_run", self.build(Site(table, lazy=self.finish is not None)))
+
+    def __call__(self, params: Tree, batch: Any) -> Any:
+        out = self._run(params, batch)  # type: ignore[attr-defined]
+        return out if self.finish is None else self.finish(out, batch)
+
+    def select(self, kinds: Sequence[str], patterns: Select = None) -> tuple[SiteInfo, ...]:
+        """The sites of these kinds that ``patterns`` name. Raises ValueError if one names none."""
+        found = tuple(s for s in self.sites if s.kind in kinds)
+        if patterns is None or callable(patterns):
+            return tuple(s for s in found if patterns is None or patterns(s))
+        for pattern in patterns:
+            if not any(site.matches(pattern) for site in self.sites):
+                raise no_match(pattern, [s.path for s in self.sites] + ["lm_head"], what="sites")
+        return tuple(s for s in found if any(s.matches(pattern) for pattern in patterns))
+
+    def with_rule(self, rule: Rule) -> Forward:
+        """Appends a rule; raises ValueError, listing what there is, if it would match nothing."""
+        if rule.kind not in (*KINDS, "gather"):
+            raise ValueError(f"no site has kind {rule.kind!r}; kinds: {', '.join(KINDS)}, gather")
+        if not any(rule.applies(site) for site in self.sites):
+            have = sorted({f"{s.kind} {s.path}" for s in self.sites})
+            raise no_match(f"{rule.kind} {rule.select or ''}".strip(), have, what="sites")
+        return replace(self, rules=(*self.rules, rule))
+
+    def with_step(self, name: str, **changes: Any) -> Forward:
+        """Records the transform's name, and whatever other fields it changes."""
+        return replace(self, applied=(*self.applied, name), **changes)
+
+    def prepare(self, params: Tree, seed: int = 0) -> Tree:
+        """Params as this forward wants them: every transform's preparation, innermost first."""
+        for preparation in self.preparations:
+            params = preparation(params, seed)
+        return params
+
+    def explain(self, params: Tree | None = None) -> str:
+        """A table of every site: kind, path, shapes of its params, and the rules that apply."""
+        leaves = {} if params is None else flatten(params)
+        shapes: dict[str, list[str]] = {}
+        for path, leaf in leaves.items():
+            owner, _, name = path.rpartition(".")
+            shapes.setdefault(owner, []).append(f"{name} {list(leaf.shape)}")
+        rows = [
+            (s.kind, s.path, ", ".join(shapes.get(s.path, ())), " > ".join(names))
+            for s in self.sites
+            for names in [[r.name for r in self.rules if r.applies(s)]]
+        ]
+        rows = [("kind", "path", "params", "rules, innermost first"), *dict.fromkeys(rows)]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        table = "\n".join(
+            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip()
+            for row in rows
+        )
+        return f"transforms, innermost first: {', '.join(self.applied) or 'none'}\n{table}"
+
+
+def record_sites(
+    build: Callable[[Site], Callable[[Tree, Any], Any]], params: Tree, batch: Any
+) -> tuple[SiteInfo, ...]:
+    """Every site that one call reaches, in order; run it on meta tensors and it costs nothing."""
+    record: list[SiteInfo] = []
+    build(Site({}, record=record))(params, batch)
+    aliases = alias_table([site.path for site in record])
+    return tuple(replace(site, aliases=aliases[site.path]) for site in dict.fromkeys(record))

@@ -1,0 +1,122 @@
+"""The functions that sites call: linear, embed, norms, glu, head; and dropout as a pure function.
+
+Each takes its own params first, a dict, so that a rule sees exactly what the site owns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from params.tree import Tree
+
+
+def weight_of(p: Tree) -> Tensor:
+    """The dense weight of a site; a quantised one without its rule is an error, not a guess."""
+    if "weight" not in p:
+        raise KeyError(
+            f"this site has leaves {sorted(p)} but no 'weight': the params were prepared by a "
+            "transform that this forward does not have (quantize_int8(forward)?)"
+        )
+    return p["weight"]
+
+
+def dense_weight(p: Tree, dtype: torch.dtype) -> Tensor:
+    """The weight in the dtype it will be multiplied in."""
+    return weight_of(p).to(dtype)
+
+
+def linear(p: Tree, x: Tensor) -> Tensor:
+    """``x [..., I] @ weight[O, I].T + bias[O]``, in the weight's dtype."""
+    weight, bias = weight_of(p), p.get("bias")
+    return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+
+
+def embed(p: Tree, ids: Tensor) -> Tensor:
+    """Rows of the table ``weight [V, D]``: ids ``[...]`` -> ``[..., D]``."""
+    return F.embedding(ids, weight_of(p))
+
+
+def rms_norm(p: Tree, x: Tensor, *, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dim; statistics in fp32, result in x's dtype."""
+    return kernels.rms_norm(x, p["weight"], eps)
+
+
+def layer_norm(p: Tree, x: Tensor, *, eps: float) -> Tensor:
+    """Layer norm over the last dim; statistics in fp32, result in x's dtype."""
+    return kernels.layer_norm(x, p["weight"], p["bias"], eps)
+
+
+def swiglu(p: Tree, gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up`` (Shazeer 2020, https://arxiv.org/abs/2002.05202). Owns no params."""
+    return kernels.swiglu(gate, up)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Logits that have not been computed: ``softcap(scale * (hidden @ weight.T + bias))``.
+
+    hidden: ``[..., D]``; unembed: the head's params (``weight [V, D]``, optional ``bias [V]``);
+    project: how params and hidden become raw logits, and weight_from: how params and a dtype become
+    the weight ``[V, D]`` (a quantised head brings its own two);
+    scale: multiplies the raw logits; softcap c: ``c * tanh(logits / c)`` afterwards (Gemma-2).
+    """
+
+    hidden: Tensor
+    unembed: Tree
+    project: Callable[[Tree, Tensor], Tensor] = linear
+    weight_from: Callable[[Tree, torch.dtype], Tensor] = dense_weight
+    scale: float | None = None
+    softcap: float | None = None
+
+    def dense(self) -> Tensor:
+        """The logits ``[..., V]``."""
+        logits = self.project(self.unembed, self.hidden)
+        if self.scale is not None:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+    def weight(self) -> Tensor:
+        """The unembedding ``[V, D]`` in hidden's dtype."""
+        return self.weight_from(self.unembed, self.hidden.dtype)
+
+    def at(self, rows: Tensor) -> Logits:
+        """The same for some rows of ``hidden [N, D]``."""
+        return replace(self, hidden=self.hidden[rows])
+
+
+
+
+def head(p: Tree, x: Tensor, *, softcap: float | None = None) -> Logits:
+    """The output head: lazy logits over the hidden states ``x [..., D]``."""
+    return Logits(x, p, softcap=softcap)
+
+
+def dropout(x: Tensor, rate: float, seed: Tensor | None, salt: int) -> Tensor:
+    """Inverted dropout whose mask is a hash of (seed, salt, position): no RNG state is touched.
+
+    Being a pure function of its arguments, it needs no bookkeeping to be recomputed under a
+    checkpoint, mapped by ``vmap`` or compiled. x: any shape, under 2**32 elements; seed: integer
+    scalar tensor, or None for no dropout; salt: tells apart the calls that share a seed.
+    The mixing is lowbias32 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/).
+    """
+    if rate == 0.0 or seed is None:
+        return x
+    index = torch.arange(x.numel(), device=x.device).reshape(x.shape)
+    bits = _mix(index ^ _mix(_mix(seed.to(torch.int64) & _LOW) + (salt & _LOW) & _LOW))
+    keep = bits >= int(rate * 2**32)
+    return torch.where(keep, x / (1 - rate), torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+_LOW = 0xFFFFFFFF
+
+
+def _mix(h: Tensor) -> Tensor:
+    h = (h ^ (h >> 16)) * 0x7FEB352D & _LOW
+    h = (h ^ (h >> 15)) * 0x846CA68B & _LOW
+    return h ^ (h >> 16)

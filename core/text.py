@@ -1,0 +1,93 @@
+"""The decoder: RMSNorm, grouped-query attention with RoPE, SwiGLU, residual adds.
+
+Shape legend: N tokens of a packed row, D model width, H query heads, Hk key/value heads, Dh head
+size, F MLP width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+import kernels
+from core.config import TextConfig
+from core.forward import Site
+from core.layers import Logits, dropout, embed, head, linear, rms_norm, swiglu
+from params.tree import Tree
+
+Context = dict[str, Tensor]  # what every block needs beside x: cos, sin, cu_seqlens, maybe seed
+
+
+def rope_angles(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin ``[N, Dh/2]`` fp32 of position times ``theta ** (-2 i / Dh)``.
+
+    RoFormer, https://arxiv.org/abs/2104.09864, section 3.2.2.
+    """
+    exponents = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.float()[:, None] * theta ** (-exponents / head_size)
+    return angles.cos(), angles.sin()
+
+
+def attend(
+    p: Tree, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, window: int | None
+) -> Tensor:
+    """Causal attention inside each document: q ``[N, H, Dh]``, k and v ``[N, Hk, Dh]``."""
+    return kernels.attention(q, k, v, cu_seqlens, causal=True, window=window)
+
+
+def block(site: Site, config: TextConfig, layer: int, p: Tree, x: Tensor, ctx: Context) -> Tensor:
+    """One layer: x ``[N, D]`` -> ``[N, D]``. Params and tensors are arguments, never captured."""
+    norm = partial(rms_norm, eps=config.norm_eps)
+    split = partial(rearrange, pattern="n (h d) -> n h d", d=config.head_size)
+    drop = partial(dropout, rate=config.dropout, seed=ctx.get("seed"))
+    attn, mlp = p["attn"], p["mlp"]
+
+    h = site("norm", norm, p["attn_norm"], x, at="attn_norm")
+    q = split(site("linear", linear, attn["q"], h, at="attn.q"))  # [N, H, Dh]
+    k = split(site("linear", linear, attn["k"], h, at="attn.k"))  # [N, Hk, Dh]
+    v = split(site("linear", linear, attn["v"], h, at="attn.v"))
+    if config.qk_norm:
+        q = site("norm", norm, attn["q_norm"], q, at="attn.q_norm")
+        k = site("norm", norm, attn["k_norm"], k, at="attn.k_norm")
+    q, k = kernels.rope(q, k, ctx["cos"], ctx["sin"], torch.arange(len(x), device=x.device))
+    attention = partial(attend, window=config.window_of(layer))
+    o = site("attention", attention, {}, q, k, v, ctx["cu_seqlens"], at="attn")
+    o = site("linear", linear, attn["o"], rearrange(o, "n h d -> n (h d)"), at="attn.o")
+    x = x + drop(o, salt=2 * layer)
+
+    h = site("norm", norm, p["mlp_norm"], x, at="mlp_norm")
+    gate = site("linear", linear, mlp["gate"], h, at="mlp.gate")  # [N, F]
+    up = site("linear", linear, mlp["up"], h, at="mlp.up")
+    h = site("linear", linear, mlp["down"], site("glu", swiglu, {}, gate, up, at="mlp"), at="mlp.down")
+    return x + drop(h, salt=2 * layer + 1)
+
+
+def embed_tokens(site: Site, p: Tree, tokens: Tensor) -> Tensor:
+    """tokens ``[N]`` -> ``[N, D]``."""
+    return site("embed", embed, p["embed"], tokens, at="embed")
+
+
+def decode(
+    site: Site,
+    config: TextConfig,
+    p: Tree,
+    x: Tensor,
+    positions: Tensor,
+    cu_seqlens: Tensor,
+    seed: Tensor | None = None,
+) -> Logits:
+    """The decoder's body and head: embeddings x ``[N, D]`` -> lazy logits ``[N, V]``."""
+    cos, sin = rope_angles(positions, config.head_size, config.rope_theta)
+    ctx = {"cos": cos, "sin": sin, "cu_seqlens": cu_seqlens}
+    if seed is not None:
+        ctx["seed"] = seed
+    for layer in range(config.layers):
+        name = f"blocks.{layer}"
+        run = partial(block, site.at(name, inner=True), config, layer)
+        x = site("block", run, p["blocks"][str(layer)], x, ctx, at=name)
+    x = site("norm", partial(rms_norm, eps=config.norm_eps), p["norm"], x, at="norm")
+    unembed = "embed" if config.tied else "lm_head"
+    return site("head", partial(head, softcap=config.softcap), p[unembed], x, at=unembed)

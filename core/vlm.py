@@ -1,0 +1,94 @@
+"""The model in one page: pictures to tokens, tokens and image tokens to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.batch import Batch, make_batch
+from core.config import VLMConfig
+from core.forward import Forward, Site, record_sites
+from core.layers import Logits
+from core.text import decode, embed_tokens
+from core.vision import encode, resample, segment_ids, shuffle_and_project
+from params.spec import Leaf
+from params.tree import Tree, map_leaves
+
+
+def vlm(config: VLMConfig) -> Forward:
+    """The forward of a config: ``forward(params, batch) -> logits [N, V]``.
+
+    Pure and stateless: params come from ``init_params(config)`` or ``load_params``, batches from
+    ``make_batch`` or the data loaders. A batch with pictures under a config without a vision tower
+    raises ValueError; one without pictures is fine under either.
+    """
+
+    def build(site: Site) -> Callable[[Tree, Any], Any]:
+        return partial(run, site, config)
+
+    params = map_leaves(_meta, config.param_spec())
+    return Forward(build, record_sites(build, params, _example(config)))
+
+
+def run(site: Site, config: VLMConfig, params: Tree, batch: Batch) -> Tensor | Logits:
+    """One pass over a packed batch; see ``docs/guide.md`` for the batch's fields."""
+    text = site.at("text")
+    x = embed_tokens(text, params["text"], batch["tokens"])
+    if "patches" in batch:
+        features = look(site, config, params, batch)
+        x = place(x, features, batch["image_slots"])
+    logits = decode(
+        text, config.text, params["text"], x,
+        batch["positions"], batch["cu_seqlens"], batch.get("seed"),
+    )  # fmt: skip
+    return logits if site.lazy else logits.dense()
+
+
+def look(site: Site, config: VLMConfig, params: Tree, batch: Batch) -> Tensor:
+    """Pictures to image tokens ``[K, D]``."""
+    vision, projector = config.vision, config.projector
+    if vision is None or projector is None:
+        raise ValueError(
+            "the batch has pictures but the config has no vision tower: "
+            "drop the image fields, or choose a config with vision and projector"
+        )
+    patches, cu_seqlens = batch["patches"], batch["image_cu_seqlens"]
+    used = batch["image_slots"] < batch["tokens"].shape[0]  # [K]
+    if projector.kind == "mlp":
+        valid = used.repeat_interleave(vision.merge**2)  # [P]
+    else:
+        valid = used[:: projector.queries][segment_ids(cu_seqlens, patches.shape[0])]
+    x = encode(
+        site.at("vision"), vision, params["vision"], patches, batch["patch_positions"],
+        cu_seqlens, valid,
+    )  # fmt: skip
+    bridge, p = site.at("projector"), params["projector"]
+    if projector.kind == "mlp":
+        return shuffle_and_project(bridge, vision.merge, p, x)
+    return resample(bridge, projector, vision.norm_eps, p, x, cu_seqlens)
+
+
+def place(x: Tensor, features: Tensor, slots: Tensor) -> Tensor:
+    """x ``[N, D]`` with ``features [K, D]`` at rows ``slots [K]``; unused slots (N) go nowhere."""
+    spare = torch.cat([x, x.new_zeros(1, x.shape[1])])  # row N takes what is not used
+    return spare.index_put((slots,), features.to(x.dtype))[:-1]
+
+
+def _meta(leaf: Leaf) -> Tensor:
+    return torch.empty(leaf.shape, device="meta")
+
+
+def _example(config: VLMConfig) -> Batch:
+    """The smallest batch that reaches every site, on the meta device."""
+    if config.vision is None or config.projector is None:
+        batch = make_batch(torch.zeros(1, 2, dtype=torch.int64))
+    else:
+        side = config.vision.patch_size * config.vision.merge
+        tokens = torch.ones(1, config.image_tokens(config.vision.merge**2), dtype=torch.int64)
+        images = [torch.zeros(3, side, side, dtype=torch.uint8)]
+        batch = make_batch(tokens, config=config, images=images, image_token=1)
+    return {name: tensor.to("meta") for name, tensor in batch.items()}

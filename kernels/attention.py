@@ -1,0 +1,700 @@
+"""Attention over packed documents, with grouped keys and values and sliding windows.
+
+Backends (chosen in `kernels.dispatch`, best first):
+
+- `flash-attn-4`, `flash-attn`, `torch-varlen`: flash attention on CUDA, fp16 and bf16; first
+  derivatives only.
+- `padded`: eager CPU. Documents of like length are laid side by side as [documents, length] and
+  multiplied as batches of small matrices; documents that already lie so are not even copied.
+- `plain`: one masked [N, N] softmax. O(N^2), and right everywhere: the reference.
+
+In `padded`, documents cannot touch each other at all; in `plain` they are kept apart by weights of
+exactly 0, so a NaN in one document reaches the others there.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo import allow_in_graph
+
+from kernels.dispatch import choose
+from kernels.functions import (
+    Op,
+    accumulation_dtype,
+    can_read,
+    check_device,
+    check_floating,
+    run,
+)
+
+# Documents up to _SMALL tokens go through batched matmuls, longer ones through torch's CPU flash
+# kernel. Measured on one core, bf16, forward + backward: 68 documents of 60 tokens, 4 heads of 32:
+# 5.4 ms against 38 ms; 4 of 512 tokens: 32 against 31; 1 of 2048, heads of 64: 379 against 99.
+_SMALL = 256
+# Up to this length the probabilities are kept for backward (at most this many entries a head and
+# token, in the dtype of q); beyond it they are computed again.
+_KEEP = 128
+
+
+# plain: reference and general path
+
+
+def attention_reference(
+    q: Tensor,  # [N, H, Dh]
+    k: Tensor,  # [N, Hk, Dh]
+    v: Tensor,  # [N, Hk, Dh]
+    cu_seqlens: Tensor,  # [S + 1]
+    *,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """What `attention` computes, in the accumulation dtype: plain torch, any order."""
+    n, heads = q.shape[:2]
+    groups = heads // k.shape[1]
+    dtype = accumulation_dtype(q.dtype)
+    index = torch.arange(n, device=q.device)
+    document = (cu_seqlens[1:] <= index[:, None]).sum(-1)
+    gap = index[:, None] - index
+    seen = document[:, None] == document
+    if causal:
+        seen = seen & (gap >= 0)
+    if window is not None:
+        seen = seen & (gap.abs() < window)
+    grouped = q.to(dtype).unflatten(1, (-1, groups))  # [N, Hk, G, Dh]
+    scores = torch.einsum("qhgd,khd->hgqk", grouped, k.to(dtype)) * scale
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    out = torch.einsum("hgqk,khd->qhgd", weights, v.to(dtype))
+    return out.flatten(1, 2).to(q.dtype)
+
+
+# padded: where each document goes
+
+
+@dataclass(frozen=True, eq=False)
+class _Bucket:
+    """Documents computed together, as [count, length]."""
+
+    count: int
+    length: int
+    start: int  # first row, if the documents lie side by side already
+    rows: Tensor | None  # [count * length] rows to gather, else None
+    unused: Tensor | None  # [count * length, 1, 1] True past a document's end; None if full
+    bias: Tensor | None  # [count, 1, length]: -inf past a document's end; None if full
+
+    @property
+    def span(self) -> slice:
+        return slice(self.start, self.start + self.count * self.length)
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    buckets: tuple[_Bucket, ...]
+    restore: Tensor | None  # [N] where each row lies in the buckets' outputs; None: in order
+
+
+@functools.lru_cache(maxsize=32)  # once a batch, then shared by all layers
+def _make_plan(bounds: tuple[int, ...]) -> _Plan:
+    documents = [(a, b - a) for a, b in itertools.pairwise(bounds) if b > a]
+    with torch.inference_mode(False):  # the plan outlives the call that made it
+        runs: list[list[int]] = []  # [start, count, length] of neighbours of equal length
+        for start, length in documents:
+            if runs and runs[-1][2] == length:
+                runs[-1][1] += 1
+            else:
+                runs.append([start, 1, length])
+        if len(runs) <= 2:  # images of one size, say, and padding at the end
+            return _Plan(tuple(_Bucket(c, n, s, None, None, None) for s, c, n in runs), None)
+
+        buckets, offset = [], 0
+        restore = torch.empty(bounds[-1], dtype=torch.int64)
+        for group in _group(documents):
+            length = max(n for _, n in group)
+            if length <= _SMALL:
+                length = _round_up(length)
+            starts, lengths = (torch.tensor(column)[:, None] for column in zip(*group, strict=True))
+            step = torch.arange(length)
+            used = step < lengths
+            slots = torch.arange(len(group) * length).view(len(group), length)
+            restore[(starts + step)[used]] = slots[used] + offset
+            offset += slots.numel()
+            full = bool(used.all())
+            buckets.append(
+                _Bucket(
+                    count=len(group),
+                    length=length,
+                    start=0,
+                    # past its end a document repeats its last row: finite if the document is
+                    rows=(starts + torch.minimum(step, lengths - 1)).flatten(),
+                    unused=None if full else ~used.view(-1, 1, 1),
+                    bias=None if full else torch.zeros(used.shape).where(used, -torch.inf)[:, None],
+                )
+            )
+        return _Plan(tuple(buckets), restore)
+
+
+def _round_up(length: int) -> int:
+    return -length % 8 + length
+
+
+def _group(documents: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Documents (start, length) split into buckets of like length, at the least cost.
+
+    Short ones: dynamic programming over lengths in steps of 8, a bucket of count documents costing
+    count * length^2 and a fixed overhead. Long ones: equal lengths only.
+    """
+    overhead = 8192  # scores a head: what launching one more bucket's operations costs
+    by_length: dict[int, list[tuple[int, int]]] = {}
+    for start, length in documents:
+        key = _round_up(length) if length <= _SMALL else length
+        by_length.setdefault(key, []).append((start, length))
+    groups = [group for key, group in by_length.items() if key > _SMALL]
+    short = sorted(key for key in by_length if key <= _SMALL)
+    counts = [0, *itertools.accumulate(len(by_length[key]) for key in short)]
+    best: list[tuple[int, int]] = [(0, 0)]  # least cost of the first j lengths, last bucket's start
+    for j in range(1, len(short) + 1):
+        size = short[j - 1] ** 2
+        best.append(
+            min((best[i][0] + (counts[j] - counts[i]) * size + overhead, i) for i in range(j))
+        )
+    end = len(short)
+    while end:
+        begin = best[end][1]
+        groups.append([d for key in short[begin:end] for d in by_length[key]])
+        end = begin
+    return groups
+
+
+@functools.lru_cache(maxsize=64)
+def _band(
+    length: int, causal: bool, window: int | None, groups: int, dtype: torch.dtype
+) -> Tensor | None:
+    """[groups * length, length] of 0 where a query sees a key of its document and -inf elsewhere.
+
+    None if it sees them all.
+    """
+    if not causal and (window is None or window >= length):
+        return None
+    with torch.inference_mode(False):
+        step = torch.arange(length)
+        gap = step[:, None] - step
+        seen = gap >= 0 if causal else torch.ones_like(gap, dtype=torch.bool)
+        if window is not None:
+            seen &= gap.abs() < window
+        band = torch.zeros(length, length, dtype=dtype).where(seen, -torch.inf)
+        return band.repeat(groups, 1)
+
+
+# padded: arithmetic of one bucket. Query heads that share a key head are rows of one matrix:
+# q [B, G * L, Dh], k and v [B, L, Dh] with B = documents * key heads.
+
+
+def _split(x: Tensor, bucket: _Bucket, key_heads: int, zero_unused: bool = False) -> Tensor:
+    """[N, H, Dh] -> [count * Hk, G * L, Dh]."""
+    if bucket.rows is None:
+        x = x[bucket.span]
+    else:
+        x = x.index_select(0, bucket.rows)
+        if zero_unused and bucket.unused is not None:
+            x = x.masked_fill(bucket.unused, 0.0)
+    x = x.unflatten(0, (bucket.count, bucket.length)).transpose(1, 2)
+    return x.reshape(bucket.count * key_heads, -1, x.shape[-1])
+
+
+def _join(parts: Sequence[Tensor], plan: _Plan, heads: int) -> Tensor:
+    """The inverse of `_split` over all buckets."""
+    rows = [
+        part.reshape(bucket.count, heads, bucket.length, part.shape[-1]).transpose(1, 2)
+        for part, bucket in zip(parts, plan.buckets, strict=True)
+    ]
+    if len(rows) == 1:
+        joined = rows[0].flatten(0, 1)
+    else:
+        joined = torch.cat([part.flatten(0, 1) for part in rows])
+    return joined if plan.restore is None else joined.index_select(0, plan.restore)
+
+
+def _bias(
+    bucket: _Bucket,
+    causal: bool,
+    window: int | None,
+    groups: int,
+    key_heads: int,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """What is added to the scores: broadcastable to [count * Hk, G * L, L], or None."""
+    band = _band(bucket.length, causal, window, groups, dtype)
+    if causal or bucket.bias is None:
+        return band  # causal queries never reach past their document's end
+    ends = bucket.bias.to(dtype).repeat_interleave(key_heads, 0)
+    return ends if band is None else ends + band
+
+
+def _weights(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Attention weights [B, G * L, L] in the accumulation dtype."""
+    dtype = accumulation_dtype(q.dtype)
+    # fp32 scores: a bf16 score of 10 is off by up to 0.03, and so is the weight by 3%
+    q, k = q.to(dtype), k.to(dtype).mT
+    if bias is None:
+        return torch.softmax(torch.bmm(q, k) * scale, -1)
+    return torch.softmax(torch.baddbmm(bias, q, k, alpha=scale), -1)
+
+
+def _padded_formula(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    plan: _Plan,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    flash: bool = False,
+) -> Tensor:
+    """`padded` as plain torch, differentiable to any order; never through the flash kernel."""
+    heads, key_heads = q.shape[1], k.shape[1]
+    dtype = accumulation_dtype(q.dtype)
+    parts = []
+    for bucket in plan.buckets:
+        qb, kb, vb = (_split(x, bucket, key_heads) for x in (q, k, v))
+        bias = _bias(bucket, causal, window, heads // key_heads, key_heads, dtype)
+        parts.append(torch.bmm(_weights(qb, kb, bias, scale).to(q.dtype), vb))
+    return _join(parts, plan, heads)
+
+
+def _padded_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    plan: _Plan,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    flash: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    heads, key_heads = q.shape[1], k.shape[1]
+    dtype = accumulation_dtype(q.dtype)
+    parts, residuals = [], []
+    for bucket in plan.buckets:
+        qb, kb, vb = (_split(x, bucket, key_heads) for x in (q, k, v))
+        if flash and bucket.length > _SMALL:
+            out, lse = _flash_forward(qb, kb, vb, bucket, key_heads, causal, window, scale)
+            residuals += [out, lse]
+            parts.append(out.flatten(0, 1))
+            continue
+        bias = _bias(bucket, causal, window, heads // key_heads, key_heads, dtype)
+        weights = _weights(qb, kb, bias, scale).to(q.dtype)
+        if bucket.length <= _KEEP:
+            residuals.append(weights)
+        parts.append(torch.bmm(weights, vb))
+    return _join(parts, plan, heads), tuple(residuals)
+
+
+def _padded_backward(
+    grad: Tensor,
+    needs: tuple[bool, ...],
+    tensors: tuple[Tensor, Tensor, Tensor],
+    residuals: tuple[Tensor, ...],
+    *,
+    plan: _Plan,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    flash: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With weights P: dV = P' g, dS = P * (g V' - rowsum), dQ = scale dS K, dK = scale dS' Q."""
+    q, k, v = tensors
+    heads, key_heads = q.shape[1], k.shape[1]
+    dtype = accumulation_dtype(q.dtype)
+    kept = iter(residuals)
+    dq: list[Tensor] = []
+    dk: list[Tensor] = []
+    dv: list[Tensor] = []
+    for bucket in plan.buckets:
+        qb, kb, vb = (_split(x, bucket, key_heads) for x in (q, k, v))
+        gb = _split(grad, bucket, key_heads, zero_unused=True)
+        if flash and bucket.length > _SMALL:
+            grads = _flash_backward(
+                gb, qb, kb, vb, next(kept), next(kept), bucket, key_heads, causal, window, scale
+            )
+        else:
+            if bucket.length <= _KEEP:
+                weights = next(kept)
+            else:
+                bias = _bias(bucket, causal, window, heads // key_heads, key_heads, dtype)
+                weights = _weights(qb, kb, bias, scale).to(q.dtype)
+            d_weights = torch.bmm(gb, vb.mT)
+            ds = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            grads = (
+                torch.bmm(ds, kb) * scale,
+                torch.bmm(ds.mT, qb) * scale,
+                torch.bmm(weights.mT, gb),
+            )
+        for parts, part in zip((dq, dk, dv), grads, strict=True):
+            parts.append(part)
+    return _join(dq, plan, heads), _join(dk, plan, key_heads), _join(dv, plan, key_heads)
+
+
+# Long documents: torch's CPU flash kernel, O(length) memory. All of a bucket are of one length.
+
+
+def _flash_layout(
+    x: Tensor, bucket: _Bucket, key_heads: int, groups: int
+) -> Tensor:  # [count * Hk, G' * L, Dh] -> [count, H, L, Dh]
+    x = x.reshape(bucket.count, key_heads, -1, bucket.length, x.shape[-1])
+    return x.expand(-1, -1, groups, -1, -1).flatten(1, 2)
+
+
+def _flash_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bucket: _Bucket,
+    key_heads: int,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    groups = q.shape[1] // bucket.length
+    q, k, v = (_flash_layout(x, bucket, key_heads, groups) for x in (q, k, v))
+    mask = None if window is None else _band(bucket.length, causal, window, 1, q.dtype)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal and mask is None, attn_mask=mask, scale=scale
+    )
+
+
+def _flash_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bucket: _Bucket,
+    key_heads: int,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups = q.shape[1] // bucket.length
+    grad, q, k, v = (_flash_layout(x, bucket, key_heads, groups) for x in (grad, q, k, v))
+    mask = None if window is None else _band(bucket.length, causal, window, 1, q.dtype)
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, lse, 0.0, causal and mask is None, attn_mask=mask, scale=scale
+    )
+    shared = (bucket.count * key_heads, groups, bucket.length, q.shape[-1])
+    return (
+        dq.reshape(bucket.count * key_heads, -1, q.shape[-1]),
+        dk.reshape(shared).sum(1),
+        dv.reshape(shared).sum(1),
+    )
+
+
+PADDED = Op(
+    "padded attention",
+    _padded_formula,
+    _padded_forward,
+    _padded_backward,
+    under_vmap={"flash": False},  # torch's flash kernel has no batching rule
+)
+
+
+@allow_in_graph
+def _apply_padded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: tuple[int, ...],
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    plan = _make_plan(bounds)
+    return run(PADDED, q, k, v, plan=plan, causal=causal, window=window, scale=scale, flash=True)
+
+
+# CUDA flash attention: libraries with their own first-order autograd
+
+
+class _FirstOrder(torch.autograd.Function):
+    """Identity on (q, k, v) that makes a second derivative an error.
+
+    Some of these libraries' backwards write into fresh tensors that autograd knows nothing of, and
+    a gradient of the gradient would leave attention out without a word.
+    """
+
+    @staticmethod
+    def forward(backend: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return q.view_as(q), k.view_as(k), v.view_as(v)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.backend = inputs[0]
+        ctx.save_for_backward(*inputs[1:])  # the backend saves them too
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return (None, *_NoSecond.apply(ctx.backend, *grads, *ctx.saved_tensors))
+
+
+class _NoSecond(torch.autograd.Function):
+    """Passes three gradients on; depends on q, k and v, so that the next backward comes here."""
+
+    @staticmethod
+    def forward(backend: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in tensors[:3])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.backend = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError(
+            f"attention backend {ctx.backend} has no second derivative; compute it inside "
+            'kernels.override(attention="plain"), or with torch.func transforms.'
+        )
+
+
+def _sides(causal: bool, window: int | None) -> tuple[int, int]:
+    """Keys seen to the left and right of a query; -1 is all of them."""
+    reach = -1 if window is None else window - 1
+    return reach, 0 if causal else reach
+
+
+def _flash_attn_4(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    left, right = (None if side < 0 else side for side in _sides(causal, window))
+    out, _ = _library("flash_attn.cute").flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        softmax_scale=scale,
+        causal=causal and window is None,
+        window_size=(None, None) if window is None else (left, right),
+    )
+    return out
+
+
+def _flash_attn_2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    return _library("flash_attn.flash_attn_interface").flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        softmax_scale=scale,
+        causal=causal,
+        window_size=(-1, -1) if window is None else _sides(causal, window),
+    )
+
+
+def _torch_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    names = _varlen_parameters()
+    options: dict[str, Any] = {}
+    if "scale" in names:
+        options["scale"] = scale
+    else:
+        q = q * (scale * q.shape[-1] ** 0.5)
+    if "window_size" in names:
+        options["window_size"] = _sides(causal, window)
+    elif "is_causal" in names and window is None:
+        options["is_causal"] = causal
+    else:
+        raise RuntimeError(
+            "torch.nn.attention.varlen.varlen_attn of this torch takes no window; use torch 2.11 "
+            "or newer, or another attention backend."
+        )
+    if k.shape[1] != q.shape[1]:
+        if "enable_gqa" in names:
+            options["enable_gqa"] = True
+        else:
+            groups = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    varlen_attn = _library("torch.nn.attention.varlen").varlen_attn
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+
+
+def _library(module: str) -> Any:
+    return importlib.import_module(module)
+
+
+@torch._dynamo.assume_constant_result
+def _varlen_parameters() -> tuple[str, ...]:
+    """varlen_attn's parameters: they differ between torch 2.10, 2.11 and 2.13."""
+    return tuple(inspect.signature(_library("torch.nn.attention.varlen").varlen_attn).parameters)
+
+
+_FLASH: dict[str, Callable[..., Tensor]] = {
+    "flash-attn-4": _flash_attn_4,
+    "flash-attn": _flash_attn_2,
+    "torch-varlen": _torch_varlen,
+}
+
+
+# Public
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """softmax(scale * q k') v within each document of a packed batch (arXiv 1706.03762).
+
+    Scores and softmax are fp32 (fp64 for fp64). Query heads share key heads in groups of H / Hk:
+    query head h reads key head h // (H / Hk) (arXiv 2305.13245).
+
+    Args:
+        q: [N, H, Dh], any floating dtype.
+        k, v: [N, Hk, Dh], same dtype; H is a multiple of Hk.
+        cu_seqlens: [S + 1] int32, document boundaries: starts at 0, never falls, ends at N.
+            Documents may be empty.
+        causal: a token sees itself and what comes before it in its document; else all of it.
+        window: a token sees the keys fewer than `window` tokens away: with causal, itself and the
+            window - 1 before it. None: no limit.
+        scale: factor on the scores, 1 / sqrt(Dh) if None.
+        max_seqlen: an upper bound on document length (the row length, say), so that CUDA backends
+            need not allow for documents of N tokens. Ignored elsewhere.
+
+    Returns:
+        [N, H, Dh] in q.dtype.
+
+    Raises:
+        ValueError: wrong shapes, dtypes, devices or options; on CPU also boundaries that are not
+            as above (unless they cannot be read: compiled, vmapped or meta).
+        RuntimeError: an attention backend was asked for that cannot serve this call.
+
+    >>> import torch
+    >>> v = torch.tensor([[[1.0]], [[3.0]], [[10.0]]])  # documents of 2 tokens and 1 token
+    >>> cu_seqlens = torch.tensor([0, 2, 3], dtype=torch.int32)
+    >>> attention(torch.zeros(3, 1, 1), torch.zeros(3, 1, 1), v, cu_seqlens).flatten().tolist()
+    [1.0, 2.0, 10.0]
+    """
+    _check(q, k, v, cu_seqlens, window, max_seqlen)
+    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    compiling = torch.compiler.is_compiling()
+    readable = q.shape[0] > 0 and can_read(cu_seqlens) and _is_concrete(q)
+    backend = choose(
+        "attention",
+        str(q.device),
+        q.dtype,
+        q.shape[2],
+        readable,
+        torch._C._are_functorch_transforms_active(),
+        compiling,
+    )
+    bounds: tuple[int, ...] = ()
+    if can_read(cu_seqlens):
+        bounds = tuple(cu_seqlens.tolist())
+        _check_bounds(bounds, q.shape[0])
+    if backend == "padded":
+        return _apply_padded(q, k, v, bounds, causal, window, scale)
+    if backend == "plain":
+        return attention_reference(q, k, v, cu_seqlens, causal=causal, window=window, scale=scale)
+    if not compiling:  # compiled code has no second derivatives to guard
+        q, k, v = _FirstOrder.apply(backend, q, k, v)
+    longest = q.shape[0] if max_seqlen is None else max_seqlen
+    return _FLASH[backend](q, k, v, cu_seqlens, longest, causal, window, scale)
+
+
+def _is_concrete(x: Tensor) -> bool:
+    """Not fake and not traced; wrapped by torch.func is fine."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return can_read(x)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None, max_seqlen: int | None
+) -> None:
+    check_floating("attention", q=q, k=k, v=v)
+    check_device("attention", "q", q, "cu_seqlens", cu_seqlens)
+    if q.ndim != 3:
+        raise ValueError(f"attention: q must be [N, heads, head size], got {tuple(q.shape)}.")
+    n, heads, dim = q.shape
+    if k.ndim != 3 or k.shape[0] != n or k.shape[2] != dim or k.shape != v.shape:
+        raise ValueError(
+            f"attention: k and v must have shape [{n}, Hk, {dim}] to match q {tuple(q.shape)}, "
+            f"got {tuple(k.shape)} and {tuple(v.shape)}."
+        )
+    if k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(
+            f"attention: {heads} query heads are not a multiple of {k.shape[1]} key heads."
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"attention: q is {q.dtype}, k {k.dtype} and v {v.dtype}; cast them to one dtype."
+        )
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            "attention: cu_seqlens must be int32 [S + 1] with S >= 1, "
+            f"got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}."
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window must be at least 1 key (or None), got {window}.")
+    if max_seqlen is not None and max_seqlen < 1:
+        raise ValueError(f"attention: max_seqlen must be at least 1, got {max_seqlen}.")
+
+
+def _check_bounds(bounds: tuple[int, ...], n: int) -> None:
+    if bounds[0] != 0 or bounds[-1] != n:
+        raise ValueError(
+            f"attention: cu_seqlens must start at 0 and end at the number of tokens, {n} (padding "
+            f"is a document too); it starts at {bounds[0]} and ends at {bounds[-1]}."
+        )
+    for i, (a, b) in enumerate(itertools.pairwise(bounds)):
+        if b < a:
+            raise ValueError(
+                f"attention: cu_seqlens must never fall, but entry {i + 1} is {b} after {a}."
+            )

@@ -1,0 +1,279 @@
+"""The pair of autograd Functions that every non-linear kernel runs through.
+
+A kernel gives three things (an `Op`): a fast `forward`, a fast first-order `backward`, and a
+`formula` of plain torch operations. This file makes of them something that is right under every
+driver: autograd, `torch.func` grad / vjp / jvp / vmap in any nesting, grad of grad, and
+`torch.compile`.
+
+Why two Functions: eager `torch.func.grad` runs a backward with `create_graph=True`, and would
+record (and keep) every intermediate of a backward written inline. As a Function of its own the
+backward's work is one node, whose own derivatives come from the formula only when asked for.
+
+Why `allow_in_graph`: under `torch.compile(torch.func.grad(f))` Dynamo inlines a Function's `forward`
+and differentiates that, ignoring our backward without a word. Each kernel file therefore calls
+`run` from one module-level function marked with `torch._dynamo.allow_in_graph`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """A differentiable kernel with one output.
+
+    `formula(*tensors, **static) -> out`: plain torch, differentiable to any order, and vmappable.
+    `forward(*tensors, **static) -> (out, residuals)`: the fast path; nothing is recorded in it.
+        Residuals are extra tensors that `backward` wants.
+    `backward(grad, needs, tensors, residuals, **static) -> grads`: one entry a tensor; those that
+        `needs` does not ask for may be None.
+
+    `loops`: how a vmap level is served. False: `forward` and `backward` are themselves plain
+    out-of-place torch, and are vmapped. True: one call an example (right for any kernel).
+    `under_vmap` replaces static arguments there.
+    """
+
+    name: str
+    formula: Callable[..., Tensor]
+    forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
+    backward: Callable[..., Sequence[Tensor | None]]
+    loops: bool = False
+    under_vmap: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """An op with its static arguments bound; `eq=False` keeps it an opaque pytree leaf."""
+
+    op: Op
+    static: Mapping[str, Any]
+
+    def formula(self, *tensors: Tensor | None) -> Tensor:
+        return self.op.formula(*tensors, **self.static)
+
+    def batched(self) -> _Call:
+        return _Call(self.op, {**self.static, **self.op.under_vmap})
+
+
+def run(op: Op, *tensors: Tensor | None, **static: Any) -> Tensor:
+    """`op.formula(*tensors, **static)`, computed and differentiated by the op's fast paths."""
+    return _Forward.apply(_Call(op, static), *tensors)[0]
+
+
+def pull(
+    fn: Callable[..., Any], primals: Tensors, wanted: Sequence[int], cotangents: Any
+) -> Sequence[Tensor]:
+    """Gradients of `fn(*primals)` with respect to `primals[i] for i in wanted`."""
+
+    def partial(*chosen: Tensor) -> Any:
+        return fn(*_replaced(primals, wanted, chosen))
+
+    chosen = [primals[i] for i in wanted]
+    return torch.func.vjp(partial, *chosen)[1](cotangents)
+
+
+def push(fn: Callable[..., Any], primals: Tensors, tangents: Tensors) -> Any:
+    """The tangent of `fn(*primals)`; a tangent of None means zero."""
+    moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
+
+    def partial(*chosen: Tensor) -> Any:
+        return fn(*_replaced(primals, moving, chosen))
+
+    return torch.func.jvp(
+        partial, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving)
+    )[1]
+
+
+def _replaced(values: Tensors, indices: Sequence[int], new: Sequence[Tensor]) -> list[Any]:
+    out = list(values)
+    for i, tensor in zip(indices, new, strict=True):
+        out[i] = tensor
+    return out
+
+
+def each_example(
+    fn: Callable[..., Any], batch_size: int, in_dims: Sequence[int | None], tensors: Tensors
+) -> tuple[Tensor, ...]:
+    """`fn` (returning a tuple of tensors) once an example; the outputs stacked on dimension 0."""
+    outs = []
+    for i in range(batch_size):
+        pairs = zip(tensors, in_dims, strict=True)
+        outs.append(fn(*(t if t is None or d is None else t.select(d, i) for t, d in pairs)))
+    return tuple(torch.stack(column) for column in zip(*outs, strict=True))
+
+
+class _Forward(torch.autograd.Function):
+    """(call, *tensors) -> (out, *residuals)."""
+
+    @staticmethod
+    def forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        out, residuals = call.op.forward(*tensors, **call.static)
+        return (out, *residuals)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call, tensors, residuals = inputs[0], inputs[1:], output[1:]
+        ctx.count = len(tensors)
+        ctx.save_for_backward(*tensors, *residuals)
+        ctx.save_for_forward(*tensors)
+        ctx.mark_non_differentiable(*residuals)
+        ctx.set_materialize_grads(False)  # residuals never get a gradient: make no zeros for them
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        needs = tuple(ctx.needs_input_grad[1:])
+        if grad is None or not any(needs):
+            return (None,) * (1 + ctx.count)
+        grads = iter(_Backward.apply(ctx.call, needs, grad, *ctx.saved_tensors))
+        return (None, *(next(grads) if need else None for need in needs))
+
+    @staticmethod
+    def jvp(ctx: Any, _call: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        out = push(ctx.call.formula, saved[: ctx.count], tangents)
+        return (out, *(None for _ in saved[ctx.count :]))
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], call: _Call, *tensors: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        call, dims = call.batched(), in_dims[1:]
+
+        def one(*example: Tensor | None) -> tuple[Tensor, ...]:
+            if call.op.loops:
+                return _Forward.apply(call, *example)
+            out, residuals = call.op.forward(*example, **call.static)
+            return (out, *residuals)
+
+        outs = _batch(one, call.op, info, dims, tensors)
+        return outs, (0,) * len(outs)
+
+
+class _Backward(torch.autograd.Function):
+    """(call, needs, grad, *tensors, *residuals) -> the gradients that are needed."""
+
+    @staticmethod
+    def forward(
+        call: _Call, needs: tuple[bool, ...], grad: Tensor, *saved: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        tensors, residuals = saved[: len(needs)], saved[len(needs) :]
+        grads = call.op.backward(grad, needs, tensors, residuals, **call.static)
+        return tuple(g for g, need in zip(grads, needs, strict=True) if need and g is not None)
+
+    @staticmethod
+    def _formula(call: _Call, needs: tuple[bool, ...]) -> Callable[..., tuple[Tensor, ...]]:
+        """What `forward` computes, as a differentiable function of (grad, *tensors)."""
+        wanted = [i for i, need in enumerate(needs) if need]
+
+        def gradient(grad: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+            return tuple(pull(call.formula, tensors, wanted, grad))
+
+        return gradient
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call, ctx.needs = inputs[:2]
+        primals = inputs[2 : 3 + len(ctx.needs)]  # grad and tensors; the formula needs no residuals
+        ctx.unused = len(inputs) - 2 - len(primals)
+        ctx.save_for_backward(*primals)
+        ctx.save_for_forward(*primals)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        primals = ctx.saved_tensors
+        wanted = [i for i in range(len(primals)) if ctx.needs_input_grad[2 + i]]
+        gradient = _Backward._formula(ctx.call, ctx.needs)
+        grads: list[Tensor | None] = [None] * len(primals)
+        for i, g in zip(wanted, pull(gradient, primals, wanted, cotangents), strict=True):
+            grads[i] = g
+        return (None, None, *grads, *(None,) * ctx.unused)
+
+    @staticmethod
+    def jvp(ctx: Any, _call: None, _needs: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        primals = ctx.saved_tensors
+        return push(_Backward._formula(ctx.call, ctx.needs), primals, tangents[: len(primals)])
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        call: _Call,
+        needs: tuple[bool, ...],
+        *saved: Tensor | None,
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        call, dims = call.batched(), in_dims[2:]
+
+        def one(*example: Any) -> tuple[Tensor, ...]:
+            if call.op.loops:
+                return _Backward.apply(call, needs, *example)
+            return _Backward.forward(call, needs, *example)
+
+        outs = _batch(one, call.op, info, dims, saved)
+        return outs, (0,) * len(outs)
+
+
+def _batch(
+    one: Callable[..., tuple[Tensor, ...]],
+    op: Op,
+    info: Any,
+    dims: tuple[int | None, ...],
+    tensors: Tensors,
+) -> tuple[Tensor, ...]:
+    if op.loops:
+        return each_example(one, info.batch_size, dims, tensors)
+    return torch.func.vmap(one, in_dims=dims, randomness=info.randomness)(*tensors)
+
+
+_TRACING_MODES = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+    torch._C._TorchDispatchModeKey.PROXY,
+)
+
+
+def can_read(tensor: Tensor) -> bool:
+    """Whether Python may look at the values: a real CPU tensor, not traced and not wrapped.
+
+    On an accelerator reading would stall the stream, so the answer there is no.
+    """
+    return (
+        not torch.compiler.is_compiling()  # first: Dynamo then sees none of what follows
+        and tensor.device.type == "cpu"
+        and type(tensor) in (Tensor, torch.nn.Parameter)  # not fake, not functional, no subclass
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not any(torch._C._get_dispatch_mode(mode) for mode in _TRACING_MODES)
+    )
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What statistics are kept in: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_floating(where: str, **tensors: Tensor | None) -> None:
+    """ValueError unless all given tensors are floating point and on one device."""
+    first: tuple[str, Tensor] | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not tensor.dtype.is_floating_point:
+            raise ValueError(f"{where}: {name} must be floating point, got {tensor.dtype}.")
+        first = first or (name, tensor)
+        check_device(where, first[0], first[1], name, tensor)
+
+
+def check_device(where: str, first: str, a: Tensor, second: str, b: Tensor) -> None:
+    """ValueError unless two tensors live on one device."""
+    if a.device != b.device:
+        raise ValueError(
+            f"{where}: {first} is on {a.device} but {second} is on {b.device}; "
+            "move them to one device."
+        )

@@ -1,0 +1,133 @@
+"""Rotary position embedding, half-split (NeoX) convention.
+
+No Triton kernel yet. The rotation is linear in x and its transpose is the rotation by the opposite
+angle, so one Function is its own backward (to any order), and keeps only the shared tables.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo import allow_in_graph
+
+from kernels.functions import accumulation_dtype, can_read, check_device, check_floating
+
+
+def rope_reference(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, inverse: bool = False
+) -> Tensor:
+    """The rotation of x [N, H, Dh]: plain torch, differentiable to any order (tables too)."""
+    dtype = accumulation_dtype(x.dtype)
+    c = cos.index_select(0, positions).to(dtype).unsqueeze(1)  # [N, 1, Dh/2]
+    s = sin.index_select(0, positions).to(dtype).unsqueeze(1)
+    if inverse:
+        s = -s
+    # (a, b) -> (a c - b s, b c + a s), both halves in one pass
+    half = x.shape[-1] // 2
+    turned = x * torch.cat((c, c), -1) + torch.roll(x, half, -1) * torch.cat((-s, s), -1)
+    return turned.to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """Gradients flow to x alone."""
+
+    @staticmethod
+    def forward(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool) -> Tensor:
+        return rope_reference(x, cos, sin, positions, inverse=inverse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *tables, ctx.inverse = inputs
+        ctx.save_for_backward(*tables)
+        ctx.save_for_forward(*tables)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Rotate.apply(grad, *ctx.saved_tensors, not ctx.inverse), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return _Rotate.apply(tangent, *ctx.saved_tensors, ctx.inverse)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        *tensors, inverse = args
+
+        def one(*example: Tensor) -> Tensor:
+            return rope_reference(*example, inverse=inverse)
+
+        return torch.func.vmap(one, in_dims=in_dims[:-1])(*tensors), 0
+
+
+@allow_in_graph
+def _apply(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    return _Rotate.apply(x, cos, sin, positions, False)
+
+
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Turns the pairs (x[i], x[i + Dh/2]) of each head by the angle of its position.
+
+    RoFormer (arXiv 2104.09864) with the halves split as GPT-NeoX and Hugging Face's Llama do.
+    Arithmetic is fp32 (fp64 for fp64), rounded once at the end.
+
+    Args:
+        q: [N, H, Dh], any floating dtype; Dh even.
+        k: [N, Hk, Dh].
+        cos, sin: [T, Dh/2] tables (fp32), one row a position. Constants: no gradient flows to them.
+        positions: [N] int64 in [0, T).
+
+    Returns:
+        q and k turned, in their own dtypes.
+
+    Raises:
+        ValueError: wrong shapes, dtypes or devices, tables that require a gradient; on CPU also a
+            position outside [0, T) (unless positions cannot be read: compiled, vmapped or meta).
+
+    >>> import torch
+    >>> x = torch.tensor([[[1.0, 0.0]]])
+    >>> quarter = torch.tensor([[0.0]]), torch.tensor([[1.0]])  # cos and sin of 90 degrees
+    >>> rope(x, x, *quarter, torch.tensor([0]))[0].tolist()
+    [[[0.0, 1.0]]]
+    """
+    check_floating("rope", q=q, k=k, cos=cos, sin=sin)
+    check_device("rope", "q", q, "positions", positions)
+    n, _, dim = _three_dims("q", q)
+    if dim % 2:
+        raise ValueError(f"rope: the head size must be even, got q {tuple(q.shape)}.")
+    if _three_dims("k", k) != (n, k.shape[1], dim):
+        raise ValueError(
+            f"rope: k must have shape [{n}, Hk, {dim}] to match q {tuple(q.shape)}, "
+            f"got {tuple(k.shape)}."
+        )
+    if cos.ndim != 2 or cos.shape[1] != dim // 2 or cos.shape != sin.shape:
+        raise ValueError(
+            f"rope: cos and sin must have shape [T, {dim // 2}] for head size {dim}, "
+            f"got {tuple(cos.shape)} and {tuple(sin.shape)}."
+        )
+    if positions.dtype != torch.int64 or tuple(positions.shape) != (n,):
+        raise ValueError(
+            f"rope: positions must be int64 of shape [{n}], "
+            f"got {positions.dtype} {tuple(positions.shape)}."
+        )
+    if cos.requires_grad or sin.requires_grad:
+        raise ValueError(
+            "rope: cos and sin are constants, but one of them requires a gradient; detach them."
+        )
+    if can_read(positions) and n:
+        low, high = (int(end) for end in torch.aminmax(positions))
+        if low < 0 or high >= cos.shape[0]:
+            raise ValueError(
+                f"rope: position {low if low < 0 else high} is outside the tables of "
+                f"{cos.shape[0]} positions; make longer cos and sin tables."
+            )
+    return _apply(q, cos, sin, positions), _apply(k, cos, sin, positions)
+
+
+def _three_dims(name: str, x: Tensor) -> tuple[int, int, int]:
+    if x.ndim != 3:
+        raise ValueError(f"rope: {name} must be [N, heads, head size], got {tuple(x.shape)}.")
+    return x.shape[0], x.shape[1], x.shape[2]

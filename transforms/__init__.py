@@ -1,0 +1,19 @@
+"""What can be done to a forward: functions from Forward to Forward, one file each."""
+
+from transforms.checkpoint import checkpoint, rematerialize
+from transforms.fuse_loss import fuse_loss, unfused_loss
+from transforms.mixed_precision import mixed_precision
+from transforms.quantize_int8 import fake_quant, quantize_int8
+from transforms.value_and_grad import trainable, value_and_grad
+
+__all__ = [
+    "checkpoint",
+    "fake_quant",
+    "fuse_loss",
+    "mixed_precision",
+    "quantize_int8",
+    "rematerialize",
+    "trainable",
+    "unfused_loss",
+    "value_and_grad",
+]

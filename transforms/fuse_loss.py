@@ -1,0 +1,74 @@
+"""From logits to loss: fused with the output head, or from dense logits."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+import kernels
+from core.forward import Forward
+from core.layers import Logits
+from transforms.legal import check_legal
+
+
+def fuse_loss(
+    forward: Forward, *, z_loss: float = 0.0, label_smoothing: float = 0.0
+) -> Forward:
+    """``(params, batch) -> fp32 scalar``: cross-entropy computed together with the output head.
+
+    Equals ``F.cross_entropy(logits.float(), batch["labels"])``, the mean over labelled tokens (0
+    with zero gradients if there is none), but logits ``[N, V]`` never exist. z_loss adds
+    ``z_loss * logsumexp(logits) ** 2`` per token (PaLM, https://arxiv.org/abs/2204.02311, section
+    5). Raises ValueError if the forward has no head site.
+    """
+    return _with_loss(forward, "fuse_loss", partial(_fused, z_loss=z_loss, smoothing=label_smoothing))
+
+
+def unfused_loss(
+    forward: Forward, *, z_loss: float = 0.0, label_smoothing: float = 0.0
+) -> Forward:
+    """The same loss from dense logits ``[N, V]``: the yardstick for :func:`fuse_loss`."""
+    finish = partial(_unfused, z_loss=z_loss, smoothing=label_smoothing)
+    return _with_loss(forward, "unfused_loss", finish)
+
+
+def _with_loss(forward: Forward, name: str, finish: Any) -> Forward:
+    check_legal(forward, name)
+    if not forward.select(("head",)):
+        have = ", ".join(sorted({f"{s.kind} {s.path}" for s in forward.sites})[:20])
+        raise ValueError(
+            f"{name} needs the output head, and this forward has no head site (from_module takes "
+            f"head='path.of.the.linear'); it has: {have}"
+        )
+    return forward.with_step(name, finish=finish)
+
+
+def _logits(out: Any) -> Logits:
+    if not isinstance(out, Logits):
+        raise TypeError(
+            f"the forward returned {type(out).__name__}, not lazy Logits: the model changes its "
+            "logits after the head, so that a loss cannot be fused with it"
+        )
+    return out
+
+
+def _fused(out: Any, batch: Any, *, z_loss: float, smoothing: float) -> Tensor:
+    logits = _logits(out)
+    return kernels.linear_cross_entropy(
+        logits.hidden.flatten(0, -2),
+        logits.weight(),
+        batch["labels"].flatten(),
+        bias=logits.unembed.get("bias"),
+        scale=logits.scale,
+        softcap=logits.softcap,
+        z_loss=z_loss,
+        label_smoothing=smoothing,
+    )
+
+
+def _unfused(out: Any, batch: Any, *, z_loss: float, smoothing: float) -> Tensor:
+    dense = _logits(out).dense().flatten(0, -2)
+    labels = batch["labels"].flatten()
+    return kernels.cross_entropy(dense, labels, z_loss=z_loss, label_smoothing=smoothing)

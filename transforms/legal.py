@@ -1,0 +1,26 @@
+"""Which transforms do not go together: the one closed list. Everything else composes in any order."""
+
+from __future__ import annotations
+
+from core.forward import Forward
+
+ILLEGAL: dict[tuple[str, str], str] = {
+    ("fuse_loss", "fuse_loss"): "the forward already ends in a loss",
+    ("fuse_loss", "unfused_loss"): "the forward already ends in a loss",
+    ("unfused_loss", "unfused_loss"): "the forward already ends in a loss",
+    ("quantize_int8", "quantize_int8"): "its weights are int8 already: merge the two skip= lists",
+    ("fake_quant", "fake_quant"): "its weights are rounded already: merge the two skip= lists",
+    ("fake_quant", "quantize_int8"): (
+        "fake_quant trains float weights and quantize_int8 replaces them: "
+        "apply quantize_int8 to the bare forward once training is done"
+    ),
+    ("mixed_precision", "mixed_precision"): "it would cast twice",
+}
+
+
+def check_legal(forward: Forward, name: str) -> None:
+    """Raises ValueError with the reason if ``name`` may not be applied to this forward."""
+    for other in forward.applied:
+        reason = ILLEGAL.get((other, name)) or ILLEGAL.get((name, other))
+        if reason:
+            raise ValueError(f"{name} cannot be applied after {other}: {reason}")

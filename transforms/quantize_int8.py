@@ -1,0 +1,182 @@
+"""Weight-only int8, one scale per output channel; and the same rounding while training (QAT)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernels
+from core.forward import Forward, Rule, SiteInfo
+from core.layers import Logits
+from params.int8 import dequantize_weight, quantize_weight
+from params.tree import Tree, flatten, unflatten
+from transforms.legal import check_legal
+
+WEIGHTED = ("linear", "head", "embed")
+ACTIVATIONS = (None, "dynamic")
+
+
+def quantize_int8(
+    forward: Forward, *, skip: Sequence[str] = ("lm_head",), activations: str | None = None
+) -> Forward:
+    """Linears, embeddings and the head on int8 weights; ``prepare`` makes them.
+
+    A leaf ``weight [O, I]`` becomes ``weight_int8 [O, I]`` and ``weight_scale [O, 1]`` fp32,
+    symmetric per output channel. Weights are frozen; gradients flow to inputs, biases and whatever
+    else is trained (QLoRA-style). skip: path patterns (``lm_head``, ``vision``, ``blocks.0``,
+    ``blocks.-1``); a tied head that is skipped keeps the embedding too. activations: None, or
+    "dynamic" for int8 x int8 matmuls with a scale per row of the input. Raises ValueError if a
+    pattern names nothing.
+    """
+    check_legal(forward, "quantize_int8")
+    paths = targets(forward, skip, activations)
+
+    def prepare(params: Tree, seed: int) -> Tree:
+        flat = flatten(params)
+        for path in sorted(paths):
+            weight = flat.pop(f"{path}.weight", None)
+            if weight is None:
+                raise ValueError(f"params have no leaf {path}.weight to quantise")
+            flat[f"{path}.weight_int8"], flat[f"{path}.weight_scale"] = quantize_weight(weight)
+        return unflatten(flat)
+
+    out = _with_rules(forward, paths, _int8_wraps(activations), "quantize_int8")
+    return out.with_step("quantize_int8", preparations=(*out.preparations, prepare))
+
+
+def fake_quant(
+    forward: Forward, *, skip: Sequence[str] = ("lm_head",), activations: str | None = None
+) -> Forward:
+    """Quantisation-aware training: the numbers ``quantize_int8`` will give, on float weights.
+
+    Same arguments as :func:`quantize_int8`. Weights (and inputs, under "dynamic") are rounded in
+    the forward pass; the gradient passes straight through (https://arxiv.org/abs/1308.3432).
+    """
+    check_legal(forward, "fake_quant")
+    paths = targets(forward, skip, activations)
+    out = _with_rules(forward, paths, _fake_wraps(activations), "fake_quant")
+    return out.with_step("fake_quant")
+
+
+def targets(forward: Forward, skip: Sequence[str], activations: str | None) -> frozenset[str]:
+    """Paths whose weight is to be quantised: one that any skipped site uses (a tied head) is not."""
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations is None or 'dynamic', not {activations!r}")
+    skipped = {site.path for site in forward.select(WEIGHTED, skip)}
+    paths = frozenset(site.path for site in forward.select(WEIGHTED)) - skipped
+    if not paths:
+        raise ValueError(f"skip={tuple(skip)} leaves nothing to quantise")
+    return paths
+
+
+def _with_rules(
+    forward: Forward, paths: frozenset[str], wraps: dict[str, Any], name: str
+) -> Forward:
+    def chosen(site: SiteInfo) -> bool:
+        return site.path in paths
+
+    for kind, wrap in wraps.items():
+        if any(site.kind == kind and chosen(site) for site in forward.sites):
+            forward = forward.with_rule(Rule(kind, wrap, chosen, name))
+    return forward
+
+
+# -- int8 ---------------------------------------------------------------------------------------
+
+
+def _int8_wraps(activations: str | None) -> dict[str, Any]:
+    def project(p: Tree, x: Tensor) -> Tensor:
+        q, scale = _int8_leaves(p)
+        return kernels.int8_linear(x, q, scale, p.get("bias"), activations=activations)
+
+    def linear(f: Callable[..., Any], path: str) -> Callable[..., Any]:
+        return project
+
+    def embed(f: Callable[..., Any], path: str) -> Callable[..., Any]:
+        def look_up(p: Tree, ids: Tensor) -> Tensor:
+            q, scale = _int8_leaves(p)
+            return q[ids].to(scale.dtype) * scale[ids]
+
+        return look_up
+
+    def head(f: Callable[..., Any], path: str) -> Callable[..., Any]:
+        def lazy(p: Tree, x: Tensor) -> Logits:
+            return replace(f(p, x), project=project, weight_from=_dense_weight)
+
+        return lazy
+
+    return {"linear": linear, "embed": embed, "head": head}
+
+
+def _int8_leaves(p: Tree) -> tuple[Tensor, Tensor]:
+    if "weight_int8" not in p:
+        raise KeyError(
+            "this site holds a float weight but the forward expects int8: "
+            "params = forward.prepare(params) comes first"
+        )
+    return p["weight_int8"], p["weight_scale"]
+
+
+def _dense_weight(p: Tree, dtype: torch.dtype) -> Tensor:
+    return dequantize_weight(*_int8_leaves(p), dtype)
+
+
+# -- fake -----------------------------------------------------------------------------------------
+
+
+def _fake_wraps(activations: str | None) -> dict[str, Any]:
+    def weights(f: Callable[..., Any], path: str) -> Callable[..., Any]:
+        def rounded(p: Tree, x: Tensor) -> Any:
+            return f({**p, "weight": straight_through(p["weight"])}, x)
+
+        return rounded
+
+    def both(f: Callable[..., Any], path: str) -> Callable[..., Any]:
+        def rounded(p: Tree, x: Tensor) -> Any:
+            return f({**p, "weight": straight_through(p["weight"])}, straight_through(x))
+
+        return rounded
+
+    inner = both if activations == "dynamic" else weights
+    return {"linear": inner, "embed": weights, "head": inner}
+
+
+def straight_through(w: Tensor) -> Tensor:
+    """Rounds the rows of ``w [..., I]`` to int8 and back; its gradient is the identity."""
+    return _rounded(w)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(w: Tensor) -> Tensor:
+        q, scale = quantize_weight(w.flatten(0, -2))
+        return dequantize_weight(q, scale, w.dtype).view_as(w)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.view_as(tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, w: Tensor) -> Any:
+        return _rounded(w.movedim(in_dims[0], 0)), 0
+
+
+# Without allow_in_graph, compile(func.grad(f)) silently differentiates the rounding (gradient 0)
+# instead of calling backward.
+def _round(w: Tensor) -> Tensor:
+    return _StraightThrough.apply(w)
+
+
+_rounded = torch._dynamo.allow_in_graph(_round)
