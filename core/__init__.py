@@ -13,13 +13,14 @@ from core.config import (
 )
 from core.forward import Forward, Rule, Site, SiteInfo
 from core.layers import Logits
-from core.vlm import vlm
+from core.vlm import Longest, vlm
 
 __all__ = [
     "PRESETS",
     "Batch",
     "Forward",
     "Logits",
+    "Longest",
     "ProjectorConfig",
     "Rule",
     "Site",

@@ -166,17 +166,33 @@ def check_batch(batch: dict[str, Any], config: VLMConfig) -> None:
                 f"{name} holds {int(values[wrong][0])}, outside the vocabulary of {vocab}: "
                 "the tokenizer and the model config do not belong together"
             )
+    _check_shape(batch, "labels", n)
+    _check_shape(batch, "positions", n)
     _check_ends("cu_seqlens", batch["cu_seqlens"], n)
     if not have:
         return
-    if config.vision is None:
+    if config.vision is None or config.projector is None:
         raise ValueError("the batch has pictures but the config has no vision tower")
     patches, slots = batch["patches"], batch["image_slots"]
     if patches.shape[1] != config.vision.patch_dim:
         raise ValueError(f"patches are {patches.shape[1]} wide, not {config.vision.patch_dim}")
     _check_ends("image_cu_seqlens", batch["image_cu_seqlens"], patches.shape[0])
+    _check_shape(batch, "patch_positions", len(patches), 2)
+    if config.projector.kind == "mlp":
+        _check_shape(batch, "image_slots", len(patches) // config.vision.merge**2)
+    else:
+        pictures = len(batch["image_cu_seqlens"]) - 1
+        _check_shape(batch, "image_slots", pictures * config.projector.queries)
     if ((slots < 0) | (slots > n)).any():
         raise ValueError(f"image_slots holds a place outside the {n} tokens")
+    used = slots[slots < n]
+    if len(used.unique()) < len(used):
+        raise ValueError("image_slots gives one token to two image tokens")
+
+
+def _check_shape(batch: dict[str, Any], name: str, *shape: int) -> None:
+    if tuple(batch[name].shape) != shape:
+        raise ValueError(f"{name} is {list(batch[name].shape)}, not {list(shape)} as the rest says")
 
 
 def _check_ends(name: str, ends: Tensor, total: int) -> None:

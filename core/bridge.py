@@ -85,7 +85,7 @@ class _TreeModule(nn.Module):
 
     forward_fn: Forward
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Mapping[str, Any]) -> None:
         super().__init__()
         for name, value in tree.items():
             if isinstance(value, Mapping):
@@ -129,7 +129,12 @@ def _plan(
         inner = any(name.startswith(f"{block}.") for block in blocks)
         weight = getattr(m, "weight", None)
         path = names.get(id(weight), name)  # tied weights: where the params hold them
-        if isinstance(m, nn.ModuleList) and len(m) > 1 and len({type(c) for c in m}) == 1 and not inner:
+        if (
+            isinstance(m, nn.ModuleList)
+            and len(m) > 1
+            and len({type(c) for c in m}) == 1
+            and not inner
+        ):
             blocks += [f"{name}.{i}" for i in range(len(m))]
         elif name in blocks:
             yield name, SiteInfo("block", name, outermost=True)
@@ -144,10 +149,10 @@ def _plan(
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises its last dim: vectors for params, and blind to the input's scale."""
+    """Whether a module normalises its last dim: it has vectors only, and is blind to scale."""
     params = list(module.parameters())
-    vectors = bool(params) and all(p.ndim == 1 for p in params)
-    if not vectors or list(module.children()) or list(module.buffers()) or len(params) > 2:
+    holds_more = [*module.children(), *module.buffers()]
+    if not 1 <= len(params) <= 2 or any(p.ndim != 1 for p in params) or holds_more:
         return False
     probe = {name: torch.ones(p.shape) for name, p in module.named_parameters()}
     x = torch.linspace(-1, 2, 2 * params[0].shape[0]).reshape(1, 2, -1)
@@ -156,8 +161,10 @@ def _is_norm(module: nn.Module) -> bool:
             small, large = (functional_call(module, probe, (x * c,)) for c in (8.0, 64.0))
         except (RuntimeError, TypeError, ValueError):  # takes something else than one tensor
             return False
-    return isinstance(small, Tensor) and small.shape == x.shape and torch.allclose(
-        small, large, atol=1e-3
+    return (
+        isinstance(small, Tensor)
+        and small.shape == x.shape
+        and torch.allclose(small, large, atol=1e-3)
     )
 
 
@@ -167,7 +174,7 @@ def _skeleton(module: nn.Module) -> nn.Module:
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
         for p in module.parameters()
     }
-    return copy.deepcopy(module, memo)  # type: ignore[arg-type]
+    return copy.deepcopy(module, memo)
 
 
 def _wrap(body: nn.Module, plan: list[tuple[str, SiteInfo]], site: Site) -> nn.Module:

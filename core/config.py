@@ -37,7 +37,9 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
-            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+            raise ValueError(
+                f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})"
+            )
         if self.head_dim is None and self.dim % self.heads:
             raise ValueError(f"dim ({self.dim}) must be a multiple of heads ({self.heads})")
         if self.head_size % 2:
@@ -102,7 +104,9 @@ class VisionConfig:
         if self.positions not in ("learned", "sincos2d"):
             raise ValueError(f"positions is 'learned' or 'sincos2d', not {self.positions!r}")
         if self.dim % self.heads or self.dim % 4:
-            raise ValueError(f"dim ({self.dim}) must be a multiple of heads ({self.heads}) and of 4")
+            raise ValueError(
+                f"dim ({self.dim}) must be a multiple of heads ({self.heads}) and of 4"
+            )
         if self.image_size % (self.patch_size * self.merge):
             raise ValueError(
                 f"image_size ({self.image_size}) must be a multiple of patch_size x merge "

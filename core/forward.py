@@ -58,7 +58,7 @@ class SiteInfo:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rule:
     """At each selected site of ``kind``, ``f`` becomes ``wrap(f, path)``. Later rules are outer."""
 
@@ -75,7 +75,7 @@ class Rule:
         return any(site.matches(pattern) for pattern in self.select)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: Dynamo asks for a hash early
 class Site:
     """A place in the model. Calling it makes one call, through the rules that match it."""
 
@@ -99,7 +99,7 @@ class Site:
         return f(p, *args)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Forward:
     """A pure function ``(params, batch) -> logits [N, V]`` (or loss) and the rules applied to it.
 

@@ -90,8 +90,6 @@ class Logits:
         return replace(self, hidden=self.hidden[rows])
 
 
-
-
 def head(p: Tree, x: Tensor, *, softcap: float | None = None) -> Logits:
     """The output head: lazy logits over the hidden states ``x [..., D]``."""
     return Logits(x, p, softcap=softcap)

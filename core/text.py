@@ -32,13 +32,28 @@ def rope_angles(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor
 
 
 def attend(
-    p: Tree, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, window: int | None
+    p: Tree,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    window: int | None,
+    longest: int | None,
 ) -> Tensor:
     """Causal attention inside each document: q ``[N, H, Dh]``, k and v ``[N, Hk, Dh]``."""
-    return kernels.attention(q, k, v, cu_seqlens, causal=True, window=window)
+    return kernels.attention(q, k, v, cu_seqlens, causal=True, window=window, max_seqlen=longest)
 
 
-def block(site: Site, config: TextConfig, layer: int, p: Tree, x: Tensor, ctx: Context) -> Tensor:
+def block(
+    site: Site,
+    config: TextConfig,
+    layer: int,
+    longest: int | None,
+    p: Tree,
+    x: Tensor,
+    ctx: Context,
+) -> Tensor:
     """One layer: x ``[N, D]`` -> ``[N, D]``. Params and tensors are arguments, never captured."""
     norm = partial(rms_norm, eps=config.norm_eps)
     split = partial(rearrange, pattern="n (h d) -> n h d", d=config.head_size)
@@ -53,7 +68,7 @@ def block(site: Site, config: TextConfig, layer: int, p: Tree, x: Tensor, ctx: C
         q = site("norm", norm, attn["q_norm"], q, at="attn.q_norm")
         k = site("norm", norm, attn["k_norm"], k, at="attn.k_norm")
     q, k = kernels.rope(q, k, ctx["cos"], ctx["sin"], torch.arange(len(x), device=x.device))
-    attention = partial(attend, window=config.window_of(layer))
+    attention = partial(attend, window=config.window_of(layer), longest=longest)
     o = site("attention", attention, {}, q, k, v, ctx["cu_seqlens"], at="attn")
     o = site("linear", linear, attn["o"], rearrange(o, "n h d -> n (h d)"), at="attn.o")
     x = x + drop(o, salt=2 * layer)
@@ -61,7 +76,9 @@ def block(site: Site, config: TextConfig, layer: int, p: Tree, x: Tensor, ctx: C
     h = site("norm", norm, p["mlp_norm"], x, at="mlp_norm")
     gate = site("linear", linear, mlp["gate"], h, at="mlp.gate")  # [N, F]
     up = site("linear", linear, mlp["up"], h, at="mlp.up")
-    h = site("linear", linear, mlp["down"], site("glu", swiglu, {}, gate, up, at="mlp"), at="mlp.down")
+    h = site(
+        "linear", linear, mlp["down"], site("glu", swiglu, {}, gate, up, at="mlp"), at="mlp.down"
+    )
     return x + drop(h, salt=2 * layer + 1)
 
 
@@ -78,6 +95,7 @@ def decode(
     positions: Tensor,
     cu_seqlens: Tensor,
     seed: Tensor | None = None,
+    longest: int | None = None,
 ) -> Logits:
     """The decoder's body and head: embeddings x ``[N, D]`` -> lazy logits ``[N, V]``."""
     cos, sin = rope_angles(positions, config.head_size, config.rope_theta)
@@ -86,7 +104,7 @@ def decode(
         ctx["seed"] = seed
     for layer in range(config.layers):
         name = f"blocks.{layer}"
-        run = partial(block, site.at(name, inner=True), config, layer)
+        run = partial(block, site.at(name, inner=True), config, layer, longest)
         x = site("block", run, p["blocks"][str(layer)], x, ctx, at=name)
     x = site("norm", partial(rms_norm, eps=config.norm_eps), p["norm"], x, at="norm")
     unembed = "embed" if config.tied else "lm_head"

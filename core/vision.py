@@ -1,7 +1,7 @@
 """The eye and the bridge: a vision transformer over packed patches, and its two projectors.
 
-Shape legend: P patches of all pictures of a batch, M pictures, K image tokens, D width of the tower,
-H heads, Dh head size, Q resampler queries a picture, p patch size in pixels.
+Shape legend: P patches of all pictures of a batch, M pictures, K image tokens, D width of the
+tower, H heads, Dh head size, Q resampler queries a picture, p patch size in pixels.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from core.layers import embed, layer_norm, linear
 from params.tree import Tree
 
 
-def attend(p: Tree, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+def attend(
+    p: Tree, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, longest: int | None
+) -> Tensor:
     """Every patch sees every patch of its own picture: q, k, v ``[P, H, Dh]``."""
-    return kernels.attention(q, k, v, cu_seqlens, causal=False)
+    return kernels.attention(q, k, v, cu_seqlens, causal=False, max_seqlen=longest)
 
 
 def segment_ids(cu_seqlens: Tensor, length: int) -> Tensor:
@@ -74,14 +76,18 @@ def mlp(site: Site, p: Tree, x: Tensor, at: str) -> Tensor:
     return site("linear", linear, p["down"], h, at=f"{at}down")
 
 
-def block(site: Site, config: VisionConfig, p: Tree, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+def block(
+    site: Site, config: VisionConfig, longest: int | None, p: Tree, x: Tensor, cu_seqlens: Tensor
+) -> Tensor:
     """One layer: x ``[P, D]`` -> ``[P, D]``."""
     norm = partial(layer_norm, eps=config.norm_eps)
     heads = partial(rearrange, pattern="p (h d) -> p h d", h=config.heads)
     attn = p["attn"]
     h = site("norm", norm, p["attn_norm"], x, at="attn_norm")
     q, k, v = (heads(site("linear", linear, attn[n], h, at=f"attn.{n}")) for n in "qkv")
-    o = rearrange(site("attention", attend, {}, q, k, v, cu_seqlens, at="attn"), "p h d -> p (h d)")
+    attention = partial(attend, longest=longest)
+    o = site("attention", attention, {}, q, k, v, cu_seqlens, at="attn")
+    o = rearrange(o, "p h d -> p (h d)")
     x = x + site("linear", linear, attn["o"], o, at="attn.o")
     h = site("norm", norm, p["mlp_norm"], x, at="mlp_norm")
     return x + mlp(site.at("mlp"), p["mlp"], h, "")
@@ -95,6 +101,7 @@ def encode(
     positions: Tensor,
     cu_seqlens: Tensor,
     valid: Tensor,
+    longest: int | None = None,
 ) -> Tensor:
     """Pictures to features: patches ``[P, 3 p p]`` -> ``[P, D]``.
 
@@ -111,7 +118,7 @@ def encode(
         x = x + sincos_positions(where, config.dim).to(x.dtype)
     for layer in range(config.layers):
         name = f"blocks.{layer}"
-        run = partial(block, site.at(name, inner=True), config)
+        run = partial(block, site.at(name, inner=True), config, longest)
         x = site("block", run, p["blocks"][str(layer)], x, cu_seqlens, at=name)
     return site("norm", partial(layer_norm, eps=config.norm_eps), p["norm"], x, at="norm")
 
@@ -125,8 +132,8 @@ def shuffle_and_project(site: Site, merge: int, p: Tree, x: Tensor) -> Tensor:
 
 
 def resampler_block(
-    site: Site, config: ProjectorConfig, eps: float, p: Tree, latents: Tensor, x: Tensor,
-    at_latents: Tensor, at_patches: Tensor, cu_seqlens: Tensor,
+    site: Site, config: ProjectorConfig, eps: float, longest: int | None, p: Tree,
+    latents: Tensor, x: Tensor, at_latents: Tensor, at_patches: Tensor, cu_seqlens: Tensor,
 ) -> Tensor:  # fmt: skip
     """Queries look at [patches; queries] of their picture: latents ``[M Q, D]`` -> the same shape.
 
@@ -134,6 +141,7 @@ def resampler_block(
     positions, so that the model's one varlen attention serves; only the queries' rows ask.
     """
     norm, attn = partial(layer_norm, eps=eps), p["attn"]
+    attention = partial(attend, longest=longest)
     heads = partial(rearrange, pattern="p (h d) -> p h d", h=config.heads)
     h = site("norm", norm, p["latent_norm"], latents, at="latent_norm")
     x = site("norm", norm, p["patch_norm"], x, at="patch_norm")
@@ -143,14 +151,22 @@ def resampler_block(
     q = heads(torch.zeros_like(both, dtype=asked.dtype).index_put((at_latents,), asked))
     k = heads(site("linear", linear, attn["k"], both, at="attn.k"))
     v = heads(site("linear", linear, attn["v"], both, at="attn.v"))
-    o = site("attention", attend, {}, q, k, v, cu_seqlens, at="attn")[at_latents]
-    latents = latents + site("linear", linear, attn["o"], rearrange(o, "p h d -> p (h d)"), at="attn.o")
+    o = site("attention", attention, {}, q, k, v, cu_seqlens, at="attn")[at_latents]
+    latents = latents + site(
+        "linear", linear, attn["o"], rearrange(o, "p h d -> p (h d)"), at="attn.o"
+    )
     h = site("norm", norm, p["mlp_norm"], latents, at="mlp_norm")
     return latents + mlp(site.at("mlp"), p["mlp"], h, "")
 
 
 def resample(
-    site: Site, config: ProjectorConfig, eps: float, p: Tree, x: Tensor, cu_seqlens: Tensor
+    site: Site,
+    config: ProjectorConfig,
+    eps: float,
+    p: Tree,
+    x: Tensor,
+    cu_seqlens: Tensor,
+    longest: int | None = None,
 ) -> Tensor:
     """Perceiver resampler: patch features ``[P, D]`` -> image tokens ``[M Q, D_text]``."""
     pictures, queries = cu_seqlens.shape[0] - 1, config.queries
@@ -162,10 +178,11 @@ def resample(
     at_patches = at_patches + segment_ids(cu_seqlens, x.shape[0]) * queries
     ends = cu_seqlens[1:].long()[:, None] + picture[:, None] * queries
     at_latents = (ends + torch.arange(queries, device=device)).flatten()
+    joint_longest = None if longest is None else longest + queries
     joint = cu_seqlens + torch.arange(pictures + 1, device=device, dtype=torch.int32) * queries
     for layer in range(config.layers):
         name = f"blocks.{layer}"
-        run = partial(resampler_block, site.at(name, inner=True), config, eps)
+        run = partial(resampler_block, site.at(name, inner=True), config, eps, joint_longest)
         args = (latents, x, at_latents, at_patches, joint)
         latents = site("block", run, p["blocks"][str(layer)], *args, at=name)
     latents = site("norm", partial(layer_norm, eps=eps), p["norm"], latents, at="norm")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import kernels
 from core.batch import Batch, make_batch
 from core.config import VLMConfig
 from core.forward import Forward, Site, record_sites
@@ -19,7 +21,18 @@ from params.spec import Leaf
 from params.tree import Tree, map_leaves
 
 
-def vlm(config: VLMConfig) -> Forward:
+@dataclass(frozen=True)
+class Longest:
+    """Upper bounds that batches will keep, in tokens a document and patches a picture.
+
+    They change no number, only how much work a flash-attention kernel prepares for.
+    """
+
+    document: int | None = None
+    picture: int | None = None
+
+
+def vlm(config: VLMConfig, *, longest: Longest = Longest()) -> Forward:
     """The forward of a config: ``forward(params, batch) -> logits [N, V]``.
 
     Pure and stateless: params come from ``init_params(config)`` or ``load_params``, batches from
@@ -28,27 +41,34 @@ def vlm(config: VLMConfig) -> Forward:
     """
 
     def build(site: Site) -> Callable[[Tree, Any], Any]:
-        return partial(run, site, config)
+        return partial(run, site, config, longest)
 
     params = map_leaves(_meta, config.param_spec())
-    return Forward(build, record_sites(build, params, _example(config)))
+    # meta tensors: whatever backend the user asks for, only the plain one takes them
+    with kernels.override(attention="plain"):
+        sites = record_sites(build, params, _example(config))
+    return Forward(build, sites)
 
 
-def run(site: Site, config: VLMConfig, params: Tree, batch: Batch) -> Tensor | Logits:
+def run(
+    site: Site, config: VLMConfig, longest: Longest, params: Tree, batch: Batch
+) -> Tensor | Logits:
     """One pass over a packed batch; see ``docs/guide.md`` for the batch's fields."""
     text = site.at("text")
     x = embed_tokens(text, params["text"], batch["tokens"])
     if "patches" in batch:
-        features = look(site, config, params, batch)
+        features = look(site, config, params, batch, longest.picture)
         x = place(x, features, batch["image_slots"])
     logits = decode(
         text, config.text, params["text"], x,
-        batch["positions"], batch["cu_seqlens"], batch.get("seed"),
+        batch["positions"], batch["cu_seqlens"], batch.get("seed"), longest.document,
     )  # fmt: skip
     return logits if site.lazy else logits.dense()
 
 
-def look(site: Site, config: VLMConfig, params: Tree, batch: Batch) -> Tensor:
+def look(
+    site: Site, config: VLMConfig, params: Tree, batch: Batch, longest: int | None = None
+) -> Tensor:
     """Pictures to image tokens ``[K, D]``."""
     vision, projector = config.vision, config.projector
     if vision is None or projector is None:
@@ -64,12 +84,12 @@ def look(site: Site, config: VLMConfig, params: Tree, batch: Batch) -> Tensor:
         valid = used[:: projector.queries][segment_ids(cu_seqlens, patches.shape[0])]
     x = encode(
         site.at("vision"), vision, params["vision"], patches, batch["patch_positions"],
-        cu_seqlens, valid,
+        cu_seqlens, valid, longest,
     )  # fmt: skip
     bridge, p = site.at("projector"), params["projector"]
     if projector.kind == "mlp":
         return shuffle_and_project(bridge, vision.merge, p, x)
-    return resample(bridge, projector, vision.norm_eps, p, x, cu_seqlens)
+    return resample(bridge, projector, vision.norm_eps, p, x, cu_seqlens, longest)
 
 
 def place(x: Tensor, features: Tensor, slots: Tensor) -> Tensor:

@@ -236,7 +236,11 @@ def _bias(
     if causal or bucket.bias is None:
         return band  # causal queries never reach past their document's end
     ends = bucket.bias.to(dtype).repeat_interleave(key_heads, 0)
-    return ends if band is None else ends + band
+    if band is None:
+        return ends
+    # a query past its document's end may see no key at all, and softmax would give NaN there
+    blind = ends.mT.repeat(1, groups, 1) == -torch.inf
+    return (ends + band).masked_fill(blind, 0.0)
 
 
 def _weights(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -258,7 +262,6 @@ def _padded_formula(
     causal: bool,
     window: int | None,
     scale: float,
-    flash: bool = False,
 ) -> Tensor:
     """`padded` as plain torch, differentiable to any order; never through the flash kernel."""
     heads, key_heads = q.shape[1], k.shape[1]
@@ -280,14 +283,13 @@ def _padded_forward(
     causal: bool,
     window: int | None,
     scale: float,
-    flash: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     heads, key_heads = q.shape[1], k.shape[1]
     dtype = accumulation_dtype(q.dtype)
     parts, residuals = [], []
     for bucket in plan.buckets:
         qb, kb, vb = (_split(x, bucket, key_heads) for x in (q, k, v))
-        if flash and bucket.length > _SMALL:
+        if bucket.length > _SMALL:
             out, lse = _flash_forward(qb, kb, vb, bucket, key_heads, causal, window, scale)
             residuals += [out, lse]
             parts.append(out.flatten(0, 1))
@@ -310,7 +312,6 @@ def _padded_backward(
     causal: bool,
     window: int | None,
     scale: float,
-    flash: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With weights P: dV = P' g, dS = P * (g V' - rowsum), dQ = scale dS K, dK = scale dS' Q."""
     q, k, v = tensors
@@ -323,7 +324,7 @@ def _padded_backward(
     for bucket in plan.buckets:
         qb, kb, vb = (_split(x, bucket, key_heads) for x in (q, k, v))
         gb = _split(grad, bucket, key_heads, zero_unused=True)
-        if flash and bucket.length > _SMALL:
+        if bucket.length > _SMALL:
             grads = _flash_backward(
                 gb, qb, kb, vb, next(kept), next(kept), bucket, key_heads, causal, window, scale
             )
@@ -400,13 +401,7 @@ def _flash_backward(
     )
 
 
-PADDED = Op(
-    "padded attention",
-    _padded_formula,
-    _padded_forward,
-    _padded_backward,
-    under_vmap={"flash": False},  # torch's flash kernel has no batching rule
-)
+PADDED = Op("padded attention", _padded_formula, _padded_forward, _padded_backward)
 
 
 @allow_in_graph
@@ -420,7 +415,7 @@ def _apply_padded(
     scale: float,
 ) -> Tensor:
     plan = _make_plan(bounds)
-    return run(PADDED, q, k, v, plan=plan, causal=causal, window=window, scale=scale, flash=True)
+    return run(PADDED, q, k, v, plan=plan, causal=causal, window=window, scale=scale)
 
 
 # CUDA flash attention: libraries with their own first-order autograd
@@ -553,7 +548,9 @@ def _torch_varlen(
         else:
             groups = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    varlen_attn = _library("torch.nn.attention.varlen").varlen_attn
+    # an import statement, which Dynamo can trace; importlib it cannot
+    from torch.nn.attention.varlen import varlen_attn
+
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
 
 

@@ -12,7 +12,7 @@ from torch._dynamo import allow_in_graph
 
 from kernels.functions import Op, accumulation_dtype, can_read, check_device, check_floating, run
 
-_CHUNK_ELEMENTS = 2**26  # 256 MB of fp32 logits at a time
+_CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}  # logits at a time: 1 MB, 256 MB in fp32
 
 
 # Reference: plain torch, differentiable to any order
@@ -60,6 +60,43 @@ def cross_entropy_reference(
 # Fast paths
 
 
+def losses_and_gradients_(
+    z: Tensor,  # [n, V] logits in the accumulation dtype; overwritten
+    labels: Tensor,  # [n], every one in [0, V)
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    gradients: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`token_losses(capped(z))` [n] and, if asked for, their gradients to z [n, V].
+
+    One exp an entry serves both; the losses are the same bits with and without gradients.
+    """
+    y = labels[:, None]
+    z = capped(z, softcap)
+    target = z.gather(1, y)
+    mean = z.mean(-1, keepdim=True) if label_smoothing else None
+    slope = 1.0 - (z / softcap).square() if softcap is not None and gradients else None
+    top = z.amax(-1, keepdim=True)
+    d = z.sub_(top).exp_()
+    total = d.sum(-1, keepdim=True)
+    lse = top + total.log()
+    losses = lse - (1.0 - label_smoothing) * target
+    if mean is not None:
+        losses = losses - label_smoothing * mean
+    if z_loss:
+        losses = losses + z_loss * lse.square()
+    if not gradients:
+        return losses.squeeze(1), None
+    d *= (1.0 + 2.0 * z_loss * lse) / total if z_loss else 1.0 / total
+    d.scatter_(1, y, d.gather(1, y) - (1.0 - label_smoothing))
+    if label_smoothing:
+        d -= label_smoothing / z.shape[1]
+    if slope is not None:
+        d *= slope
+    return losses.squeeze(1), d
+
+
 def _forward(
     logits: Tensor,
     labels: Tensor,
@@ -73,13 +110,11 @@ def _forward(
     valid = labels != ignore_index
     y = labels.masked_fill(~valid, 0)
     total = torch.zeros((), dtype=dtype, device=logits.device)
-    lses = []
     for rows in _row_chunks(logits):
-        z = capped(logits[rows].to(dtype), softcap)
-        lses.append(z.logsumexp(-1))
-        loss = token_losses(z, y[rows], label_smoothing, z_loss)
-        total = total + loss.where(valid[rows], 0.0).sum()
-    return total / valid.sum().clamp(min=1), (torch.cat(lses),)
+        z = logits[rows].to(dtype, copy=True)
+        losses, _ = losses_and_gradients_(z, y[rows], label_smoothing, z_loss, softcap, False)
+        total += losses.where(valid[rows], 0.0).sum()
+    return total / valid.sum().clamp(min=1), ()
 
 
 def _backward(
@@ -93,32 +128,26 @@ def _backward(
     z_loss: float,
     softcap: float | None,
 ) -> tuple[Tensor, None]:
-    (logits, labels), (lse,) = tensors, residuals
+    logits, labels = tensors
+    dtype = accumulation_dtype(logits.dtype)
     valid = labels != ignore_index
     y = labels.masked_fill(~valid, 0)
-    weight = grad / valid.sum().clamp(min=1)
-    out = []
+    weight = grad.to(dtype) / valid.sum().clamp(min=1)
+    out = torch.empty_like(logits)
     for rows in _row_chunks(logits):
-        z = capped(logits[rows].to(lse.dtype), softcap)
-        d = (z - lse[rows][:, None]).exp()
-        if z_loss:
-            d = d * (1.0 + 2.0 * z_loss * lse[rows])[:, None]
-        target = y[rows][:, None]
-        d = d.scatter_add(1, target, torch.full_like(d[:, :1], label_smoothing - 1.0))
-        if label_smoothing:
-            d = d - label_smoothing / z.shape[1]
-        if softcap is not None:
-            d = d * (1.0 - (z / softcap).square())
-        d = (d * weight).masked_fill(~valid[rows][:, None], 0.0)
-        out.append(d.to(logits.dtype))
-    return (out[0] if len(out) == 1 else torch.cat(out)), None
+        z = logits[rows].to(dtype, copy=True)
+        _, d = losses_and_gradients_(z, y[rows], label_smoothing, z_loss, softcap, True)
+        assert d is not None
+        out[rows] = d.mul_(weight).masked_fill_(~valid[rows][:, None], 0.0)
+    return out, None
 
 
 def _row_chunks(logits: Tensor) -> list[slice]:
     n, vocab = logits.shape
-    if torch.compiler.is_compiling() or n * vocab <= _CHUNK_ELEMENTS:
+    if torch.compiler.is_compiling():
         return [slice(0, n)]  # compiled, the arithmetic fuses and there is no fp32 copy to bound
-    step = max(1, _CHUNK_ELEMENTS // vocab)
+    budget = _CHUNK_ELEMENTS.get(logits.device.type, _CHUNK_ELEMENTS["cuda"])
+    step = max(1, budget // max(1, vocab))
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 

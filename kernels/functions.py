@@ -9,21 +9,22 @@ Why two Functions: eager `torch.func.grad` runs a backward with `create_graph=Tr
 record (and keep) every intermediate of a backward written inline. As a Function of its own the
 backward's work is one node, whose own derivatives come from the formula only when asked for.
 
-Why `allow_in_graph`: under `torch.compile(torch.func.grad(f))` Dynamo inlines a Function's `forward`
-and differentiates that, ignoring our backward without a word. Each kernel file therefore calls
-`run` from one module-level function marked with `torch._dynamo.allow_in_graph`.
+Why `allow_in_graph`: under `torch.compile(torch.func.grad(f))` Dynamo inlines a Function's
+`forward` and differentiates that, ignoring our backward without a word. Each kernel file therefore
+calls `run` from one module-level function marked with `torch._dynamo.allow_in_graph`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Tensors = tuple[Tensor | None, ...]
+Dims = tuple[int | None, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,17 +37,18 @@ class Op:
     `backward(grad, needs, tensors, residuals, **static) -> grads`: one entry a tensor; those that
         `needs` does not ask for may be None.
 
-    `loops`: how a vmap level is served. False: `forward` and `backward` are themselves plain
-    out-of-place torch, and are vmapped. True: one call an example (right for any kernel).
-    `under_vmap` replaces static arguments there.
+    A vmap level makes one call an example, right for any kernel, unless the op says better:
+    `fold(batch_size, in_dims, tensors)` gives the tensors of one call over all examples, with a
+        leading batch dimension in them and in what comes back; or None if there is no such call.
+    `vmappable`: `backward` is plain out-of-place torch and may itself be vmapped.
     """
 
     name: str
     formula: Callable[..., Tensor]
     forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
     backward: Callable[..., Sequence[Tensor | None]]
-    loops: bool = False
-    under_vmap: Mapping[str, Any] = field(default_factory=dict)
+    fold: Callable[[int, Dims, Tensors], Tensors | None] | None = None
+    vmappable: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,13 +61,25 @@ class _Call:
     def formula(self, *tensors: Tensor | None) -> Tensor:
         return self.op.formula(*tensors, **self.static)
 
-    def batched(self) -> _Call:
-        return _Call(self.op, {**self.static, **self.op.under_vmap})
-
 
 def run(op: Op, *tensors: Tensor | None, **static: Any) -> Tensor:
     """`op.formula(*tensors, **static)`, computed and differentiated by the op's fast paths."""
+    if nested_forward_mode():
+        return op.formula(*tensors, **static)
     return _Forward.apply(_Call(op, static), *tensors)[0]
+
+
+def nested_forward_mode() -> bool:
+    """Whether two or more `torch.func.jvp` levels are active (a jvp of a jvp, jacfwd of jacfwd).
+
+    PyTorch runs a Function's `jvp` with forward mode switched off, so the outer level's tangent
+    would be dropped there without a word. Plain operations are right.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    jvp = torch._C._functorch.TransformType.Jvp
+    return sum(level.key() == jvp for level in levels) >= 2
 
 
 def pull(
@@ -100,7 +114,7 @@ def _replaced(values: Tensors, indices: Sequence[int], new: Sequence[Tensor]) ->
 
 
 def each_example(
-    fn: Callable[..., Any], batch_size: int, in_dims: Sequence[int | None], tensors: Tensors
+    fn: Callable[..., Any], batch_size: int, in_dims: Dims, tensors: Tensors
 ) -> tuple[Tensor, ...]:
     """`fn` (returning a tuple of tensors) once an example; the outputs stacked on dimension 0."""
     outs = []
@@ -108,6 +122,11 @@ def each_example(
         pairs = zip(tensors, in_dims, strict=True)
         outs.append(fn(*(t if t is None or d is None else t.select(d, i) for t, d in pairs)))
     return tuple(torch.stack(column) for column in zip(*outs, strict=True))
+
+
+def batch_first(x: Tensor, dim: int | None, batch_size: int) -> Tensor:
+    """x with its batch dimension in front, repeated there (as a view) if it has none."""
+    return x.expand(batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
 class _Forward(torch.autograd.Function):
@@ -123,7 +142,7 @@ class _Forward(torch.autograd.Function):
         ctx.call, tensors, residuals = inputs[0], inputs[1:], output[1:]
         ctx.count = len(tensors)
         ctx.save_for_backward(*tensors, *residuals)
-        ctx.save_for_forward(*tensors)
+        ctx.save_for_forward(*tensors, *residuals)
         ctx.mark_non_differentiable(*residuals)
         ctx.set_materialize_grads(False)  # residuals never get a gradient: make no zeros for them
 
@@ -145,15 +164,14 @@ class _Forward(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], call: _Call, *tensors: Tensor | None
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        call, dims = call.batched(), in_dims[1:]
-
-        def one(*example: Tensor | None) -> tuple[Tensor, ...]:
-            if call.op.loops:
-                return _Forward.apply(call, *example)
-            out, residuals = call.op.forward(*example, **call.static)
-            return (out, *residuals)
-
-        outs = _batch(one, call.op, info, dims, tensors)
+        dims = in_dims[1:]
+        folded = call.op.fold and call.op.fold(info.batch_size, dims, tensors)
+        if folded:
+            outs = _Forward.apply(call, *folded)
+        else:
+            outs = each_example(
+                lambda *example: _Forward.apply(call, *example), info.batch_size, dims, tensors
+            )
         return outs, (0,) * len(outs)
 
 
@@ -209,27 +227,21 @@ class _Backward(torch.autograd.Function):
         needs: tuple[bool, ...],
         *saved: Tensor | None,
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        call, dims = call.batched(), in_dims[2:]
+        dims = in_dims[2:]
+        if call.op.vmappable:
 
-        def one(*example: Any) -> tuple[Tensor, ...]:
-            if call.op.loops:
-                return _Backward.apply(call, needs, *example)
-            return _Backward.forward(call, needs, *example)
+            def one(*example: Any) -> tuple[Tensor, ...]:
+                return _Backward.forward(call, needs, *example)
 
-        outs = _batch(one, call.op, info, dims, saved)
+            outs = torch.func.vmap(one, in_dims=dims, randomness=info.randomness)(*saved)
+        else:
+            outs = each_example(
+                lambda *example: _Backward.apply(call, needs, *example),
+                info.batch_size,
+                dims,
+                saved,
+            )
         return outs, (0,) * len(outs)
-
-
-def _batch(
-    one: Callable[..., tuple[Tensor, ...]],
-    op: Op,
-    info: Any,
-    dims: tuple[int | None, ...],
-    tensors: Tensors,
-) -> tuple[Tensor, ...]:
-    if op.loops:
-        return each_example(one, info.batch_size, dims, tensors)
-    return torch.func.vmap(one, in_dims=dims, randomness=info.randomness)(*tensors)
 
 
 _TRACING_MODES = (

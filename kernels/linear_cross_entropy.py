@@ -21,6 +21,7 @@ from kernels.cross_entropy import (
     check_label_range,
     check_logits_and_labels,
     check_options,
+    losses_and_gradients_,
     token_losses,
 )
 from kernels.functions import Op, accumulation_dtype, check_floating, run
@@ -29,6 +30,11 @@ _CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}  # logits made at a time: 4 MB, 
 
 
 # Kernel: chunked matmuls
+
+
+def _takes_labelled_rows(device: str) -> bool:
+    """How many there are can be read at no cost on a CPU; elsewhere it would stall the stream."""
+    return device == "cpu"
 
 
 def _chunked(
@@ -51,15 +57,10 @@ def _chunked(
     n, vocab = hidden.shape[0], unembed.shape[0]
     dtype = accumulation_dtype(hidden.dtype)
     valid = labels != ignore_index
-    count = valid.sum().clamp(min=1)
+    count = valid.sum().clamp(min=1).to(dtype)
     weight = (1.0 if grad is None else grad.to(dtype)) / count
-    # on a CPU the number of labelled tokens can be read at no cost; elsewhere it would stall
-    rows = valid.nonzero().squeeze(1) if hidden.device.type == "cpu" else None
-    if rows is not None and len(rows) == n:
-        rows = None
-        valid_everywhere = True
-    else:
-        valid_everywhere = rows is not None
+    # either only the labelled rows are taken, or all of them with the others masked
+    rows = valid.nonzero().squeeze(1) if _takes_labelled_rows(hidden.device.type) else None
 
     total = hidden.new_zeros((), dtype=dtype)
     d_hidden = torch.zeros_like(hidden) if need_hidden else hidden.new_empty(0)
@@ -69,7 +70,7 @@ def _chunked(
     for start in range(0, n if rows is None else len(rows), chunk):
         here = slice(start, start + chunk) if rows is None else rows[start : start + chunk]
         h, y = hidden[here], labels[here]
-        ok = None if valid_everywhere else valid[here]
+        ok = valid[here] if rows is None else None
         if ok is not None:  # an unused row may hold NaN, and 0 * NaN would reach d_unembed
             h, y = h.masked_fill(~ok[:, None], 0.0), y.masked_fill(~ok, 0)
         z = torch.mm(h, unembed.t()).to(dtype)
@@ -77,23 +78,11 @@ def _chunked(
             z += bias
         if scale is not None:
             z *= scale
-        z = capped(z, softcap)
-        losses = token_losses(z, y, label_smoothing, z_loss)
+        gradients = need_hidden or need_unembed or need_bias
+        losses, d = losses_and_gradients_(z, y, label_smoothing, z_loss, softcap, gradients)
         total += (losses if ok is None else losses.where(ok, 0.0)).sum()
-        if not (need_hidden or need_unembed or need_bias):
+        if d is None:
             continue
-
-        lse = z.logsumexp(-1, keepdim=True)
-        slope = None if softcap is None else 1.0 - (z / softcap).square()
-        d = z.sub_(lse).exp_()  # softmax
-        if z_loss:
-            d *= 1.0 + 2.0 * z_loss * lse
-        y = y[:, None]
-        d.scatter_(1, y, d.gather(1, y) - (1.0 - label_smoothing))
-        if label_smoothing:
-            d -= label_smoothing / vocab
-        if slope is not None:
-            d *= slope
         if scale is not None:
             d *= scale
         if ok is not None:
@@ -253,7 +242,7 @@ def _backward(
     return tuple(ready)
 
 
-OP = Op("linear_cross_entropy", linear_cross_entropy_reference, _forward, _backward, loops=True)
+OP = Op("linear_cross_entropy", linear_cross_entropy_reference, _forward, _backward)
 
 
 @allow_in_graph

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._dynamo import allow_in_graph
 
-from kernels.functions import Op, accumulation_dtype, check_floating, run
+from kernels.functions import Dims, Op, Tensors, accumulation_dtype, check_floating, run
 
 # References: plain torch, differentiable to any order
 
@@ -50,7 +50,7 @@ def _rms_forward(
     r = torch.rsqrt(torch.linalg.vecdot(wide, wide).unsqueeze(-1) / x.shape[-1] + eps)
     y = wide * r
     if weight is not None:
-        y = y * weight
+        y = y * weight.to(y.dtype)
     return y.to(x.dtype), (r,)
 
 
@@ -64,22 +64,32 @@ def _rms_backward(
 ) -> tuple[Tensor | None, ...]:
     """dx = r g w - x r^3 mean(g w x), dw = sum over rows of g x r."""
     (x, weight), (r,) = tensors, residuals
-    wide = x.to(r.dtype)
-    gx = grad * wide
+    wide, g = x.to(r.dtype), grad.to(r.dtype)
+    gx = g * wide
     if weight is None:
-        dot, scaled = gx.sum(-1, keepdim=True), grad * r
+        dot, scaled = gx.sum(-1, keepdim=True), g * r
     else:
-        weight = weight.to(r.dtype)
-        dot, scaled = (gx @ weight).unsqueeze(-1), grad * weight * r
+        w = weight.to(r.dtype)
+        dot, scaled = (gx @ w).unsqueeze(-1), g * w * r
     dx = torch.addcmul(scaled, wide, r.pow(3) * dot, value=-1.0 / x.shape[-1])
     dw = None
     if weight is not None and needs[1]:
         rows = gx.reshape(-1, x.shape[-1])
-        dw = (rows.t() @ r.reshape(-1)).to(tensors[1].dtype)  # type: ignore[union-attr]
+        dw = (rows.t() @ r.reshape(-1)).to(weight.dtype)
     return dx.to(x.dtype), dw
 
 
-RMS_NORM = Op("rms_norm", rms_norm_reference, _rms_forward, _rms_backward)
+def _fold(batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
+    """Examples are more rows, if they share weight and bias."""
+    (x, *leaves), (dim, *others) = tensors, dims
+    if x is None or dim is None or any(other is not None for other in others):
+        return None
+    return (x.movedim(dim, 0), *leaves)
+
+
+RMS_NORM = Op(
+    "rms_norm", rms_norm_reference, _rms_forward, _rms_backward, fold=_fold, vmappable=True
+)
 
 
 @allow_in_graph
@@ -94,13 +104,14 @@ def _layer_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     wide = x.to(accumulation_dtype(x.dtype))
-    var, mean = torch.var_mean(wide, -1, correction=0, keepdim=True)
-    r = torch.rsqrt(var + eps)
-    y = (wide - mean) * r
+    mean = wide.mean(-1, keepdim=True)
+    centred = wide - mean
+    r = torch.rsqrt(torch.linalg.vecdot(centred, centred).unsqueeze(-1) / x.shape[-1] + eps)
+    y = centred * r
     if weight is not None:
-        y = y * weight
+        y = y * weight.to(y.dtype)
     if bias is not None:
-        y = y + bias
+        y = y + bias.to(y.dtype)
     return y.to(x.dtype), (mean, r)
 
 
@@ -114,22 +125,32 @@ def _layer_backward(
 ) -> tuple[Tensor | None, ...]:
     """With u = c r and v = g w: dx = r (v - mean v - u mean(v u)), dw = sum g u, db = sum g."""
     (x, weight, bias), (mean, r) = tensors, residuals
-    u = (x.to(r.dtype) - mean) * r
-    wide_grad = grad.to(r.dtype)
-    v = wide_grad if weight is None else wide_grad * weight
-    shared = torch.addcmul(
-        v - v.mean(-1, keepdim=True), u, (v * u).mean(-1, keepdim=True), value=-1
-    )
     dim = x.shape[-1]
+    u = (x.to(r.dtype) - mean) * r
+    g = grad.to(r.dtype)
+    gu = g * u
+    if weight is None:
+        v, mean_v, mean_vu = g, g.mean(-1, keepdim=True), gu.mean(-1, keepdim=True)
+    else:
+        w = weight.to(r.dtype)
+        v, mean_v, mean_vu = g * w, (g @ w).unsqueeze(-1) / dim, (gu @ w).unsqueeze(-1) / dim
+    dx = torch.addcmul(v - mean_v, u, mean_vu, value=-1.0) * r
     dw = db = None
     if weight is not None and needs[1]:
-        dw = (wide_grad * u).reshape(-1, dim).sum(0).to(weight.dtype)
+        dw = gu.reshape(-1, dim).sum(0).to(weight.dtype)
     if bias is not None and needs[2]:
-        db = wide_grad.reshape(-1, dim).sum(0).to(bias.dtype)
-    return (shared * r).to(x.dtype), dw, db
+        db = g.reshape(-1, dim).sum(0).to(bias.dtype)
+    return dx.to(x.dtype), dw, db
 
 
-LAYER_NORM = Op("layer_norm", layer_norm_reference, _layer_forward, _layer_backward)
+LAYER_NORM = Op(
+    "layer_norm",
+    layer_norm_reference,
+    _layer_forward,
+    _layer_backward,
+    fold=_fold,
+    vmappable=True,
+)
 
 
 @allow_in_graph

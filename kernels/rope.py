@@ -12,58 +12,86 @@ import torch
 from torch import Tensor
 from torch._dynamo import allow_in_graph
 
-from kernels.functions import accumulation_dtype, can_read, check_device, check_floating
+from kernels.functions import (
+    accumulation_dtype,
+    batch_first,
+    can_read,
+    check_device,
+    check_floating,
+    each_example,
+    nested_forward_mode,
+)
 
 
 def rope_reference(
-    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, inverse: bool = False
-) -> Tensor:
-    """The rotation of x [N, H, Dh]: plain torch, differentiable to any order (tables too)."""
-    dtype = accumulation_dtype(x.dtype)
-    c = cos.index_select(0, positions).to(dtype).unsqueeze(1)  # [N, 1, Dh/2]
-    s = sin.index_select(0, positions).to(dtype).unsqueeze(1)
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """What `rope` computes: plain torch, differentiable to any order (in the tables too)."""
+    dtype = accumulation_dtype(q.dtype)
+    c = cos.index_select(0, positions).to(dtype)
+    s = sin.index_select(0, positions).to(dtype)
     if inverse:
         s = -s
     # (a, b) -> (a c - b s, b c + a s), both halves in one pass
-    half = x.shape[-1] // 2
-    turned = x * torch.cat((c, c), -1) + torch.roll(x, half, -1) * torch.cat((-s, s), -1)
-    return turned.to(x.dtype)
+    c, s = torch.cat((c, c), -1).unsqueeze(1), torch.cat((-s, s), -1).unsqueeze(1)  # [N, 1, Dh]
+    # widened before multiplying: on CPU bf16 * fp32 takes 5 times as long
+    wide_q, wide_k, half = q.to(dtype), k.to(dtype), q.shape[-1] // 2
+    turned_q = wide_q * c + torch.roll(wide_q, half, -1) * s
+    turned_k = wide_k * c + torch.roll(wide_k, half, -1) * s
+    return turned_q.to(q.dtype), turned_k.to(k.dtype)
 
 
 class _Rotate(torch.autograd.Function):
-    """Gradients flow to x alone."""
+    """Gradients flow to q and k alone."""
 
     @staticmethod
-    def forward(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool) -> Tensor:
-        return rope_reference(x, cos, sin, positions, inverse=inverse)
+    def forward(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        return rope_reference(q, k, cos, sin, positions, inverse=inverse)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, *tables, ctx.inverse = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tables, ctx.inverse = inputs[2:]
         ctx.save_for_backward(*tables)
         ctx.save_for_forward(*tables)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _Rotate.apply(grad, *ctx.saved_tensors, not ctx.inverse), None, None, None, None
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        back = _Rotate.apply(grad_q, grad_k, *ctx.saved_tensors, not ctx.inverse)
+        return (*back, None, None, None, None)
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return _Rotate.apply(tangent, *ctx.saved_tensors, ctx.inverse)
+    def jvp(ctx: Any, tangent_q: Tensor, tangent_k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return _Rotate.apply(tangent_q, tangent_k, *ctx.saved_tensors, ctx.inverse)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:
         *tensors, inverse = args
-
-        def one(*example: Tensor) -> Tensor:
-            return rope_reference(*example, inverse=inverse)
-
-        return torch.func.vmap(one, in_dims=in_dims[:-1])(*tensors), 0
+        *dims, _ = in_dims
+        if dims[2] is None and dims[3] is None:  # shared tables: examples are more tokens
+            batched = [
+                batch_first(t, d, info.batch_size) for t, d in zip(tensors, dims, strict=True)
+            ]
+            q, k, positions = (batched[i].flatten(0, 1) for i in (0, 1, 4))
+            outs = _Rotate.apply(q, k, tensors[2], tensors[3], positions, inverse)
+            return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outs), (0, 0)
+        outs = each_example(
+            lambda *example: _Rotate.apply(*example, inverse),
+            info.batch_size,
+            tuple(dims),
+            tuple(tensors),
+        )
+        return outs, (0, 0)
 
 
 @allow_in_graph
-def _apply(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
-    return _Rotate.apply(x, cos, sin, positions, False)
+def _apply(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    if nested_forward_mode():
+        return rope_reference(q, k, cos, sin, positions)
+    return _Rotate.apply(q, k, cos, sin, positions, False)
 
 
 def rope(
@@ -124,7 +152,7 @@ def rope(
                 f"rope: position {low if low < 0 else high} is outside the tables of "
                 f"{cos.shape[0]} positions; make longer cos and sin tables."
             )
-    return _apply(q, cos, sin, positions), _apply(k, cos, sin, positions)
+    return _apply(q, k, cos, sin, positions)
 
 
 def _three_dims(name: str, x: Tensor) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo import allow_in_graph
 
-from kernels.functions import Op, check_floating, run
+from kernels.functions import Dims, Op, Tensors, batch_first, check_floating, run
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -34,7 +34,12 @@ def _backward(
     return d_gate, (grad * F.silu(gate) if needs[1] else None)
 
 
-OP = Op("swiglu", swiglu_reference, _forward, _backward)
+def _fold(batch_size: int, dims: Dims, tensors: Tensors) -> Tensors:
+    pairs = zip(tensors, dims, strict=True)
+    return tuple(batch_first(t, dim, batch_size) for t, dim in pairs if t is not None)
+
+
+OP = Op("swiglu", swiglu_reference, _forward, _backward, fold=_fold, vmappable=True)
 
 
 @allow_in_graph

@@ -1,21 +1,23 @@
-"""Initial values, each leaf drawn on its own."""
+"""Initial params of a config. Each leaf has a random stream of its own."""
 
 from __future__ import annotations
 
-import zlib
-from typing import Protocol
+import hashlib
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from params.spec import Leaf, Spec
+from params.spec import Leaf
 from params.tree import Tree, map_with_path
 
 
 class HasParamSpec(Protocol):
-    """Whatever can say what its parameters are: every model config."""
+    """A config: whatever says which parameters it needs."""
 
-    def param_spec(self) -> Spec: ...
+    def param_spec(self) -> dict[str, Any]:
+        """Nested dict of Leaf."""
+        ...
 
 
 def init_params(
@@ -25,20 +27,33 @@ def init_params(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tree:
-    """Fresh params for a config, drawn directly on the device.
+    """Fresh params: a nested dict of tensors shaped and drawn as ``config.param_spec()`` says.
 
-    Every leaf has a generator of its own, seeded by (seed, path): a leaf's values do not change
-    when others are added or removed. CPU and CUDA draw different numbers from one seed. Values are
-    drawn in fp32 and then cast to ``dtype``.
+    A leaf's values follow from ``(seed, its path)`` alone: adding, dropping or reordering others
+    does not change it, nor does the global generator. They are drawn in fp32 on ``device`` (CPU and
+    CUDA draw different numbers) and then cast, so bf16 params are the fp32 ones rounded. On
+    ``device="meta"`` only shapes exist. Raises ValueError if ``dtype`` is not floating-point.
     """
+    if not dtype.is_floating_point:
+        raise ValueError(f"params start out floating-point: dtype cannot be {dtype}")
+    device = torch.device(device)
 
-    def draw(path: str, leaf: Leaf) -> Tensor:
-        if leaf.init != "normal":
+    def make(path: str, leaf: Leaf) -> Tensor:
+        if leaf.init != "normal" or device.type == "meta":
             fill = 1.0 if leaf.init == "ones" else 0.0
             return torch.full(leaf.shape, fill, dtype=dtype, device=device)
-        generator = torch.Generator(device)
-        generator.manual_seed((seed << 32) + zlib.crc32(path.encode()))
-        values = torch.randn(leaf.shape, generator=generator, device=device)
-        return values.mul_(leaf.std).to(dtype)
+        generator = torch.Generator(device).manual_seed(leaf_seed(seed, path))
+        drawn = torch.empty(leaf.shape, dtype=torch.float32, device=device)
+        return drawn.normal_(0.0, leaf.std, generator=generator).to(dtype)
 
-    return map_with_path(draw, config.param_spec())
+    return map_with_path(make, config.param_spec())
+
+
+def leaf_seed(seed: int, path: str) -> int:
+    """63 bits that follow from the run's seed and the leaf's name.
+
+    A hash that is the same everywhere (``hash()`` is salted per process) and too wide for two
+    leaves of a model to meet by chance, as they would with 32 bits.
+    """
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,23 +1,40 @@
-"""Weights as int8 with one scale per output channel."""
+"""Symmetric int8 weights with one scale per output channel.
+
+In a tree, a leaf ``weight [O, I]`` becomes two: ``weight_int8 [O, I]`` and the fp32
+``weight_scale [O, 1]``.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Container
 
 import torch
 from torch import Tensor
 
 
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``weight [O, I]`` -> ``(int8 [O, I], scale fp32 [O, 1])``, symmetric: weight ~ int8 * scale.
+def quantize_weight(w: Tensor) -> tuple[Tensor, Tensor]:
+    """``w [O, I]`` floating-point -> ``(q int8 [O, I], scale fp32 [O, 1])``, ``q * scale ~ w``.
 
-    scale = max |row| / 127 (1 for a row of zeros); rounding half to even, in fp32. The error is at
-    most scale / 2 per element.
+    scale = max |row| / 127 in fp32 (1 where the row is zero); q = w / scale, rounded half to even,
+    within +-127, so that |q * scale - w| <= scale / 2 up to fp32 rounding (Jacob et al. 2017,
+    https://arxiv.org/abs/1712.05877, without its zero point). A row with a NaN or infinity
+    gets a non-finite scale, so that nothing finite comes back from it. Raises ValueError if w is
+    not a floating-point matrix.
     """
-    rows = weight.float()
-    largest = rows.abs().amax(dim=-1, keepdim=True)
-    scale = torch.where(largest == 0, torch.ones_like(largest), largest / 127)
-    return (rows / scale).round().clamp(-127, 127).to(torch.int8), scale
+    if w.ndim != 2 or not w.is_floating_point():
+        raise ValueError(f"int8 wants a floating-point matrix, not {w.dtype} {list(w.shape)}")
+    w = w.float()
+    scale = w.abs().amax(dim=1, keepdim=True) / 127  # [O, 1]
+    scale = torch.where(scale == 0, 1.0, scale)
+    q = (w / scale).round().clamp(-127, 127)
+    return q.to(torch.int8), scale
 
 
-def dequantize_weight(quantized: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``int8 [O, I]`` and ``scale [O, 1]`` -> ``[O, I]`` in ``dtype``, multiplied in fp32."""
-    return (quantized.float() * scale.float()).to(dtype)
+def dequantize_weight(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``q int8 [O, I]``, ``scale fp32 [O, 1]`` -> ``[O, I]`` in ``dtype``; the product is fp32."""
+    return (q.float() * scale).to(dtype)
+
+
+def is_scale(path: str, paths: Container[str]) -> bool:
+    """Whether the leaf at ``path`` scales an int8 one: never cast, trained or counted."""
+    return path.endswith("_scale") and f"{path.removesuffix('_scale')}_int8" in paths

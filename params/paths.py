@@ -1,79 +1,118 @@
-"""Dotted paths and the patterns that name them, the same for leaves and for sites.
+"""Dotted paths and the patterns that name them.
 
-A pattern is one or more dotted segments, each with shell wildcards, that match a run of the path's
-segments anywhere: ``vision``, ``blocks.0``, ``mlp.*``, ``text.blocks.-1``. A negative index counts
-from the end: the last block of each tower is ``blocks.-1``.
+A path is the name of a leaf or of a site: ``text.blocks.3.mlp.down.weight``. A pattern is a run of
+segments, each an fnmatch pattern, and names every path in which such a run occurs anywhere:
+``vision``, ``blocks.0``, ``mlp.*``, ``attn.[qk].weight``. A negative segment counts from the end
+of a list of layers: ``blocks.-1`` is the last block.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
-Aliases = Mapping[int, str]  # segment index -> its other spelling, such as {2: "-1"}
+LISTED = 12  # paths that an error message shows
 
 
-def matches(pattern: str, path: str, aliases: Aliases | None = None) -> bool:
-    """Whether ``pattern`` names ``path``, or something above it.
+def matches(pattern: str, path: str, aliases: Mapping[int, str] | None = None) -> bool:
+    """Whether ``pattern`` names ``path``.
 
-    >>> matches("blocks.*.mlp", "text.blocks.3.mlp.down.weight")
-    True
-    >>> matches("blocks.-1", "text.blocks.3.mlp", {2: "-1"}), matches("lock", "text.blocks.3")
+    aliases: segment index -> how that segment reads when counted from the end (``{2: "-1"}``), as
+    :func:`segment_aliases` or :func:`alias_table` gives it. Only segments of the pattern that start
+    with a minus are held against it, so that ``[!0]`` never means the first layer.
+
+    >>> matches("mlp.*", "text.blocks.3.mlp.down.weight"), matches("mlp.*", "text.blocks.3.mlp")
     (True, False)
+    >>> matches("blocks.-1", "text.blocks.3.mlp", {2: "-1"})
+    True
     """
-    wanted, have, also = pattern.split("."), path.split("."), aliases or {}
-    for start in range(len(have) - len(wanted) + 1):
-        if all(
-            fnmatchcase(have[start + i], segment) or also.get(start + i) == segment
-            for i, segment in enumerate(wanted)
-        ):
-            return True
-    return False
+    wanted = pattern.split(".")
+    have = [(s, aliases.get(i) if aliases else None) for i, s in enumerate(path.split("."))]
+    runs = (have[start : start + len(wanted)] for start in range(len(have) - len(wanted) + 1))
+    return any(all(map(_fits, wanted, run)) for run in runs)
 
 
-def alias_table(paths: Iterable[str]) -> dict[str, Aliases]:
-    """For each path, the negative spelling of its indices.
+def _fits(want: str, have: tuple[str, str | None]) -> bool:
+    name, alias = have
+    from_the_end = alias is not None and want.startswith("-") and fnmatchcase(alias, want)
+    return from_the_end or fnmatchcase(name, want)
 
-    Siblings that are exactly "0" to "n-1" are a list: "k" is also "k-n".
+
+def segment_aliases(tree: Mapping[str, Any], path: str) -> dict[int, str]:
+    """Segment index -> negative spelling, for one path of a tree of params.
+
+    Lists are the branches whose keys are exactly ``"0" ... "n-1"``.
+
+    >>> segment_aliases({"blocks": {"0": {"w": 1}, "1": {"w": 2}}}, "blocks.1.w")
+    {1: '-1'}
     """
+    aliases, node = {}, tree
+    for i, segment in enumerate(path.split(".")):
+        if _is_list(node):
+            aliases[i] = str(int(segment) - len(node))
+        node = node[segment]
+    return aliases
+
+
+def alias_table(paths: Iterable[str]) -> dict[str, dict[int, str]]:
+    """:func:`segment_aliases` of every path, the tree being the one that the paths spell out."""
     split = {path: path.split(".") for path in paths}
-    siblings: dict[tuple[str, ...], set[str]] = {}
+    children: dict[tuple[str, ...], set[str]] = {}
     for segments in split.values():
         for i, segment in enumerate(segments):
-            siblings.setdefault(tuple(segments[:i]), set()).add(segment)
-    lengths = {
-        parent: len(names)
-        for parent, names in siblings.items()
-        if names == {str(i) for i in range(len(names))}
-    }
-    return {
-        path: {
-            i: str(int(segment) - lengths[parent])
-            for i, segment in enumerate(segments)
-            if (parent := tuple(segments[:i])) in lengths
-        }
-        for path, segments in split.items()
-    }
+            children.setdefault(tuple(segments[:i]), set()).add(segment)
+    lists = {parent: len(names) for parent, names in children.items() if _is_list(names)}
+    table: dict[str, dict[int, str]] = {path: {} for path in split}
+    for path, segments in split.items():
+        for i, segment in enumerate(segments):
+            if (length := lists.get(tuple(segments[:i]))) is not None:
+                table[path][i] = str(int(segment) - length)
+    return table
 
 
-def select_paths(patterns: Sequence[str], paths: Iterable[str], what: str = "leaves") -> list[str]:
-    """The paths that any pattern names, in order. Raises ValueError if a pattern names none."""
-    have = list(paths)
-    aliases = alias_table(have)
+def select_paths(
+    patterns: Sequence[str] | str, paths: Iterable[str], *, what: str = "params"
+) -> list[str]:
+    """The paths that any of the patterns names, in their own order.
+
+    Raises ValueError, listing what there is, if one of the patterns names nothing.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    aliases = alias_table(paths := list(paths))
     chosen: set[str] = set()
     for pattern in patterns:
-        named = {path for path in have if matches(pattern, path, aliases[path])}
+        named = {path for path in paths if matches(pattern, path, aliases[path])}
         if not named:
-            raise no_match(pattern, have, what)
+            raise no_match(pattern, paths, what=what)
         chosen |= named
-    return [path for path in have if path in chosen]
+    return [path for path in paths if path in chosen]
 
 
-def no_match(pattern: str, have: Sequence[str], what: str = "leaves") -> ValueError:
-    """The error for a pattern that names nothing: it says what there is, and what is near."""
-    parts = {".".join(p.split(".")[i:j]) for p in have for i in range(9) for j in range(i + 1, 9)}
-    near = difflib.get_close_matches(pattern, sorted(parts - {""}), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    shown = ", ".join(have[:12]) + (f", ... ({len(have)} in all)" if len(have) > 12 else "")
-    return ValueError(f"{pattern!r} matches none of the {what}{hint} There are: {shown}")
+def no_match(pattern: str, paths: Iterable[str], *, what: str = "params") -> ValueError:
+    """The error to raise when a pattern names nothing: the nearest pattern and what there is."""
+    paths = list(paths)
+    near = difflib.get_close_matches(pattern, _runs(pattern.split("."), paths), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    kinds = list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", path) for path in paths))
+    more = f", ... ({len(kinds) - LISTED} more)" if len(kinds) > LISTED else ""
+    have = ", ".join(kinds[:LISTED]) + more if kinds else "none at all"
+    return ValueError(f"pattern {pattern!r} matches nothing{hint} There are these {what}: {have}")
+
+
+def _runs(wanted: Sequence[str], paths: Iterable[str]) -> list[str]:
+    """Every run of as many segments as ``wanted``; its wildcards are taken over."""
+    keep = {i for i, s in enumerate(wanted) if any(c in s for c in "*?[")}
+    runs: dict[str, None] = {}
+    for path in paths:
+        have = path.split(".")
+        for start in range(len(have) - len(wanted) + 1):
+            run = have[start : start + len(wanted)]
+            runs[".".join(wanted[i] if i in keep else s for i, s in enumerate(run))] = None
+    return list(runs)
+
+
+def _is_list(names: Collection[str]) -> bool:
+    return set(names) == {str(i) for i in range(len(names))}

@@ -1,32 +1,40 @@
-"""What a leaf will be, before it is: its shape and its initial distribution."""
+"""What a parameter is before it exists: its shape and how it starts."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from params.tree import flatten
+
 INITS = ("normal", "zeros", "ones")
+Spec = dict[str, Any]  # str -> Spec | Leaf: the shape of a tree of params
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """Shape and initial values of one parameter; ``std`` only counts for "normal"."""
+    """One tensor to be: drawn from N(0, std^2), or constant.
+
+    Raises ValueError for an unknown ``init``, a negative ``std`` or a negative dimension.
+    """
 
     shape: tuple[int, ...]
     init: str = "normal"
-    std: float = 0.02
+    std: float = 0.02  # of "normal"; ignored otherwise
 
     def __post_init__(self) -> None:
         if self.init not in INITS:
             raise ValueError(f"init is one of {', '.join(INITS)}, not {self.init!r}")
+        if not self.std >= 0 or any(size < 0 for size in self.shape):
+            raise ValueError(f"no tensor has shape {self.shape} and std {self.std}")
 
 
-Spec = dict[str, Any]  # of Leaf, or of further specs
+def count_leaves(spec: Mapping[str, Any]) -> int:
+    """Parameters in a nested dict of Leaf.
 
-
-def count_leaves(spec: Spec | Leaf) -> int:
-    """Number of parameters of a spec."""
-    if isinstance(spec, Leaf):
-        return math.prod(spec.shape)
-    return sum(count_leaves(part) for part in spec.values())
+    >>> count_leaves({"down": {"weight": Leaf((3, 4)), "bias": Leaf((3,), "zeros")}})
+    15
+    """
+    return sum(math.prod(leaf.shape) for leaf in flatten(spec).values())

@@ -1,105 +1,145 @@
-"""Params are nested dicts of tensors; these are the verbs for them.
+"""Pytrees of params: nested dicts with str keys and tensors (or anything but dicts) as leaves.
 
-Keys are strings, layers included ("0", "1", ...), so that a dotted path names a leaf without doubt
-and is its name in a safetensors file. Order of keys carries no meaning.
+A leaf's dotted path is its name in a safetensors file. Keys hold no dots; layers of a list are
+keyed ``"0"``, ``"1"``, ... The order of keys never matters. Empty dicts hold nothing and are
+dropped by whatever goes through the flat form. All functions return new dicts around the same
+leaves, and trace under ``torch.compile`` (those that take patterns excepted: fnmatch does not).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from params.paths import select_paths
 
-Tree = dict[str, Any]  # of tensors, or of further trees
+Tree = dict[str, Any]  # str -> Tree | Tensor
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts to ``{dotted path: leaf}``."""
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"a": {"b": x}} -> {"a.b": x}``. Raises ValueError for a key that is not a dotless str."""
     flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        path = f"{prefix}.{name}" if prefix else name
-        if isinstance(value, Mapping):
-            flat |= flatten(value, path)
-        else:
-            flat[path] = value
+    _flatten_into(flat, "", tree)
     return flat
 
 
+def _flatten_into(flat: dict[str, Any], prefix: str, tree: Mapping[str, Any]) -> None:
+    for key, value in tree.items():
+        if not isinstance(key, str) or "." in key or not key:
+            raise ValueError(f"key {key!r} under {prefix!r} is not a name: a str without dots")
+        if isinstance(value, Mapping):
+            _flatten_into(flat, f"{prefix}{key}.", value)
+        else:
+            flat[prefix + key] = value
+
+
 def unflatten(flat: Mapping[str, Any]) -> Tree:
-    """The inverse of :func:`flatten`. Raises ValueError if one path runs through another's leaf."""
+    """The inverse of :func:`flatten`. Raises ValueError if a path is both a leaf and a branch."""
     tree: Tree = {}
     for path, leaf in flat.items():
-        *above, name = path.split(".")
+        *branches, name = path.split(".")
         node = tree
-        for segment in above:
-            node = node.setdefault(segment, {})
+        for branch in branches:
+            node = node.setdefault(branch, {})
             if not isinstance(node, dict):
-                raise ValueError(f"{path} runs through a leaf at {segment!r}")
+                raise ValueError(f"{path} lies under {branch!r}, which is a leaf")
         if name in node:
-            raise ValueError(f"{path} is both a leaf and a branch, or is there twice")
+            raise ValueError(f"{path} is a leaf and a branch at once")
         node[name] = leaf
     return tree
 
 
-def map_leaves(fn: Callable[..., Any], tree: Mapping[str, Any], *others: Mapping[str, Any]) -> Tree:
-    """``fn`` of corresponding leaves. Raises ValueError where the trees' keys differ."""
-    for other in others:
-        if other.keys() != tree.keys():
-            raise ValueError(f"trees differ in {sorted(other.keys() ^ tree.keys())[:4]}")
-    return {
-        name: map_leaves(fn, value, *(other[name] for other in others))
-        if isinstance(value, Mapping)
-        else fn(value, *(other[name] for other in others))
-        for name, value in tree.items()
-    }
+def map_leaves(fn: Callable[..., Any], tree: Mapping[str, Any], *rest: Mapping[str, Any]) -> Tree:
+    """``fn(leaf, *leaves at the same path of the other trees)`` at every leaf.
+
+    Raises ValueError, naming the path, if the trees differ in structure.
+    """
+    return _map(lambda path, *leaves: fn(*leaves), "", tree, *rest)
 
 
-def map_with_path(fn: Callable[[str, Any], Any], tree: Mapping[str, Any], prefix: str = "") -> Tree:
-    """``fn(path, leaf)`` of every leaf."""
+def map_with_path(fn: Callable[[str, Any], Any], tree: Mapping[str, Any]) -> Tree:
+    """``fn(path, leaf)`` at every leaf."""
+    return _map(fn, "", tree)
+
+
+def _map(
+    fn: Callable[..., Any], prefix: str, tree: Mapping[str, Any], *rest: Mapping[str, Any]
+) -> Tree:
+    for other in rest:
+        if not isinstance(other, Mapping) or other.keys() != tree.keys():
+            raise ValueError(f"the trees differ under {prefix.rstrip('.') or 'their root'!r}")
     out: Tree = {}
-    for name, value in tree.items():
-        path = f"{prefix}.{name}" if prefix else name
-        out[name] = map_with_path(fn, value, path) if isinstance(value, Mapping) else fn(path, value)
+    for key, value in tree.items():
+        others = [other[key] for other in rest]
+        if isinstance(value, Mapping):
+            out[key] = _map(fn, f"{prefix}{key}.", value, *others)
+        elif any(isinstance(other, Mapping) for other in others):
+            raise ValueError(
+                f"the trees differ: {prefix}{key} is a leaf in one, a branch in another"
+            )
+        else:
+            out[key] = fn(prefix + key, value, *others)
     return out
 
 
-def select(tree: Tree, patterns: Sequence[str]) -> Tree:
-    """The part of the tree that the patterns name; ValueError if one of them names nothing."""
+def select(tree: Mapping[str, Any], patterns: Sequence[str] | str) -> Tree:
+    """The part of a tree that path patterns name. Raises ValueError if one names nothing."""
     return partition(tree, patterns)[0]
 
 
-def partition(tree: Tree, patterns: Sequence[str]) -> tuple[Tree, Tree]:
-    """``(what the patterns name, the rest)``; :func:`merge` is the way back."""
+def partition(tree: Mapping[str, Any], patterns: Sequence[str] | str) -> tuple[Tree, Tree]:
+    """``(selected, rest)``; branches left without leaves are dropped. :func:`merge` is the inverse.
+
+    >>> partition({"vision": {"w": 1}, "text": {"w": 2, "b": 3}}, ["vision", "text.b"])
+    ({'vision': {'w': 1}, 'text': {'b': 3}}, {'text': {'w': 2}})
+
+    Raises ValueError if a pattern names nothing.
+    """
     flat = flatten(tree)
     chosen = set(select_paths(patterns, flat))
-    named = {path: leaf for path, leaf in flat.items() if path in chosen}
-    rest = {path: leaf for path, leaf in flat.items() if path not in chosen}
-    return unflatten(named), unflatten(rest)
+    selected = {path: leaf for path, leaf in flat.items() if path in chosen}
+    return unflatten(selected), unflatten({p: x for p, x in flat.items() if p not in chosen})
 
 
-def merge(*trees: Tree) -> Tree:
-    """One tree of all leaves. Raises ValueError if a path occurs twice."""
+def merge(*trees: Mapping[str, Any]) -> Tree:
+    """One tree with the leaves of all. Raises ValueError if two hold a leaf at the same path."""
     flat: dict[str, Any] = {}
     for tree in trees:
         part = flatten(tree)
-        if clash := flat.keys() & part.keys():
-            raise ValueError(f"leaves given twice: {sorted(clash)[:4]}")
-        flat |= part
+        for path in part:
+            if path in flat:
+                raise ValueError(f"{path} is in more than one of the trees to merge")
+        flat.update(part)
     return unflatten(flat)
 
 
-def leaves(tree: Mapping[str, Any]) -> Iterable[Tensor]:
-    return flatten(tree).values()
-
-
 def count(tree: Mapping[str, Any]) -> int:
-    """Parameters: elements of all leaves, the scales of quantised weights not counted."""
-    return sum(t.numel() for path, t in flatten(tree).items() if not path.endswith("weight_scale"))
+    """Elements in all leaves. ``sizes.estimate_size`` counts parameters: no scales, ties once."""
+    return sum(leaf.numel() for leaf in flatten(tree).values())
 
 
 def num_bytes(tree: Mapping[str, Any]) -> int:
-    """Bytes of all leaves, scales included."""
-    return sum(t.numel() * t.element_size() for t in leaves(tree))
+    """Bytes of all leaves, each counted for itself."""
+    return sum(map(leaf_bytes, flatten(tree).values()))
+
+
+def leaf_bytes(leaf: Tensor) -> int:
+    """Bytes of one tensor, as if contiguous."""
+    return leaf.numel() * leaf.element_size()
+
+
+def ties(tree: Mapping[str, Any]) -> dict[str, str]:
+    """Paths whose leaf is, byte for byte, the memory of another -> that other path.
+
+    The path that comes first in alphabetical order is the one referred to.
+    """
+    first: dict[Any, str] = {}
+    tied = {}
+    for path, leaf in sorted(flatten(tree).items()):
+        storage = leaf.untyped_storage()._cdata  # its identity, on the meta device too
+        view = (leaf.storage_offset(), tuple(leaf.shape), leaf.stride(), leaf.dtype)
+        if (owner := first.setdefault((storage, view), path)) != path:
+            tied[path] = owner
+    return tied

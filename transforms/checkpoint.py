@@ -137,7 +137,7 @@ def _pull(
 ) -> tuple[Any, ...]:
     """Gradients with respect to ``flat[index]``, by running ``f`` again."""
     with nullcontext() if rng is None else rng.again():
-        _, pull = vjp(_of(f, flat, index), *(flat[i] for i in index))
+        pull = vjp(_of(f, flat, index), *(flat[i] for i in index))[1]
     return pull(cotangents)
 
 
@@ -154,7 +154,9 @@ class _Checkpoint(torch.autograd.Function):
         ctx.save_for_backward(*flat)
         ctx.save_for_forward(*flat)
         ctx.is_float = [_is_float(o) for o in output]
-        ctx.mark_non_differentiable(*(o for o in output if isinstance(o, Tensor) and not _is_float(o)))
+        ctx.mark_non_differentiable(
+            *(o for o in output if isinstance(o, Tensor) and not _is_float(o))
+        )
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
@@ -171,7 +173,7 @@ class _Checkpoint(torch.autograd.Function):
         index = tuple(i for i, t in enumerate(tangents) if t is not None)
         primals = tuple(flat[i] for i in index)
         with ctx.rng.again():
-            _, out = jvp(_of(ctx.f, flat, index), primals, tuple(tangents[i] for i in index))
+            out = jvp(_of(ctx.f, flat, index), primals, tuple(tangents[i] for i in index))[1]
         given = iter(out)
         return tuple(next(given) if is_float else None for is_float in ctx.is_float)
 

@@ -13,9 +13,7 @@ from core.layers import Logits
 from transforms.legal import check_legal
 
 
-def fuse_loss(
-    forward: Forward, *, z_loss: float = 0.0, label_smoothing: float = 0.0
-) -> Forward:
+def fuse_loss(forward: Forward, *, z_loss: float = 0.0, label_smoothing: float = 0.0) -> Forward:
     """``(params, batch) -> fp32 scalar``: cross-entropy computed together with the output head.
 
     Equals ``F.cross_entropy(logits.float(), batch["labels"])``, the mean over labelled tokens (0
@@ -23,12 +21,12 @@ def fuse_loss(
     ``z_loss * logsumexp(logits) ** 2`` per token (PaLM, https://arxiv.org/abs/2204.02311, section
     5). Raises ValueError if the forward has no head site.
     """
-    return _with_loss(forward, "fuse_loss", partial(_fused, z_loss=z_loss, smoothing=label_smoothing))
+    return _with_loss(
+        forward, "fuse_loss", partial(_fused, z_loss=z_loss, smoothing=label_smoothing)
+    )
 
 
-def unfused_loss(
-    forward: Forward, *, z_loss: float = 0.0, label_smoothing: float = 0.0
-) -> Forward:
+def unfused_loss(forward: Forward, *, z_loss: float = 0.0, label_smoothing: float = 0.0) -> Forward:
     """The same loss from dense logits ``[N, V]``: the yardstick for :func:`fuse_loss`."""
     finish = partial(_unfused, z_loss=z_loss, smoothing=label_smoothing)
     return _with_loss(forward, "unfused_loss", finish)

@@ -1,4 +1,4 @@
-"""Which transforms do not go together: the one closed list. Everything else composes in any order."""
+"""Which transforms do not go together: one closed list. All else composes in any order."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def fake_quant(
 
 
 def targets(forward: Forward, skip: Sequence[str], activations: str | None) -> frozenset[str]:
-    """Paths whose weight is to be quantised: one that any skipped site uses (a tied head) is not."""
+    """Paths of the weights to quantise: none that a skipped site uses, such as a tied head."""
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations is None or 'dynamic', not {activations!r}")
     skipped = {site.path for site in forward.select(WEIGHTED, skip)}

@@ -1,0 +1,180 @@
+"""Safetensors files and their indices, in the layout of Hugging Face, replaced whole or not at all.
+
+One file ``NAME.safetensors``, or shards beside ``NAME.safetensors.index.json``, which maps each
+leaf to its shard (https://huggingface.co/docs/safetensors). A single file is renamed into place;
+shards come under names that nothing refers to until their index is renamed into place. So whoever
+reads, or resumes after a crash at any moment, finds the old checkpoint or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from params.tree import leaf_bytes
+
+NAME, SUFFIX, INDEX = "model.safetensors", ".safetensors", ".index.json"
+
+
+def check_room(target: Path, needed: int) -> None:
+    """Raises OSError if ``target``, of so many bytes, does not fit where it is to be."""
+    there = next(p for p in target.absolute().parents if p.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is not a folder")
+    free = shutil.disk_usage(there).free
+    if needed + 2**20 > free:  # headers take a little
+        raise OSError(
+            f"{there} has {free / 1e9:.2f} GB free and it takes {needed / 1e9:.2f} GB: make room, "
+            "or choose another folder"
+        )
+
+
+def replace_files(
+    target: Path, shards: Sequence[Mapping[str, Tensor]], metadata: Mapping[str, str]
+) -> Path:
+    """Writes ``target``, or several shards and its index, for whatever checkpoint is there now.
+
+    Returns the file that was renamed into place; on any error the old checkpoint is untouched and
+    nothing is left beside it.
+    """
+    index = target.with_name(target.name + INDEX)
+    old = set(_read_index(index)[0].values()) if index.exists() else set()
+    whole = len(shards) == 1
+    commit, stale = (target, index) if whole else (index, target)
+    part = commit.with_name(f"{commit.name}.part")
+    names = [part.name] if whole else _shard_names(target.stem, len(shards), old)
+    header = {"format": "pt", **(metadata if whole else {})}
+    files = [target.with_name(name) for name in names]
+    try:
+        for file, leaves in zip(files, shards, strict=True):
+            _write(file, leaves, header)
+        if not whole:
+            weight_map = {leaf: name for name, s in zip(names, shards, strict=True) for leaf in s}
+            size = sum(leaf_bytes(leaf) for s in shards for leaf in s.values())
+            record = {"metadata": {"total_size": size, **metadata}, "weight_map": weight_map}
+            part.write_text(json.dumps(record, indent=1))
+            _sync(part)
+        part.replace(commit)
+    except BaseException:
+        for file in (*files, part):
+            file.unlink(missing_ok=True)
+        raise
+    for name in (*(old - set(names)), stale.name):
+        target.with_name(name).unlink(missing_ok=True)
+    return commit
+
+
+def _shard_names(stem: str, n: int, taken: set[str]) -> list[str]:
+    """Hugging Face's names, or the same after ``b`` if the checkpoint that is there uses those."""
+    names = [f"{stem}-{i:05d}-of-{n:05d}{SUFFIX}" for i in range(1, n + 1)]
+    return names if taken.isdisjoint(names) else [f"{stem}b{name[len(stem) :]}" for name in names]
+
+
+def _write(file: Path, leaves: Mapping[str, Tensor], header: dict[str, str]) -> None:
+    ready: dict[str, Tensor] = {}
+    seen = set()
+    for name, leaf in leaves.items():
+        leaf = leaf.cpu().contiguous()
+        # save_file refuses views of one storage (a fused qkv, cut up): all but one are copied.
+        ready[name] = leaf.clone() if leaf.untyped_storage().data_ptr() in seen else leaf
+        seen.add(leaf.untyped_storage().data_ptr())
+    try:
+        save_file(ready, file, metadata=header)
+    except KeyError as error:
+        raise ValueError(f"safetensors has no dtype for {error}: cast those leaves") from error
+    _sync(file)
+
+
+def _sync(file: Path) -> None:
+    """Onto the disk before the rename: else a power cut can leave the new name with no content."""
+    with file.open("rb") as f:
+        os.fsync(f.fileno())
+
+
+def locate(path: Path) -> Path:
+    """The file or index that a path stands for."""
+    if not path.is_dir():
+        index = path.with_name(path.name + INDEX)
+        return index if index.exists() and not path.exists() else path
+    for name in (NAME, NAME + INDEX):
+        if (path / name).exists():
+            return path / name
+    found = sorted(path.glob(f"*{SUFFIX}{INDEX}")) or sorted(path.glob(f"*{SUFFIX}"))
+    if not found:
+        raise FileNotFoundError(f"{path} holds no {SUFFIX} file")
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found)
+        raise ValueError(f"{path} holds several checkpoints, name one of them: {names}")
+    return found[0]
+
+
+def open_leaves(found: Path, stack: ExitStack) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``(leaf name -> open file that holds it, metadata)``; the stack closes the files."""
+    if not found.is_file():
+        raise FileNotFoundError(f"there is no file {found}")
+    if not found.name.endswith(INDEX):
+        file = stack.enter_context(_open_file(found))
+        return dict.fromkeys(file.keys(), file), file.metadata() or {}
+    weight_map, metadata = _read_index(found)
+    names = sorted(set(weight_map.values()))
+    if missing := [name for name in names if not (found.parent / name).is_file()]:
+        raise FileNotFoundError(
+            f"{found} names {len(names)} shards, of which {len(missing)} are missing: "
+            f"{missing[0]} must lie beside it"
+        )
+    files = {name: stack.enter_context(_open_file(found.parent / name)) for name in names}
+    held = {name: set(file.keys()) for name, file in files.items()}
+    for leaf, name in weight_map.items():
+        if leaf not in held[name]:
+            raise ValueError(f"{found} places {leaf} in {name}, which does not hold it")
+    return {leaf: files[name] for leaf, name in weight_map.items()}, metadata
+
+
+def _open_file(file: Path) -> Any:
+    with named_errors(f"cannot read {file}"):
+        with file.open("rb") as f:
+            start = f.read(4)
+        try:
+            return safe_open(file, framework="pt")
+        except SafetensorError as error:
+            pickled = start[:1] == b"\x80" or start == b"PK\x03\x04"
+            hint = (
+                "it looks like a PyTorch pickle, which is never loaded: convert it to safetensors"
+                if pickled
+                else "it is truncated or of another format: copy or convert it again"
+            )
+            raise ValueError(f"{file} is not a safetensors file ({error}); {hint}") from error
+
+
+def _read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """``(leaf name -> shard's file name, metadata)``; shards lie beside their index only."""
+    try:
+        record = json.loads(index.read_text())
+        weight_map, metadata = dict(record["weight_map"]), dict(record.get("metadata") or {})
+        if not all(isinstance(n, str) and n and Path(n).name == n for n in weight_map.values()):
+            raise ValueError("a shard's name is not that of a file beside it")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is not an index of shards ({error}): copy it again, or delete it"
+        ) from error
+    return weight_map, metadata
+
+
+@contextmanager
+def named_errors(what: str) -> Iterator[None]:
+    """Errors of the disk, naming the file."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{what}: {error}") from error
+    except OSError as error:
+        raise type(error)(f"{what}: {error.strerror or error}") from error

@@ -1,0 +1,78 @@
+"""How big a model is, and how big it would be in other formats."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from params.int8 import is_scale
+from params.tree import flatten, leaf_bytes, ties
+
+MB = 1e6  # bytes: SI, as disks and networks are sold; 2**20 bytes would be a MiB
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of a tree of params, in MB of 10^6 bytes. ``dict(size)`` and ``size["mb_now"]`` work.
+
+    compression_ratio: bytes in fp16 (or bf16) / bytes now; 1 for a bf16 model, about 2 for int8.
+    """
+
+    parameters: int
+    mb_now: float
+    mb_fp32: float
+    mb_fp16: float
+    mb_int8: float
+    compression_ratio: float
+
+    def keys(self) -> list[str]:
+        return [field.name for field in dataclasses.fields(self)]
+
+    def __getitem__(self, name: str) -> float:
+        if name not in self.keys():
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.parameters:,} parameters, {self.mb_now:,.1f} MB ({self.compression_ratio:.2f}x "
+            f"smaller than fp16); in fp32 {self.mb_fp32:,.1f}, in fp16 {self.mb_fp16:,.1f}, "
+            f"in int8 {self.mb_int8:,.1f} MB"
+        )
+
+
+def estimate_size(params: Mapping[str, Any]) -> Size:
+    """The size of a tree of params; tensors on the meta device will do.
+
+    Parameters are the elements of floating-point leaves and of quantised weights
+    (``weight_int8``), not their scales. ``mb_now`` is everything, as it lies in memory. ``mb_fp32``
+    and ``mb_fp16`` hold every parameter in that format. ``mb_int8`` is what quantising every
+    matrix would take: a byte an element and an fp32 scale per output channel (row), the rest in
+    fp16. Leaves that are no parameters (integers) are in all four; memory that several leaves
+    share counts once.
+
+    >>> import torch
+    >>> print(estimate_size({"weight": torch.zeros(1000, 1000)}))
+    1,000,000 parameters, 4.0 MB (0.50x smaller than fp16); in fp32 4.0, in fp16 2.0, in int8 1.0 MB
+    """
+    flat = flatten(params)
+    for path in ties(params):
+        del flat[path]
+    parameters = now = fp16 = fp32 = int8 = 0
+    for path, leaf in flat.items():
+        here = leaf_bytes(leaf)
+        now += here
+        quantised = path.endswith("_int8") and f"{path.removesuffix('_int8')}_scale" in flat
+        if is_scale(path, flat):
+            continue  # gone in a float format, and counted with its weight in int8
+        if not (leaf.is_floating_point() or quantised):
+            fp32, fp16, int8 = fp32 + here, fp16 + here, int8 + here
+            continue
+        parameters += leaf.numel()
+        fp32 += 4 * leaf.numel()
+        fp16 += 2 * leaf.numel()
+        int8 += leaf.numel() + 4 * leaf.shape[0] if leaf.ndim > 1 else 2 * leaf.numel()
+    ratio = fp16 / now if now else 1.0
+    return Size(parameters, now / MB, fp32 / MB, fp16 / MB, int8 / MB, ratio)

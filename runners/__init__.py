@@ -1,0 +1,1 @@
+"""What people start: `python -m runners.train`, and its data."""

@@ -1,0 +1,237 @@
+"""Everything a training run can be told, as one flat frozen dataclass.
+
+The docstring under each field is its ``--help``. The command line is parsed by ``runners.cli``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from core import PRESETS, VLMConfig, config_from_dict
+from runners.cli import UsageError, nearest, parse
+from runners.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trains a vision-language GPT. With no arguments: a tiny one on drawn shapes, in minutes."""
+
+    name: str | None = None
+    """Name of the run's folder. Default: data-preset, numbered where that is taken."""
+    runs_dir: str = "runs"
+    """Where runs are kept."""
+    resume: str | None = None
+    """Continue a run: a path, or 'auto' (the newest state of this name; a fresh start if none)."""
+    init_from: str | None = None
+    """Start from the weights of another run (its folder) or of a safetensors file."""
+    seed: int = 0
+    """Drives initial weights, data order, augmentation and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+    preset: str = "tiny"
+    """The model's shape: tiny, small, vlm_1.5b or text_8b."""
+    override: tuple[str, ...] = ()
+    """Changes to the preset, such as text.layers=6 projector.kind=resampler, or vision=none."""
+    stage: Literal["pretrain", "align", "sft"] = "sft"
+    """pretrain and sft: everything the data reaches learns; align: only the projector."""
+    trainable: tuple[str, ...] = ()
+    """Path patterns of what learns, such as projector text.blocks.-1. Default: the stage's."""
+
+    data: str = "shapes"
+    """'shapes' (drawn on the fly), a LLaVA-format .json, or text: a file, a folder or a glob."""
+    image_root: str | None = None
+    """Folder of the pictures of a LLaVA-format file. Default: the file's own."""
+    val_fraction: float = 0.05
+    """Share of the records of files held out, by a hash, so that it never changes; 0: none."""
+    turns: Literal["all", "single"] = "all"
+    """LLaVA: 'all' turns of a record in one document, or each question with its answer alone."""
+    documents: Literal["file", "paragraph"] = "file"
+    """Text: what a document is; blank lines part paragraphs."""
+    kinds: tuple[str, ...] = ("colour", "shape", "count", "where")
+    """shapes: what is asked: colour, shape, count, where, left_right, caption."""
+    max_objects: int = 4
+    """shapes: objects a picture, at most."""
+    questions: int = 4
+    """shapes: questions a picture."""
+    tokenizer: str | None = None
+    """A Hugging Face tokenizer.json. Default: a byte-level BPE trained on the data."""
+    vocab_size: int | None = None
+    """Entries of a tokenizer trained on the data, at most. Default: the preset's vocabulary."""
+    augment: bool = False
+    """Flip, crop and recolour training pictures (they then no longer show left and right)."""
+    workers: int | None = None
+    """Processes that prepare batches; 0: none beside the main one. Default: by the machine."""
+
+    sequence_len: int = 512
+    """Tokens in a packed row."""
+    device_batch_size: int = 4
+    """Rows that are computed at once."""
+    grad_accum_steps: int = 1
+    """Batches whose gradients make one step, weighted by their labelled tokens."""
+
+    steps: int = 1500
+    """Optimizer steps in all."""
+    lr: float = 2e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: a half cosine, warm-up-stable-decay, or nothing."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    decay_fraction: float = 0.2
+    """wsd: the share of all steps at the end in which the rate falls."""
+    final_lr: float = 0.0
+    """Learning rate of the last step, as a share of the peak."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of what no_decay does not name."""
+    no_decay: tuple[str, ...] = ("*norm", "bias", "positions", "queries")
+    """Path patterns without weight decay."""
+    beta1: float = 0.9
+    """AdamW: memory of the gradient's mean."""
+    beta2: float = 0.95
+    """AdamW: memory of the gradient's square."""
+    grad_clip: float = 1.0
+    """Largest norm of the whole gradient; 0: not clipped."""
+    z_loss: float = 0.0
+    """Weight of logsumexp(logits)^2 in the loss."""
+    label_smoothing: float = 0.0
+    """Probability mass spread over the whole vocabulary."""
+
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of matmuls and activations; weights stay fp32. auto: bf16 where the processor has it."""
+    use_gradient_checkpointing: bool = False
+    """Recompute blocks in the backward pass instead of keeping their activations."""
+    checkpoint_every: int = 1
+    """With gradient checkpointing: recompute every k-th block."""
+    use_fused_loss: bool = True
+    """Compute the loss together with the output head, without the logits."""
+    use_flash_attn: bool = True
+    """The fastest attention there is, instead of plain matmul and softmax."""
+    use_fused_kernels: bool = True
+    """Fused norms, activations and rotary embedding, instead of PyTorch's operators."""
+    compile: bool | None = None
+    """torch.compile the loss. Default: on a GPU."""
+
+    log_every: int = 10
+    """Steps between lines of the log."""
+    val_every: int = 250
+    """Steps between validations; the weights of the best one are kept. 0: only at the end."""
+    val_batches: int = 8
+    """Batches of a validation."""
+    save_every: int = 0
+    """Steps between resumable states. 0: as often as validations."""
+    stop_at: int | None = None
+    """Stop after this step as if interrupted: saved, to be continued with --resume."""
+    eval_examples: int = 512
+    """Questions asked of each held-out split at the end; 0: none."""
+    samples: int = 12
+    """Held-out questions drawn in samples.png; 0: none."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run's folder."""
+    wandb: bool = False
+    """Log to Weights & Biases as well (pip install wandb)."""
+
+    @property
+    def chat(self) -> bool:
+        """Whether the data is questions and answers, perhaps about pictures, or plain text."""
+        return self.data == "shapes" or self.data.endswith((".json", ".jsonl"))
+
+
+# What may differ between a run and its continuation: it changes no number of the training.
+FREE_FIELDS = frozenset((
+    "name", "runs_dir", "resume", "init_from", "workers", "stop_at",
+    "log_every", "val_every", "val_batches", "save_every", "eval_examples", "samples",
+    "tensorboard", "wandb",
+))  # fmt: skip
+
+
+def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
+    """The command line as a checked config. Raises UsageError, one sentence, for a bad one."""
+    config = parse(TrainConfig, argv, prog="python -m runners.train")
+    check(config)
+    return config
+
+
+def check(config: TrainConfig) -> None:
+    """Raises UsageError naming the flag for a value out of its range."""
+    at_least = {
+        "sequence_len": 8, "device_batch_size": 1, "grad_accum_steps": 1, "steps": 1,
+        "checkpoint_every": 1, "log_every": 1, "val_batches": 1, "warmup_steps": 0,
+        "val_every": 0, "save_every": 0, "eval_examples": 0, "samples": 0, "grad_clip": 0,
+        "weight_decay": 0, "z_loss": 0, "max_objects": 1, "questions": 1, "seed": 0,
+    }  # fmt: skip
+    for name, low in at_least.items():
+        if getattr(config, name) < low:
+            raise UsageError(f"--{name} must be {low} or more, not {getattr(config, name)}")
+    for name in ("stop_at", "vocab_size", "workers"):
+        low = 0 if name == "workers" else 1
+        if (value := getattr(config, name)) is not None and value < low:
+            raise UsageError(f"--{name} must be {low} or more, not {value}")
+    for name in ("beta1", "beta2", "label_smoothing", "val_fraction"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UsageError(f"--{name} must lie in [0, 1), not {getattr(config, name)}")
+    for name in ("decay_fraction", "final_lr"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UsageError(f"--{name} must lie in [0, 1], not {getattr(config, name)}")
+    if not 0 < config.lr < float("inf"):
+        raise UsageError(f"--lr must be a positive number, not {config.lr}")
+    if config.preset not in PRESETS:
+        hint = nearest(config.preset, list(PRESETS))
+        raise UsageError(f"no preset {config.preset!r}{hint} (presets: {', '.join(PRESETS)})")
+    if config.name is not None and (not config.name or set(config.name) & set("/\\\0")):
+        raise UsageError(f"--name is the name of a folder, not a path: {config.name!r}")
+
+
+def model_config(config: TrainConfig) -> VLMConfig:
+    """The preset with the overrides. Raises UserError naming the override that does not fit."""
+    data = PRESETS[config.preset].to_dict()
+    for change in config.override:
+        path, equals, word = change.partition("=")
+        part, _, name = path.partition(".")
+        if path == "vision" and word.lower() == "none":
+            data["vision"] = data["projector"] = None
+            continue
+        fields = data.get(part)
+        known = [f"{p}.{f}" for p, values in data.items() if values for f in values]
+        if not equals or not isinstance(fields, dict) or name not in fields:
+            hint = nearest(path, known)
+            raise UsageError(f"--override {change} names no field of the model{hint}")
+        fields[name] = _number(word)
+    try:
+        return config_from_dict(data)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--override {' '.join(config.override)}: {error}") from error
+
+
+def differing_fields(old: dict[str, Any], new: TrainConfig) -> list[str]:
+    """Where a config differs from the run it is to continue, as ``--flag old -> new``."""
+    now = as_dict(new)
+    names = [f.name for f in dataclasses.fields(new) if f.name not in FREE_FIELDS]
+    return [f"--{n} {old.get(n)} -> {now[n]}" for n in names if old.get(n) != now[n]]
+
+
+def as_dict(config: TrainConfig) -> dict[str, Any]:
+    """For JSON: tuples become lists."""
+    values = dataclasses.asdict(config)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """The inverse of :func:`as_dict`; fields it does not know are those of another version."""
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    kept: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known
+    }
+    return TrainConfig(**kept)
+
+
+def _number(word: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return {"true": True, "false": False, "none": None}.get(word.lower(), word)

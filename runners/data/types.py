@@ -1,0 +1,124 @@
+"""What flows through the data room: conversations in, documents out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+IMAGE = "<image>"  # stands in a user's text where a picture goes
+CONTINUED = "continued"  # the kind of plain text whose document goes on in the next item
+NO_LABEL = -100  # PyTorch's ignore_index
+
+
+class Turn(NamedTuple):
+    """One side speaking. `role` is "user", "assistant" or "text" (plain text to learn whole)."""
+
+    role: str
+    text: str
+    kind: str = ""  # on answers: the kind of question, for reports by kind
+
+
+@dataclass(frozen=True, eq=False)
+class Conversation:
+    """Turns over some pictures (uint8 [H, W, 3]), one for each `<image>` in the user's turns."""
+
+    id: str
+    turns: tuple[Turn, ...]
+    images: tuple[np.ndarray, ...] = ()
+
+
+class Cost(NamedTuple):
+    """What a document takes of a row."""
+
+    tokens: int
+    images: int
+    patches: int
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """What is packed: everything the model is given of one conversation, as numpy arrays.
+
+    tokens, labels: int64 [L]; labels are shifted already (labels[i] follows tokens[i]).
+    slots: int64 [k], where among the tokens each image token lies.
+    patches: uint8 [p, 3 * patch_size**2] in merge order; patch_positions: int64 [p, 2].
+    patch_counts: patches of each picture.
+    """
+
+    id: str
+    tokens: np.ndarray
+    labels: np.ndarray
+    slots: np.ndarray
+    patches: np.ndarray
+    patch_positions: np.ndarray
+    patch_counts: tuple[int, ...] = ()
+    truncated: int = 0  # tokens cut off to fit the row
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(len(self.tokens), len(self.patch_counts), len(self.patches))
+
+
+class Source(Protocol):
+    """A deterministic, indexable collection. Item i never depends on what was read before."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Conversation: ...
+
+    def turns(self, index: int) -> tuple[Turn, ...]:
+        """The item's words, without the cost of its pictures."""
+        ...
+
+
+class BadRecordError(Exception):
+    """A record that cannot be used; the loader skips it, and counts it under `reason`.
+
+    `fatal`: over 1% of such records end the run (damaged data); others are only counted.
+    """
+
+    def __init__(self, reason: str, message: str, *, fatal: bool = True) -> None:
+        super().__init__(reason, message, fatal)
+        self.reason, self.message, self.fatal = reason, message, fatal
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[object, ...]:  # it crosses from the workers to the loader
+        return _bad_record, (self.reason, self.message, self.fatal)
+
+
+def _bad_record(reason: str, message: str, fatal: bool) -> BadRecordError:
+    return BadRecordError(reason, message, fatal=fatal)
+
+
+def questions_and_answers(turns: tuple[Turn, ...]) -> Iterator[tuple[Turn, Turn]]:
+    """The pairs (user turn, assistant turn) of a conversation, without their `<image>` marks."""
+    for question, answer in itertools.pairwise(turns):
+        if question.role == "user" and answer.role == "assistant":
+            yield question._replace(text=question.text.replace(IMAGE, "").strip()), answer
+
+
+def alone(conversation: Conversation) -> list[Conversation]:
+    """Every question of a conversation on its own, all pictures in front of it.
+
+    This is how a model is examined: it sees neither the other questions nor their answers.
+    """
+    marks = IMAGE * len(conversation.images)
+    return [
+        Conversation(
+            f"{conversation.id}/{i}",
+            (question._replace(text=marks + question.text), answer),
+            conversation.images,
+        )
+        for i, (question, answer) in enumerate(questions_and_answers(conversation.turns))
+    ]
+
+
+def spread(length: int, limit: int) -> range:
+    """At most `limit` of the numbers below `length`, evenly spread."""
+    return range(0, length, max(1, -(-length // limit)))

@@ -1,0 +1,240 @@
+"""How often a trained model answers held-out questions exactly right.
+
+    python -m runners.eval --run runs/NAME
+
+Exact match is measured in one pass over the true answers ("teacher-forced"): an answer counts if
+every one of its tokens, and the ``<|end|>`` after them, is the likeliest at its place. That is the
+same as comparing with greedy decoding: as long as all choices so far were right, the decoder has
+seen exactly the true prefix, so its next choice is the one made here; at the first wrong one both
+have failed. (Two computations of one logit differ by rounding, so an exact tie may go either way.)
+
+Beside it on the same line: the *blind* figure, the same model with all pictures made mid grey, and
+the *majority* figure, always giving the most frequent answer to each kind of question. A model that
+looks at the picture is far above both. Plain text is measured in nats a token and perplexity.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Literal
+
+import torch
+
+from core import Batch, Forward, Logits, VLMConfig, vlm
+from core.batch import IGNORE
+from params import init_params
+from params.tree import Tree
+from runners.checkpoints import Run, load_weights, open_run
+from runners.cli import guarded, parse
+from runners.compose import choose_device, compute_dtype
+from runners.data.collate import batch_documents
+from runners.data.encode import Encoder
+from runners.data.loader import Loader
+from runners.data.packing import PackSpec
+from runners.data.stats import majority_accuracy, readable
+from runners.data.tokenizer import load_tokenizer
+from runners.data.types import BadRecordError, Conversation, Document, Source, Turn, alone
+from runners.decoding import cast_matrices
+from runners.errors import UserError
+from runners.setup import build_encoder, plan, sample_documents
+from runners.sources import open_sources
+from runners.step import mean_loss, to_device
+from transforms import fuse_loss
+
+GREY = 128  # the middle of uint8 pixels
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Measures a trained model on held-out data."""
+
+    run: str
+    """Folder of the run, such as runs/shapes-tiny."""
+    split: tuple[str, ...] = ()
+    """Held-out splits: val, and for shapes unseen. Default: all there are."""
+    examples: int = 512
+    """Questions a split, at most."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    json: bool = False
+    """Print JSON instead of lines."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Exact match over some questions, in 0..1."""
+
+    questions: int
+    exact: float
+    blind: float
+    majority: float
+
+    def __str__(self) -> str:
+        return (
+            f"exact {self.exact:6.1%}  blind {self.blind:6.1%}  majority {self.majority:6.1%}  "
+            f"({self.questions} questions)"
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a split gave: overall, and by kind of question; or the loss of plain text."""
+
+    split: str
+    score: Score | None
+    kinds: dict[str, Score]
+    loss: float | None = None
+
+    def lines(self) -> list[str]:
+        if self.score is None:
+            assert self.loss is not None
+            ppl = math.exp(min(self.loss, 700))
+            return [f"{self.split:<12} loss {self.loss:.4f}  perplexity {ppl:.2f}"]
+        named = [(self.split, self.score), *((f"  {kind}", s) for kind, s in self.kinds.items())]
+        return [f"{name:<12} {score}" for name, score in named]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question alone, as a document; its answer is what the document's labels cover."""
+
+    conversation: Conversation
+    document: Document
+
+    @property
+    def answer(self) -> Turn:
+        return self.conversation.turns[-1]
+
+
+def questions(source: Source, encoder: Encoder, limit: int) -> Iterator[Question]:
+    """Up to ``limit`` questions of a source, from its start, each asked alone. Those whose answer
+    does not fit a row are passed over."""
+    found = 0
+    for conversation in readable(source):
+        for single in alone(conversation):
+            try:
+                (document,) = encoder(single)
+            except BadRecordError:
+                continue
+            if found < limit and not document.truncated:
+                yield Question(single, document)
+                found += 1
+        if found >= limit:
+            return
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """A trained model, and how data is put before it."""
+
+    forward: Forward
+    params: Tree  # matrices in the compute dtype
+    model: VLMConfig
+    encoder: Encoder
+    rows: int  # of a batch
+
+    @property
+    def device(self) -> torch.device:
+        return self.params["text"]["embed"]["weight"].device
+
+    @torch.no_grad()
+    def exact(self, asked: Sequence[Question], *, blind: bool = False) -> list[bool]:
+        """Whether each answer is exactly what greedy decoding gives."""
+        documents = [question.document for question in asked]
+        batches, places = batch_documents(documents, self._spec(documents))
+        predict = replace(self.forward, finish=_argmax_of_labelled)
+        rights = []
+        for batch in batches:
+            if blind and "patches" in batch:
+                batch |= {"patches": torch.full_like(batch["patches"], GREY)}
+            right = batch["labels"] == IGNORE
+            rows = (~right).nonzero().flatten()
+            sent = to_device(batch | {"rows": rows}, self.device)
+            right[rows] = predict(self.params, sent).cpu() == batch["labels"][rows]
+            rights.append(right)
+        ends = [slice(place.start, place.start + place.length) for place in places]
+        return [bool(rights[p.batch][s].all()) for p, s in zip(places, ends, strict=True)]
+
+    def report(self, split: str, source: Source, limit: int) -> Report:
+        """Exact match, blind and majority figures of a split of questions."""
+        asked = list(questions(source, self.encoder, limit))
+        if not asked:
+            raise UserError(f"{split}: no question fits a row of {self.encoder.max_tokens} tokens")
+        seen, unseen = self.exact(asked), self.exact(asked, blind=True)
+        results = list(zip(asked, seen, unseen, strict=True))
+        kinds = sorted({question.answer.kind for question in asked})
+        by_kind = {k: _score([r for r in results if r[0].answer.kind == k]) for k in kinds}
+        return Report(split, _score(results), by_kind if len(kinds) > 1 else {})
+
+    def text_report(self, split: str, source: Source, limit: int) -> Report:
+        """The loss of plain text, over up to ``limit`` rows."""
+        spec = self._spec(list(sample_documents(source, self.encoder, limit)))
+        loader = Loader(source, self.encoder, spec, repeat=False, shuffle=False)
+        batches = list(islice(loader, max(1, limit // self.rows)))
+        loader.close()
+        return Report(split, None, {}, mean_loss(fuse_loss(self.forward), self.params, batches))
+
+    def _spec(self, documents: Sequence[Document]) -> PackSpec:
+        return plan(self.encoder, documents, self.rows, self.model)
+
+
+def _argmax_of_labelled(logits: Logits, batch: Batch) -> torch.Tensor:
+    return logits.at(batch["rows"]).dense().argmax(-1)
+
+
+def _score(results: Sequence[tuple[Question, bool, bool]]) -> Score:
+    counts: dict[str, Counter[str]] = {}
+    for question, _, _ in results:
+        counts.setdefault(question.answer.kind, Counter())[question.answer.text] += 1
+    total = len(results)
+    exact = sum(seen for _, seen, _ in results) / total
+    blind = sum(unseen for _, _, unseen in results) / total
+    return Score(total, exact, blind, majority_accuracy(counts))
+
+
+def open_evaluator(run: Run, device: torch.device) -> Evaluator:
+    """The best weights of a run. Raises UserError naming what is missing."""
+    encoder = build_encoder(run.config, run.model, load_tokenizer(run.tokenizer))
+    params = load_weights(run.folder, init_params(run.model, device="meta"), device)
+    params = cast_matrices(params, compute_dtype(run.config, device)[0])
+    return Evaluator(vlm(run.model), params, run.model, encoder, run.config.device_batch_size)
+
+
+def evaluate(
+    evaluator: Evaluator, splits: Mapping[str, Source], limit: int, *, chat: bool
+) -> list[Report]:
+    """A report of each split."""
+    measure = evaluator.report if chat else evaluator.text_report
+    return [measure(name, source, limit) for name, source in splits.items()]
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    config = parse(EvalConfig, argv, prog="python -m runners.eval")
+    found = open_run(config.run)
+    device = choose_device(replace(found.config, device=config.device))
+    evaluator = open_evaluator(found, device)
+    splits = open_sources(found.config, found.model).held_out
+    if not splits:
+        raise UserError(f"{found.folder} was trained with --val_fraction=0: nothing is held out")
+    for name in config.split:
+        if name not in splits:
+            raise UserError(f"--split {name}: this run has {', '.join(splits)}")
+    chosen = {name: splits[name] for name in config.split or splits}
+    reports = evaluate(evaluator, chosen, config.examples, chat=found.config.chat)
+    if config.json:
+        print(json.dumps([asdict(report) for report in reports], indent=1))
+    else:
+        print("\n".join(line for report in reports for line in report.lines()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return guarded(lambda: run(argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,164 @@
+"""Lets a trained model speak.
+
+python -m runners.generate --run runs/NAME --image picture.png --prompt "What is this?"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from core import Batch
+from runners.checkpoints import open_run
+from runners.cli import UsageError, guarded, parse
+from runners.compose import choose_device
+from runners.data.collate import collate
+from runners.data.encode import Encoder
+from runners.data.images import decode as decode_image
+from runners.data.packing import PackSpec
+from runners.data.types import CONTINUED, IMAGE, BadRecordError, Conversation, Document, Turn
+from runners.decoding import Sampler, decode
+from runners.errors import UserError
+from runners.eval import Evaluator, open_evaluator
+from runners.step import to_device
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Streams a trained model's answer to a prompt, about pictures or not."""
+
+    run: str
+    """Folder of the run, such as runs/shapes-tiny."""
+    prompt: str
+    """What to ask, or to continue (text models)."""
+    image: tuple[str, ...] = ()
+    """Picture files, put in front of the prompt, or where it says <image>."""
+    max_tokens: int = 128
+    """Tokens of the answer, at most."""
+    temperature: float = 0.0
+    """0: always the likeliest token; 1: as the model believes."""
+    top_k: int = 0
+    """Choose among the k likeliest; 0: all."""
+    top_p: float = 1.0
+    """Choose among the fewest that hold this much probability."""
+    seed: int = 0
+    """Of the random choices."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+
+def prompt_batch(encoder: Encoder, conversation: Conversation, chat: bool = True) -> Batch:
+    """A batch of exactly one document that ends where the model is to speak. CPU.
+
+    chat: as a user's turn with the assistant's next; otherwise as plain text to continue.
+    Raises UserError if it is too long or has pictures that do not fit the model.
+    """
+    try:
+        document = encoder.prompt(conversation) if chat else _plain(encoder, conversation)
+    except BadRecordError as error:
+        raise UserError(str(error)) from error
+    images = encoder.images if document.patch_counts else None
+    spec = PackSpec(
+        row_len=len(document.tokens), rows=1, max_docs=1, images=images,
+        max_images=len(document.patch_counts), max_patches=len(document.patches),
+    )  # fmt: skip
+    return collate([[document]], spec)
+
+
+def answer(
+    evaluator: Evaluator,
+    conversation: Conversation,
+    *,
+    chat: bool = True,
+    max_tokens: int = 128,
+    sampler: Sampler | None = None,
+) -> Iterator[int]:
+    """The tokens of the model's answer to a conversation that ends with a user's turn."""
+    tokenizer = evaluator.encoder.tokenizer
+    return decode(
+        evaluator.forward,
+        evaluator.model,
+        evaluator.params,
+        to_device(prompt_batch(evaluator.encoder, conversation, chat), evaluator.device),
+        max_tokens=max_tokens,
+        stop=tokenizer.specials,
+        sampler=sampler,
+    )
+
+
+def pieces(tokens: Iterable[int], to_text: Callable[[list[int]], str]) -> Iterator[str]:
+    """The text of tokens piece by piece, as soon as its characters are whole.
+
+    A character of several bytes may need several tokens; until they are all there it reads as
+    U+FFFD, and is held back.
+    """
+    so_far: list[int] = []
+    said = ""
+    for token in tokens:
+        so_far.append(token)
+        text = to_text(so_far)
+        if not text.endswith("�") and len(text) > len(said):
+            yield text[len(said) :]
+            said = text
+    if (text := to_text(so_far)) != said:
+        yield text[len(said) :]
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    config = parse(GenerateConfig, argv, prog="python -m runners.generate")
+    check(config)
+    found = open_run(config.run)
+    device = choose_device(dataclasses.replace(found.config, device=config.device))
+    evaluator = open_evaluator(found, device)
+    images = []
+    for name in config.image:
+        try:
+            images.append(decode_image(Path(name)))
+        except BadRecordError as error:
+            raise UserError(f"--image: {error}") from error
+    text = config.prompt
+    if IMAGE not in text:
+        text = IMAGE * len(images) + text
+    conversation = Conversation("the prompt", (Turn("user", text),), tuple(images))
+    sampler = Sampler(config.temperature, config.top_k, config.top_p, config.seed)
+    tokens = answer(
+        evaluator, conversation,
+        chat=found.config.chat, max_tokens=config.max_tokens, sampler=sampler,
+    )  # fmt: skip
+    for piece in pieces(tokens, evaluator.encoder.tokenizer.decode):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    print()
+
+
+def check(config: GenerateConfig) -> None:
+    """Raises UsageError naming the flag for a value out of its range."""
+    if not config.prompt:
+        raise UsageError("--prompt is empty: say what to ask")
+    if config.temperature < 0 or config.top_k < 0 or not 0 < config.top_p <= 1:
+        raise UsageError("--temperature and --top_k are 0 or more, --top_p lies in (0, 1]")
+    if config.max_tokens < 1:
+        raise UsageError(f"--max_tokens must be 1 or more, not {config.max_tokens}")
+
+
+def _plain(encoder: Encoder, conversation: Conversation) -> Document:
+    """The words alone, neither templated nor ended: for models of plain text."""
+    if conversation.images:
+        raise UserError("--image: this run was trained on text alone")
+    turn = Turn("text", conversation.turns[0].text, CONTINUED)
+    first, *rest = encoder(dataclasses.replace(conversation, turns=(turn,)))
+    if rest:
+        raise UserError(f"the prompt is longer than the {encoder.max_tokens} tokens of a row")
+    return first
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return guarded(lambda: run(argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

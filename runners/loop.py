@@ -1,0 +1,216 @@
+"""The training loop: gradients of a few batches, one step, and what is written down about it."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from core import Batch
+from runners.checkpoints import save_best, save_state
+from runners.errors import UserError
+from runners.flops import measure_load, peak_flops, training_flops
+from runners.metrics import Display, Metrics
+from runners.optim import learning_rate
+from runners.setup import Job
+from runners.step import Learner, mean_loss
+from transforms import value_and_grad
+
+
+class Late:
+    """Reads values off a device one step behind, so that neither waits for the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._waiting: list[tuple[Step, Tensor, torch.cuda.Event | None]] = []
+
+    def push(self, step: Step, values: Tensor) -> Iterator[tuple[Step, list[float]]]:
+        """Takes a step's values; gives those that are ready (on a CPU: the same)."""
+        if self._cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            event = torch.cuda.Event()
+            host.copy_(values, non_blocking=True)
+            event.record()
+            self._waiting.append((step, host, event))
+        else:
+            self._waiting.append((step, values, None))
+        yield from self.flush(keep=1 if self._cuda else 0)
+
+    def flush(self, keep: int = 0) -> Iterator[tuple[Step, list[float]]]:
+        while len(self._waiting) > keep:
+            step, values, event = self._waiting.pop(0)
+            if event is not None:
+                event.synchronize()
+            yield step, values.tolist()
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is known of a step before its values are."""
+
+    number: int  # counted from 1
+    lr: float
+    tokens: int
+    flops: float
+
+
+@dataclass
+class Pace:
+    """Work done since the last line of the log, and the time it took without interruptions."""
+
+    since: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+
+    def add(self, step: Step) -> None:
+        self.steps, self.tokens, self.flops = (
+            self.steps + 1, self.tokens + step.tokens, self.flops + step.flops,
+        )  # fmt: skip
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+
+class Training:
+    """A run from its first (or resumed) step to its last."""
+
+    def __init__(
+        self, job: Job, learner: Learner, folder: Path, metrics: Metrics, display: Display
+    ) -> None:
+        self.job, self.learner, self.folder = job, learner, folder
+        self.metrics, self.display, self.config = metrics, display, job.config
+        self.grad_fn = value_and_grad(job.composed.loss_fn, job.select)
+        self.late, self.pace = Late(job.device), Pace()
+        self.peak = peak_flops(job.device, job.composed.dtype)
+        self.saved = learner.step
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
+        """True if it came to the end; False if ``stop()`` or ``--stop_at`` ended it, resumably."""
+        config, learner = self.config, self.learner
+        batches = iter(self.job.loader)
+        while learner.step < config.steps:
+            group = [next(batches) for _ in range(config.grad_accum_steps)]
+            step = self._describe(group)
+            values = learner.train_step(self.grad_fn, group)
+            self.display.advance(learner.step)
+            for known, numbers in self.late.push(step, values):
+                self._log(known, numbers)
+            last, stopping = learner.step == config.steps, stop() or learner.step == config.stop_at
+            if last or self._due(config.val_every):
+                self._validate()
+            if last or stopping or self._due(config.save_every or config.val_every):
+                self._save()
+            if stopping and not last:
+                return False
+        return True
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.learner.step % every == 0
+
+    def _describe(self, group: Sequence[Batch]) -> Step:
+        loads = [measure_load(self.job.model, batch, self.job.pad) for batch in group]
+        flops = sum(training_flops(self.job.model, load, self.job.learns) for load in loads)
+        step = self.learner.step
+        lr = learning_rate(self.config, step)
+        return Step(step + 1, lr, sum(load.tokens for load in loads), flops)
+
+    def _log(self, step: Step, numbers: list[float]) -> None:
+        loss, norm, *losses = numbers
+        if not all(map(math.isfinite, numbers)):
+            self._refuse(step, losses)
+        self.pace.add(step)
+        if step.number % self.config.log_every and step.number != self.config.steps:
+            return
+        seconds = time.perf_counter() - self.pace.since
+        row: dict[str, float | int | str | None] = {
+            "step": step.number,
+            "loss": loss,
+            "lr": step.lr,
+            "grad_norm": norm,
+            "tokens_per_s": self.pace.tokens / seconds,
+            "mfu": self.pace.flops / seconds / self.peak if self.peak else None,
+            "s_per_step": seconds / self.pace.steps,
+        }
+        self.metrics.write(row)
+        left = self.config.steps - step.number
+        self.display.show(row, self.config.steps, left * seconds / self.pace.steps)
+        self.pace = Pace()
+
+    def _refuse(self, step: Step, losses: list[float]) -> None:
+        bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        number = (step.number - 1) * len(losses) + (0 if bad is None else bad) + 1
+        what = (
+            f"the gradient after batch {number}" if bad is None else f"the loss of batch {number}"
+        )
+        kept = f"the state of step {self.saved} is kept" if self.saved else "nothing was saved yet"
+        raise UserError(
+            f"{what} is not finite (step {step.number}); {kept}: "
+            "try a lower --lr, a longer --warmup_steps or --dtype fp32"
+        )
+
+    def _settle(self) -> None:
+        """Waits for all values of the steps made, so that nothing bad is ever written."""
+        for known, numbers in self.late.flush():
+            self._log(known, numbers)
+
+    def _validate(self) -> None:
+        """Measures the validation loss; keeps these weights if they are the best so far."""
+        self._settle()
+        learner = self.learner
+        with self.pace.paused():
+            loss = mean_loss(self.job.composed.eval_loss, learner.params, self.job.validation)
+            if loss is not None and not math.isfinite(loss):
+                raise UserError(f"the validation loss is not finite at step {learner.step}")
+            if better := loss is None or learner.best is None or loss < learner.best:
+                learner.best = loss
+                save_best(self.folder, learner.params, learner.step)
+            if loss is not None:
+                self.metrics.write({"step": learner.step, "val_loss": loss})
+                star = " (the best so far: kept)" if better else ""
+                self.display.say(f"step {learner.step}: validation loss {loss:.4f}{star}")
+
+    def _save(self) -> None:
+        self._settle()
+        with self.pace.paused():
+            save_state(self.folder, self.learner.state(self.job.loader.state_dict()), self.config)
+            self.saved = self.learner.step
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Gives ``stop()``: whether Ctrl-C or SIGTERM came. A second one ends the program at once.
+
+    Outside the main thread, where Python takes no signals, it never has.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        for one in old:
+            signal.signal(one, old[one])
+
+    old = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    for one in old:
+        signal.signal(one, ask)
+    try:
+        yield lambda: asked
+    finally:
+        for one, handler in old.items():
+            signal.signal(one, handler)

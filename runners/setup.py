@@ -1,0 +1,227 @@
+"""From a config to everything that a run needs, validated, before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from core import Batch, VLMConfig, check_batch
+from params import flatten, init_params
+from params.tree import Tree
+from runners.checkpoints import TOKENIZER, State, load_state, load_weights, open_run
+from runners.cli import explained
+from runners.compose import Composed, choose_device, compose
+from runners.config import TrainConfig, model_config
+from runners.data.encode import Encoder
+from runners.data.images import Augment, ImageSpec
+from runners.data.loader import Loader
+from runners.data.packing import PackSpec, plan_spec
+from runners.data.tokenizer import ChatTokenizer, load_tokenizer, sample_texts, train_tokenizer
+from runners.data.types import BadRecordError, Document, Source, spread
+from runners.errors import UserError
+from runners.sources import Sources, open_sources
+from transforms import trainable
+
+SAMPLE = 256  # documents looked at to size the batches
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that can start."""
+
+    config: TrainConfig
+    model: VLMConfig
+    device: torch.device
+    composed: Composed
+    sources: Sources
+    tokenizer: ChatTokenizer
+    encoder: Encoder
+    spec: PackSpec
+    loader: Loader
+    validation: list[Batch]
+    params: Tree
+    state: State | None  # to resume from
+    select: tuple[str, ...] | None  # path patterns of what learns; None: everything
+    learns: frozenset[str]  # which of text, vision and projector do
+
+    @property
+    def pad(self) -> int:
+        return self.tokenizer.pad
+
+
+def prepare(config: TrainConfig, state_path: Path | None = None) -> Job:
+    """Opens the data, builds tokenizer, model, loader, params. Raises UserError; writes nothing."""
+    device = choose_device(config)
+    sources = open_sources(config, model_config(config))
+    tokenizer, model = choose_vocabulary(config, sources, state_path)
+    composed = compose(config, model, device)
+    select = choose_select(config, model)
+    encoder = build_encoder(config, model, tokenizer, training=True)
+    sample = list(sample_documents(sources.train, encoder, SAMPLE))
+    spec = plan(encoder, sample, config.device_batch_size, model)
+    loader = Loader(
+        sources.train, encoder, spec,
+        seed=config.seed, augment=config.augment, workers=choose_workers(config, device),
+    )  # fmt: skip
+    params, state = build_params(config, model, device, state_path)
+    with explained("--trainable"):
+        learning = flatten(trainable(params, select)[0])
+    validation = build_validation(config, encoder, spec, sources)
+    for batch in validation[:1]:
+        with explained(config.data):
+            check_batch(batch, model)
+    if state is not None:
+        loader.load_state_dict(state.loader)
+    return Job(
+        config, model, device, composed, sources, tokenizer, encoder, spec, loader, validation,
+        params, state, select, frozenset(path.partition(".")[0] for path in learning),
+    )  # fmt: skip
+
+
+def choose_vocabulary(
+    config: TrainConfig, sources: Sources, state_path: Path | None
+) -> tuple[ChatTokenizer, VLMConfig]:
+    """The tokenizer and the model that has a row for each of its tokens.
+
+    A run that is continued, or begun from another's weights, keeps that one's. A tokenizer that is
+    given is matched by the preset, or by more rows where the preset has too few. Otherwise one is
+    trained on the data, and the model gets as many rows as it has tokens, up to a multiple of 64
+    (so that matmuls with the embedding have a shape the hardware likes).
+    """
+    model = model_config(config)
+    if state_path is not None:
+        run = open_run(state_path.parent.parent)
+        return load_tokenizer(run.tokenizer), run.model
+    if (
+        config.tokenizer is None
+        and config.init_from
+        and (Path(config.init_from) / TOKENIZER).exists()
+    ):
+        run = open_run(config.init_from)
+        return load_tokenizer(run.tokenizer), _with_vocab(model, run.model.text.vocab_size)
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer)
+        needed = _up_to_64(tokenizer.vocab_size)
+        return tokenizer, _with_vocab(model, max(needed, model.text.vocab_size))
+    size = config.vocab_size or model.text.vocab_size
+    tokenizer = train_tokenizer(sample_texts(sources.train), size)
+    return tokenizer, _with_vocab(model, _up_to_64(tokenizer.vocab_size))
+
+
+def choose_select(config: TrainConfig, model: VLMConfig) -> tuple[str, ...] | None:
+    """Path patterns of what learns: ``--trainable``, or what the stage says."""
+    if config.trainable:
+        return config.trainable
+    if config.stage == "align":
+        if model.projector is None or not config.chat:
+            raise UserError(
+                "--stage align trains the projector: it needs a preset and data with pictures"
+            )
+        return ("projector",)
+    # Without pictures no gradient reaches the eye: weight decay alone would spoil it.
+    return None if config.chat or model.vision is None else ("text",)
+
+
+def image_spec(model: VLMConfig) -> ImageSpec | None:
+    """How the model takes pictures, or None if it does not."""
+    vision, projector = model.vision, model.projector
+    if vision is None or projector is None:
+        return None
+    resampler = projector.kind == "resampler"
+    return ImageSpec(
+        vision.patch_size, vision.image_size, vision.merge,
+        projector=projector.kind, queries=projector.queries if resampler else 0,
+    )  # fmt: skip
+
+
+def build_encoder(
+    config: TrainConfig, model: VLMConfig, tokenizer: ChatTokenizer, *, training: bool = False
+) -> Encoder:
+    """From conversations to documents of at most a row. Only training pictures are changed."""
+    images = image_spec(model) if config.chat else None
+    augment = Augment(flip=0.5, crop=0.15, colour=0.15) if config.augment and training else None
+    return Encoder(tokenizer, images, max_tokens=config.sequence_len, augment=augment)
+
+
+def plan(encoder: Encoder, documents: Sequence[Document], rows: int, model: VLMConfig) -> PackSpec:
+    """The static shapes of batches of so many rows, sized on a sample of documents."""
+    if not documents:
+        raise UserError("none of the records can be used: check the data and --sequence_len")
+    return plan_spec(
+        documents,
+        row_len=encoder.max_tokens,
+        rows=rows,
+        images=encoder.images,
+        pad_token=encoder.tokenizer.pad,
+        vocab_size=model.text.vocab_size,
+    )
+
+
+def sample_documents(source: Source, encoder: Encoder, limit: int) -> Iterable[Document]:
+    """Documents of up to ``limit`` items spread evenly over a source; bad records are passed over
+    (the loader counts them)."""
+    for index in spread(len(source), limit):
+        try:
+            yield from encoder(source[index])
+        except BadRecordError:
+            continue
+
+
+def build_validation(
+    config: TrainConfig, encoder: Encoder, spec: PackSpec, sources: Sources
+) -> list[Batch]:
+    """The first batches of the held-out data, the same ones each time; none if there is none."""
+    held_out = sources.held_out.get("val")
+    if held_out is None:
+        return []
+    loader = Loader(held_out, encoder, spec, repeat=False, shuffle=False)
+    try:
+        return list(islice(loader, config.val_batches))
+    finally:
+        loader.close()
+
+
+def build_params(
+    config: TrainConfig, model: VLMConfig, device: torch.device, state_path: Path | None
+) -> tuple[Tree, State | None]:
+    """Params to start from: of a state, of another run, or fresh."""
+    like = init_params(model, device="meta")
+    if state_path is not None:
+        state = load_state(state_path, like, config, device)
+        return state.params, state
+    if config.init_from:
+        params = load_weights(config.init_from, like, device)
+        return {part: _floats(leaves) for part, leaves in params.items()}, None
+    return init_params(model, config.seed, device=device), None
+
+
+def choose_workers(config: TrainConfig, device: torch.device) -> int:
+    """As told; else up to 8 beside a GPU, and none beside a CPU that computes with every core."""
+    if config.workers is not None:
+        return config.workers
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return min(8, max(1, cores - 1)) if device.type == "cuda" else 0
+
+
+def _floats(tree: Tree) -> Tree:
+    """Weights to train are fp32 whatever they were stored as."""
+    return {
+        name: _floats(leaf) if isinstance(leaf, dict) else leaf.float()
+        for name, leaf in tree.items()
+    }
+
+
+def _with_vocab(model: VLMConfig, size: int) -> VLMConfig:
+    return dataclasses.replace(model, text=dataclasses.replace(model.text, vocab_size=size))
+
+
+def _up_to_64(size: int) -> int:
+    return -(-size // 64) * 64

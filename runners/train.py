@@ -1,0 +1,138 @@
+"""Trains a model, evaluates it, and draws what it learnt.
+
+python -m runners.train                         # a tiny model on drawn shapes
+python -m runners.train --data train.json --preset small --sequence_len=2048
+python -m runners.train --resume auto
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+import kernels
+from params import count, num_bytes, unflatten
+from runners.checkpoints import (
+    check_room,
+    choose_folder,
+    create_folder,
+    load_weights,
+    write_text,
+)
+from runners.cli import INTERRUPTED, guarded
+from runners.config import TrainConfig, parse_config
+from runners.data.types import IMAGE, spread
+from runners.decoding import cast_matrices
+from runners.eval import Evaluator, Report, evaluate, questions
+from runners.figures import Sample, draw_loss, draw_samples
+from runners.generate import answer
+from runners.loop import Training, interruptible
+from runners.metrics import Display, Metrics, check_wandb, read_metrics
+from runners.setup import Job, build_encoder, prepare
+from runners.step import Learner
+
+
+def train(config: TrainConfig, display: Display | None = None) -> Path | None:
+    """Runs a config to its end. Returns the run's folder, or None if it was interrupted (then
+    ``--resume`` goes on). Raises UserError; nothing is written before everything is validated."""
+    display = display or Display(config.steps)
+    with display.logging("runners"), display.logging("kernels"):
+        check_wandb(config)
+        folder, state_path = choose_folder(config)
+        job = prepare(config, state_path)
+        learner = Learner(job.params, config, job.select)
+        check_room(folder, learner.params, unflatten(learner.learning))
+        if job.state is None:
+            create_folder(folder, config, job.model, job.tokenizer)
+        else:
+            learner.restore(job.state)
+        for line in describe(job, learner, folder):
+            display.say(line)
+        metrics = Metrics(folder, config, after=learner.step)
+        try:
+            backends = kernels.override(**job.composed.backends)
+            with interruptible() as stop, display, backends:
+                finished = Training(job, learner, folder, metrics, display).run(stop)
+        finally:
+            metrics.close()
+            job.loader.close()
+        display.say(job.loader.stats.line())
+        if not finished:
+            display.say(
+                f"Stopped after step {learner.step} of {config.steps}, saved; continue with the "
+                f"same flags and --resume={folder}"
+            )
+            return None
+        for line in finish(job, folder):
+            display.say(line)
+    return folder
+
+
+def describe(job: Job, learner: Learner, folder: Path) -> list[str]:
+    """What a run is about to do: model, data, and every optimisation, on or off, and why."""
+    learns = sum(leaf.numel() for leaf in learner.learning.values())
+    device = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "CPU"
+    spec = job.spec
+    pictures = f", pictures: {spec.max_images} a row" if spec.images else ""
+    begun = f"continued after step {learner.step}" if learner.step else "new"
+    return [
+        f"Run {folder} ({begun}), {device}, torch {torch.__version__}",
+        f"Model {job.config.preset}: {count(job.params):,} parameters "
+        f"({num_bytes(job.params) / 1e6:,.0f} MB), {learns:,} learn; "
+        f"vocabulary {job.model.text.vocab_size}",
+        f"Data {job.config.data}: {len(job.sources.train):,} records; batches of {spec.rows} rows "
+        f"of {spec.row_len} tokens{pictures}",
+        *job.composed.report,
+        f"Using fused AdamW (torch.optim), {job.config.schedule} schedule",
+    ]
+
+
+def finish(job: Job, folder: Path) -> list[str]:
+    """Evaluates the best weights on what was held out, and draws loss.png and samples.png."""
+    draw_loss(folder / "loss.png", read_metrics(folder))
+    evaluator = Evaluator(
+        job.composed.forward,
+        cast_matrices(load_weights(folder, job.params, job.device), job.composed.dtype),
+        job.model,
+        build_encoder(job.config, job.model, job.tokenizer),
+        job.config.device_batch_size,
+    )
+    reports: list[Report] = []
+    if job.config.eval_examples:
+        limit = job.config.eval_examples
+        reports = evaluate(evaluator, job.sources.held_out, limit, chat=job.config.chat)
+        write_text(folder / "eval.json", json.dumps([asdict(r) for r in reports], indent=1))
+    if job.config.samples and job.config.chat and job.sources.held_out:
+        draw_samples(folder / "samples.png", sample(evaluator, job))
+    written = sorted(p.name for p in folder.iterdir() if p.is_file())
+    return [*(line for r in reports for line in r.lines()), f"In {folder}: {', '.join(written)}"]
+
+
+def sample(evaluator: Evaluator, job: Job) -> list[Sample]:
+    """Held-out questions about different pictures, with what the model says to each."""
+    wanted = job.config.samples
+    asked = list(questions(job.sources.held_out["val"], evaluator.encoder, 5 * wanted))
+    samples = []
+    for index in spread(len(asked), wanted):
+        conversation = asked[index].conversation
+        user, truth = conversation.turns
+        tokens = answer(evaluator, replace(conversation, turns=(user,)), max_tokens=48)
+        said = evaluator.encoder.tokenizer.decode(tokens)
+        samples.append(Sample(conversation.images, user.text.replace(IMAGE, ""), truth.text, said))
+    return samples
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    return 0 if train(parse_config(argv)) is not None else INTERRUPTED
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return guarded(lambda: run(argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,108 @@
+"""What every room's tests share: one thread, a fixed seed, models that run in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from core import ProjectorConfig, TextConfig, VisionConfig, VLMConfig, make_batch
+from core.batch import Batch
+from params import init_params
+from params.tree import Tree, flatten, map_leaves
+
+IMAGE_TOKEN = 1
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # small tensors: more threads only wait for each other
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def micro() -> dict[str, VLMConfig]:
+    """Text alone (tied, untied) and the two projectors; GQA, two layers everywhere."""
+    sizes = {"vocab_size": 61, "dim": 16, "layers": 2, "heads": 4, "kv_heads": 2, "mlp_dim": 24}
+    text = TextConfig(**sizes)  # type: ignore[arg-type]
+    untied = TextConfig(**sizes, tied=False, qkv_bias=True, qk_norm=True)  # type: ignore[arg-type]
+    vision = VisionConfig(
+        dim=16, layers=2, heads=2, mlp_dim=24, patch_size=4, image_size=16, merge=2
+    )
+    resampler = ProjectorConfig("resampler", queries=3, heads=2)
+    return {
+        "text": VLMConfig(text),
+        "untied": VLMConfig(untied),
+        "mlp": VLMConfig(text, vision, ProjectorConfig(hidden=20)),
+        "resampler": VLMConfig(untied, vision, resampler),
+    }
+
+
+@pytest.fixture(scope="session")
+def rough() -> Callable[..., Tree]:
+    """Params of a config with every leaf off its round start: no bias is 0, no norm's weight 1."""
+
+    def make(config: VLMConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tree:
+        generator = torch.Generator().manual_seed(seed)
+
+        def shake(leaf: Tensor) -> Tensor:
+            return leaf + 0.2 * torch.randn(leaf.shape, generator=generator).to(leaf)
+
+        return map_leaves(shake, init_params(config, seed, dtype=dtype))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def example() -> Callable[..., Batch]:
+    """A batch of rows, each with a picture if the config has eyes: see ``make_batch``."""
+
+    def make(
+        config: VLMConfig, rows: int = 2, length: int = 12, seed: int = 0, side: int = 16
+    ) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(2, config.text.vocab_size, (rows, length), generator=generator)
+        if config.vision is None:
+            return make_batch(tokens)
+        count = config.image_tokens((side // config.vision.patch_size) ** 2)
+        tokens[:, 2 : 2 + count] = IMAGE_TOKEN
+        images = [
+            torch.randint(0, 256, (3, side, side), generator=generator, dtype=torch.uint8)
+            for _ in range(rows)
+        ]
+        return make_batch(tokens, config=config, images=images, image_token=IMAGE_TOKEN)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[..., None]:
+    """Two trees (or tensors) with the same leaves, each within ``rtol`` of its largest entry.
+
+    A leaf that should be 0 (a key's bias has no gradient: softmax does not see it) may be off by
+    the rounding of the others. rtol 0: bit for bit. NaN never passes.
+    """
+
+    def check(got: Tree | Tensor, want: Tree | Tensor, rtol: float = 1e-9) -> None:
+        left = {"": got} if isinstance(got, Tensor) else flatten(got)
+        right = {"": want} if isinstance(want, Tensor) else flatten(want)
+        assert left.keys() == right.keys()
+        sizes = {path: leaf.abs().max().item() for path, leaf in right.items()}
+        floor = 1e-3 * max(sizes.values())
+        for path, tensor in left.items():
+            assert tensor.shape == right[path].shape, path
+            assert tensor.dtype == right[path].dtype, path
+            error = (tensor - right[path]).abs().max().item()
+            limit = rtol * max(sizes[path], floor)
+            assert error <= limit, f"{path}: off by {error:.3g}, allowed {limit:.3g}"
+
+    return check

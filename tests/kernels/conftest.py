@@ -1,0 +1,57 @@
+"""What the tests of this room share."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Allocations(TorchDispatchMode):
+    """Every tensor that an operation makes: its size, and whether it still lives.
+
+    Views of the tensors given here do not count.
+    """
+
+    def __init__(self, *inputs: Tensor) -> None:
+        super().__init__()
+        self.inputs = {x.untyped_storage()._cdata for x in inputs}
+        self.made: list[tuple[StorageWeakRef, int, str]] = []
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.nanovision.linear_cross_entropy.default:
+            with self:  # a dispatch mode does not see into a custom op by itself
+                return importlib.import_module("kernels.linear_cross_entropy")._chunked(*args)
+        out = func(*args, **(kwargs or {}))
+        self.ops.append(str(func))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata in self.inputs:
+                    continue
+                self.made.append(
+                    (StorageWeakRef(storage), storage.nbytes(), f"{func} {tuple(tensor.shape)}")
+                )
+        return out
+
+    def largest(self) -> tuple[int, str]:
+        return max((size, what) for _, size, what in self.made)
+
+    def living(self) -> int:
+        """Bytes of storages made here that are still alive."""
+        alive = {ref.cdata: size for ref, size, _ in self.made if not ref.expired()}
+        return sum(alive.values())
+
+
+@pytest.fixture
+def allocations_in() -> type[Allocations]:
+    """`with allocations_in(*inputs) as allocations:` counts what operations allocate."""
+    return Allocations

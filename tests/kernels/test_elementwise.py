@@ -1,0 +1,316 @@
+"""rms_norm, layer_norm, swiglu, rope: dtypes, what is saved, compile, meta, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import layer_norm, rms_norm, rope, swiglu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1), (5, 123), (2, 3, 64)]
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def outputs_and_gradients(
+    f: Callable[..., Tensor], cotangent: Tensor, *leaves: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    leaves = tuple(leaf.detach().clone().requires_grad_() for leaf in leaves)
+    out = f(*leaves)
+    return out.detach(), list(torch.autograd.grad(out, leaves, cotangent.to(out.dtype)))
+
+
+def within(got: Tensor, wanted: Tensor, roundings: float, scale: Tensor | float = 1.0) -> None:
+    """`roundings` to got's dtype relative to each entry, and fp32 arithmetic of size `scale`."""
+    unit = torch.finfo(got.dtype).eps / 2
+    slack = 16 * torch.finfo(torch.float32).eps * scale + torch.finfo(got.dtype).tiny
+    if got.dtype == torch.float16:
+        slack = slack + torch.finfo(torch.float16).smallest_normal * 2**-10  # subnormal spacing
+    error = (got.double() - wanted).abs()
+    assert (error <= roundings * unit * wanted.abs() + slack).all(), float(error.max())
+
+
+def exact_rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_norms_are_rounded_once(
+    shape: tuple[int, ...], weight_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    dim = shape[-1]
+    x, g = rand(*shape, dtype=dtype), rand(*shape, dtype=dtype, seed=1)
+    w, b = rand(dim, dtype=weight_dtype, seed=2), rand(dim, dtype=weight_dtype, seed=3)
+
+    got, grads = outputs_and_gradients(lambda x, w: rms_norm(x, w, 1e-5), g, x, w)
+    wanted, exact = outputs_and_gradients(
+        lambda x, w: exact_rms_norm(x, w, 1e-5), g, x.double(), w.double()
+    )
+    assert got.dtype == dtype
+    assert [t.dtype for t in grads] == [dtype, weight_dtype]
+    within(got, wanted, 1.001)
+    # dx is a difference of terms of size |g w r|; dw a sum over rows
+    r = float((x.double().square().mean(-1) + 1e-5).rsqrt().max())
+    for grad, right in zip(grads, exact, strict=True):
+        within(grad, right, 1.001, max(float(right.abs().max()), 8 * r) * x.numel() ** 0.5)
+
+    got, grads = outputs_and_gradients(lambda x, w, b: layer_norm(x, w, b, 1e-5), g, x, w, b)
+    wanted, exact = outputs_and_gradients(
+        lambda x, w, b: F.layer_norm(x, (dim,), w, b, 1e-5), g, x.double(), w.double(), b.double()
+    )
+    assert got.dtype == dtype
+    # a mean removed from x leaves an error of eps * |x|, blown up by 1 / sqrt(var + eps)
+    spread = float((x.double().var(-1, correction=0) + 1e-5).rsqrt().max()) * 4
+    within(got, wanted, 1.001, spread)
+    for grad, right in zip(grads, exact, strict=True):
+        bound = max(float(right.abs().max()), 1.0) * x.numel() ** 0.5 * spread**2
+        within(grad, right, 1.001, bound)
+
+
+def test_norms_match_torchs_in_fp64() -> None:
+    x, w, b = rand(7, 33), rand(33, seed=1), rand(33, seed=2)
+    torch.testing.assert_close(rms_norm(x, w), F.rms_norm(x, (33,), w, 1e-6), rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        layer_norm(x, w, b), F.layer_norm(x, (33,), w, b, 1e-6), rtol=1e-12, atol=1e-14
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_swiglu_rounds_no_more_than_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    gate, up, g = (rand(*shape, dtype=dtype, seed=i) for i in range(3))
+    got, grads = outputs_and_gradients(swiglu, g, gate, up)
+    wanted, exact = outputs_and_gradients(lambda a, b: F.silu(a) * b, g, gate.double(), up.double())
+    assert got.dtype == dtype
+    within(got, wanted, 2.01)  # silu, then the product
+    within(grads[1], exact[1], 2.01)
+    # grad * up is rounded, then multiplied by silu', whose own value passes through 0
+    within(grads[0], exact[0], 2.01, 4.0)
+
+
+def test_swiglu_is_finite_at_the_ends() -> None:
+    for dtype in DTYPES:
+        gate = torch.tensor([-1e4, -50.0, 0.0, 50.0, 1e4], dtype=dtype)
+        out, grads = outputs_and_gradients(swiglu, torch.ones(5), gate, torch.ones_like(gate))
+        assert out.isfinite().all()
+        assert all(g.isfinite().all() for g in grads)
+
+
+def tables(positions: int, dim: int) -> tuple[Tensor, Tensor]:
+    frequencies = 100.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+    angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def llama_rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    """As transformers' Llama writes it: x cos + rotate_half(x) sin."""
+    cos = torch.cat((cos, cos), -1)[positions][:, None]
+    sin = torch.cat((sin, sin), -1)[positions][:, None]
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_is_llamas_and_rounded_once(dtype: torch.dtype) -> None:
+    cos, sin = tables(50, 8)
+    positions = torch.randint(0, 50, (9,))
+    q, k = rand(9, 4, 8, dtype=dtype), rand(9, 2, 8, dtype=dtype, seed=1)
+    got = rope(q, k, cos.float(), sin.float(), positions)
+    for turned, x in zip(got, (q, k), strict=True):
+        wanted = llama_rope(x.double(), cos, sin, positions)
+        assert turned.dtype == dtype
+        within(turned, wanted, 1.001, 4.0)
+
+
+def test_rope_backward_is_the_opposite_rotation() -> None:
+    cos, sin = tables(50, 8)
+    positions = torch.randint(0, 50, (9,))
+    q, k = rand(9, 4, 8), rand(9, 2, 8, seed=1)
+    turned = rope(q, k, cos, sin, positions)
+    _, (back,) = outputs_and_gradients(
+        lambda x: rope(x, k, cos, sin, positions)[0], turned[0], torch.zeros_like(q)
+    )
+    torch.testing.assert_close(back, q, rtol=1e-13, atol=1e-14)  # a rotation's adjoint undoes it
+
+
+def test_rope_depends_on_distance_alone() -> None:
+    cos, sin = tables(50, 8)
+    q, k = rand(1, 1, 8), rand(1, 1, 8, seed=1)
+
+    def score(i: int, j: int) -> Tensor:
+        a, _ = rope(q, k, cos, sin, torch.tensor([i]))
+        _, b = rope(q, k, cos, sin, torch.tensor([j]))
+        return (a * b).sum()
+
+    torch.testing.assert_close(score(40, 33), score(7, 0), rtol=1e-12, atol=0)
+
+
+def test_rope_serves_per_example_positions() -> None:
+    cos, sin = tables(50, 8)
+    q, k = rand(3, 9, 4, 8), rand(3, 9, 2, 8, seed=1)
+    positions = torch.randint(0, 50, (3, 9))
+    got = torch.func.vmap(rope, in_dims=(0, 0, None, None, 0))(q, k, cos, sin, positions)
+    per_example_tables = torch.func.vmap(rope)(
+        q, k, cos.expand(3, -1, -1), sin.expand(3, -1, -1), positions
+    )
+    for i in range(3):
+        wanted = rope(q[i], k[i], cos, sin, positions[i])
+        for a, b, c in zip(got, per_example_tables, wanted, strict=True):
+            torch.testing.assert_close(a[i], c)
+            torch.testing.assert_close(b[i], c)
+
+
+# What backward keeps
+
+
+def saved_bytes(f: Callable[[], Any], *inputs: Tensor) -> int:
+    """Bytes saved for backward beyond the inputs themselves."""
+    own = {x.untyped_storage()._cdata for x in inputs}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = f()
+    assert out is not None
+    return sum(sizes.values())
+
+
+def test_backwards_keep_inputs_and_row_statistics_only() -> None:
+    x = rand(64, 32, dtype=torch.bfloat16).requires_grad_()
+    up = rand(64, 32, dtype=torch.bfloat16, seed=1).requires_grad_()
+    w = rand(32, dtype=torch.float32, seed=2).requires_grad_()
+    row = 64 * 4  # one fp32 number a row
+    assert saved_bytes(lambda: rms_norm(x, w), x, w) == row
+    assert saved_bytes(lambda: layer_norm(x, w, w), x, w) == 2 * row
+    assert saved_bytes(lambda: swiglu(x, up), x, up) == 0
+    # the plain formula keeps several fp32 copies of x: the count can tell
+    plain = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True))
+    assert plain.requires_grad
+    assert saved_bytes(lambda: exact_rms_norm(x.float(), w, 1e-6), x, w) > 2 * x.numel() * 4
+
+
+def test_rope_keeps_the_shared_tables_only() -> None:
+    cos, sin = (t.float() for t in tables(50, 8))
+    positions = torch.arange(9)
+    q = rand(9, 4, 8, dtype=torch.bfloat16).requires_grad_()
+    k = rand(9, 2, 8, dtype=torch.bfloat16, seed=1).requires_grad_()
+    assert saved_bytes(lambda: rope(q, k, cos, sin, positions), cos, sin, positions) == 0
+
+
+def test_nothing_extra_lives_after_a_forward(allocations_in: Any) -> None:
+    """save_for_forward and the Function's context hold on to nothing else."""
+    cos, sin = (t.float() for t in tables(50, 8))
+    q = rand(9, 4, 8, dtype=torch.bfloat16).requires_grad_()
+    k = rand(9, 2, 8, dtype=torch.bfloat16, seed=1).requires_grad_()
+    positions = torch.arange(9)
+    with allocations_in(q, k, cos, sin, positions) as allocations:
+        first, second = q * 1, k * 1
+        out = rope(first, second, cos, sin, positions)
+        del first, second
+        assert allocations.living() == sum(t.untyped_storage().nbytes() for t in out)
+
+
+# Compiled, meta, errors
+
+
+def test_dtype_and_shape_on_meta() -> None:
+    x = torch.empty(4, 6, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    w = torch.empty(6, device="meta", requires_grad=True)
+    for out in (rms_norm(x, w), layer_norm(x, w, w), swiglu(x, x)):
+        assert (out.shape, out.dtype, out.device.type) == (x.shape, x.dtype, "meta")
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
+    q = torch.empty(4, 2, 8, device="meta", dtype=torch.bfloat16)
+    table = torch.empty(9, 4, device="meta")
+    positions = torch.empty(4, dtype=torch.int64, device="meta")
+    assert rope(q, q, table, table, positions)[0].shape == q.shape
+
+
+def test_compiled_bf16_matches_eager() -> None:
+    torch._dynamo.reset()
+    cos, sin = (t.float() for t in tables(16, 8))
+    positions = torch.arange(16)
+
+    def block(x: Tensor, w: Tensor) -> Tensor:
+        y = rms_norm(x, w)
+        y = layer_norm(y, w, w) + swiglu(y, x)
+        q, k = rope(y.view(16, 4, 8), y.view(16, 4, 8), cos, sin, positions)
+        return (q * k).float().sum()
+
+    x, w = rand(16, 32, dtype=torch.bfloat16), rand(32, dtype=torch.float32, seed=1)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    got = outputs_and_gradients(compiled, torch.ones(()), x, w)
+    wanted = outputs_and_gradients(block, torch.ones(()), x, w)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+def test_empty_batches_pass() -> None:
+    x = torch.zeros(0, 6, requires_grad=True)
+    w = torch.ones(6, requires_grad=True)
+    for out in (rms_norm(x, w), layer_norm(x, w, w), swiglu(x, x)):
+        assert out.shape == (0, 6)
+        torch.autograd.grad(out.sum(), x)
+    q = torch.zeros(0, 2, 8)
+    table = torch.zeros(9, 4)
+    assert rope(q, q, table, table, torch.zeros(0, dtype=torch.int64))[0].shape == (0, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: rms_norm(x, torch.ones(5)), r"rms_norm: weight must have shape \[6\]"),
+        (lambda x: layer_norm(x, None, torch.ones(5)), r"bias must have shape \[6\]"),
+        (lambda x: rms_norm(x.long()), "x must be floating point, got torch.int64"),
+        (lambda x: rms_norm(x, torch.ones(6, device="meta")), "weight is on meta"),
+        (lambda x: rms_norm(x, None, -1.0), "eps must be >= 0"),
+        (lambda x: rms_norm(x.sum()), "at least one dimension"),
+        (lambda x: swiglu(x, x[:2]), "they must be alike"),
+        (lambda x: swiglu(x, x.bfloat16()), "they must be alike"),
+    ],
+)
+def test_bad_arguments_are_named(call: Callable[[Tensor], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(4, 6))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.ones(4, 16)}, r"q must be \[N, heads, head size\]"),
+        ({"q": torch.ones(4, 2, 7)}, "head size must be even"),
+        ({"k": torch.ones(3, 2, 8)}, r"k must have shape \[4, Hk, 8\]"),
+        ({"cos": torch.ones(9, 8)}, r"cos and sin must have shape \[T, 4\]"),
+        ({"positions": torch.zeros(3, dtype=torch.int64)}, "positions must be int64"),
+        ({"positions": torch.zeros(4, dtype=torch.int32)}, "positions must be int64"),
+        ({"positions": torch.tensor([0, 9, 1, 2])}, "position 9 is outside the tables of 9"),
+        ({"positions": torch.tensor([0, -1, 1, 2])}, "position -1 is outside"),
+        ({"cos": torch.ones(9, 4, requires_grad=True)}, "constants"),
+    ],
+)
+def test_bad_rope_arguments_are_named(changes: dict[str, Tensor], message: str) -> None:
+    arguments = {
+        "q": torch.ones(4, 2, 8),
+        "k": torch.ones(4, 1, 8),
+        "cos": torch.ones(9, 4),
+        "sin": torch.ones(9, 4),
+        "positions": torch.arange(4),
+    }
+    arguments.update(changes)
+    with pytest.raises(ValueError, match=message):
+        rope(**arguments)

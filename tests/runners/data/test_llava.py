@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runners.data.llava import Llava
+from runners.data.stats import readable
+from runners.data.types import BadRecordError, Turn, questions_and_answers
+from runners.errors import UserError
+
+WriteLlava = Callable[..., Path]
+
+
+def test_records_become_conversations(write_llava: WriteLlava):
+    source = Llava(write_llava(3))
+    assert len(source) == 3
+    item = source[1]
+    assert item.id == "r1"
+    assert item.turns == (
+        Turn("user", "<image>\nWhat is it?"),
+        Turn("assistant", "title 0", "What is it?"),
+        Turn("user", "Which category?"),
+        Turn("assistant", "odd", "Which category?"),
+    )
+    assert item.images[0].shape == (20, 24, 3)
+    assert source.turns(1) == item.turns
+
+
+def test_single_turns_stand_alone(write_llava: WriteLlava):
+    source = Llava(write_llava(3), turns="single")
+    assert len(source) == 6
+    assert [turn.text for turn in source[3].turns] == ["<image>Which category?", "odd"]
+    assert source[3].id == "r1/1"
+    assert len(source[3].images) == 1
+    assert [turn.text for turn in source.turns(3)] == ["Which category?", "odd"]
+
+
+def test_several_pictures_none_system_words_and_lines(write_llava: WriteLlava, tmp_path: Path):
+    def change(records: list[Any]) -> None:
+        records[0]["image"] = ["images/0.png", "images/1.png"]
+        records[0]["conversations"][2]["value"] = "<image> and this?"
+        del records[1]["image"], records[1]["id"]
+        records[1]["conversations"][0]["value"] = "No picture?"
+        records[1]["conversations"].insert(0, {"from": "system", "value": "Be brief."})
+
+    path = write_llava(2, change)
+    source = Llava(path)
+    assert len(source[0].images) == 2
+    assert source[1].images == ()
+    assert source[1].id == "1"
+    assert source[1].turns[0].text == "Be brief.\nNo picture?"
+    lines = [json.dumps(record) for record in json.loads(path.read_text())]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n\n")
+    assert Llava(tmp_path / "train.jsonl").records == source.records
+
+
+def test_rare_questions_share_a_kind(write_llava: WriteLlava):
+    def change(records: list[Any]) -> None:
+        records[7]["conversations"][2]["value"] = "Asked once?"
+
+    source = Llava(write_llava(150, change))
+    kinds = {
+        answer.kind for i in range(150) for _, answer in questions_and_answers(source.turns(i))
+    }
+    assert kinds == {"What is it?", "Which category?", "other"}
+
+
+def test_the_held_out_part_is_chosen_by_title(write_llava: WriteLlava):
+    path = write_llava(200)
+    parts = {split: Llava(path, split=split, fraction=0.3) for split in ("train", "val")}
+    ids = {split: {record.id for record in source.records} for split, source in parts.items()}
+    assert ids["train"] | ids["val"] == {f"r{i}" for i in range(200)}
+    assert not ids["train"] & ids["val"]
+    assert 30 <= len(ids["val"]) <= 90
+    titles = {s: {r.turns[1].text for r in source.records} for s, source in parts.items()}
+    assert not titles["train"] & titles["val"]
+    with pytest.raises(UserError, match=r"The val part of .* is empty"):
+        Llava(write_llava(2), split="val", fraction=1e-9)
+
+
+def test_cached_pictures_are_decoded_once_and_stay_here(write_llava: WriteLlava):
+    source = Llava(write_llava(2), cache=True)
+    first = source[0].images[0]
+    assert source[0].images[0] is first
+    sent = pickle.loads(pickle.dumps(source))
+    assert sent._cache == {}
+    assert np.array_equal(sent[0].images[0], first)
+
+
+def damage(tmp_path: Path, *numbers: int) -> None:
+    for number in numbers:
+        (tmp_path / f"images/{number}.png").write_bytes(b"\x89PNG broken")
+
+
+def test_few_bad_pictures_are_left_out_with_a_warning(
+    write_llava: WriteLlava, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    path = write_llava(200)
+    damage(tmp_path, 3)
+    (tmp_path / "images/7.png").unlink()
+    source = Llava(path)
+    assert len(source) == 198
+    assert "2 of the 200 records" in caplog.text
+    assert "3.png cannot be decoded" in caplog.text
+    assert not {"r3", "r7"} & {record.id for record in source.records}
+    caplog.clear()
+    unchecked = Llava(path, check=0)
+    assert len(unchecked) == 199
+    with pytest.raises(BadRecordError, match=r"3\.png"):
+        unchecked[3]
+    assert len(list(readable(unchecked))) == 198
+    assert "Skipped 1 records so far (picture unreadable)" in caplog.text
+
+
+def test_many_bad_pictures_end_the_run(write_llava: WriteLlava, tmp_path: Path):
+    path = write_llava(200)
+    damage(tmp_path, 3, 50, 120)
+    with pytest.raises(UserError, match=r"3 of the 200 records .* more than 1%"):
+        Llava(path)
+    with pytest.raises(UserError, match="3 of 200 records cannot be used"):
+        list(readable(Llava(path, check=0)))
+    for number in range(60, 66):
+        (tmp_path / f"images/{number}.png").unlink()
+    with pytest.raises(UserError, match=r"6 of the 200 records .*60\.png does not exist"):
+        Llava(path, check=0)
+
+
+def rewrite(field: str, value: Any) -> Callable[[list[Any]], None]:
+    def change(records: list[Any]) -> None:
+        records[1][field] = value
+
+    return change
+
+
+def speak(*said: Any) -> Callable[[list[Any]], None]:
+    return rewrite(
+        "conversations",
+        [{"from": s, "value": v} if isinstance(s, str) else s for s, v in said],
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda records: {"records": records}, "holds no list of records"),
+        (lambda records: records.__setitem__(1, 7), r"Record 1 \(id '1'\).*no list"),
+        (lambda records: records.clear() or [[]], "no list `conversations`"),
+        (rewrite("conversations", "hi"), r"Record 1 \(id 'r1'\) of .*train\.json has no list"),
+        (rewrite("conversations", []), "does not end with an answer"),
+        (rewrite("conversations", ["hi"]), "no object with `from` and `value`"),
+        (rewrite("conversations", [{"from": "human"}]), "without the texts `from` and `value`"),
+        (rewrite("image", 5), "neither a path nor a list"),
+        (rewrite("image", ["images/1.png"] * 2), "2 pictures in `image` but 1 <image>"),
+        (rewrite("image", None), "0 pictures in `image` but 1 <image>"),
+        (speak(("gpt", "x"), ("human", "y")), "'gpt' where one from 'human' belongs"),
+        (speak(("human", "<image>"), ("human", "y")), "'human' where one from 'gpt' belongs"),
+        (speak(("human", "<image>"), ("robot", "y")), "'robot'"),
+        (speak(("human", "<image>")), "does not end with an answer"),
+        (speak(("human", "<image>"), ("gpt", "\ud800")), "lone surrogate"),
+        (rewrite("image", "/etc/hostname"), "leaves the data folder"),
+        (rewrite("image", "../secret.png"), "leaves the data folder"),
+        (rewrite("image", "images/../../x.png"), "leaves the data folder"),
+        (rewrite("image", "..\\x.png"), "leaves the data folder"),
+        (rewrite("image", "C:\\x.png"), "leaves the data folder"),
+        (rewrite("image", "a\0b.png"), "leaves the data folder"),
+        (rewrite("image", "images"), "is not a file"),
+        (rewrite("image", "https://example.org/x.png"), "does not exist"),
+    ],
+)
+def test_malformed_records_are_named(write_llava: WriteLlava, change: Any, message: str):
+    with pytest.raises(UserError, match=message):
+        Llava(write_llava(3, change))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"broken JSON at line 1, column 1"),
+        (b'[\n{"id": "a",}\n]', r"data\.json is broken JSON at line 2, column 1"),
+        (b"[]", "holds no records"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[1" + b"0" * 5000 + b"]", "cannot be read"),
+        (b'["\xff"]', "is not UTF-8"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, content: bytes, message: str):
+    path = tmp_path / "data.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        Llava(path)
+
+
+def test_missing_files_folders_and_options(tmp_path: Path, write_llava: WriteLlava):
+    with pytest.raises(UserError, match=r"absent\.json cannot be read \(No such file"):
+        Llava(tmp_path / "absent.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        Llava(tmp_path)
+    path = write_llava()
+    with pytest.raises(UserError, match=r"image folder .*nowhere does not exist"):
+        Llava(path, images=tmp_path / "nowhere")
+    with pytest.raises(UserError, match="split=test"):
+        Llava(path, split="test")
+    with pytest.raises(UserError, match="fraction=2"):
+        Llava(path, split="val", fraction=2)
+    (tmp_path / "lines.jsonl").write_text('{"id": 1}\n\n{"id": \n')
+    with pytest.raises(UserError, match="line 3"):
+        Llava(tmp_path / "lines.jsonl")
+
+
+def test_links_may_not_lead_out_and_pipes_are_not_read(write_llava: WriteLlava, tmp_path: Path):
+    inside = tmp_path / "data"
+    inside.mkdir()
+    os.rename(write_llava(3), inside / "train.json")
+    os.rename(tmp_path / "images", inside / "images")
+    picture = inside / "images/1.png"
+    os.rename(picture, tmp_path / "outside.png")
+    picture.symlink_to(tmp_path / "outside.png")
+    with pytest.raises(UserError, match=r"'images/1\.png' leads to .*outside the data folder"):
+        Llava(inside / "train.json")
+    picture.unlink()
+    picture.symlink_to("0.png")  # within the folder: fine
+    assert len(Llava(inside / "train.json")) == 3
+    os.replace(tmp_path / "outside.png", picture)  # ordinary files again, in a linked folder
+    os.rename(inside / "images", tmp_path / "elsewhere")
+    (inside / "images").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="outside the data folder"):
+        Llava(inside / "train.json")
+    (inside / "images").unlink()
+    (tmp_path / "linked").symlink_to(inside)  # the folder itself may be a link
+    os.rename(tmp_path / "elsewhere", inside / "images")
+    assert len(Llava(tmp_path / "linked/train.json")) == 3
+    picture.unlink()
+    os.mkfifo(picture)
+    with pytest.raises(UserError, match=r"1\.png is not a file"):
+        Llava(inside / "train.json")

@@ -1,0 +1,146 @@
+"""How a config becomes tokenizer, model, data and batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from core import check_batch
+from runners.config import TrainConfig, model_config
+from runners.data.tokenizer import train_tokenizer
+from runners.errors import UserError
+from runners.setup import choose_select, choose_workers, image_spec, prepare
+from runners.sources import open_sources
+
+Micro = Callable[..., TrainConfig]
+
+
+def test_a_job_fits_together(micro: Micro) -> None:
+    job = prepare(micro(val_batches=2))
+    assert job.model.text.vocab_size % 64 == 0
+    assert job.model.text.vocab_size >= job.tokenizer.vocab_size
+    assert len(job.validation) == 2
+    for batch in [*job.validation, next(iter(job.loader))]:
+        check_batch(batch, job.model)
+        assert batch["tokens"].shape == (2 * 96,)
+    assert job.learns == {"text", "vision", "projector"}
+    assert not Path(job.config.runs_dir).exists()
+
+
+def test_batches_have_one_shape(micro: Micro) -> None:
+    job = prepare(micro())
+    batches = iter(job.loader)
+    shapes = [{k: v.shape for k, v in next(batches).items()} for _ in range(5)]
+    assert all(shape == shapes[0] for shape in shapes)
+
+
+@pytest.fixture
+def llava(tmp_path: Path) -> Path:
+    records = []
+    for i in range(40):
+        Image.fromarray(np.full((20, 12, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
+        turns = [
+            {"from": "human", "value": "<image>\nWhat is it?"},
+            {"from": "gpt", "value": f"thing {i}"},
+        ]
+        records.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    return tmp_path / "train.json"
+
+
+def test_llava_files_are_parted_for_good(micro: Micro, llava: Path) -> None:
+    config = micro(data=str(llava), val_fraction=0.3)
+    sources = open_sources(config, model_config(config))
+    train = {sources.train[i].id for i in range(len(sources.train))}
+    val = {sources.held_out["val"][i].id for i in range(len(sources.held_out["val"]))}
+    assert len(train) + len(val) == 40
+    assert not train & val
+    assert val
+    everything = open_sources(micro(data=str(llava), val_fraction=0.0), model_config(config))
+    assert len(everything.train) == 40
+    assert not everything.held_out
+    job = prepare(micro(data=str(llava), val_fraction=0.0))
+    assert job.validation == []
+    assert "patches" in next(iter(job.loader))
+
+
+def test_pictures_for_a_model_without_eyes_are_refused(micro: Micro, llava: Path) -> None:
+    with pytest.raises(UserError, match="no vision part"):
+        prepare(micro(data=str(llava), override=("vision=none",)))
+
+
+def test_text_comes_from_files_folders_and_globs(micro: Micro, tmp_path: Path) -> None:
+    for i in range(30):
+        (tmp_path / f"{i}.txt").write_text(f"text number {i} " * 20)
+    model = model_config(micro())
+    sizes = []
+    for data in (str(tmp_path), str(tmp_path / "*.txt"), str(tmp_path / "1?.txt")):
+        sources = open_sources(micro(data=data, val_fraction=0.3), model)
+        sizes.append(len(sources.train) + len(sources.held_out["val"]))
+    assert sizes == [30, 30, 10]
+    job = prepare(micro(data=str(tmp_path), val_fraction=0.3))
+    assert "patches" not in next(iter(job.loader))
+    assert job.learns == {"text"}
+
+
+def test_vocabularies(micro: Micro, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    tokenizer = train_tokenizer(["colour shape count"], 270)
+    tokenizer.save(path)
+    job = prepare(micro(tokenizer=str(path)))
+    assert job.tokenizer.vocab_size == tokenizer.vocab_size
+    assert job.model.text.vocab_size == 512  # the preset's: it has room
+    small = prepare(micro(tokenizer=str(path), override=(*micro().override, "text.vocab_size=64")))
+    assert small.model.text.vocab_size == 320
+    own = prepare(micro(vocab_size=280))
+    assert own.tokenizer.vocab_size <= 280
+    assert own.model.text.vocab_size == 320
+
+
+def test_what_learns(micro: Micro) -> None:
+    model = model_config(micro())
+    assert choose_select(micro(), model) is None
+    assert choose_select(micro(stage="pretrain"), model) is None
+    assert choose_select(micro(stage="align"), model) == ("projector",)
+    assert choose_select(micro(stage="align", trainable=("vision",)), model) == ("vision",)
+    assert choose_select(micro(data="x.txt"), model) == ("text",)
+    blind = micro(override=("vision=none",), data="x.txt")
+    assert choose_select(blind, model_config(blind)) is None
+    with pytest.raises(UserError, match="--stage align"):
+        choose_select(micro(stage="align", data="x.txt"), model)
+    with pytest.raises(UserError, match="--stage align"):
+        choose_select(micro(stage="align"), model_config(blind))
+
+
+def test_image_specs_follow_the_model(micro: Micro) -> None:
+    spec = image_spec(model_config(micro()))
+    assert spec is not None
+    assert (spec.patch_size, spec.image_size, spec.tokens(4)) == (8, 16, 4)
+    override = (*micro().override, "projector.kind=resampler", "projector.queries=3")
+    spec = image_spec(model_config(micro(override=override)))
+    assert spec is not None
+    assert spec.tokens(4) == 3
+    assert image_spec(model_config(micro(override=("vision=none",)))) is None
+
+
+def test_workers(micro: Micro) -> None:
+    assert choose_workers(micro(workers=None), torch.device("cpu")) == 0
+    assert 1 <= choose_workers(micro(workers=None), torch.device("cuda")) <= 8
+    assert choose_workers(micro(workers=3), torch.device("cpu")) == 3
+
+
+def test_imports_start_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+    import sys
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pytest", "--nonsense"])
+    for name in ("train", "eval", "generate"):
+        importlib.import_module(f"runners.{name}")
+    assert not list(tmp_path.iterdir())

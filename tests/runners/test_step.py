@@ -1,0 +1,155 @@
+"""Accumulation, validation, the values that are read late, and what a step leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+
+from core import Batch
+from core.batch import IGNORE
+from params import flatten, init_params
+from runners.compose import choose_backends, compose
+from runners.config import TrainConfig, model_config
+from runners.data.collate import collate
+from runners.loop import Late, Pace, Step
+from runners.setup import Job, prepare, sample_documents
+from runners.step import Learner, accumulate, mean_loss
+from transforms import value_and_grad
+
+Micro = Callable[..., TrainConfig]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def job(micro: Micro) -> Job:
+    return prepare(micro())
+
+
+def _rows(job: Job) -> tuple[Batch, list[Batch]]:
+    """A batch of two rows, and its rows as batches, with 4 to 1 labelled tokens."""
+    one, *rest = islice(sample_documents(job.sources.train, job.encoder, 8), 5)
+    single = replace(job.spec, rows=1)
+    rows = [[one], rest[:2]]
+    return collate(rows, job.spec), [collate([row], single) for row in rows]
+
+
+def test_accumulated_batches_weigh_as_many_as_their_labelled_tokens(job: Job) -> None:
+    both, apart = _rows(job)
+    counts = [int((batch["labels"] != IGNORE).sum()) for batch in apart]
+    assert counts[0] != counts[1]
+    grad_fn = value_and_grad(job.composed.loss_fn)
+    loss, _, grads = accumulate(grad_fn, job.params, [both])
+    total, losses, summed = accumulate(grad_fn, job.params, apart)
+    torch.testing.assert_close(total, loss, rtol=1e-6, atol=0)
+    for path, grad in grads.items():
+        # fp32 sums of at most a few hundred terms in another order.
+        torch.testing.assert_close(
+            summed[path], grad, rtol=1e-4, atol=2e-6 * float(grad.abs().max()) + 1e-9
+        )
+    plain_mean = torch.stack(losses).mean()
+    assert abs(plain_mean - loss) > 100 * abs(total - loss)  # what a wrong weighting would give
+
+
+def test_a_batch_without_labels_adds_nothing(job: Job) -> None:
+    _, (batch, other) = _rows(job)
+    empty = other | {"labels": torch.full_like(other["labels"], IGNORE)}
+    grad_fn = value_and_grad(job.composed.loss_fn)
+    loss, _, grads = accumulate(grad_fn, job.params, [batch])
+    again, losses, summed = accumulate(grad_fn, job.params, [empty, batch])
+    assert again == loss
+    assert losses[0] == 0
+    assert all(torch.equal(summed[path], grad) for path, grad in grads.items())
+    nothing, _, zeros = accumulate(grad_fn, job.params, [empty, empty])
+    assert nothing == 0
+    assert not any(grad.any() for grad in zeros.values())
+
+
+def test_validation_is_the_mean_over_tokens(job: Job) -> None:
+    both, apart = _rows(job)
+    loss = mean_loss(job.composed.eval_loss, job.params, apart)
+    assert loss == pytest.approx(float(job.composed.eval_loss(job.params, both)), rel=1e-6)
+    assert mean_loss(job.composed.eval_loss, job.params, []) is None
+
+
+def test_a_step_changes_what_learns_in_place_and_nothing_else(job: Job) -> None:
+    before = {path: leaf.clone() for path, leaf in flatten(job.params).items()}
+    learner = Learner(job.params, job.config, ("projector",))
+    grad_fn = value_and_grad(job.composed.loss_fn, ("projector",))
+    values = learner.train_step(grad_fn, _rows(job)[1])
+    assert values.shape == (4,)
+    assert learner.step == 1
+    for path, leaf in flatten(learner.params).items():
+        assert torch.equal(leaf, before[path]) != path.startswith("projector"), path
+
+
+def test_dropout_follows_the_seed_and_the_step(micro: Micro) -> None:
+    config = micro(override=(*micro().override, "text.dropout=0.3"))
+    job = prepare(config)
+    batch = _rows(job)[0]
+
+    def loss_at(step: int, seed: int) -> float:
+        learner = Learner(init_params(job.model), micro(seed=seed), None)
+        learner.step = step
+        return float(learner.train_step(value_and_grad(job.composed.loss_fn), [batch])[0])
+
+    assert loss_at(3, 0) == loss_at(3, 0)
+    assert len({loss_at(3, 0), loss_at(4, 0), loss_at(3, 1)}) == 3
+
+
+@pytest.mark.parametrize("flags", [{"use_gradient_checkpointing": True}, {"use_fused_loss": False}])
+def test_optimisations_change_no_number(micro: Micro, job: Job, flags: dict[str, bool]) -> None:
+    batch = _rows(job)[0]
+    plain = compose(micro(), job.model, CPU)
+    other = compose(micro(**flags), job.model, CPU)
+    loss, grads = value_and_grad(plain.loss_fn)(job.params, batch)
+    again, same = value_and_grad(other.loss_fn)(job.params, batch)
+    torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
+    for path, grad in flatten(grads).items():
+        torch.testing.assert_close(
+            flatten(same)[path], grad, rtol=1e-4, atol=2e-6 * float(grad.abs().max()) + 1e-9
+        )
+
+
+def test_flags_turn_kernels_off_and_the_report_says_so(micro: Micro) -> None:
+    model = model_config(micro())
+    on, off = (
+        compose(
+            micro(use_fused_kernels=f, use_fused_loss=f, use_gradient_checkpointing=f), model, CPU
+        )
+        for f in (True, False)
+    )
+    assert dict(on.backends) == {}
+    assert set(off.backends.values()) == {"torch"}
+    assert any(line.startswith("Using fused cross-entropy") for line in on.report)
+    assert any(line.startswith("Using gradient checkpointing") for line in on.report)
+    assert "Fused loss off" in off.report
+    assert "Fused kernels off" in off.report
+    assert any(line.startswith("Gradient checkpointing off") for line in off.report)
+    assert any("fp32 compute" in line for line in off.report)
+    cuda = torch.device("cuda")
+    assert choose_backends(micro(use_flash_attn=False), cuda) == {"attention": "plain"}
+    assert choose_backends(micro(use_flash_attn=False), CPU) == {}
+
+
+def test_values_come_in_order_and_none_is_lost() -> None:
+    late = Late(CPU)
+    seen = []
+    for number in range(1, 4):
+        step = Step(number, 0.1, 10, 1.0)
+        seen += [(s.number, v) for s, v in late.push(step, torch.tensor([float(number)]))]
+    seen += [(s.number, v) for s, v in late.flush()]
+    assert seen == [(1, [1.0]), (2, [2.0]), (3, [3.0])]
+
+
+def test_the_pace_leaves_out_interruptions(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 110.0, 115.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    pace = Pace(since=100.0)
+    next(clock)
+    with pace.paused():  # from 110 to 115
+        pass
+    assert pace.since == 105.0

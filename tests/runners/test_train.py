@@ -1,0 +1,228 @@
+"""Whole runs of a micro model: determinism, resuming, interruption, stages, what is on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from params import flatten, init_params, load_metadata, load_params
+from runners import train as train_module
+from runners.checkpoints import newest_state, open_run
+from runners.config import TrainConfig
+from runners.errors import UserError
+from runners.metrics import Display, read_metrics
+from runners.train import train
+
+Micro = Callable[..., TrainConfig]
+Quiet = Callable[[], Display]
+
+
+def run(config: TrainConfig, display: Display) -> Path:
+    folder = train(config, display)
+    assert folder is not None
+    return folder
+
+
+def losses(folder: Path) -> list[Any]:
+    return [row["loss"] for row in read_metrics(folder) if "loss" in row]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return flatten(load_params(folder / "model.safetensors"))
+
+
+def test_the_same_seed_gives_the_same_losses_bit_for_bit(micro: Micro, quiet: Quiet) -> None:
+    a = run(micro(name="a"), quiet())
+    b = run(micro(name="b", workers=1), quiet())
+    c = run(micro(name="c", seed=1), quiet())
+    assert len(losses(a)) == 6
+    assert losses(a) == losses(b)
+    assert losses(a)[-1] < losses(a)[0]
+    assert losses(a) != losses(c)
+    one, two = weights(a), weights(b)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[path], two[path]) for path in one)
+
+
+@pytest.mark.parametrize("extra", [{}, {"grad_accum_steps": 2, "override_dropout": 0.2}])
+def test_resuming_equals_never_having_stopped(
+    micro: Micro, quiet: Quiet, extra: dict[str, Any]
+) -> None:
+    dropout = extra.pop("override_dropout", 0.0)
+    override = (*micro().override, f"text.dropout={dropout}")
+    whole = run(micro(name="whole", override=override, **extra), quiet())
+    for stop in (2, 5):
+        assert (
+            train(micro(override=override, stop_at=stop, resume="auto", **extra), quiet()) is None
+        )
+    folder = run(micro(override=override, resume="auto", **extra), quiet())
+    assert losses(folder) == losses(whole)
+    one, two = weights(whole), weights(folder)
+    assert all(torch.equal(one[path], two[path]) for path in one)
+    # By now it is complete: resuming trains no further, and says the same.
+    assert losses(run(micro(override=override, resume=str(folder), **extra), quiet())) == losses(
+        whole
+    )
+
+
+def test_rows_after_the_state_are_written_once(micro: Micro, quiet: Quiet) -> None:
+    assert train(micro(stop_at=3), quiet()) is None
+    folder = Path(micro().runs_dir) / "micro"
+    with (folder / "metrics.jsonl").open("a") as file:  # as left by a crash after the state
+        file.write('{"step": 4, "loss": 9.0}\n{"step": 5, "lo')
+    run(micro(resume="auto"), quiet())
+    assert [row["step"] for row in read_metrics(folder) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert 9.0 not in losses(folder)
+
+
+def test_ctrl_c_saves_a_state_and_exits_cleanly(
+    micro: Micro, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def press(self: Display, step: int) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Display, "advance", press)
+        assert train(micro(), quiet()) is None
+    assert signal.getsignal(signal.SIGINT) is before
+    state = newest_state(Path(micro().runs_dir) / "micro")
+    assert state is not None
+    assert json.loads((state / "state.json").read_text())["step"] == 2
+    assert losses(run(micro(resume="auto"), quiet())) == losses(run(micro(name="b"), quiet()))
+
+
+def test_an_interrupted_command_says_how_to_go_on(
+    micro: Micro, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_module, "parse_config", lambda argv: micro(stop_at=1))
+    assert train_module.main([]) == 130
+    assert "--resume=" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(micro: Micro, quiet: Quiet) -> None:
+    config = micro(lr=1e30, warmup_steps=0, save_every=1, grad_accum_steps=2)
+    with pytest.raises(UserError, match=r"the loss of batch 3 is not finite \(step 2\)") as caught:
+        train(config, quiet())
+    assert "the state of step 1 is kept" in str(caught.value)
+    state = newest_state(Path(config.runs_dir) / "micro")
+    assert state is not None
+    assert state.name == "00000001"
+    assert all(
+        leaf.isfinite().all() for leaf in flatten(load_params(state / "state.safetensors")).values()
+    )
+
+
+def test_the_best_weights_are_kept_not_the_last(micro: Micro, quiet: Quiet) -> None:
+    # The rate is so high that the loss climbs again after the first validation.
+    config = micro(steps=8, lr=0.02, schedule="constant", warmup_steps=0, val_every=1)
+    folder = run(config, quiet())
+    curve = {r["step"]: r["val_loss"] for r in read_metrics(folder) if "val_loss" in r}
+    assert len(curve) == 8
+    best = min(curve, key=lambda step: curve[step])  # type: ignore[arg-type,return-value]
+    assert best != 8, "this run does not test what it should"
+    assert load_metadata(folder / "model.safetensors")["step"] == str(best)
+    last = load_params(newest_state(folder) / "state.safetensors")["params"]  # type: ignore[operator]
+    assert not torch.equal(weights(folder)["text.norm.weight"], last["text"]["norm"]["weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "moving"),
+    [
+        ({"stage": "align"}, "projector."),
+        ({"trainable": ("text.blocks.-1.mlp",)}, "text.blocks.1.mlp."),
+    ],
+)
+def test_only_what_is_meant_to_learn_moves(
+    micro: Micro, quiet: Quiet, changes: dict[str, Any], moving: str
+) -> None:
+    folder = run(micro(steps=2, lr=0.01, **changes), quiet())
+    start, end = flatten(init_params(open_run(folder).model, seed=0)), weights(folder)
+    moved = {path for path in start if not torch.equal(start[path], end[path])}
+    assert moved
+    assert all(path.startswith(moving) for path in moved)
+
+
+def test_text_leaves_the_eye_alone_and_is_measured_in_perplexity(
+    micro: Micro, quiet: Quiet, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "\n\n".join(f"The {i}th line says that {i} follows {i - 1}." for i in range(200))
+    )
+    config = micro(
+        data=str(text), documents="paragraph", stage="pretrain", weight_decay=0.5, steps=20,
+        lr=0.01, eval_examples=20,
+    )  # fmt: skip
+    folder = run(config, quiet())
+    end = weights(folder)
+    assert torch.equal(end["vision.norm.weight"], torch.ones(32))
+    assert losses(folder)[-1] < losses(folder)[0] - 0.5
+    (report,) = json.loads((folder / "eval.json").read_text())
+    assert 0 < report["loss"] < losses(folder)[0]
+
+
+def test_a_run_starts_from_the_weights_of_another(micro: Micro, quiet: Quiet) -> None:
+    first = run(micro(name="first", steps=8, lr=0.01), quiet())
+    second = run(micro(name="second", init_from=str(first), lr=1e-30), quiet())
+    fresh = run(micro(name="fresh", lr=1e-30), quiet())
+    assert losses(second)[0] < losses(fresh)[0] - 0.3
+    assert (second / "tokenizer.json").read_text() == (first / "tokenizer.json").read_text()
+    moved = weights(second)
+    assert all(torch.equal(leaf, moved[path]) for path, leaf in weights(first).items())
+
+
+def test_a_finished_run_has_all_its_files(micro: Micro, quiet: Quiet) -> None:
+    folder = run(micro(steps=2, eval_examples=6, samples=3, tensorboard=True, val_every=1), quiet())
+    names = {path.name for path in folder.iterdir()}
+    events = {name for name in names if name.startswith("events.out.tfevents")}
+    assert events
+    assert names - events == {
+        "config.json", "tokenizer.json", "model.safetensors", "metrics.jsonl", "eval.json",
+        "loss.png", "samples.png", "state",
+    }  # fmt: skip
+    found = open_run(folder)
+    assert found.config == micro(steps=2, eval_examples=6, samples=3, tensorboard=True, val_every=1)
+    assert found.model.text.dim == 32
+    row = read_metrics(folder)[0]
+    assert {"step", "loss", "lr", "grad_norm", "tokens_per_s", "mfu"} <= row.keys()
+    splits = {report["split"]: report for report in json.loads((folder / "eval.json").read_text())}
+    assert splits.keys() == {"val", "unseen"}
+    assert splits["val"]["score"].keys() == {"questions", "exact", "blind", "majority"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": "absent.json"}, "absent.json"),
+        ({"data": "absent/*.txt"}, "neither 'shapes' nor a file"),
+        ({"override": ("vision=none",)}, "has no vision part"),
+        ({"trainable": ("nothing",)}, "--trainable: pattern 'nothing' matches nothing"),
+        ({"resume": "nowhere"}, "no resumable state"),
+        ({"init_from": "nowhere.safetensors"}, "nowhere.safetensors"),
+        ({"tokenizer": "nowhere.json"}, "nowhere.json"),
+        ({"vocab_size": 100}, "vocab_size=100 is too small"),
+        ({"device": "cuda"}, "sees no GPU"),
+        ({"wandb": True}, "pip install wandb"),
+        ({"kinds": ("smell",)}, "smell"),
+    ],
+)
+def test_bad_input_leaves_no_run_behind(
+    micro: Micro, quiet: Quiet, changes: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError) as caught:
+        train(micro(**changes), quiet())
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not Path(micro().runs_dir).exists()
