@@ -23,6 +23,7 @@ from torch.func import functional_call
 
 from core.forward import Forward, Site, SiteInfo
 from core.layers import Logits, embed, head, linear
+from params.int8 import is_scale
 from params.paths import alias_table
 from params.tree import Tree, flatten, unflatten
 
@@ -42,7 +43,8 @@ def from_module(
     (Hugging Face); without either there is no head site, and ``fuse_loss`` says so.
 
     params share memory with the module's parameters. A tied parameter appears once, under its first
-    name. Raises ValueError if ``head`` names no linear layer.
+    name. A layer with hooks or a patched ``forward`` is left as it is: no site, but the same
+    numbers. Raises ValueError if ``head`` names no linear layer.
     """
     if isinstance(module, _TreeModule):
         return module.forward_fn, module.params()
@@ -54,12 +56,16 @@ def from_module(
     sites = tuple(replace(site, aliases=aliases[site.path]) for _, site in plan)
     caller = call or partial(_default_call, frozenset(inspect.signature(module.forward).parameters))
     blank = _skeleton(module)
+    # a site says itself what it misses; a transform may have replaced its weight
+    needed = set(flatten(params)) - {f"{site.path}.weight" for site in sites}
 
     def build(site: Site) -> Callable[[Tree, Any], Any]:
         body = _wrap(copy.deepcopy(blank), plan, site)
 
         def run(params: Tree, batch: Any) -> Any:
             flat = flatten(params)
+            if lacking := sorted(needed - flat.keys()):
+                raise ValueError(f"params lack {lacking[:4]}, which the module has")
             return caller(lambda *args, **kwargs: functional_call(body, flat, args, kwargs), batch)
 
         return run
@@ -90,7 +96,7 @@ class _TreeModule(nn.Module):
         for name, value in tree.items():
             if isinstance(value, Mapping):
                 self.add_module(name, _TreeModule(value))
-            elif value.is_floating_point() and not name.endswith("_scale"):
+            elif value.is_floating_point() and not is_scale(name, tree):
                 self.register_parameter(name, nn.Parameter(value))
             else:
                 self.register_buffer(name, value)
@@ -127,8 +133,8 @@ def _plan(
     blocks: list[str] = []
     for name, m in module.named_modules():
         inner = any(name.startswith(f"{block}.") for block in blocks)
-        weight = getattr(m, "weight", None)
-        path = names.get(id(weight), name)  # tied weights: where the params hold them
+        # tied weights: where the params hold them (a parametrized one must not be read: it computes)
+        path = names.get(id(m._parameters.get("weight")), name)
         if (
             isinstance(m, nn.ModuleList)
             and len(m) > 1
@@ -138,14 +144,23 @@ def _plan(
             blocks += [f"{name}.{i}" for i in range(len(m))]
         elif name in blocks:
             yield name, SiteInfo("block", name, outermost=True)
+        elif not _is_plain(m):
+            continue
         elif name == head:
             yield name, SiteInfo("head", path, outermost=not inner)
         elif type(m) is nn.Linear:
             yield name, SiteInfo("linear", path, outermost=not inner)
-        elif type(m) is nn.Embedding and m.max_norm is None and not m.sparse:
+        elif type(m) is nn.Embedding and not (m.max_norm or m.sparse or m.scale_grad_by_freq):
             yield name, SiteInfo("embed", path, outermost=not inner)
         elif _is_norm(m):
             yield name, SiteInfo("norm", path, outermost=not inner)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling a module is calling its class's ``forward``: no hooks, nothing patched in."""
+    state = vars(module)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" not in state and not any(state[name] for name in hooks)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -156,10 +171,11 @@ def _is_norm(module: nn.Module) -> bool:
         return False
     probe = {name: torch.ones(p.shape) for name, p in module.named_parameters()}
     x = torch.linspace(-1, 2, 2 * params[0].shape[0]).reshape(1, 2, -1)
-    with torch.no_grad():
+    body = copy.deepcopy(module)  # a forward may count its calls
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            small, large = (functional_call(module, probe, (x * c,)) for c in (8.0, 64.0))
-        except (RuntimeError, TypeError, ValueError):  # takes something else than one tensor
+            small, large = (functional_call(body, probe, (x * c,)) for c in (8.0, 64.0))
+        except Exception:  # foreign code, given what it may not take: any error means no norm
             return False
     return (
         isinstance(small, Tensor)
@@ -182,6 +198,9 @@ def _wrap(body: nn.Module, plan: list[tuple[str, SiteInfo]], site: Site) -> nn.M
         parent, _, leaf = name.rpartition(".")
         owner = body.get_submodule(parent)
         setattr(owner, leaf, _AtSite(owner.get_submodule(leaf), site, info))
+    for name, info in plan:
+        if info.kind != "block" and info.path != name:
+            vars(body.get_submodule(name))["owner"] = body.get_submodule(info.path)
     return body
 
 
@@ -190,7 +209,8 @@ class _AtSite(nn.Module):
 
     def __init__(self, inner: nn.Module, site: Site, info: SiteInfo) -> None:
         super().__init__()
-        self.__dict__.update(inner=inner, site=site, info=info)
+        # owner: where params hold a tied weight, and whatever a transform put in its place
+        self.__dict__.update(inner=inner, site=site, info=info, owner=None)
         self._parameters = inner._parameters
         self._buffers = inner._buffers
         self._modules = inner._modules
@@ -206,7 +226,9 @@ class _AtSite(nn.Module):
         """The leaves in place now, given ones only: what params lack is still on meta."""
         flat = {}
         for prefix, m in self.named_modules():
-            extra = {k: v for k, v in vars(m).items() if isinstance(v, Tensor)}
+            places = (vars(m).get("owner"), m) if isinstance(m, _AtSite) else (m,)
+            given = {k: v for place in places if place is not None for k, v in vars(place).items()}
+            extra = {k: v for k, v in given.items() if isinstance(v, Tensor)}
             for name, tensor in (*m._parameters.items(), *extra.items()):
                 if tensor is not None and not (name in m._parameters and tensor.is_meta):
                     flat[f"{prefix}.{name}" if prefix else name] = tensor
@@ -221,7 +243,8 @@ class _AtSite(nn.Module):
         if kind == "linear":
             return self.site("linear", linear, p, *args, at=path)
         if kind == "embed":
-            return self.site("embed", embed, p, *args, at=path)
+            look_up = partial(embed, padding_idx=self.inner.padding_idx)
+            return self.site("embed", look_up, p, *args, at=path)
         if kind == "norm":
             return self.site("norm", self._call, p, *args, at=path)
         x, *rest = args

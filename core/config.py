@@ -337,6 +337,13 @@ PRESETS: dict[str, VLMConfig] = {
         VisionConfig(dim=128, layers=3, heads=4, mlp_dim=384, patch_size=8, image_size=32, merge=1),
         ProjectorConfig(hidden=128),
     ),
+    "mini": VLMConfig(
+        TextConfig(
+            vocab_size=1024, dim=384, layers=6, heads=6, kv_heads=6, mlp_dim=1024, qk_norm=True
+        ),
+        VisionConfig(dim=384, layers=6, heads=6, mlp_dim=1536, patch_size=8, image_size=64),
+        ProjectorConfig(),
+    ),
     # SmolLM2-135M's decoder (https://huggingface.co/HuggingFaceTB/SmolLM2-135M) with a ViT-S/16.
     "small": VLMConfig(
         TextConfig(
@@ -372,4 +379,4 @@ def preset(name: str) -> VLMConfig:
         return PRESETS[name]
     near = difflib.get_close_matches(name, PRESETS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"no preset {name!r}{hint} Presets: {', '.join(PRESETS)}")
+    raise ValueError(f"no preset {name!r}{hint} presets: {', '.join(PRESETS)}")

@@ -37,9 +37,12 @@ def linear(p: Tree, x: Tensor) -> Tensor:
     return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
 
 
-def embed(p: Tree, ids: Tensor) -> Tensor:
-    """Rows of the table ``weight [V, D]``: ids ``[...]`` -> ``[..., D]``."""
-    return F.embedding(ids, weight_of(p))
+def embed(p: Tree, ids: Tensor, *, padding_idx: int | None = None) -> Tensor:
+    """Rows of the table ``weight [V, D]``: ids ``[...]`` -> ``[..., D]``.
+
+    padding_idx: a row that gets no gradient, as in ``nn.Embedding``.
+    """
+    return F.embedding(ids, weight_of(p), padding_idx)
 
 
 def rms_norm(p: Tree, x: Tensor, *, eps: float) -> Tensor:

@@ -32,7 +32,10 @@ class Longest:
     picture: int | None = None
 
 
-def vlm(config: VLMConfig, *, longest: Longest = Longest()) -> Forward:
+ANY = Longest()
+
+
+def vlm(config: VLMConfig, *, longest: Longest = ANY) -> Forward:
     """The forward of a config: ``forward(params, batch) -> logits [N, V]``.
 
     Pure and stateless: params come from ``init_params(config)`` or ``load_params``, batches from

@@ -551,14 +551,15 @@ def _torch_varlen(
     # an import statement, which Dynamo can trace; importlib it cannot
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+    out: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+    return out
 
 
 def _library(module: str) -> Any:
     return importlib.import_module(module)
 
 
-@torch._dynamo.assume_constant_result
+@torch.compiler.assume_constant_result
 def _varlen_parameters() -> tuple[str, ...]:
     """varlen_attn's parameters: they differ between torch 2.10, 2.11 and 2.13."""
     return tuple(inspect.signature(_library("torch.nn.attention.varlen").varlen_attn).parameters)

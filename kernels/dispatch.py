@@ -82,7 +82,7 @@ def requested(op: str) -> str | None:
     return None
 
 
-@torch._dynamo.assume_constant_result  # decided while tracing, not traced itself
+@torch.compiler.assume_constant_result  # decided while tracing, not traced itself
 def choose(
     op: str,
     device: str = "cpu",

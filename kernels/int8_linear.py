@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from torch._dynamo import allow_in_graph
 
-from kernels.functions import accumulation_dtype, check_device, each_example, nested_forward_mode
+from kernels.functions import (
+    accumulation_dtype,
+    check_device,
+    each_example,
+    nested_forward_mode,
+    with_signature,
+)
 
 # Reference: plain torch
 
@@ -66,6 +72,7 @@ def _int_matmul(a: Tensor, b: Tensor) -> Tensor:
 # Autograd
 
 
+@with_signature
 class _Linear(torch.autograd.Function):
     """x [..., I] -> [..., O]. Rounding x to int8 is passed straight through (arXiv 1308.3432)."""
 
@@ -94,6 +101,7 @@ class _Linear(torch.autograd.Function):
         return _vmap(_Linear, (activations,), info, in_dims[:3], *tensors), 0
 
 
+@with_signature
 class _Transposed(torch.autograd.Function):
     """g [..., O] -> [..., I]: the adjoint of `_Linear`, whose adjoint it is in turn."""
 

@@ -50,7 +50,7 @@ def _rms_forward(
     r = torch.rsqrt(torch.linalg.vecdot(wide, wide).unsqueeze(-1) / x.shape[-1] + eps)
     y = wide * r
     if weight is not None:
-        y = y * weight.to(y.dtype)
+        y *= weight.to(y.dtype)
     return y.to(x.dtype), (r,)
 
 
@@ -107,11 +107,11 @@ def _layer_forward(
     mean = wide.mean(-1, keepdim=True)
     centred = wide - mean
     r = torch.rsqrt(torch.linalg.vecdot(centred, centred).unsqueeze(-1) / x.shape[-1] + eps)
-    y = centred * r
+    y = centred.mul_(r)
     if weight is not None:
-        y = y * weight.to(y.dtype)
+        y *= weight.to(y.dtype)
     if bias is not None:
-        y = y + bias.to(y.dtype)
+        y += bias.to(y.dtype)
     return y.to(x.dtype), (mean, r)
 
 

@@ -20,6 +20,7 @@ from kernels.functions import (
     check_floating,
     each_example,
     nested_forward_mode,
+    with_signature,
 )
 
 
@@ -41,6 +42,7 @@ def rope_reference(
     return turned_q.to(q.dtype), turned_k.to(k.dtype)
 
 
+@with_signature
 class _Rotate(torch.autograd.Function):
     """Gradients flow to q and k alone."""
 

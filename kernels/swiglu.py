@@ -20,7 +20,7 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _forward(gate: Tensor, up: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    return F.silu(gate) * up, ()
+    return F.silu(gate).mul_(up), ()
 
 
 def _backward(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,7 @@ from torch import Tensor
 from params.tree import leaf_bytes
 
 NAME, SUFFIX, INDEX = "model.safetensors", ".safetensors", ".index.json"
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 
 def check_room(target: Path, needed: int) -> None:
@@ -88,7 +90,12 @@ def _write(file: Path, leaves: Mapping[str, Tensor], header: dict[str, str]) -> 
         ready[name] = leaf.clone() if leaf.untyped_storage().data_ptr() in seen else leaf
         seen.add(leaf.untyped_storage().data_ptr())
     try:
+        file.touch()
+        mode = (
+            file.stat().st_mode
+        )  # the user's umask: safetensors may make files for the owner only
         save_file(ready, file, metadata=header)
+        file.chmod(mode)
     except KeyError as error:
         raise ValueError(f"safetensors has no dtype for {error}: cast those leaves") from error
     _sync(file)
@@ -108,7 +115,14 @@ def locate(path: Path) -> Path:
     for name in (NAME, NAME + INDEX):
         if (path / name).exists():
             return path / name
-    found = sorted(path.glob(f"*{SUFFIX}{INDEX}")) or sorted(path.glob(f"*{SUFFIX}"))
+    files = sorted(path.glob(f"*{SUFFIX}"))
+    # Shards without an index are what a killed save leaves in a new folder: never a model.
+    shards = [p for p in files if SHARD.search(p.name)]
+    found = sorted(path.glob(f"*{SUFFIX}{INDEX}")) or [p for p in files if p not in shards]
+    if not found and shards:
+        raise FileNotFoundError(
+            f"{path} holds shards ({shards[0].name}) but no *{SUFFIX}{INDEX}: save or copy it again"
+        )
     if not found:
         raise FileNotFoundError(f"{path} holds no {SUFFIX} file")
     if len(found) > 1:
@@ -162,7 +176,7 @@ def _read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
         weight_map, metadata = dict(record["weight_map"]), dict(record.get("metadata") or {})
         if not all(isinstance(n, str) and n and Path(n).name == n for n in weight_map.values()):
             raise ValueError("a shard's name is not that of a file beside it")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{index} is not an index of shards ({error}): copy it again, or delete it"
         ) from error

@@ -45,12 +45,15 @@ def save_params(
     if target.suffix != SUFFIX:
         raise ValueError(f"{target}: name a {SUFFIX} file, or a folder that exists")
     own = _checked(metadata or {})
-    if tied := ties(params):
-        own[TIED] = json.dumps(tied)
-    stored = {n: leaf.detach() for n, leaf in sorted(flatten(params).items()) if n not in tied}
-    for name, leaf in stored.items():
+    leaves = flatten(params)
+    for name, leaf in leaves.items():
+        if not isinstance(leaf, Tensor) or leaf.layout != torch.strided:
+            raise ValueError(f"{name} is not a dense tensor ({type(leaf).__name__}): leave it out")
         if leaf.is_meta:
             raise ValueError(f"{name} is on the meta device: it has no values to save")
+    if tied := ties(params):
+        own[TIED] = json.dumps(tied)
+    stored = {name: leaf.detach() for name, leaf in sorted(leaves.items()) if name not in tied}
     with named_errors(f"cannot write {target}"):
         check_room(target, sum(map(leaf_bytes, stored.values())))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +93,7 @@ def load_params(
             leaf: Tensor = file.get_tensor(name)
             cast = dtype if leaf.is_floating_point() and not is_scale(name, where) else None
             flat[name] = leaf.to(device=device, dtype=cast or leaf.dtype, copy=True)
-    return unflatten(flat | {name: flat[owner] for name, owner in tied.items()})
+    return _tree(found, flat | {name: flat[owner] for name, owner in tied.items()})
 
 
 def load_metadata(path: StrPath) -> dict[str, str]:
@@ -130,6 +133,15 @@ def _read_ties(found: Path, metadata: dict[str, Any], where: Mapping[str, Any]) 
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{found} has broken metadata {TIED} ({error}): save it again") from error
     return tied
+
+
+def _tree(found: Path, flat: Mapping[str, Tensor]) -> Tree:
+    try:
+        tree = unflatten(flat)
+        flatten(tree)  # which refuses names that no tree of ours can have
+    except ValueError as error:
+        raise ValueError(f"{found} holds no tree of params: {error}") from error
+    return tree
 
 
 def _check_like(found: Path, have: Mapping[str, Any], want: Mapping[str, Any]) -> None:

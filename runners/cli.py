@@ -25,23 +25,30 @@ class UsageError(UserError):
     """A command line that does not parse: exit code 2, as is the custom."""
 
 
-def parse(cls: type[T], argv: Sequence[str] | None = None, *, prog: str | None = None) -> T:
+def parse(
+    cls: type[T],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    defaults: T | None = None,
+) -> T:
     """``cls``, a dataclass whose fields all have defaults or are given in ``argv``.
 
     Flags take dashes or underscores, ``--flag value`` or ``--flag=value``. Booleans also take
     ``=1/0/true/false/yes/no`` and stand alone as ``--flag`` and ``--no_flag``; tuples take several
     values, or one with commas. Raises UsageError, one sentence with the nearest suggestion, for an
-    unknown flag or a value of the wrong type. ``--help`` prints the fields' docstrings and exits.
+    unknown flag or a value of the wrong type. ``defaults``: an instance to start from instead of
+    the fields' own defaults. ``--help`` prints the fields' docstrings and exits.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if "-h" in argv or "--help" in argv:
-        tyro.cli(cls, args=["--help"], prog=prog, config=OPTIONS, use_underscores=True)
+        _tyro(cls, ["--help"], defaults, prog=prog)
     given = _group(argv, typing.get_type_hints(cls))
     needed = {f.name for f in dataclasses.fields(cls) if _required(f)}  # type: ignore[arg-type]
     if missing := sorted(needed - set(given)):
         raise UsageError(f"--{missing[0]} is needed: see --help")
     try:
-        return _tyro(cls, _spell(given))
+        return _quietly(cls, _spell(given), defaults)
     except SystemExit:
         raise UsageError(_culprit(cls, given, needed)) from None
 
@@ -132,7 +139,7 @@ def _culprit(cls: type, given: dict[str, list[str]], needed: set[str]) -> str:
     for name, values in given.items():
         kept = {k: v for k, v in given.items() if k in needed or k == name}
         try:
-            _tyro(cls, _spell(kept))
+            _quietly(cls, _spell(kept), None)
         except SystemExit:
             wanted = _describe(hints[name])
             return f"--{name} takes {wanted}, not {' '.join(values)!r}"
@@ -148,10 +155,17 @@ def _describe(hint: Any) -> str:
     )
 
 
-def _tyro(cls: type[T], args: list[str]) -> T:
-    """Raises SystemExit without a word: its framed messages are for --help."""
+def _tyro(cls: type[T], args: list[str], defaults: T | None, prog: str | None = None) -> T:
+    default = tyro.MISSING_NONPROP if defaults is None else defaults
+    return tyro.cli(
+        cls, args=args, prog=prog, config=OPTIONS, use_underscores=True, default=default
+    )
+
+
+def _quietly(cls: type[T], args: list[str], defaults: T | None) -> T:
+    """Raises SystemExit without a word: tyro's framed messages are for --help."""
     with redirect_stderr(io.StringIO()):
-        return tyro.cli(cls, args=args, config=OPTIONS, use_underscores=True)
+        return _tyro(cls, args, defaults)
 
 
 def _required(f: dataclasses.Field[Any]) -> bool:

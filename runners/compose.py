@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from core import Forward, VLMConfig, vlm
+from core import Forward, Longest, VLMConfig, vlm
+from core.vlm import ANY
 from params.tree import Tree
 from runners.config import TrainConfig
 from runners.errors import UserError
@@ -31,7 +32,9 @@ class Composed:
     backends: Mapping[str, str]  # what kernels.override takes, around every call
 
 
-def compose(config: TrainConfig, model: VLMConfig, device: torch.device) -> Composed:
+def compose(
+    config: TrainConfig, model: VLMConfig, device: torch.device, longest: Longest = ANY
+) -> Composed:
     """The forward of a model and the loss of a training run, from its config.
 
     Order matters to speed and memory, not to the numbers. Raises UserError naming the flag that
@@ -39,7 +42,7 @@ def compose(config: TrainConfig, model: VLMConfig, device: torch.device) -> Comp
     """
     dtype, why = compute_dtype(config, device)
     report = [f"Using {_short(dtype)} compute over fp32 weights: {why}"]
-    forward = vlm(model)
+    forward = vlm(model, longest=longest)
     if dtype != torch.float32:
         # First, so that everything later sees the cast as part of the block: a checkpointed
         # block keeps its fp32 params, which exist anyway, and casts again when it is recomputed.

@@ -55,8 +55,14 @@ class TrainConfig:
     """shapes: what is asked: colour, shape, count, where, left_right, caption."""
     max_objects: int = 4
     """shapes: objects a picture, at most."""
+    colours: int = 6
+    """shapes: colours there are, 2 to 10."""
+    shapes: int = 4
+    """shapes: forms there are, 1 to 6."""
     questions: int = 4
     """shapes: questions a picture."""
+    ramp: int = 0
+    """shapes: training begins with one object a scene; --max_objects is reached after so many."""
     tokenizer: str | None = None
     """A Hugging Face tokenizer.json. Default: a byte-level BPE trained on the data."""
     vocab_size: int | None = None
@@ -148,9 +154,32 @@ FREE_FIELDS = frozenset((
 ))  # fmt: skip
 
 
-def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
-    """The command line as a checked config. Raises UsageError, one sentence, for a bad one."""
+# Where a GPU computes, the defaults are these: a 25M model, harder scenes, all kinds of questions.
+ON_GPU: dict[str, Any] = {
+    "preset": "mini",
+    "kinds": ("colour", "shape", "count", "where", "left_right", "caption"),
+    "colours": 10,
+    "shapes": 6,
+    "ramp": 200_000,
+    "sequence_len": 2048,
+    "device_batch_size": 8,
+    "steps": 5000,
+    "lr": 1e-3,
+    "warmup_steps": 200,
+    "val_every": 500,
+    "eval_examples": 2048,
+}
+
+
+def parse_config(argv: Sequence[str] | None = None, *, gpu: bool = False) -> TrainConfig:
+    """The command line as a checked config. Raises UsageError, one sentence, for a bad one.
+
+    gpu: whether there is one; unless --device says otherwise, defaults are then those of ON_GPU.
+    """
     config = parse(TrainConfig, argv, prog="python -m runners.train")
+    if gpu and config.device != "cpu":
+        on_gpu = dataclasses.replace(TrainConfig(), **ON_GPU)
+        config = parse(TrainConfig, argv, prog="python -m runners.train", defaults=on_gpu)
     check(config)
     return config
 
@@ -161,7 +190,8 @@ def check(config: TrainConfig) -> None:
         "sequence_len": 8, "device_batch_size": 1, "grad_accum_steps": 1, "steps": 1,
         "checkpoint_every": 1, "log_every": 1, "val_batches": 1, "warmup_steps": 0,
         "val_every": 0, "save_every": 0, "eval_examples": 0, "samples": 0, "grad_clip": 0,
-        "weight_decay": 0, "z_loss": 0, "max_objects": 1, "questions": 1, "seed": 0,
+        "weight_decay": 0, "z_loss": 0, "max_objects": 1, "questions": 1, "seed": 0, "ramp": 0,
+        "colours": 2, "shapes": 1,
     }  # fmt: skip
     for name, low in at_least.items():
         if getattr(config, name) < low:

@@ -96,7 +96,8 @@ class Report:
             ppl = math.exp(min(self.loss, 700))
             return [f"{self.split:<12} loss {self.loss:.4f}  perplexity {ppl:.2f}"]
         named = [(self.split, self.score), *((f"  {kind}", s) for kind, s in self.kinds.items())]
-        return [f"{name:<12} {score}" for name, score in named]
+        width = max(12, *(len(name) for name, _ in named))
+        return [f"{name:<{width}} {score}" for name, score in named]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from core import Batch, VLMConfig, check_batch
+from core import Batch, Longest, VLMConfig, check_batch
 from params import flatten, init_params
 from params.tree import Tree
 from runners.checkpoints import TOKENIZER, State, load_state, load_weights, open_run
@@ -60,15 +60,16 @@ def prepare(config: TrainConfig, state_path: Path | None = None) -> Job:
     device = choose_device(config)
     sources = open_sources(config, model_config(config))
     tokenizer, model = choose_vocabulary(config, sources, state_path)
-    composed = compose(config, model, device)
     select = choose_select(config, model)
     encoder = build_encoder(config, model, tokenizer, training=True)
     sample = list(sample_documents(sources.train, encoder, SAMPLE))
     spec = plan(encoder, sample, config.device_batch_size, model)
     loader = Loader(
         sources.train, encoder, spec,
-        seed=config.seed, augment=config.augment, workers=choose_workers(config, device),
+        seed=config.seed, shuffle=not sources.ordered, augment=config.augment,
+        workers=choose_workers(config, device),
     )  # fmt: skip
+    composed = compose(config, model, device, bounds(spec))
     params, state = build_params(config, model, device, state_path)
     with explained("--trainable"):
         learning = flatten(trainable(params, select)[0])
@@ -153,7 +154,7 @@ def plan(encoder: Encoder, documents: Sequence[Document], rows: int, model: VLMC
     """The static shapes of batches of so many rows, sized on a sample of documents."""
     if not documents:
         raise UserError("none of the records can be used: check the data and --sequence_len")
-    return plan_spec(
+    spec = plan_spec(
         documents,
         row_len=encoder.max_tokens,
         rows=rows,
@@ -161,6 +162,21 @@ def plan(encoder: Encoder, documents: Sequence[Document], rows: int, model: VLMC
         pad_token=encoder.tokenizer.pad,
         vocab_size=model.text.vocab_size,
     )
+    if spec.images is None or spec.images.fit != "square":
+        return spec
+    # All pictures are of one size: then no run of unused patches is longer than a picture either.
+    return dataclasses.replace(spec, max_patches=spec.max_images * _square(spec.images))
+
+
+def bounds(spec: PackSpec) -> Longest:
+    """What the model may rely on: how long documents and pictures get."""
+    images = spec.images
+    picture = _square(images) if images is not None and images.fit == "square" else None
+    return Longest(spec.row_len, picture)
+
+
+def _square(images: ImageSpec) -> int:
+    return (images.image_size // images.patch_size) ** 2
 
 
 def sample_documents(source: Source, encoder: Encoder, limit: int) -> Iterable[Document]:
@@ -202,13 +218,13 @@ def build_params(
 
 
 def choose_workers(config: TrainConfig, device: torch.device) -> int:
-    """As told; else up to 8 beside a GPU, and none beside a CPU that computes with every core."""
+    """As told; else up to 12 beside a GPU, and none beside a CPU that computes with every core."""
     if config.workers is not None:
         return config.workers
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    return min(8, max(1, cores - 1)) if device.type == "cuda" else 0
+    return min(12, max(1, cores - 2)) if device.type == "cuda" else 0
 
 
 def _floats(tree: Tree) -> Tree:

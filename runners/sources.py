@@ -11,7 +11,7 @@ from pathlib import Path
 from core import VLMConfig
 from runners.config import TrainConfig
 from runners.data.llava import Llava
-from runners.data.shapes import Shapes
+from runners.data.shapes import COLOURS, SHAPES, Shapes
 from runners.data.text import TextFiles
 from runners.data.types import Source
 from runners.errors import UserError
@@ -23,6 +23,7 @@ class Sources:
 
     train: Source
     held_out: Mapping[str, Source]
+    ordered: bool = False  # the train items come in an order of their own: do not shuffle them
 
 
 def open_sources(config: TrainConfig, model: VLMConfig) -> Sources:
@@ -59,7 +60,8 @@ def _shapes(config: TrainConfig, model: VLMConfig) -> Sources:
     shapes = partial(
         Shapes, config.seed,
         size=model.vision.image_size, kinds=config.kinds,
-        max_objects=config.max_objects, questions=config.questions,
+        max_objects=config.max_objects, questions=config.questions, ramp=config.ramp,
+        colours=tuple(COLOURS)[: config.colours], shapes=SHAPES[: config.shapes],
     )  # fmt: skip
     held_out: dict[str, Source] = {name: shapes(split=name) for name in ("val", "unseen")}
-    return Sources(shapes(split="train"), held_out)
+    return Sources(shapes(split="train"), held_out, ordered=True)

@@ -127,7 +127,9 @@ def sample(evaluator: Evaluator, job: Job) -> list[Sample]:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    return 0 if train(parse_config(argv)) is not None else INTERRUPTED
+    return (
+        0 if train(parse_config(argv, gpu=torch.cuda.is_available())) is not None else INTERRUPTED
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

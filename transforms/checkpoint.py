@@ -77,22 +77,27 @@ def _functional(f: Callable[..., Any]) -> Callable[..., Any]:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        out_spec: list[pytree.TreeSpec] = []
+        out_form: list[Any] = []  # what comes out, tensors left blank: the Function passes these
 
         def flat(*tensors: Tensor) -> tuple[Any, ...]:
             full = list(rest)
             for i, tensor in zip(where, tensors, strict=True):
                 full[i] = tensor
             call_args, call_kwargs = pytree.tree_unflatten(full, spec)
-            out, got = pytree.tree_flatten(f(*call_args, **call_kwargs))
-            out_spec[:] = [got]
+            out, out_spec = pytree.tree_flatten(f(*call_args, **call_kwargs))
+            out_form[:] = [[_BLANK if isinstance(o, Tensor) else o for o in out], out_spec]
+            kept = [o for o in out if isinstance(o, Tensor)]
             # an output that is an input would be returned unwrapped by the Function
-            return tuple(o.view_as(o) if any(o is t for t in tensors) else o for o in out)
+            return tuple(o.view_as(o) if any(o is t for t in tensors) else o for o in kept)
 
-        out = _Checkpoint.apply(flat, _Rng(), *(leaves[i] for i in where))
-        return pytree.tree_unflatten(list(out), out_spec[0])
+        given = iter(_Checkpoint.apply(flat, _Rng(), *(leaves[i] for i in where)))
+        out, out_spec = out_form
+        return pytree.tree_unflatten([next(given) if o is _BLANK else o for o in out], out_spec)
 
     return run
+
+
+_BLANK = object()
 
 
 class _Rng:
@@ -112,8 +117,8 @@ class _Rng:
             yield
 
 
-def _is_float(x: Any) -> bool:
-    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+def _is_float(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
 
 
 def _of(f: Callable[..., Any], flat: tuple[Any, ...], index: tuple[int, ...]) -> Callable[..., Any]:
@@ -154,9 +159,7 @@ class _Checkpoint(torch.autograd.Function):
         ctx.save_for_backward(*flat)
         ctx.save_for_forward(*flat)
         ctx.is_float = [_is_float(o) for o in output]
-        ctx.mark_non_differentiable(
-            *(o for o in output if isinstance(o, Tensor) and not _is_float(o))
-        )
+        ctx.mark_non_differentiable(*(o for o in output if not _is_float(o)))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:

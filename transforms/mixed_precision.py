@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from core.forward import Forward, Rule
-from params.tree import Tree, map_with_path
+from params.int8 import is_scale
+from params.tree import Tree, flatten, map_with_path
 from transforms.legal import check_legal
 
 
@@ -22,13 +23,15 @@ def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Fo
     """
     check_legal(forward, "mixed_precision")
 
-    def cast(path: str, leaf: Tensor) -> Tensor:
-        if not leaf.is_floating_point() or leaf.ndim < 2 or path.endswith("_scale"):
-            return leaf
-        return leaf.to(dtype)
-
     def wrap(f: Callable[..., Any], path: str) -> Callable[..., Any]:
         def run(p: Tree, *args: Any) -> Any:
+            flat = flatten(p)
+
+            def cast(path: str, leaf: Tensor) -> Tensor:
+                if not leaf.is_floating_point() or leaf.ndim < 2 or is_scale(path, flat):
+                    return leaf
+                return leaf.to(dtype)
+
             return f(map_with_path(cast, p), *args)
 
         return run

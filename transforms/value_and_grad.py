@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from params.int8 import is_scale
 from params.tree import Tree, flatten, merge, partition, unflatten
 
 Loss = Callable[[Tree, Any], Tensor]
@@ -39,15 +40,16 @@ def trainable(params: Tree, select: Sequence[str] | None = None) -> tuple[Tree, 
     """Params parted into what learns and what does not, as :func:`value_and_grad` does."""
     if select is None:
         flat = flatten(params)
-        learns = {path: leaf for path, leaf in flat.items() if _can_learn(path, leaf)}
+        learns = {path: leaf for path, leaf in flat.items() if _can_learn(path, flat)}
         return unflatten(learns), unflatten({p: t for p, t in flat.items() if p not in learns})
+    flat = flatten(params)
     learning, frozen = partition(params, select)
-    stuck = {p: t for p, t in flatten(learning).items() if not _can_learn(p, t)}
+    stuck = {p: t for p, t in flatten(learning).items() if not _can_learn(p, flat)}
     if len(stuck) == len(flatten(learning)):
         raise ValueError(f"nothing that {tuple(select)} names can learn: {sorted(stuck)[:4]}")
     free = {p: t for p, t in flatten(learning).items() if p not in stuck}
     return unflatten(free), merge(frozen, unflatten(stuck))
 
 
-def _can_learn(path: str, leaf: Tensor) -> bool:
-    return leaf.is_floating_point() and not path.endswith("_scale")
+def _can_learn(path: str, flat: dict[str, Tensor]) -> bool:
+    return flat[path].is_floating_point() and not is_scale(path, flat)

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-QA = tuple[str, str]
 PLACES = {
     2: ("top left", "top right", "bottom left", "bottom right"),
     3: (
@@ -31,6 +30,14 @@ class Thing(NamedTuple):
         return f"{self.colour} {self.shape}"
 
 
+class QA(NamedTuple):
+    """A question, its answer, and the things that asking and answering it give away."""
+
+    question: str
+    answer: str
+    tells: tuple[Thing, ...] = ()
+
+
 class Scene(NamedTuple):
     things: tuple[Thing, ...]
     grid: int  # cells a side
@@ -41,7 +48,7 @@ class Scene(NamedTuple):
 def _colour(scene: Scene) -> list[QA]:
     shapes = Counter(thing.shape for thing in scene.things)
     return [
-        (f"What colour is the {thing.shape}?", thing.colour)
+        QA(f"What colour is the {thing.shape}?", thing.colour, (thing,))
         for thing in scene.about
         if shapes[thing.shape] == 1
     ]
@@ -50,7 +57,7 @@ def _colour(scene: Scene) -> list[QA]:
 def _shape(scene: Scene) -> list[QA]:
     colours = Counter(thing.colour for thing in scene.things)
     return [
-        (f"Which shape is {thing.colour}?", thing.shape)
+        QA(f"Which shape is {thing.colour}?", thing.shape, (thing,))
         for thing in scene.about
         if colours[thing.colour] == 1
     ]
@@ -63,14 +70,14 @@ def _count(scene: Scene) -> list[QA]:
     asked = list(colours)
     if absent:
         asked.append(absent[sum(thing.x + thing.y for thing in scene.things) % len(absent)])
-    return [("How many objects are there?", str(len(scene.things)))] + [
-        (f"How many {colour} objects are there?", str(colours[colour])) for colour in asked
+    return [QA("How many objects are there?", str(len(scene.things)))] + [
+        QA(f"How many {colour} objects are there?", str(colours[colour])) for colour in asked
     ]
 
 
 def _where(scene: Scene) -> list[QA]:
     places = PLACES[scene.grid]
-    return [(f"Where is the {thing}?", places[thing.cell]) for thing in scene.about]
+    return [QA(f"Where is the {thing}?", places[thing.cell], (thing,)) for thing in scene.about]
 
 
 def _left_right(scene: Scene) -> list[QA]:
@@ -80,18 +87,16 @@ def _left_right(scene: Scene) -> list[QA]:
             here, there = one.cell % scene.grid, other.cell % scene.grid
             # Things of one column are too close to call.
             if here != there and (one in scene.about or other in scene.about):
-                found.append(
-                    (f"Is the {one} left of the {other}?", "yes" if here < there else "no")
-                )
-                found.append(
-                    (f"Is the {one} right of the {other}?", "yes" if here > there else "no")
-                )
+                for side, true in (("left", here < there), ("right", here > there)):
+                    question = f"Is the {one} {side} of the {other}?"
+                    found.append(QA(question, "yes" if true else "no", (one, other)))
     return found
 
 
 def _caption(scene: Scene) -> list[QA]:
     things = sorted(scene.things, key=lambda thing: thing.cell)
-    return [("Describe the picture.", ", ".join(f"a {thing}" for thing in things))]
+    caption = ", ".join(f"a {thing}" for thing in things)
+    return [QA("Describe the picture.", caption, scene.things)]
 
 
 KINDS: dict[str, Callable[[Scene], Sequence[QA]]] = {

@@ -55,6 +55,10 @@ def test_the_smallest_numbers_do_not_become_nan():
     q, scale = quantize_weight(w)
     assert torch.all(scale > 0)
     assert (dequantize_weight(q, scale) - w).abs().max() <= 1e-40
+    # 190 / 127 steps of the smallest subnormal make a scale of one: 190 must not wrap to -66
+    assert quantize_weight(torch.tensor([[190 * 2.0**-149, -190 * 2.0**-149]]))[0].tolist() == [
+        [127, -127]
+    ]
 
 
 def test_vmap_and_compile_give_the_same():

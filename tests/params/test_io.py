@@ -151,6 +151,16 @@ def test_like_may_be_a_spec(tmp_path):
     assert_same(load_params(tmp_path, like=init_params(Config(), device="meta")), params)
 
 
+@pytest.mark.parametrize("limit", [2**32, 2048])
+def test_files_are_readable_as_the_umask_says(tmp_path, limit):
+    old = os.umask(0o027)
+    try:
+        save_params(blocks(), tmp_path, max_shard_bytes=limit)
+    finally:
+        os.umask(old)
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o640}
+
+
 # -- shards -----------------------------------------------------------------------------------
 
 
@@ -170,10 +180,11 @@ def test_shards_follow_the_layout_of_hugging_face(tmp_path):
 
 
 def test_a_leaf_larger_than_a_shard_gets_one_to_itself(tmp_path):
-    params = {"a": torch.ones(10), "b": torch.ones(1000), "c": torch.ones(10)}
-    save_params(params, tmp_path, max_shard_bytes=100)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 3
-    assert_same(load_params(tmp_path, like=params), params)
+    for sizes in ((10, 1000, 10), (1000, 10, 1000)):
+        params = {name: torch.ones(n) for name, n in zip("abc", sizes, strict=True)}
+        save_params(params, tmp_path, max_shard_bytes=100)
+        assert len(list(tmp_path.glob("*.safetensors"))) == 3
+        assert_same(load_params(tmp_path, like=params), params)
 
 
 def test_replacing_a_checkpoint_leaves_nothing_of_the_old_one(tmp_path):
@@ -318,6 +329,7 @@ def test_a_shard_that_lacks_a_leaf_or_is_truncated(tmp_path):
         '{"weight_map": {"a": ""}}',
         '{"weight_map": {}, "metadata": [1]}',
         "\udcff",
+        "[" * 100_000,
     ],
 )
 def test_broken_indices(tmp_path, content):
@@ -362,7 +374,29 @@ def test_foreign_safetensors_load(tmp_path):
     assert load_metadata(tmp_path) == {}
 
 
+@pytest.mark.parametrize("names", [("a", "a.b"), ("a..b",), ("",)])
+def test_names_that_make_no_tree(tmp_path, names):
+    save_file({name: torch.ones(1) for name in names}, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"m\.safetensors holds no tree of params: "):
+        load_params(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_shards_whose_index_was_never_written_are_no_model(tmp_path, kept):
+    """A first save, killed: one shard on its own must not pass for the whole."""
+    save_params(blocks(), tmp_path, max_shard_bytes=2048).unlink()
+    for shard in sorted(tmp_path.iterdir())[kept:]:
+        shard.unlink()
+    with pytest.raises(FileNotFoundError, match=r"shards \(model-00001-of-00003\.safe.* but no \*"):
+        load_params(tmp_path)
+    save_params(blocks(), tmp_path / "other.safetensors")
+    assert_same(load_params(tmp_path), blocks())  # leftovers of one do not hide another
+
+
 def test_leaves_and_paths_that_cannot_be_saved(tmp_path):
+    for bad in (3.0, None, torch.eye(2).to_sparse()):
+        with pytest.raises(ValueError, match=r"a\.b is not a dense tensor"):
+            save_params({"a": {"b": bad}}, tmp_path)
     with pytest.raises(ValueError, match="b is on the meta device"):
         save_params({"a": torch.ones(1), "b": torch.ones(1, device="meta")}, tmp_path)
     with pytest.raises(ValueError, match=r"no dtype for .*complex128"):
