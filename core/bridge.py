@@ -133,7 +133,7 @@ def _plan(
     blocks: list[str] = []
     for name, m in module.named_modules():
         inner = any(name.startswith(f"{block}.") for block in blocks)
-        # tied weights: where the params hold them (a parametrized one must not be read: it computes)
+        # tied weights: where params hold them (reading a parametrized one would compute it)
         path = names.get(id(m._parameters.get("weight")), name)
         if (
             isinstance(m, nn.ModuleList)

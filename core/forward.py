@@ -143,7 +143,8 @@ class Forward:
             raise ValueError(f"no site has kind {rule.kind!r}; kinds: {', '.join(KINDS)}, gather")
         if not any(rule.applies(site) for site in self.sites):
             have = sorted({f"{s.kind} {s.path}" for s in self.sites})
-            raise no_match(f"{rule.kind} {rule.select or ''}".strip(), have, what="sites")
+            named = () if rule.select is None or callable(rule.select) else rule.select
+            raise no_match(" ".join((rule.kind, *named)), have, what="sites")
         return replace(self, rules=(*self.rules, rule))
 
     def with_step(self, name: str, **changes: Any) -> Forward:

@@ -125,6 +125,9 @@ class TrainConfig:
     """Steps between lines of the log."""
     val_every: int = 250
     """Steps between validations; the weights of the best one are kept. 0: only at the end."""
+    keep: Literal["best", "last"] = "best"
+    """Which weights the run ends with: of the lowest validation loss, or the last. Small data is
+    learnt by heart: its answers can go on improving while the loss of free text rises."""
     val_batches: int = 8
     """Batches of a validation."""
     save_every: int = 0
@@ -160,10 +163,11 @@ ON_GPU: dict[str, Any] = {
     "kinds": ("colour", "shape", "count", "where", "left_right", "caption"),
     "colours": 10,
     "shapes": 6,
-    "ramp": 200_000,
+    "questions": 3,
+    "ramp": 100_000,
     "sequence_len": 2048,
     "device_batch_size": 8,
-    "steps": 5000,
+    "steps": 2500,
     "lr": 1e-3,
     "warmup_steps": 200,
     "val_every": 500,

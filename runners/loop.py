@@ -176,10 +176,11 @@ class Training:
                 raise UserError(f"the validation loss is not finite at step {learner.step}")
             if better := loss is None or learner.best is None or loss < learner.best:
                 learner.best = loss
+            if better or self.config.keep == "last":
                 save_best(self.folder, learner.params, learner.step)
             if loss is not None:
                 self.metrics.write({"step": learner.step, "val_loss": loss})
-                star = " (the best so far: kept)" if better else ""
+                star = " (the best so far)" if better else ""
                 self.display.say(f"step {learner.step}: validation loss {loss:.4f}{star}")
 
     def _save(self) -> None:

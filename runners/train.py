@@ -25,9 +25,9 @@ from runners.checkpoints import (
 )
 from runners.cli import INTERRUPTED, guarded
 from runners.config import TrainConfig, parse_config
-from runners.data.types import IMAGE, spread
+from runners.data.types import IMAGE, BadRecordError, alone, spread
 from runners.decoding import cast_matrices
-from runners.eval import Evaluator, Report, evaluate, questions
+from runners.eval import Evaluator, Report, evaluate
 from runners.figures import Sample, draw_loss, draw_samples
 from runners.generate import answer
 from runners.loop import Training, interruptible
@@ -114,11 +114,13 @@ def finish(job: Job, folder: Path) -> list[str]:
 
 def sample(evaluator: Evaluator, job: Job) -> list[Sample]:
     """Held-out questions about different pictures, with what the model says to each."""
-    wanted = job.config.samples
-    asked = list(questions(job.sources.held_out["val"], evaluator.encoder, 5 * wanted))
-    samples = []
-    for index in spread(len(asked), wanted):
-        conversation = asked[index].conversation
+    source, samples = job.sources.held_out["val"], []
+    for turn, index in enumerate(spread(len(source), job.config.samples)):
+        try:
+            asked = alone(source[index])
+        except BadRecordError:
+            continue
+        conversation = asked[turn % len(asked)]  # not always a picture's first question
         user, truth = conversation.turns
         tokens = answer(evaluator, replace(conversation, turns=(user,)), max_tokens=48)
         said = evaluator.encoder.tokenizer.decode(tokens)

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.func import jvp, vjp, vmap
+from torch.func import grad, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from core.forward import Forward, Rule, SiteInfo
+from kernels.functions import nested_forward_mode
 from transforms.legal import check_legal
 
 
@@ -62,6 +63,8 @@ def rematerialize(f: Callable[..., Any]) -> Callable[..., Any]:
                 "torch.compile(torch.func.grad(...)) with checkpoint is not supported by PyTorch: "
                 "use transforms.value_and_grad(torch.compile(loss_fn))"
             )
+        if functorch and nested_forward_mode():
+            return f(*args, **kwargs)  # forward mode keeps nothing: there is nothing to save
         if functorch:
             return _functional(f)(*args, **kwargs)
         return torch_checkpoint(f, *args, use_reentrant=False, **kwargs)
@@ -146,6 +149,27 @@ def _pull(
     return pull(cotangents)
 
 
+def _pull_inside(
+    f: Callable[..., Any],
+    index: tuple[int, ...],
+    flat: tuple[Any, ...],
+    cotangents: tuple[Any, ...],
+) -> tuple[Any, ...]:
+    """:func:`_pull` as the gradient of an inner product, which stays inside its functorch level.
+
+    vjp's pull runs after its level has ended. When it is differentiated again, an inner Function
+    whose gradient is zero (a norm's, twice by its weight) then fails on a tensor of that level:
+    "level.has_value() ... INTERNAL ASSERT FAILED" (torch 2.13). Keeps the graph: second order only.
+    """
+    g = _of(f, flat, index)
+
+    def inner(*chosen: Tensor) -> Tensor:
+        products = [(o * c).sum() for o, c in zip(g(*chosen), cotangents, strict=True)]
+        return torch.stack([p.to(products[0].dtype) for p in products]).sum()
+
+    return grad(inner, argnums=tuple(range(len(index))))(*(flat[i] for i in index))
+
+
 class _Checkpoint(torch.autograd.Function):
     """Forward: ``f(*tensors)``. Backward: hands over to the second Function."""
 
@@ -209,7 +233,7 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Any) -> Any:
         flat = ctx.saved_tensors
         need = tuple(i for i in range(len(flat)) if ctx.needs_input_grad[4 + i])
-        grads = _pull(_Recompute.as_function(ctx.head), None, need, flat, cotangents)
+        grads = _pull_inside(_Recompute.as_function(ctx.head), need, flat, cotangents)
         by_index = dict(zip(need, grads, strict=True))
         return (None,) * 4 + tuple(by_index.get(i) for i in range(len(flat)))
 

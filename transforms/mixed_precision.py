@@ -24,7 +24,7 @@ def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Fo
     check_legal(forward, "mixed_precision")
 
     def wrap(f: Callable[..., Any], path: str) -> Callable[..., Any]:
-        def run(p: Tree, *args: Any) -> Any:
+        def run(p: Tree, x: Any, *args: Any) -> Any:
             flat = flatten(p)
 
             def cast(path: str, leaf: Tensor) -> Tensor:
@@ -32,7 +32,9 @@ def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Fo
                     return leaf
                 return leaf.to(dtype)
 
-            return f(map_with_path(cast, p), *args)
+            # float weights bring x to their dtype; int8 ones take it as it comes
+            x = x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+            return f(map_with_path(cast, p), x, *args)
 
         return run
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import kernels
 from core.forward import Forward, Rule, SiteInfo
 from core.layers import Logits
+from kernels.functions import nested_forward_mode
 from params.int8 import dequantize_weight, quantize_weight
 from params.tree import Tree, flatten, unflatten
 from transforms.legal import check_legal
@@ -150,11 +151,15 @@ def straight_through(w: Tensor) -> Tensor:
     return _rounded(w)
 
 
+def _there_and_back(w: Tensor) -> Tensor:
+    q, scale = quantize_weight(w.flatten(0, -2))
+    return dequantize_weight(q, scale, w.dtype).view_as(w)
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(w: Tensor) -> Tensor:
-        q, scale = quantize_weight(w.flatten(0, -2))
-        return dequantize_weight(q, scale, w.dtype).view_as(w)
+        return _there_and_back(w)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -176,6 +181,8 @@ class _StraightThrough(torch.autograd.Function):
 # Without allow_in_graph, compile(func.grad(f)) silently differentiates the rounding (gradient 0)
 # instead of calling backward.
 def _round(w: Tensor) -> Tensor:
+    if nested_forward_mode():  # where a Function's jvp would drop the outer tangent
+        return _there_and_back(w.detach()) + (w - w.detach())
     return _StraightThrough.apply(w)
 
 

@@ -87,15 +87,14 @@ def _left_right(scene: Scene) -> list[QA]:
             here, there = one.cell % scene.grid, other.cell % scene.grid
             # Things of one column are too close to call.
             if here != there and (one in scene.about or other in scene.about):
-                for side, true in (("left", here < there), ("right", here > there)):
-                    question = f"Is the {one} {side} of the {other}?"
-                    found.append(QA(question, "yes" if true else "no", (one, other)))
+                question = f"Is the {one} left or right of the {other}?"
+                found.append(QA(question, "left" if here < there else "right", (one, other)))
     return found
 
 
 def _caption(scene: Scene) -> list[QA]:
     things = sorted(scene.things, key=lambda thing: thing.cell)
-    caption = ", ".join(f"a {thing}" for thing in things)
+    caption = ", ".join(f"{'an' if str(thing)[0] in 'aeiou' else 'a'} {thing}" for thing in things)
     return [QA("Describe the picture.", caption, scene.things)]
 
 

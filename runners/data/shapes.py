@@ -34,7 +34,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
 SPLITS = {"train": 1 << 20, "val": 512, "unseen": 512}  # and their default lengths
-DIAMETERS = (0.6, 0.75, 0.9)  # of a cell's side
+DIAMETERS = (0.7, 0.8, 0.9)  # of a cell's side
 GROUND = 150  # grey level: near the middle, so that an empty picture is near zero to a model
 
 
@@ -168,12 +168,15 @@ class Shapes:
         """Questions no answer of which follows from an earlier turn: each thing is singled out
         once. (Asked freely, "Where is the red circle?" gives away "Which shape is red?", and a
         model learns to read the conversation instead of the picture: after 57,000 questions it
-        was still at chance on shapes.) The caption, which tells all, comes last.
+        was still at chance on shapes.) The caption, which tells all, comes last, or alone.
         """
+        asked = self.questions
+        if "caption" in self.kinds:
+            asked = 0 if rng.random() < 0.25 else asked - 1
         left = {kind: list(KINDS[kind](scene)) for kind in self.kinds if kind != "caption"}
         told: set[Thing] = set()
         chosen: list[tuple[str, QA]] = []
-        while len(chosen) < self.questions - ("caption" in self.kinds):
+        while len(chosen) < asked:
             left = {
                 kind: fresh
                 for kind, found in left.items()

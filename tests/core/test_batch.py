@@ -71,7 +71,9 @@ def test_pictures_must_match_their_placeholders(micro) -> None:
     tokens = torch.full((1, 9), 5)
     tokens[0, :3] = 1
     picture = torch.zeros(3, 16, 16)
-    with pytest.raises(ValueError, match=r"1 pictures take 4 image tokens, .* 3 placeholders \(1\)"):
+    with pytest.raises(
+        ValueError, match=r"1 pictures take 4 image tokens, .* 3 placeholders \(1\)"
+    ):
         make_batch(tokens, config=micro["mlp"], images=[picture], image_token=1)
     for config, token in ((None, 1), (micro["text"], 1), (micro["mlp"], None)):
         with pytest.raises(ValueError, match="pictures need a config with a vision tower"):
@@ -90,10 +92,14 @@ def test_stack_examples_adds_one_axis(micro, example) -> None:
 def test_stack_examples_names_what_differs(micro, example) -> None:
     one = example(micro["mlp"], rows=1)
     text = {k: v for k, v in one.items() if k != "patches"}
-    with pytest.raises(ValueError, match=r"example 1 and example 0 differ in fields: \['patches'\]"):
+    with pytest.raises(
+        ValueError, match=r"example 1 and example 0 differ in fields: \['patches'\]"
+    ):
         stack_examples([one, text])
     longer = one | {"image_slots": one["image_slots"][:2]}
-    with pytest.raises(ValueError, match=r"image_slots is \[2\] in example 1 but \[4\] in example 0"):
+    with pytest.raises(
+        ValueError, match=r"image_slots is \[2\] in example 1 but \[4\] in example 0"
+    ):
         stack_examples([one, longer])
 
 

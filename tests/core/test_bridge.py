@@ -166,7 +166,9 @@ def test_the_module_is_untouched(kind: str) -> None:
 
 def test_a_stateful_parametrization_is_not_advanced() -> None:
     """Spectral norm iterates whenever its weight is read in training mode."""
-    module = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    module = nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 4)
+    )
     before = snapshot(module)
     from_module(module)
     assert snapshot(module) == before
@@ -529,7 +531,9 @@ def test_a_native_model_inside_a_foreign_one(micro, rough) -> None:
 
     tokens = torch.randint(2, 61, (2, 5))
     forward, outer = from_module(Larger())
-    assert torch.equal(forward(outer, {"tokens": tokens}), vlm(config)(params, make_batch(tokens)) * 2)
+    assert torch.equal(
+        forward(outer, {"tokens": tokens}), vlm(config)(params, make_batch(tokens)) * 2
+    )
     halved = map_leaves(lambda t: t * 0.5, outer)
     want = vlm(config)(map_leaves(lambda t: t * 0.5, params), make_batch(tokens))
     assert torch.equal(forward(halved, {"tokens": tokens}), want)

@@ -194,7 +194,9 @@ def test_eye_and_bridge_come_together(micro) -> None:
 
 
 def test_resampler_heads_must_fit(micro) -> None:
-    config = dataclasses.replace(micro["resampler"], projector=ProjectorConfig("resampler", heads=3))
+    config = dataclasses.replace(
+        micro["resampler"], projector=ProjectorConfig("resampler", heads=3)
+    )
     with pytest.raises(ValueError, match=r"resampler heads \(3\) must divide vision.dim \(16\)"):
         config.param_spec()
 

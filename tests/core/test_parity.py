@@ -7,6 +7,7 @@ to be sharp, its norms are torch's own RMSNorm and its angles ours (which have a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from functools import partial
 
@@ -16,7 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from core import ProjectorConfig, Rule, TextConfig, VisionConfig, VLMConfig, make_batch, patchify, vlm
+from core import (
+    ProjectorConfig,
+    Rule,
+    TextConfig,
+    VisionConfig,
+    VLMConfig,
+    make_batch,
+    patchify,
+    vlm,
+)
 from core.forward import Site
 from core.text import rope_angles
 from core.vision import encode, grid_coordinates, learned_positions, sincos_positions
@@ -198,7 +208,7 @@ def test_windows_and_documents_against_a_dense_mask(
     batch = make_batch(torch.randint(2, 61, (1, 20)))
     ends = [0, 7, 8, 20]
     batch["cu_seqlens"] = torch.tensor([*ends, 20, 20], dtype=torch.int32)
-    batch["positions"] = torch.cat([torch.arange(b - a) for a, b in zip(ends, ends[1:])])
+    batch["positions"] = torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(ends)])
     with kernels.override(attention=attention):
         got = vlm(config)(params, batch)
     assert_same(got, dense_decoder(text, params, batch), SHARP)
@@ -336,6 +346,7 @@ def test_image_tokens_are_mlps_of_cells(micro, rough, example, assert_same) -> N
     text = params["text"]
     x = text["embed"]["weight"][batch["tokens"]].clone()
     x[batch["image_slots"]] = want
+
     def watch(f, path):
         return lambda p, x, *rest: seen.append(x) or f(p, x, *rest)
 
@@ -381,6 +392,7 @@ def test_resampler_is_perceivers(micro, rough, example, assert_same) -> None:
     want = dense(p["out"], norm(p["norm"], latents))
 
     seen = []
+
     def watch(f, path):
         return lambda p, x, *rest: seen.append(x) or f(p, x, *rest)
 

@@ -127,7 +127,9 @@ def foreign() -> Subject:
     batches = []
     for _ in range(2):
         ids = torch.randint(0, 61, (1, 7))
-        batches.append({"input_ids": ids, "labels": ids.roll(-1, 1).index_fill(1, torch.tensor(6), -100)})
+        batches.append(
+            {"input_ids": ids, "labels": ids.roll(-1, 1).index_fill(1, torch.tensor(6), -100)}
+        )
     return Subject(forward, params, batches)
 
 
@@ -137,8 +139,13 @@ def subject(request) -> Subject:
 
 
 def tolerance(*names: str) -> float:
-    """fp64 throughout: 1e-9. Scales and dequantised weights are fp32; so are eager HF's softmax."""
-    return 3e-6 if {"mixed_precision", "fake_quant", "quantize_int8"} & set(names) else 1e-9
+    """fp64 throughout: 1e-9. Gradients that arrive in fp32, and dequantised weights, are fp32.
+
+    An int8 embedding gives fp32 rows, and the rest of the model computes in fp32 from there.
+    """
+    if "quantize_int8" in names:
+        return 1e-5
+    return 3e-6 if {"mixed_precision", "fake_quant"} & set(names) else 1e-9
 
 
 def learned(loss: Forward, params: Tree) -> tuple[Callable[[Tree, Any], Tensor], Tree]:
@@ -153,7 +160,7 @@ def test_every_ordered_pair_has_the_gradients_of_the_formula(
 ) -> None:
     loss, params = subject.apply(*names)
     reference, rtol = subject.reference(*names), tolerance(*names)
-    if subject.bare.applied == () and "input_ids" in subject.batches[0]:
+    if "input_ids" in subject.batches[0]:
         rtol = max(rtol, 1e-6)  # Hugging Face's norms and softmax are fp32
     wants = [reference(subject_params(subject, names), b) for b in subject.batches]
 
@@ -170,7 +177,9 @@ def test_every_ordered_pair_has_the_gradients_of_the_formula(
 
 def subject_params(subject: Subject, names: tuple[str, ...]) -> Tree:
     """What the transforms are given, before any preparation."""
-    return map_leaves(Tensor.float, subject.params) if "mixed_precision" in names else subject.params
+    return (
+        map_leaves(Tensor.float, subject.params) if "mixed_precision" in names else subject.params
+    )
 
 
 LONG = [
@@ -187,20 +196,21 @@ def test_whole_chains_in_either_order(subject: Subject, names, assert_same) -> N
     assert loss.applied == names
     want, want_grads = subject.reference(*names)(subject_params(subject, names), subject.batches[0])
     value, grads = value_and_grad(loss)(params, subject.batches[0])
-    assert_same(value.double(), want, 3e-6)
-    assert_same(grads, want_grads, 3e-6)
+    assert_same(value.double(), want, tolerance(*names))
+    assert_same(grads, want_grads, tolerance(*names))
 
 
-@pytest.mark.parametrize("names", [LONG[0], LONG[3]], ids="-".join)
-def test_compiled_chains(subject: Subject, names: tuple[str, ...], assert_same) -> None:
+@pytest.mark.parametrize(("kind", "names"), [("native", LONG[0]), ("foreign", LONG[3])])
+def test_compiled_chains(request, kind: str, names: tuple[str, ...], assert_same) -> None:
     torch._dynamo.reset()
+    subject: Subject = request.getfixturevalue(kind)
     loss, params = subject.apply(*names)
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     for batch in subject.batches:
         want, want_grads = subject.reference(*names)(subject_params(subject, names), batch)
         value, grads = value_and_grad(compiled)(params, batch)
-        assert_same(value.double(), want, 3e-6)
-        assert_same(grads, want_grads, 3e-6)
+        assert_same(value.double(), want, tolerance(*names))
+        assert_same(grads, want_grads, tolerance(*names))
 
 
 @pytest.mark.parametrize(
@@ -239,9 +249,7 @@ def test_second_derivatives(subject: Subject, names: tuple[str, ...], assert_sam
     assert_same(grad(directional)(params), want, rtol)
     assert_same(jvp(lambda p: grad(loss)(p, batch), (params,), (along,))[1], want, rtol)
     assert_same(twice(params), want, rtol)
-    assert_same(
-        jvp(lambda p: loss(p, batch), (params,), (along,))[1], directional(params), rtol
-    )
+    assert_same(jvp(lambda p: loss(p, batch), (params,), (along,))[1], directional(params), rtol)
 
 
 @pytest.mark.parametrize("names", [("quantize_int8",), ("fake_quant",), ("mixed_precision",)])

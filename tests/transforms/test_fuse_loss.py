@@ -1,0 +1,212 @@
+"""Fusing the loss with the head: the same number, the same gradients, and no logits anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import grad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from core import Logits, Rule, VLMConfig, from_module, make_batch, vlm
+from params.tree import flatten, map_leaves
+from transforms import checkpoint, fuse_loss, quantize_int8, unfused_loss, value_and_grad
+
+VOCAB, TOKENS, CHUNK = 61, 200, 64
+
+
+fused_kernel = importlib.import_module("kernels.linear_cross_entropy")
+
+
+class Shapes(TorchDispatchMode):
+    """Shapes of every tensor that any operation makes, inside the fused kernel's custom op too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "nanovision":
+            with self:
+                return fused_kernel._chunked(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {tuple(t.shape) for t in tree_leaves(out) if isinstance(t, Tensor)}
+        return out
+
+    def logits_rows(self) -> int:
+        """The most rows of vocabulary width that one tensor held (params have fewer, 16)."""
+        sizes = [shape for shape in self.seen if VOCAB in shape]
+        return max((torch.Size(shape).numel() // VOCAB for shape in sizes), default=0)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch) -> None:
+    monkeypatch.setitem(fused_kernel._CHUNK_ELEMENTS, "cpu", CHUNK * VOCAB)
+
+
+def llama_and_batch():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, attn_implementation="eager",
+    )  # fmt: skip
+    forward, params = from_module(transformers.LlamaForCausalLM(config).eval())
+    ids = torch.randint(0, VOCAB, (4, TOKENS // 4))
+    return forward, params, {"input_ids": ids, "labels": ids.roll(-1, 1)}
+
+
+@pytest.mark.parametrize("kind", ["native", "native, int8 head", "foreign"])
+def test_logits_never_exist(kind: str, micro, rough, small_chunks) -> None:
+    if kind == "foreign":
+        forward, params, batch = llama_and_batch()
+    else:
+        forward, params = vlm(micro["untied"]), rough(micro["untied"])
+        batch = make_batch(torch.randint(0, VOCAB, (4, TOKENS // 4)))
+        batch["labels"] = batch["tokens"].roll(-1)  # every token is labelled
+    if "int8" in kind:
+        forward = quantize_int8(forward, skip=())
+        params = forward.prepare(params)
+    drivers = [lambda loss: loss(params, batch), lambda loss: value_and_grad(loss)(params, batch)]
+    if "int8" not in kind:
+        drivers.append(lambda loss: grad(loss)(params, batch))
+    for run in drivers:
+        with Shapes() as dense:
+            run(unfused_loss(forward))
+        assert dense.logits_rows() == TOKENS  # the watch does see them
+        with Shapes() as fused:
+            run(fuse_loss(checkpoint(forward)))
+        assert fused.logits_rows() == CHUNK
+
+
+OPTIONS = [
+    {},
+    {"z_loss": 0.01},
+    {"label_smoothing": 0.1},
+    {"z_loss": 0.003, "label_smoothing": 0.2},
+]
+
+
+def formula(
+    logits: Tensor, labels: Tensor, z_loss: float = 0, label_smoothing: float = 0
+) -> Tensor:
+    plain = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    kept = labels != -100
+    return plain + z_loss * logits.logsumexp(-1)[kept].square().mean()
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_equals_cross_entropy_of_dense_logits(
+    micro, rough, example, assert_same, options: dict[str, float], softcap: float | None
+) -> None:
+    config = VLMConfig(dataclasses.replace(micro["untied"].text, softcap=softcap))
+    params, batch, forward = rough(config), example(config), vlm(config)
+    batch["labels"][5:9] = -100
+    want, want_grads = value_and_grad(lambda p, b: formula(forward(p, b), b["labels"], **options))(
+        params, batch
+    )
+    for transform in (fuse_loss, unfused_loss):
+        value, grads = value_and_grad(transform(forward, **options))(params, batch)
+        assert_same(value, want, 1e-12)
+        assert_same(grads, want_grads, 1e-10)
+
+
+@pytest.mark.parametrize("transform", [fuse_loss, unfused_loss])
+def test_loss_is_fp32_and_mean_over_labelled_tokens(micro, rough, example, transform) -> None:
+    config = micro["text"]
+    params, batch = rough(config, dtype=torch.bfloat16), example(config)
+    loss = transform(vlm(config))
+    assert loss(params, batch).dtype == torch.float32
+    assert loss(params, batch).shape == ()
+    one = batch | {
+        "labels": torch.full_like(batch["labels"], -100).index_fill(0, torch.tensor(3), 7)
+    }
+    logits = vlm(config)(params, one).float()
+    torch.testing.assert_close(loss(params, one), F.cross_entropy(logits[3:4], torch.tensor([7])))
+
+
+@pytest.mark.parametrize("transform", [fuse_loss, unfused_loss])
+@pytest.mark.parametrize("name", ["text", "mlp"])
+def test_no_label_no_loss_no_gradient(micro, rough, example, transform, name: str) -> None:
+    config = micro[name]
+    params, batch = rough(config), example(config)
+    batch["labels"].fill_(-100)
+    loss = transform(vlm(config), z_loss=0.1, label_smoothing=0.1)
+    value, grads = value_and_grad(loss)(params, batch)
+    for got in (grads, grad(loss)(params, batch)):
+        assert value == 0
+        assert flatten(got).keys() == flatten(params).keys()
+        assert all(not g.any() for g in flatten(got).values())
+
+
+def test_head_bias_is_part_of_the_logits(assert_same) -> None:
+    class Tiny(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(VOCAB, 8), nn.Linear(8, VOCAB)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.table(ids))
+
+    forward, params = from_module(Tiny().double(), head="head")
+    ids = torch.randint(0, VOCAB, (2, 3, 4))  # any leading shape
+    batch = {"ids": ids, "labels": ids.roll(1)}
+    want = value_and_grad(
+        lambda p, b: F.cross_entropy(forward(p, b).flatten(0, -2), b["labels"].flatten())
+    )(params, batch)
+    got = value_and_grad(fuse_loss(forward))(params, batch)
+    assert_same(got[0], want[0], 1e-12)
+    assert_same(got[1], want[1], 1e-10)
+
+
+def test_lazy_logits_are_rows_scaled_and_capped(rough, micro) -> None:
+    hidden, p = torch.randn(5, 4), {"weight": torch.randn(9, 4), "bias": torch.randn(9)}
+    logits = Logits(hidden, p, scale=0.5, softcap=3.0)
+    want = 3 * torch.tanh(0.5 * (hidden @ p["weight"].mT + p["bias"]) / 3)
+    torch.testing.assert_close(logits.dense(), want)
+    rows = torch.tensor([4, 0])
+    torch.testing.assert_close(logits.at(rows).dense(), want[rows])
+    assert torch.equal(logits.weight(), p["weight"])
+
+
+def test_scale_and_softcap_reach_the_fused_loss(micro, rough, example, assert_same) -> None:
+    """A head that scales (Cohere, Granite): a rule on the head may say so."""
+    config = micro["untied"]
+    params, batch = rough(config), example(config)
+
+    def scaling(f, path):
+        return lambda p, x: dataclasses.replace(f(p, x), scale=0.3, softcap=4.0)
+
+    forward = vlm(config).with_rule(Rule("head", scaling))
+    fused, dense = (value_and_grad(t(forward))(params, batch) for t in (fuse_loss, unfused_loss))
+    assert_same(fused[0], dense[0], 1e-12)
+    assert_same(fused[1], dense[1], 1e-10)
+    plain = value_and_grad(fuse_loss(vlm(config)))(params, batch)[0]
+    assert abs(plain - fused[0]) > 1e-2
+
+
+def test_labels_must_fit(micro, rough, example) -> None:
+    config = micro["text"]
+    params, batch = rough(config), example(config)
+    with pytest.raises(ValueError, match="label 61 at position 2 is outside the vocabulary of 61"):
+        fuse_loss(vlm(config))(params, batch | {"labels": batch["labels"].index_fill(
+            0, torch.tensor(2), 61)})  # fmt: skip
+    with pytest.raises(ValueError, match=r"labels must have shape \[24\]"):
+        fuse_loss(vlm(config))(params, batch | {"labels": batch["labels"][1:]})
+
+
+def test_gradients_flow_to_a_tied_embedding_from_both_ends(micro, rough, example) -> None:
+    config = micro["text"]
+    params, batch = rough(config), example(config)
+    (tied,) = [value_and_grad(fuse_loss(vlm(config)))(params, batch)[1]["text"]["embed"]["weight"]]
+    split = VLMConfig(dataclasses.replace(config.text, tied=False))
+    apart = map_leaves(lambda t: t, params)
+    apart["text"]["lm_head"] = params["text"]["embed"]
+    grads = value_and_grad(fuse_loss(vlm(split)))(apart, batch)[1]["text"]
+    both = grads["embed"]["weight"] + grads["lm_head"]["weight"]
+    torch.testing.assert_close(tied, both, rtol=1e-10, atol=1e-12)
