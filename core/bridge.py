@@ -35,10 +35,11 @@ def from_module(
 ) -> tuple[Forward, Tree]:
     """Any ``nn.Module`` as ``(forward, params)``; ``forward(params, batch)`` equals the module.
 
-    call: ``call(run, batch)`` turns a batch, in the module's own form, into ``run(*args, **kwargs)``
-    and its result into logits. The default passes the entries of ``batch`` that the module's
-    signature names (``labels`` never; ``use_cache=False`` where it is a parameter, because a cache
-    that outlives the call is not pure) and returns ``.logits``, or the output itself.
+    call: ``call(run, batch)`` turns a batch, in the module's own form, into
+    ``run(*args, **kwargs)`` and its result into logits. The default passes the entries of
+    ``batch`` that the module's signature names (``labels`` never; ``use_cache=False`` where it is
+    a parameter, because a cache that outlives the call is not pure) and returns ``.logits``, or
+    the output itself.
     head: the path of the output head. The default asks ``module.get_output_embeddings()``
     (Hugging Face); without either there is no head site, and ``fuse_loss`` says so.
 

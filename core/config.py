@@ -279,7 +279,7 @@ class VLMConfig:
 
 
 def config_from_dict(data: dict[str, Any]) -> VLMConfig:
-    """The inverse of ``VLMConfig.to_dict``. Raises ValueError naming an unknown or missing field."""
+    """The inverse of ``VLMConfig.to_dict``. Raises ValueError naming a wrong or missing field."""
 
     def make(cls: Any, values: dict[str, Any] | None, name: str) -> Any:
         if values is None:
@@ -330,11 +330,17 @@ def _matmul_weights(spec: Any) -> int:
     return sum(_matmul_weights(v) for k, v in spec.items() if k != "queries")
 
 
-# Head sizes of 64 and 128 throughout: the ones every fast attention kernel serves.
+# From mini up, head sizes of 64 and 128: the ones every fast attention kernel serves.
+# fmt: off
 PRESETS: dict[str, VLMConfig] = {
     "tiny": VLMConfig(
-        TextConfig(vocab_size=512, dim=128, layers=4, heads=4, kv_heads=2, mlp_dim=384, qk_norm=True),
-        VisionConfig(dim=128, layers=3, heads=4, mlp_dim=384, patch_size=8, image_size=32, merge=1),
+        TextConfig(
+            vocab_size=512, dim=128, layers=3, heads=4, kv_heads=2, mlp_dim=384, qk_norm=True
+        ),
+        VisionConfig(
+            dim=128, layers=2, heads=4, mlp_dim=384, patch_size=8, image_size=32, merge=1,
+            positions="sincos2d",
+        ),
         ProjectorConfig(hidden=128),
     ),
     "mini": VLMConfig(
@@ -370,7 +376,8 @@ PRESETS: dict[str, VLMConfig] = {
             rope_theta=500_000.0, norm_eps=1e-5, tied=False,
         ),
     ),
-}  # fmt: skip
+}
+# fmt: on
 
 
 def preset(name: str) -> VLMConfig:
@@ -379,4 +386,4 @@ def preset(name: str) -> VLMConfig:
         return PRESETS[name]
     near = difflib.get_close_matches(name, PRESETS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"no preset {name!r}{hint} presets: {', '.join(PRESETS)}")
+    raise ValueError(f"no preset {name!r}{hint} (presets: {', '.join(PRESETS)})")

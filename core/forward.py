@@ -44,7 +44,7 @@ KINDS = ("embed", "block", "linear", "norm", "attention", "glu", "head")
 
 @dataclass(frozen=True)
 class SiteInfo:
-    """One call of the model that rules can reach: its kind, its path, and whether it is outermost."""
+    """One call of the model that rules can reach: its kind, its path, whether it is outermost."""
 
     kind: str
     path: str

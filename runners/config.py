@@ -53,15 +53,15 @@ class TrainConfig:
     """Text: what a document is; blank lines part paragraphs."""
     kinds: tuple[str, ...] = ("colour", "shape", "count", "where")
     """shapes: what is asked: colour, shape, count, where, left_right, caption."""
-    max_objects: int = 4
+    max_objects: int = 2
     """shapes: objects a picture, at most."""
     colours: int = 6
     """shapes: colours there are, 2 to 10."""
     shapes: int = 4
     """shapes: forms there are, 1 to 6."""
-    questions: int = 4
+    questions: int = 1
     """shapes: questions a picture."""
-    ramp: int = 0
+    ramp: int = 60_000
     """shapes: training begins with one object a scene; --max_objects is reached after so many."""
     tokenizer: str | None = None
     """A Hugging Face tokenizer.json. Default: a byte-level BPE trained on the data."""
@@ -74,14 +74,14 @@ class TrainConfig:
 
     sequence_len: int = 512
     """Tokens in a packed row."""
-    device_batch_size: int = 4
+    device_batch_size: int = 2
     """Rows that are computed at once."""
     grad_accum_steps: int = 1
     """Batches whose gradients make one step, weighted by their labelled tokens."""
 
-    steps: int = 1500
+    steps: int = 3600
     """Optimizer steps in all."""
-    lr: float = 2e-3
+    lr: float = 1.2e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up: a half cosine, warm-up-stable-decay, or nothing."""
@@ -97,7 +97,7 @@ class TrainConfig:
     """Path patterns without weight decay."""
     beta1: float = 0.9
     """AdamW: memory of the gradient's mean."""
-    beta2: float = 0.95
+    beta2: float = 0.99
     """AdamW: memory of the gradient's square."""
     grad_clip: float = 1.0
     """Largest norm of the whole gradient; 0: not clipped."""
@@ -123,7 +123,7 @@ class TrainConfig:
 
     log_every: int = 10
     """Steps between lines of the log."""
-    val_every: int = 250
+    val_every: int = 600
     """Steps between validations; the weights of the best one are kept. 0: only at the end."""
     keep: Literal["best", "last"] = "best"
     """Which weights the run ends with: of the lowest validation loss, or the last. Small data is
@@ -163,12 +163,14 @@ ON_GPU: dict[str, Any] = {
     "kinds": ("colour", "shape", "count", "where", "left_right", "caption"),
     "colours": 10,
     "shapes": 6,
+    "max_objects": 4,
     "questions": 3,
     "ramp": 100_000,
     "sequence_len": 2048,
     "device_batch_size": 8,
     "steps": 2500,
     "lr": 1e-3,
+    "beta2": 0.95,
     "warmup_steps": 200,
     "val_every": 500,
     "eval_examples": 2048,

@@ -75,7 +75,7 @@ def test_init_scale_keeps_activations_at_unit_size() -> None:
 
 
 def count_flops(run) -> tuple[int, int]:
-    """Operations of matmuls with a weight, and of batched ones (attention), as torch counts them."""
+    """Operations of matmuls with a weight, and of batched ones (attention): torch's count."""
     counter = FlopCounterMode(display=False)
     with kernels.override(attention="plain"), counter:
         run()

@@ -162,7 +162,7 @@ def test_a_pattern_that_names_nothing_lists_what_there_is(micro) -> None:
         forward.with_rule(Rule("block", adding(0), ("blocks.7",)))
     with pytest.raises(ValueError, match="no site has kind 'layer'; kinds: embed, block"):
         forward.with_rule(Rule("layer", adding(0)))
-    with pytest.raises(ValueError, match="linear .*text.norm.* matches nothing"):
+    with pytest.raises(ValueError, match=r"linear .*text\.norm.* matches nothing"):
         forward.with_rule(Rule("linear", adding(0), ("text.norm",)))  # right path, wrong kind
     with pytest.raises(ValueError, match="matches nothing"):
         forward.with_rule(Rule("linear", adding(0), lambda site: False))
