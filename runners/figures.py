@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from runners.metrics import Row
 
@@ -45,8 +45,9 @@ def draw_loss(path: Path, rows: Sequence[Row]) -> None:
         axes.set_ylabel("loss (nats a token)")
         if min(train[1] + val[1], default=0) > 0:
             axes.set_yscale("log")
-            for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                axis(StrMethodFormatter("{x:.3g}"))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # more would overlap
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
         axes.legend()
 
