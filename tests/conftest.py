@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def micro() -> dict[str, VLMConfig]:
-    """Text alone (tied, untied) and the two projectors; GQA, two layers everywhere."""
+    """Text alone (tied, untied), the two projectors, fixed positions; GQA, two layers."""
     sizes = {"vocab_size": 61, "dim": 16, "layers": 2, "heads": 4, "kv_heads": 2, "mlp_dim": 24}
     text = TextConfig(**sizes)  # type: ignore[arg-type]
     untied = TextConfig(**sizes, tied=False, qkv_bias=True, qk_norm=True)  # type: ignore[arg-type]
@@ -44,6 +45,9 @@ def micro() -> dict[str, VLMConfig]:
         "untied": VLMConfig(untied),
         "mlp": VLMConfig(text, vision, ProjectorConfig(hidden=20)),
         "resampler": VLMConfig(untied, vision, resampler),
+        "sincos": VLMConfig(
+            text, replace(vision, positions="sincos2d"), ProjectorConfig(hidden=20)
+        ),
     }
 
 

@@ -12,7 +12,7 @@ from core import Rule, Site, TextConfig, VLMConfig, preset, vlm
 from core.forward import KINDS
 from params.tree import flatten, map_leaves
 
-CONFIGS = ["text", "untied", "mlp", "resampler"]
+CONFIGS = ["text", "untied", "mlp", "resampler", "sincos"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -16,7 +16,7 @@ from params.tree import Tree, map_leaves
 from transforms import fuse_loss, unfused_loss, value_and_grad
 
 IMAGE = 1
-EYES = ["mlp", "resampler"]
+EYES = ["mlp", "resampler", "sincos"]
 
 
 def document(config: VLMConfig, length: int, *sides: tuple[int, int], seed: int = 0) -> Batch:
@@ -68,7 +68,7 @@ def pack(
         starts.append(n)
     if more_patches:
         out["patches"].append(torch.full((more_patches, 48), fill, dtype=torch.float64))
-        out["patch_positions"].append(torch.full((more_patches, 2), 10**6))
+        out["patch_positions"].append(torch.full((more_patches, 2), -1))
         ends.append(p)
     batch = {name: torch.cat(parts) for name, parts in out.items()}
     batch["cu_seqlens"] = torch.tensor(starts + [n] * more_documents).int()
@@ -212,7 +212,7 @@ def test_nan_in_features_of_unused_slots_changes_nothing(micro, rough, assert_sa
     def poison(f, path):
         return lambda p, x: torch.where(unused[:, None], torch.nan, f(p, x))
 
-    last = "projector.down" if name == "mlp" else "projector.out"
+    last = "projector.out" if name == "resampler" else "projector.down"
     poisoned = forward.with_rule(Rule("linear", poison, (last,)))
     assert torch.equal(poisoned(params, batch), forward(params, batch))
     want = value_and_grad(fuse_loss(forward))(params, batch)[1]

@@ -85,7 +85,7 @@ def test_a_state_of_another_config_is_refused_by_name(micro: Micro, tmp_path: Pa
     load_state(path, like, micro(log_every=7, stop_at=9), CPU)
     with pytest.raises(UserError, match="another config") as caught:
         load_state(path, like, micro(lr=0.5, steps=9), CPU)
-    assert "--steps 6 -> 9, --lr 0.002 -> 0.5" in str(caught.value)
+    assert "--steps 6 -> 9, --lr 0.0012 -> 0.5" in str(caught.value)
     assert "--init_from" in str(caught.value)
 
 

@@ -196,5 +196,5 @@ def test_configs_survive_json() -> None:
 def test_what_counts_as_another_config() -> None:
     old = as_dict(TrainConfig())
     assert differing_fields(old, TrainConfig(log_every=3, name="other", stop_at=9)) == []
-    assert differing_fields(old, TrainConfig(lr=1.0)) == ["--lr 0.002 -> 1.0"]
+    assert differing_fields(old, TrainConfig(lr=1.0)) == ["--lr 0.0012 -> 1.0"]
     assert {f.name for f in dataclasses.fields(TrainConfig)} >= FREE_FIELDS

@@ -90,7 +90,7 @@ def test_ragged_lengths_fill_rows(sigma: float):
 
 
 def test_planned_budgets_are_tight_and_fill_shapes_rows(encoder: Encoder, images: ImageSpec):
-    source = Shapes(size=32)
+    source = Shapes(size=32, kinds=("colour", "shape", "count", "where"))
     documents = [encoder(source[i])[0] for i in range(600)]
     spec = plan_spec(documents, row_len=2048, rows=2, images=images)
     batches, _ = batch_documents(documents, spec)
