@@ -137,15 +137,18 @@ class Forward:
                 raise no_match(pattern, [s.path for s in self.sites] + ["lm_head"], what="sites")
         return tuple(s for s in found if any(s.matches(pattern) for pattern in patterns))
 
-    def with_rule(self, rule: Rule) -> Forward:
-        """Appends a rule; raises ValueError, listing what there is, if it would match nothing."""
+    def with_rule(self, rule: Rule, *, innermost: bool = False) -> Forward:
+        """Appends a rule (or puts it inside all others, whatever is applied before or after).
+
+        Raises ValueError, listing what there is, if it would match nothing.
+        """
         if rule.kind not in (*KINDS, "gather"):
             raise ValueError(f"no site has kind {rule.kind!r}; kinds: {', '.join(KINDS)}, gather")
         if not any(rule.applies(site) for site in self.sites):
             have = sorted({f"{s.kind} {s.path}" for s in self.sites})
             named = () if rule.select is None or callable(rule.select) else rule.select
             raise no_match(" ".join((rule.kind, *named)), have, what="sites")
-        return replace(self, rules=(*self.rules, rule))
+        return replace(self, rules=(rule, *self.rules) if innermost else (*self.rules, rule))
 
     def with_step(self, name: str, **changes: Any) -> Forward:
         """Records the transform's name, and whatever other fields it changes."""

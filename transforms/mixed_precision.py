@@ -1,4 +1,4 @@
-"""Low-precision compute over high-precision params: a cast where each part of params enters."""
+"""Low-precision compute over high-precision params: a cast where each matrix is used."""
 
 from __future__ import annotations
 
@@ -12,31 +12,48 @@ from core.forward import Forward, Rule
 from params.int8 import is_scale
 from params.tree import Tree, flatten, map_with_path
 from transforms.legal import check_legal
+from transforms.quantize_int8 import WEIGHTED
 
 
 def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Forward:
     """Matmuls and activations in ``dtype``, params, gradients and reductions as they are.
 
-    Matrices are cast where they enter (block, embedding, head, ...), so their gradients arrive in
-    the params' own dtype. Vectors stay: norms compute in fp32 anyway, and a bias takes the dtype
+    Matrices are cast where they are used, so their gradients arrive in the params' own dtype. Vectors stay: norms compute in fp32 anyway, and a bias takes the dtype
     of its matmul. The loss is fp32 (Micikevicius et al. 2017, https://arxiv.org/abs/1710.03740).
     """
     check_legal(forward, "mixed_precision")
+    weighted = {site.path for site in forward.sites if site.kind in WEIGHTED}
+    name = f"cast to {str(dtype).removeprefix('torch.')}"
 
-    def wrap(f: Callable[..., Any], path: str) -> Callable[..., Any]:
-        def run(p: Tree, x: Any, *args: Any) -> Any:
-            flat = flatten(p)
+    def cast(p: Tree, chosen: Callable[[str], bool]) -> Tree:
+        flat = flatten(p)
 
-            def cast(path: str, leaf: Tensor) -> Tensor:
-                if not leaf.is_floating_point() or leaf.ndim < 2 or is_scale(path, flat):
-                    return leaf
-                return leaf.to(dtype)
+        def one(path: str, leaf: Tensor) -> Tensor:
+            if not leaf.is_floating_point() or leaf.ndim < 2 or is_scale(path, flat):
+                return leaf
+            return leaf.to(dtype) if chosen(path) else leaf
 
-            # float weights bring x to their dtype; int8 ones take it as it comes
-            x = x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-            return f(map_with_path(cast, p), x, *args)
+        return map_with_path(one, p)
+
+    def at_site(f: Callable[..., Any], path: str) -> Callable[..., Any]:
+        def run(p: Tree, *args: Any) -> Any:
+            return f(cast(p, lambda leaf: "." not in leaf), *args)
 
         return run
 
-    rule = Rule("gather", wrap, name=f"cast to {str(dtype).removeprefix('torch.')}")
-    return forward.with_rule(rule).with_step("mixed_precision")
+    def at_gather(f: Callable[..., Any], path: str) -> Callable[..., Any]:
+        def others(leaf: str) -> bool:
+            return f"{path}.{leaf}".rpartition(".")[0] not in weighted
+
+        def run(p: Tree, x: Any, *args: Any) -> Any:
+            # float weights bring x to their dtype; int8 ones take it as it comes
+            x = x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+            return f(cast(p, others), x, *args)
+
+        return run
+
+    for kind in sorted({site.kind for site in forward.sites} & set(WEIGHTED)):
+        # Innermost: what else is done to a weight (rounding by fake_quant) is done in its own
+        # dtype, or training would see other int8 codes than quantize_int8 will give.
+        forward = forward.with_rule(Rule(kind, at_site, name=name), innermost=True)
+    return forward.with_rule(Rule("gather", at_gather, name=name)).with_step("mixed_precision")

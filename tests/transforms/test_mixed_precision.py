@@ -100,10 +100,6 @@ def test_hugging_face(assert_same) -> None:
     assert {g.dtype for g in flatten(grads).values()} == {torch.float32}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="inside blocks the cast comes before the rounding: other int8 codes than deployed",
-)
 @pytest.mark.parametrize("first", ["fake", "mixed"])
 def test_training_sees_the_weights_that_will_be_deployed(first: str) -> None:
     """fake_quant in bf16 is as near to the int8 model as bf16 is, not as far as no rounding is."""
