@@ -18,8 +18,9 @@ from transforms.quantize_int8 import WEIGHTED
 def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Forward:
     """Matmuls and activations in ``dtype``, params, gradients and reductions as they are.
 
-    Matrices are cast where they are used, so their gradients arrive in the params' own dtype. Vectors stay: norms compute in fp32 anyway, and a bias takes the dtype
-    of its matmul. The loss is fp32 (Micikevicius et al. 2017, https://arxiv.org/abs/1710.03740).
+    Matrices are cast where they are used, so their gradients arrive in the params' own dtype.
+    Vectors stay: norms compute in fp32 anyway, and a bias takes the dtype of its matmul. The loss
+    is fp32 (Micikevicius et al. 2017, https://arxiv.org/abs/1710.03740).
     """
     check_legal(forward, "mixed_precision")
     weighted = {site.path for site in forward.sites if site.kind in WEIGHTED}
