@@ -18,7 +18,9 @@ from core.forward import Site
 from core.layers import Logits, dropout, embed, head, linear, rms_norm, swiglu
 from params.tree import Tree
 
-Context = dict[str, Tensor]  # what every block needs beside x: cos, sin, cu_seqlens, maybe seed
+Context = dict[
+    str, Tensor
+]  # what every block needs beside x: cos, sin, rows, cu_seqlens, maybe seed
 
 
 def rope_angles(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -67,7 +69,7 @@ def block(
     if config.qk_norm:
         q = site("norm", norm, attn["q_norm"], q, at="attn.q_norm")
         k = site("norm", norm, attn["k_norm"], k, at="attn.k_norm")
-    q, k = kernels.rope(q, k, ctx["cos"], ctx["sin"], torch.arange(len(x), device=x.device))
+    q, k = kernels.rope(q, k, ctx["cos"], ctx["sin"], ctx["rows"])
     attention = partial(attend, window=config.window_of(layer), longest=longest)
     o = site("attention", attention, {}, q, k, v, ctx["cu_seqlens"], at="attn")
     o = site("linear", linear, attn["o"], rearrange(o, "n h d -> n (h d)"), at="attn.o")
@@ -99,7 +101,8 @@ def decode(
 ) -> Logits:
     """The decoder's body and head: embeddings x ``[N, D]`` -> lazy logits ``[N, V]``."""
     cos, sin = rope_angles(positions, config.head_size, config.rope_theta)
-    ctx = {"cos": cos, "sin": sin, "cu_seqlens": cu_seqlens}
+    rows = torch.arange(len(x), device=x.device)  # of cos and sin, made for these very positions
+    ctx = {"cos": cos, "sin": sin, "rows": rows, "cu_seqlens": cu_seqlens}
     if seed is not None:
         ctx["seed"] = seed
     for layer in range(config.layers):

@@ -26,7 +26,7 @@ def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Fo
     weighted = {site.path for site in forward.sites if site.kind in WEIGHTED}
     name = f"cast to {str(dtype).removeprefix('torch.')}"
 
-    def cast(p: Tree, chosen: Callable[[str], bool]) -> Tree:
+    def cast(p: Tree, chosen: Callable[[str], bool] = lambda leaf: True) -> Tree:
         flat = flatten(p)
 
         def one(path: str, leaf: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Fo
 
     def at_site(f: Callable[..., Any], path: str) -> Callable[..., Any]:
         def run(p: Tree, *args: Any) -> Any:
-            return f(cast(p, lambda leaf: "." not in leaf), *args)
+            return f(cast(p), *args)
 
         return run
 
