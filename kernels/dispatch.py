@@ -16,18 +16,22 @@ from collections.abc import Iterator
 
 import torch
 
+from kernels import launch
+
 ENV = "NANOVISION_KERNELS"
 
-# Best first. Triton kernels enter here, before "torch", with their conditions in `why_not`.
+# Best first; the conditions are in `why_not`.
 BACKENDS: dict[str, tuple[str, ...]] = {
     "attention": ("flash-attn-4", "flash-attn", "torch-varlen", "padded", "plain"),
-    "cross_entropy": ("torch",),
-    "linear_cross_entropy": ("torch",),
-    "rms_norm": ("torch",),
-    "layer_norm": ("torch",),
-    "swiglu": ("torch",),
-    "rope": ("torch",),
-    "int8_linear": ("torch",),
+    "cross_entropy": ("triton", "torch"),
+    "linear_cross_entropy": ("triton", "torch"),
+    "rms_norm": ("triton", "torch"),
+    "layer_norm": ("triton", "torch"),
+    "swiglu": ("triton", "torch"),
+    "geglu": ("triton", "torch"),
+    "relu2": ("triton", "torch"),
+    "rope": ("triton", "torch"),
+    "int8_linear": ("triton", "torch"),
 }
 
 _FLASH_NAMES = {
@@ -138,6 +142,8 @@ def why_not(
     compiling: bool = False,
 ) -> str | None:
     """Why a backend cannot serve a call, as a clause ("needs a CUDA GPU"), or None if it can."""
+    if backend == "triton":
+        return launch.why_not(device, dtype)
     if op != "attention" or backend == "plain":
         return None
     kind = torch.device(device).type

@@ -30,13 +30,14 @@ Dims = tuple[int | None, ...]
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """A differentiable kernel with one output.
+    """A differentiable kernel.
 
     `formula(*tensors, **static) -> out`: plain torch, differentiable to any order, and vmappable.
     `forward(*tensors, **static) -> (out, residuals)`: the fast path; nothing is recorded in it.
         Residuals are extra tensors that `backward` wants.
     `backward(grad, needs, tensors, residuals, **static) -> grads`: one entry a tensor; those that
         `needs` does not ask for may be None.
+    `outputs`: how many; with more than one, `out` and `grad` are tuples of that many tensors.
 
     A vmap level makes one call an example, right for any kernel, unless the op says better:
     `fold(batch_size, in_dims, tensors)` gives the tensors of one call over all examples, with a
@@ -45,9 +46,10 @@ class Op:
     """
 
     name: str
-    formula: Callable[..., Tensor]
-    forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
+    formula: Callable[..., Any]
+    forward: Callable[..., tuple[Any, tuple[Tensor, ...]]]
     backward: Callable[..., Sequence[Tensor | None]]
+    outputs: int = 1
     fold: Callable[[int, Dims, Tensors], Tensors | None] | None = None
     vmappable: bool = False
 
@@ -59,15 +61,23 @@ class _Call:
     op: Op
     static: Mapping[str, Any]
 
-    def formula(self, *tensors: Tensor | None) -> Tensor:
+    def formula(self, *tensors: Tensor | None) -> Any:
         return self.op.formula(*tensors, **self.static)
 
+    def pack(self, tensors: Sequence[Tensor]) -> Any:
+        """Outputs, or their gradients, in the form that the op's functions speak."""
+        return tensors[0] if self.op.outputs == 1 else tuple(tensors)
 
-def run(op: Op, *tensors: Tensor | None, **static: Any) -> Tensor:
+    def unpack(self, out: Any) -> tuple[Tensor, ...]:
+        return (out,) if self.op.outputs == 1 else out
+
+
+def run(op: Op, *tensors: Tensor | None, **static: Any) -> Any:
     """`op.formula(*tensors, **static)`, computed and differentiated by the op's fast paths."""
     if nested_forward_mode():
         return op.formula(*tensors, **static)
-    return _Forward.apply(_Call(op, static), *tensors)[0]
+    call = _Call(op, static)
+    return call.pack(_Forward.apply(call, *tensors)[: op.outputs])
 
 
 def nested_forward_mode() -> bool:
@@ -139,35 +149,42 @@ def with_signature(function: type[torch.autograd.Function]) -> type[torch.autogr
 
 @with_signature
 class _Forward(torch.autograd.Function):
-    """(call, *tensors) -> (out, *residuals)."""
+    """(call, *tensors) -> (*outs, *residuals)."""
 
     @staticmethod
     def forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         out, residuals = call.op.forward(*tensors, **call.static)
-        return (out, *residuals)
+        return (*call.unpack(out), *residuals)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.call, tensors, residuals = inputs[0], inputs[1:], output[1:]
+        ctx.call, tensors = inputs[0], inputs[1:]
+        outs, residuals = output[: ctx.call.op.outputs], output[ctx.call.op.outputs :]
         ctx.count = len(tensors)
+        ctx.outs = [(x.shape, x.dtype, x.device) for x in outs]
         ctx.save_for_backward(*tensors, *residuals)
         ctx.save_for_forward(*tensors, *residuals)
         ctx.mark_non_differentiable(*residuals)
         ctx.set_materialize_grads(False)  # residuals never get a gradient: make no zeros for them
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         needs = tuple(ctx.needs_input_grad[1:])
-        if grad is None or not any(needs):
+        given = cotangents[: len(ctx.outs)]
+        if not any(needs) or all(c is None for c in given):
             return (None,) * (1 + ctx.count)
-        grads = iter(_Backward.apply(ctx.call, needs, grad, *ctx.saved_tensors))
+        full = [
+            torch.zeros(shape, dtype=dtype, device=device) if c is None else c
+            for c, (shape, dtype, device) in zip(given, ctx.outs, strict=True)
+        ]
+        grads = iter(_Backward.apply(ctx.call, needs, *full, *ctx.saved_tensors))
         return (None, *(next(grads) if need else None for need in needs))
 
     @staticmethod
     def jvp(ctx: Any, _call: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         out = push(ctx.call.formula, saved[: ctx.count], tangents)
-        return (out, *(None for _ in saved[ctx.count :]))
+        return (*ctx.call.unpack(out), *(None for _ in saved[ctx.count :]))
 
     @staticmethod
     def vmap(
@@ -185,20 +202,27 @@ class _Forward(torch.autograd.Function):
 
 
 def _gradient(call: _Call, needs: tuple[bool, ...]) -> Callable[..., tuple[Tensor, ...]]:
-    """What `_Backward` computes, as a differentiable function of (grad, *tensors)."""
+    """What `_Backward` computes, as a differentiable function of (*grads, *tensors)."""
     wanted = [i for i, need in enumerate(needs) if need]
+    outputs = call.op.outputs
 
-    def gradient(grad: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(pull(call.formula, tensors, wanted, grad))
+    def gradient(*primals: Any) -> tuple[Tensor, ...]:
+        grad = call.pack(primals[:outputs])
+        return tuple(pull(call.formula, primals[outputs:], wanted, grad))
 
     return gradient
 
 
-def _first_order(
-    call: _Call, needs: tuple[bool, ...], grad: Tensor, *saved: Tensor | None
-) -> tuple[Tensor, ...]:
-    tensors, residuals = saved[: len(needs)], saved[len(needs) :]
-    grads = call.op.backward(grad, needs, tensors, residuals, **call.static)
+def _first_order(call: _Call, needs: tuple[bool, ...], *saved: Any) -> tuple[Tensor, ...]:
+    outputs = call.op.outputs
+    residuals = outputs + len(needs)
+    grads = call.op.backward(
+        call.pack(saved[:outputs]),
+        needs,
+        saved[outputs:residuals],
+        saved[residuals:],
+        **call.static,
+    )
     wanted = []
     for g, need in zip(grads, needs, strict=True):
         if need:
@@ -209,18 +233,17 @@ def _first_order(
 
 @with_signature
 class _Backward(torch.autograd.Function):
-    """(call, needs, grad, *tensors, *residuals) -> the gradients that are needed."""
+    """(call, needs, *grads, *tensors, *residuals) -> the gradients that are needed."""
 
     @staticmethod
-    def forward(
-        call: _Call, needs: tuple[bool, ...], grad: Tensor, *saved: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        return _first_order(call, needs, grad, *saved)
+    def forward(call: _Call, needs: tuple[bool, ...], *saved: Tensor | None) -> tuple[Tensor, ...]:
+        return _first_order(call, needs, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.call, ctx.needs = inputs[:2]
-        primals = inputs[2 : 3 + len(ctx.needs)]  # grad and tensors; the formula needs no residuals
+        # grads and tensors; the formula needs no residuals
+        primals = inputs[2 : 2 + ctx.call.op.outputs + len(ctx.needs)]
         ctx.unused = len(inputs) - 2 - len(primals)
         ctx.save_for_backward(*primals)
         ctx.save_for_forward(*primals)

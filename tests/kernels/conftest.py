@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels.launch import INTERPRETED
+
 
 class Allocations(TorchDispatchMode):
     """Every tensor that an operation makes: its size, and whether it still lives.
@@ -55,3 +57,48 @@ class Allocations(TorchDispatchMode):
 def allocations_in() -> type[Allocations]:
     """`with allocations_in(*inputs) as allocations:` counts what operations allocate."""
     return Allocations
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what this process cannot run: it has a GPU or not, it interprets Triton or not."""
+    cannot = {
+        "gpu": not torch.cuda.is_available(),
+        "interpreter": not INTERPRETED,
+        "compiles": INTERPRETED,
+    }
+    out = [
+        item
+        for item in items
+        if any(absent and item.get_closest_marker(mark) for mark, absent in cannot.items())
+    ]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in out]
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.interpreter),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
+def kernel_device(request: pytest.FixtureRequest) -> str:
+    """Where a Triton kernel runs: "cpu" in the interpreter (TRITON_INTERPRET=1), or "cuda"."""
+    return request.param
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty and its kin give NaN (integers: a large value): what is not written shows."""
+
+    def poison(make: Any) -> Any:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            out = make(*args, **kwargs)
+            if out.device.type != "meta":
+                out.fill_(float("nan") if out.is_floating_point() else 77)
+            return out
+
+        return made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
