@@ -17,6 +17,7 @@ embed       ``f(p, ids) -> rows``                               of the table
 block       ``f(p, x, *tensors) -> x``                          ``text.blocks.3``
 linear      ``f(p, x) -> x @ weight.T + bias``                  of its weight
 norm        ``f(p, x) -> x``                                    of its weight
+rope        ``f(p, q, k, cos, sin, rows) -> (q, k)``            of the attention it sits in
 attention   ``f({}, q, k, v, cu_seqlens) -> o``                 of the attention it sits in
 glu         ``f({}, gate, up) -> h``                            of the MLP it sits in
 head        ``f(p, x) -> Logits``                               of the unembedding; also ``lm_head``
@@ -39,7 +40,7 @@ from params.tree import Tree, flatten
 SiteFn = Callable[..., Any]
 Wrap = Callable[[SiteFn, str], SiteFn]
 Select = Sequence[str] | Callable[["SiteInfo"], bool] | None
-KINDS = ("embed", "block", "linear", "norm", "attention", "glu", "head")
+KINDS = ("embed", "block", "linear", "norm", "rope", "attention", "glu", "head")
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,19 @@ def rms_norm(p: Tree, x: Tensor, *, eps: float) -> Tensor:
     return kernels.rms_norm(x, p["weight"], eps)
 
 
+def rope(
+    p: Tree, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, *, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Turns q ``[N, H, Dh]`` and k ``[N, Hk, Dh]`` by rows of the tables ``[T, Dh/2]``.
+
+    Where p has ``q_norm`` and ``k_norm``, each head is RMS-normed first (QK-norm: Qwen3, Gemma-3).
+    """
+    if not p:
+        return kernels.rope(q, k, cos, sin, rows)
+    weights = {"q_weight": p["q_norm"]["weight"], "k_weight": p["k_norm"]["weight"]}
+    return kernels.rope(q, k, cos, sin, rows, **weights, eps=eps)
+
+
 def layer_norm(p: Tree, x: Tensor, *, eps: float) -> Tensor:
     """Layer norm over the last dim; statistics in fp32, result in x's dtype."""
     return kernels.layer_norm(x, p["weight"], p["bias"], eps)

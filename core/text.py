@@ -15,7 +15,7 @@ from torch import Tensor
 import kernels
 from core.config import TextConfig
 from core.forward import Site
-from core.layers import Logits, dropout, embed, head, linear, rms_norm, swiglu
+from core.layers import Logits, dropout, embed, head, linear, rms_norm, rope, swiglu
 from params.tree import Tree
 
 Context = dict[
@@ -66,10 +66,9 @@ def block(
     q = split(site("linear", linear, attn["q"], h, at="attn.q"))  # [N, H, Dh]
     k = split(site("linear", linear, attn["k"], h, at="attn.k"))  # [N, Hk, Dh]
     v = split(site("linear", linear, attn["v"], h, at="attn.v"))
-    if config.qk_norm:
-        q = site("norm", norm, attn["q_norm"], q, at="attn.q_norm")
-        k = site("norm", norm, attn["k_norm"], k, at="attn.k_norm")
-    q, k = kernels.rope(q, k, ctx["cos"], ctx["sin"], ctx["rows"])
+    turn = partial(rope, eps=config.norm_eps)
+    qk_norms = {name: attn[name] for name in ("q_norm", "k_norm") if config.qk_norm}
+    q, k = site("rope", turn, qk_norms, q, k, ctx["cos"], ctx["sin"], ctx["rows"], at="attn")
     attention = partial(attend, window=config.window_of(layer), longest=longest)
     o = site("attention", attention, {}, q, k, v, ctx["cu_seqlens"], at="attn")
     o = site("linear", linear, attn["o"], rearrange(o, "n h d -> n (h d)"), at="attn.o")

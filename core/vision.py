@@ -21,10 +21,21 @@ from params.tree import Tree
 
 
 def attend(
-    p: Tree, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, longest: int | None
+    p: Tree,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    longest: int | None,
+    equal: bool = False,
 ) -> Tensor:
-    """Every patch sees every patch of its own picture: q, k, v ``[P, H, Dh]``."""
-    return kernels.attention(q, k, v, cu_seqlens, causal=False, max_seqlen=longest)
+    """Every patch sees every patch of its own picture: q, k, v ``[P, H, Dh]``.
+
+    equal: all pictures that have patches have ``longest`` of them.
+    """
+    length = longest if equal else None
+    return kernels.attention(q, k, v, cu_seqlens, causal=False, max_seqlen=longest, length=length)
 
 
 def segment_ids(cu_seqlens: Tensor, length: int) -> Tensor:
@@ -77,7 +88,13 @@ def mlp(site: Site, p: Tree, x: Tensor, at: str) -> Tensor:
 
 
 def block(
-    site: Site, config: VisionConfig, longest: int | None, p: Tree, x: Tensor, cu_seqlens: Tensor
+    site: Site,
+    config: VisionConfig,
+    longest: int | None,
+    equal: bool,
+    p: Tree,
+    x: Tensor,
+    cu_seqlens: Tensor,
 ) -> Tensor:
     """One layer: x ``[P, D]`` -> ``[P, D]``."""
     norm = partial(layer_norm, eps=config.norm_eps)
@@ -85,7 +102,7 @@ def block(
     attn = p["attn"]
     h = site("norm", norm, p["attn_norm"], x, at="attn_norm")
     q, k, v = (heads(site("linear", linear, attn[n], h, at=f"attn.{n}")) for n in "qkv")
-    attention = partial(attend, longest=longest)
+    attention = partial(attend, longest=longest, equal=equal)
     o = site("attention", attention, {}, q, k, v, cu_seqlens, at="attn")
     o = rearrange(o, "p h d -> p (h d)")
     x = x + site("linear", linear, attn["o"], o, at="attn.o")
@@ -102,6 +119,7 @@ def encode(
     cu_seqlens: Tensor,
     valid: Tensor,
     longest: int | None = None,
+    equal: bool = False,
 ) -> Tensor:
     """Pictures to features: patches ``[P, 3 p p]`` -> ``[P, D]``.
 
@@ -118,7 +136,7 @@ def encode(
         x = x + sincos_positions(where, config.dim).to(x.dtype)
     for layer in range(config.layers):
         name = f"blocks.{layer}"
-        run = partial(block, site.at(name, inner=True), config, longest)
+        run = partial(block, site.at(name, inner=True), config, longest, equal)
         x = site("block", run, p["blocks"][str(layer)], x, cu_seqlens, at=name)
     return site("norm", partial(layer_norm, eps=config.norm_eps), p["norm"], x, at="norm")
 

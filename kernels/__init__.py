@@ -3,20 +3,23 @@
 from kernels.attention import attention
 from kernels.cross_entropy import cross_entropy
 from kernels.dispatch import choose, override, report
+from kernels.glu import geglu, relu2, swiglu
 from kernels.int8_linear import int8_linear
 from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.rms_norm import layer_norm, rms_norm
+from kernels.rms_norm import add_rms_norm, layer_norm, rms_norm
 from kernels.rope import rope
-from kernels.swiglu import swiglu
 
 __all__ = [
+    "add_rms_norm",
     "attention",
     "choose",
     "cross_entropy",
+    "geglu",
     "int8_linear",
     "layer_norm",
     "linear_cross_entropy",
     "override",
+    "relu2",
     "report",
     "rms_norm",
     "rope",

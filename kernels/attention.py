@@ -1,11 +1,10 @@
 """Attention over packed documents, with grouped keys and values and sliding windows.
 
-Backends (chosen in `kernels.dispatch`, best first):
+Backends (chosen in `kernels.dispatch`, by what was measured):
 
-- `flash-attn-4`, `flash-attn`, `torch-varlen`: flash attention on CUDA, fp16 and bf16; first
-  derivatives only.
-- `padded`: eager CPU. Documents of like length are laid side by side as [documents, length] and
-  multiplied as batches of small matrices; documents that already lie so are not even copied.
+- `flash-attn-4`, `flash-attn`, `torch-varlen`, `triton`: flash attention on CUDA, fp16 and bf16
+  (`triton` fp32 too); `cudnn`, for documents of equal length (`kernels.attention_flash`).
+- `padded`: eager CPU (`kernels.attention_padded`).
 - `plain`: one masked [N, N] softmax. O(N^2), and right everywhere: the reference.
 
 In `padded`, documents cannot touch each other at all; in `plain` they are kept apart by weights of
@@ -14,18 +13,15 @@ exactly 0, so a NaN in one document reaches the others there.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import inspect
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo import allow_in_graph
 
+from kernels import attention_flash
+from kernels.attention_padded import padded_attention
 from kernels.dispatch import choose
 from kernels.functions import (
     Op,
@@ -36,543 +32,114 @@ from kernels.functions import (
     run,
 )
 
-# Documents up to _SMALL tokens go through batched matmuls, longer ones through torch's CPU flash
-# kernel. Measured on one core, bf16, forward + backward: 68 documents of 60 tokens, 4 heads of 32:
-# 5.4 ms against 38 ms; 4 of 512 tokens: 32 against 31; 1 of 2048, heads of 64: 379 against 99.
-_SMALL = 256
-# Up to this length the probabilities are kept for backward (at most this many entries a head and
-# token, in the dtype of q); beyond it they are computed again.
-_KEEP = 128
-
-
-# plain: reference and general path
+# The most scores that a library's higher derivatives may hold at a time: 4 GiB in fp32, of which a
+# second derivative keeps about six.
+_MOST_SCORES = 2**30
 
 
 def attention_reference(
     q: Tensor,  # [N, H, Dh]
     k: Tensor,  # [N, Hk, Dh]
     v: Tensor,  # [N, Hk, Dh]
-    cu_seqlens: Tensor,  # [S + 1]
+    cu_seqlens: Tensor | None,  # [S + 1]; not read if there is a length
     *,
     causal: bool,
     window: int | None,
     scale: float,
+    length: int | None = None,
 ) -> Tensor:
-    """What `attention` computes, in the accumulation dtype: plain torch, any order."""
+    """What `attention` computes, in the accumulation dtype: plain torch, any order.
+
+    All tensors may have leading dimensions more, the same in each: examples.
+    """
+    if q.ndim > 3:
+
+        def one(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+            return attention_reference(
+                q, k, v, cu_seqlens, causal=causal, window=window, scale=scale, length=length
+            )
+
+        dims = (0, 0, 0, None if cu_seqlens is None else 0)
+        return torch.func.vmap(one, dims)(q, k, v, cu_seqlens)
     n, heads = q.shape[:2]
     groups = heads // k.shape[1]
     dtype = accumulation_dtype(q.dtype)
-    index = torch.arange(n, device=q.device)
-    document = (cu_seqlens[1:] <= index[:, None]).sum(-1)
+    size = n if length is None else length
+    index = torch.arange(size, device=q.device)
     gap = index[:, None] - index
-    seen = document[:, None] == document
-    if causal:
-        seen = seen & (gap >= 0)
+    seen = gap >= 0 if causal else torch.ones_like(gap, dtype=torch.bool)
+    if length is None:
+        assert cu_seqlens is not None
+        document = (cu_seqlens[1:] <= index[:, None]).sum(-1)
+        seen = seen & (document[:, None] == document)
     if window is not None:
         seen = seen & (gap.abs() < window)
-    grouped = q.to(dtype).unflatten(1, (-1, groups))  # [N, Hk, G, Dh]
-    scores = torch.einsum("qhgd,khd->hgqk", grouped, k.to(dtype)) * scale
+    rows = (1, n) if length is None else (n // length, length)
+    q, k, v = (x.unflatten(0, rows) for x in (q, k, v))  # [B, T, heads, Dh]
+    grouped = q.to(dtype).unflatten(2, (-1, groups))  # [B, T, Hk, G, Dh]
+    scores = torch.einsum("bqhgd,bkhd->bhgqk", grouped, k.to(dtype)) * scale
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-    out = torch.einsum("hgqk,khd->qhgd", weights, v.to(dtype))
-    return out.flatten(1, 2).to(q.dtype)
+    out = torch.einsum("bhgqk,bkhd->bqhgd", weights, v.to(dtype))
+    return out.flatten(2, 3).flatten(0, 1).to(q.dtype)
 
 
-# padded: where each document goes
+# Flash attention: the library's forward and backward; everything beyond them by the formula
 
 
-@dataclass(frozen=True, eq=False)
-class _Bucket:
-    """Documents computed together, as [count, length]."""
-
-    count: int
-    length: int
-    start: int  # first row, if the documents lie side by side already
-    rows: Tensor | None  # [count * length] rows to gather, else None
-    unused: Tensor | None  # [count * length, 1, 1] True past a document's end; None if full
-    bias: Tensor | None  # [count, 1, length]: -inf past a document's end; None if full
-
-    @property
-    def span(self) -> slice:
-        return slice(self.start, self.start + self.count * self.length)
-
-
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    buckets: tuple[_Bucket, ...]
-    restore: Tensor | None  # [N] where each row lies in the buckets' outputs; None: in order
-
-
-@functools.lru_cache(maxsize=32)  # once a batch, then shared by all layers
-def _make_plan(bounds: tuple[int, ...]) -> _Plan:
-    documents = [(a, b - a) for a, b in itertools.pairwise(bounds) if b > a]
-    with torch.inference_mode(False):  # the plan outlives the call that made it
-        runs: list[list[int]] = []  # [start, count, length] of neighbours of equal length
-        for start, length in documents:
-            if runs and runs[-1][2] == length:
-                runs[-1][1] += 1
-            else:
-                runs.append([start, 1, length])
-        if len(runs) <= 2:  # images of one size, say, and padding at the end
-            return _Plan(tuple(_Bucket(c, n, s, None, None, None) for s, c, n in runs), None)
-
-        buckets, offset = [], 0
-        restore = torch.empty(bounds[-1], dtype=torch.int64)
-        for group in _group(documents):
-            length = max(n for _, n in group)
-            if length <= _SMALL:
-                length = _round_up(length)
-            starts, lengths = (torch.tensor(column)[:, None] for column in zip(*group, strict=True))
-            step = torch.arange(length)
-            used = step < lengths
-            slots = torch.arange(len(group) * length).view(len(group), length)
-            restore[(starts + step)[used]] = slots[used] + offset
-            offset += slots.numel()
-            full = bool(used.all())
-            buckets.append(
-                _Bucket(
-                    count=len(group),
-                    length=length,
-                    start=0,
-                    # past its end a document repeats its last row: finite if the document is
-                    rows=(starts + torch.minimum(step, lengths - 1)).flatten(),
-                    unused=None if full else ~used.view(-1, 1, 1),
-                    bias=None if full else torch.zeros(used.shape).where(used, -torch.inf)[:, None],
-                )
-            )
-        return _Plan(tuple(buckets), restore)
-
-
-def _round_up(length: int) -> int:
-    return -length % 8 + length
-
-
-def _group(documents: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Documents (start, length) split into buckets of like length, at the least cost.
-
-    Short ones: dynamic programming over lengths in steps of 8, a bucket of count documents costing
-    count * length^2 and a fixed overhead. Long ones: equal lengths only.
-    """
-    overhead = 8192  # scores a head: what launching one more bucket's operations costs
-    by_length: dict[int, list[tuple[int, int]]] = {}
-    for start, length in documents:
-        key = _round_up(length) if length <= _SMALL else length
-        by_length.setdefault(key, []).append((start, length))
-    groups = [group for key, group in by_length.items() if key > _SMALL]
-    short = sorted(key for key in by_length if key <= _SMALL)
-    counts = [0, *itertools.accumulate(len(by_length[key]) for key in short)]
-    best: list[tuple[int, int]] = [(0, 0)]  # least cost of the first j lengths, last bucket's start
-    for j in range(1, len(short) + 1):
-        size = short[j - 1] ** 2
-        best.append(
-            min((best[i][0] + (counts[j] - counts[i]) * size + overhead, i) for i in range(j))
-        )
-    end = len(short)
-    while end:
-        begin = best[end][1]
-        groups.append([d for key in short[begin:end] for d in by_length[key]])
-        end = begin
-    return groups
-
-
-@functools.lru_cache(maxsize=64)
-def _band(
-    length: int, causal: bool, window: int | None, groups: int, dtype: torch.dtype
-) -> Tensor | None:
-    """[groups * length, length] of 0 where a query sees a key of its document and -inf elsewhere.
-
-    None if it sees them all.
-    """
-    if not causal and (window is None or window >= length):
-        return None
-    with torch.inference_mode(False):
-        step = torch.arange(length)
-        gap = step[:, None] - step
-        seen = gap >= 0 if causal else torch.ones_like(gap, dtype=torch.bool)
-        if window is not None:
-            seen &= gap.abs() < window
-        band = torch.zeros(length, length, dtype=dtype).where(seen, -torch.inf)
-        return band.repeat(groups, 1)
-
-
-# padded: arithmetic of one bucket. Query heads that share a key head are rows of one matrix:
-# q [B, G * L, Dh], k and v [B, L, Dh] with B = documents * key heads.
-
-
-def _split(x: Tensor, bucket: _Bucket, key_heads: int, zero_unused: bool = False) -> Tensor:
-    """[N, H, Dh] -> [count * Hk, G * L, Dh]."""
-    if bucket.rows is None:
-        x = x[bucket.span]
-    else:
-        x = x.index_select(0, bucket.rows)
-        if zero_unused and bucket.unused is not None:
-            x = x.masked_fill(bucket.unused, 0.0)
-    x = x.unflatten(0, (bucket.count, bucket.length)).transpose(1, 2)
-    return x.reshape(bucket.count * key_heads, -1, x.shape[-1])
-
-
-def _join(parts: Sequence[Tensor], plan: _Plan, heads: int) -> Tensor:
-    """The inverse of `_split` over all buckets."""
-    rows = [
-        part.reshape(bucket.count, heads, bucket.length, part.shape[-1]).transpose(1, 2)
-        for part, bucket in zip(parts, plan.buckets, strict=True)
-    ]
-    if len(rows) == 1:
-        joined = rows[0].flatten(0, 1)
-    else:
-        joined = torch.cat([part.flatten(0, 1) for part in rows])
-    return joined if plan.restore is None else joined.index_select(0, plan.restore)
-
-
-def _bias(
-    bucket: _Bucket,
-    causal: bool,
-    window: int | None,
-    groups: int,
-    key_heads: int,
-    dtype: torch.dtype,
-) -> Tensor | None:
-    """What is added to the scores: broadcastable to [count * Hk, G * L, L], or None."""
-    band = _band(bucket.length, causal, window, groups, dtype)
-    if causal or bucket.bias is None:
-        return band  # causal queries never reach past their document's end
-    ends = bucket.bias.to(dtype).repeat_interleave(key_heads, 0)
-    if band is None:
-        return ends
-    # a query past its document's end may see no key at all, and softmax would give NaN there
-    blind = ends.mT.repeat(1, groups, 1) == -torch.inf
-    return (ends + band).masked_fill(blind, 0.0)
-
-
-def _weights(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Attention weights [B, G * L, L] in the accumulation dtype."""
-    dtype = accumulation_dtype(q.dtype)
-    # fp32 scores: a bf16 score of 10 is off by up to 0.03, and so is the weight by 3%
-    q, k = q.to(dtype), k.to(dtype).mT
-    if bias is None:
-        return torch.softmax(torch.bmm(q, k) * scale, -1)
-    return torch.softmax(torch.baddbmm(bias, q, k, alpha=scale), -1)
-
-
-def _padded_formula(
+def _flash_formula(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    cu_seqlens: Tensor | None,
     *,
-    plan: _Plan,
+    backend: str,
+    length: int | None,
     causal: bool,
     window: int | None,
     scale: float,
+    **_: Any,
 ) -> Tensor:
-    """`padded` as plain torch, differentiable to any order; never through the flash kernel."""
-    heads, key_heads = q.shape[1], k.shape[1]
-    dtype = accumulation_dtype(q.dtype)
-    parts = []
-    for bucket in plan.buckets:
-        qb, kb, vb = (_split(x, bucket, key_heads) for x in (q, k, v))
-        bias = _bias(bucket, causal, window, heads // key_heads, key_heads, dtype)
-        parts.append(torch.bmm(_weights(qb, kb, bias, scale).to(q.dtype), vb))
-    return _join(parts, plan, heads)
-
-
-def _padded_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    plan: _Plan,
-    causal: bool,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    heads, key_heads = q.shape[1], k.shape[1]
-    dtype = accumulation_dtype(q.dtype)
-    parts, residuals = [], []
-    for bucket in plan.buckets:
-        qb, kb, vb = (_split(x, bucket, key_heads) for x in (q, k, v))
-        if bucket.length > _SMALL:
-            out, lse = _flash_forward(qb, kb, vb, bucket, key_heads, causal, window, scale)
-            residuals += [out, lse]
-            parts.append(out.flatten(0, 1))
-            continue
-        bias = _bias(bucket, causal, window, heads // key_heads, key_heads, dtype)
-        weights = _weights(qb, kb, bias, scale).to(q.dtype)
-        if bucket.length <= _KEEP:
-            residuals.append(weights)
-        parts.append(torch.bmm(weights, vb))
-    return _join(parts, plan, heads), tuple(residuals)
-
-
-def _padded_backward(
-    grad: Tensor,
-    needs: tuple[bool, ...],
-    tensors: tuple[Tensor, Tensor, Tensor],
-    residuals: tuple[Tensor, ...],
-    *,
-    plan: _Plan,
-    causal: bool,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """With weights P: dV = P' g, dS = P * (g V' - rowsum), dQ = scale dS K, dK = scale dS' Q."""
-    q, k, v = tensors
-    heads, key_heads = q.shape[1], k.shape[1]
-    dtype = accumulation_dtype(q.dtype)
-    kept = iter(residuals)
-    dq: list[Tensor] = []
-    dk: list[Tensor] = []
-    dv: list[Tensor] = []
-    for bucket in plan.buckets:
-        qb, kb, vb = (_split(x, bucket, key_heads) for x in (q, k, v))
-        gb = _split(grad, bucket, key_heads, zero_unused=True)
-        if bucket.length > _SMALL:
-            grads = _flash_backward(
-                gb, qb, kb, vb, next(kept), next(kept), bucket, key_heads, causal, window, scale
-            )
-        else:
-            if bucket.length <= _KEEP:
-                weights = next(kept)
-            else:
-                bias = _bias(bucket, causal, window, heads // key_heads, key_heads, dtype)
-                weights = _weights(qb, kb, bias, scale).to(q.dtype)
-            d_weights = torch.bmm(gb, vb.mT)
-            ds = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            grads = (
-                torch.bmm(ds, kb) * scale,
-                torch.bmm(ds.mT, qb) * scale,
-                torch.bmm(weights.mT, gb),
-            )
-        for parts, part in zip((dq, dk, dv), grads, strict=True):
-            parts.append(part)
-    return _join(dq, plan, heads), _join(dk, plan, key_heads), _join(dv, plan, key_heads)
-
-
-# Long documents: torch's CPU flash kernel, O(length) memory. All of a bucket are of one length.
-
-
-def _flash_layout(
-    x: Tensor, bucket: _Bucket, key_heads: int, groups: int
-) -> Tensor:  # [count * Hk, G' * L, Dh] -> [count, H, L, Dh]
-    x = x.reshape(bucket.count, key_heads, -1, bucket.length, x.shape[-1])
-    return x.expand(-1, -1, groups, -1, -1).flatten(1, 2)
-
-
-def _flash_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bucket: _Bucket,
-    key_heads: int,
-    causal: bool,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    groups = q.shape[1] // bucket.length
-    q, k, v = (_flash_layout(x, bucket, key_heads, groups) for x in (q, k, v))
-    mask = None if window is None else _band(bucket.length, causal, window, 1, q.dtype)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal and mask is None, attn_mask=mask, scale=scale
+    scores = q.shape[:-1].numel() * (q.shape[-3] if length is None else length)
+    if scores > _MOST_SCORES:
+        raise RuntimeError(
+            f"attention backend {backend} has no second derivative or forward mode, and the plain "
+            f"formula, which has, would need {scores / 2**28:.0f} GiB for each copy of its scores; "
+            'use fewer tokens, or attention inside kernels.override(attention="plain") if you '
+            "have that memory."
+        )
+    return attention_reference(
+        q, k, v, cu_seqlens, causal=causal, window=window, scale=scale, length=length
     )
 
 
-def _flash_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bucket: _Bucket,
-    key_heads: int,
-    causal: bool,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    groups = q.shape[1] // bucket.length
-    grad, q, k, v = (_flash_layout(x, bucket, key_heads, groups) for x in (grad, q, k, v))
-    mask = None if window is None else _band(bucket.length, causal, window, 1, q.dtype)
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, lse, 0.0, causal and mask is None, attn_mask=mask, scale=scale
-    )
-    shared = (bucket.count * key_heads, groups, bucket.length, q.shape[-1])
-    return (
-        dq.reshape(bucket.count * key_heads, -1, q.shape[-1]),
-        dk.reshape(shared).sum(1),
-        dv.reshape(shared).sum(1),
-    )
-
-
-PADDED = Op("padded attention", _padded_formula, _padded_forward, _padded_backward)
+FLASH = Op(
+    "flash attention",
+    _flash_formula,
+    attention_flash.forward,
+    attention_flash.backward,
+    fold=attention_flash.fold,
+    vmappable=True,
+)
 
 
 @allow_in_graph
-def _apply_padded(
+def _apply_flash(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bounds: tuple[int, ...],
-    causal: bool,
-    window: int | None,
-    scale: float,
-) -> Tensor:
-    plan = _make_plan(bounds)
-    return run(PADDED, q, k, v, plan=plan, causal=causal, window=window, scale=scale)
-
-
-# CUDA flash attention: libraries with their own first-order autograd
-
-
-class _FirstOrder(torch.autograd.Function):
-    """Identity on (q, k, v) that makes a second derivative an error.
-
-    Some of these libraries' backwards write into fresh tensors that autograd knows nothing of, and
-    a gradient of the gradient would leave attention out without a word.
-    """
-
-    @staticmethod
-    def forward(backend: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return q.view_as(q), k.view_as(k), v.view_as(v)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.backend = inputs[0]
-        ctx.save_for_backward(*inputs[1:])  # the backend saves them too
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return (None, *_NoSecond.apply(ctx.backend, *grads, *ctx.saved_tensors))
-
-
-class _NoSecond(torch.autograd.Function):
-    """Passes three gradients on; depends on q, k and v, so that the next backward comes here."""
-
-    @staticmethod
-    def forward(backend: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad.view_as(grad) for grad in tensors[:3])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.backend = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        raise RuntimeError(
-            f"attention backend {ctx.backend} has no second derivative; compute it inside "
-            'kernels.override(attention="plain"), or with torch.func transforms.'
-        )
-
-
-def _sides(causal: bool, window: int | None) -> tuple[int, int]:
-    """Keys seen to the left and right of a query; -1 is all of them."""
-    reach = -1 if window is None else window - 1
-    return reach, 0 if causal else reach
-
-
-def _flash_attn_4(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None,
+    backend: str,
     longest: int,
+    length: int | None,
     causal: bool,
     window: int | None,
     scale: float,
+    deterministic: bool,
 ) -> Tensor:
-    left, right = (None if side < 0 else side for side in _sides(causal, window))
-    out, _ = _library("flash_attn.cute").flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
-        softmax_scale=scale,
-        causal=causal and window is None,
-        window_size=(None, None) if window is None else (left, right),
-    )
-    return out
-
-
-def _flash_attn_2(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    longest: int,
-    causal: bool,
-    window: int | None,
-    scale: float,
-) -> Tensor:
-    return _library("flash_attn.flash_attn_interface").flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens,
-        longest,
-        longest,
-        softmax_scale=scale,
-        causal=causal,
-        window_size=(-1, -1) if window is None else _sides(causal, window),
-    )
-
-
-def _torch_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    longest: int,
-    causal: bool,
-    window: int | None,
-    scale: float,
-) -> Tensor:
-    names = _varlen_parameters()
-    options: dict[str, Any] = {}
-    if "scale" in names:
-        options["scale"] = scale
-    else:
-        q = q * (scale * q.shape[-1] ** 0.5)
-    if "window_size" in names:
-        options["window_size"] = _sides(causal, window)
-    elif "is_causal" in names and window is None:
-        options["is_causal"] = causal
-    else:
-        raise RuntimeError(
-            "torch.nn.attention.varlen.varlen_attn of this torch takes no window; use torch 2.11 "
-            "or newer, or another attention backend."
-        )
-    if k.shape[1] != q.shape[1]:
-        if "enable_gqa" in names:
-            options["enable_gqa"] = True
-        else:
-            groups = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    # an import statement, which Dynamo can trace; importlib it cannot
-    from torch.nn.attention.varlen import varlen_attn
-
-    out: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
-    return out
-
-
-def _library(module: str) -> Any:
-    return importlib.import_module(module)
-
-
-@torch.compiler.assume_constant_result
-def _varlen_parameters() -> tuple[str, ...]:
-    """varlen_attn's parameters: they differ between torch 2.10, 2.11 and 2.13."""
-    return tuple(inspect.signature(_library("torch.nn.attention.varlen").varlen_attn).parameters)
-
-
-_FLASH: dict[str, Callable[..., Tensor]] = {
-    "flash-attn-4": _flash_attn_4,
-    "flash-attn": _flash_attn_2,
-    "torch-varlen": _torch_varlen,
-}
-
-
-# Public
+    return run(
+        FLASH, q, k, v, cu_seqlens, backend=backend, longest=longest, length=length,
+        causal=causal, window=window, scale=scale, deterministic=deterministic,
+    )  # fmt: skip
 
 
 def attention(
@@ -585,11 +152,15 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     max_seqlen: int | None = None,
+    length: int | None = None,
 ) -> Tensor:
     """softmax(scale * q k') v within each document of a packed batch (arXiv 1706.03762).
 
     Scores and softmax are fp32 (fp64 for fp64). Query heads share key heads in groups of H / Hk:
     query head h reads key head h // (H / Hk) (arXiv 2305.13245).
+
+    On a GPU a library's flash attention may compute it; its second derivatives and its forward mode
+    then go through the plain formula, O(N^2) in memory, and raise where that is too much.
 
     Args:
         q: [N, H, Dh], any floating dtype.
@@ -602,6 +173,8 @@ def attention(
         scale: factor on the scores, 1 / sqrt(Dh) if None.
         max_seqlen: an upper bound on document length (the row length, say), so that CUDA backends
             need not allow for documents of N tokens. Ignored elsewhere.
+        length: every document (that has tokens) has exactly this many, so N is a multiple of it
+            and `cu_seqlens` is not read. Batches of equal rows or pictures are faster so.
 
     Returns:
         [N, H, Dh] in q.dtype.
@@ -617,31 +190,56 @@ def attention(
     >>> attention(torch.zeros(3, 1, 1), torch.zeros(3, 1, 1), v, cu_seqlens).flatten().tolist()
     [1.0, 2.0, 10.0]
     """
-    _check(q, k, v, cu_seqlens, window, max_seqlen)
-    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    compiling = torch.compiler.is_compiling()
-    readable = q.shape[0] > 0 and can_read(cu_seqlens) and _is_concrete(q)
+    _check(q, k, v, cu_seqlens, window, max_seqlen, length)
+    n, dim = q.shape[0], _constant(q.shape[2])
+    length = None if length is None else _constant(length)
+    max_seqlen = None if max_seqlen is None else _constant(max_seqlen)
+    scale = dim**-0.5 if scale is None else float(scale)
+    if window is not None and length is not None and window >= length:
+        window = None  # it hides nothing, and some backends have none
+    known = n > 0 and _is_concrete(q) and (length is not None or can_read(cu_seqlens))
     backend = choose(
         "attention",
         str(q.device),
         q.dtype,
-        q.shape[2],
-        readable,
-        torch._C._are_functorch_transforms_active(),
-        compiling,
+        dim,
+        known,
+        torch.compiler.is_compiling(),
+        q.shape[1] // k.shape[1],
+        window,
+        max_seqlen,
+        length,
     )
     bounds: tuple[int, ...] = ()
     if can_read(cu_seqlens):
         bounds = tuple(cu_seqlens.tolist())
-        _check_bounds(bounds, q.shape[0])
+        _check_bounds(bounds, n, length)
     if backend == "padded":
-        return _apply_padded(q, k, v, bounds, causal, window, scale)
+        if length is not None:
+            bounds = tuple(range(0, n + 1, length))
+        return padded_attention(q, k, v, bounds, causal, window, scale)
     if backend == "plain":
-        return attention_reference(q, k, v, cu_seqlens, causal=causal, window=window, scale=scale)
-    if not compiling:  # compiled code has no second derivatives to guard
-        q, k, v = _FirstOrder.apply(backend, q, k, v)
-    longest = q.shape[0] if max_seqlen is None else max_seqlen
-    return _FLASH[backend](q, k, v, cu_seqlens, longest, causal, window, scale)
+        return attention_reference(
+            q, k, v, cu_seqlens, causal=causal, window=window, scale=scale, length=length
+        )
+    return _apply_flash(
+        q,
+        k,
+        v,
+        cu_seqlens if length is None else None,
+        backend,
+        length or max_seqlen or n,
+        length,
+        causal,
+        window,
+        scale,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _constant(n: int) -> int:
+    """n; where torch.compile traces it as a symbol, it becomes a number here (`int` would not)."""
+    return len(range(n))
 
 
 def _is_concrete(x: Tensor) -> bool:
@@ -654,7 +252,13 @@ def _is_concrete(x: Tensor) -> bool:
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int | None, max_seqlen: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    window: int | None,
+    max_seqlen: int | None,
+    length: int | None,
 ) -> None:
     check_floating("attention", q=q, k=k, v=v)
     check_device("attention", "q", q, "cu_seqlens", cu_seqlens)
@@ -683,9 +287,14 @@ def _check(
         raise ValueError(f"attention: window must be at least 1 key (or None), got {window}.")
     if max_seqlen is not None and max_seqlen < 1:
         raise ValueError(f"attention: max_seqlen must be at least 1, got {max_seqlen}.")
+    if length is not None and (length < 1 or n % length):
+        raise ValueError(
+            f"attention: length must be at least 1 and divide the number of tokens, {n}, "
+            f"got {length}."
+        )
 
 
-def _check_bounds(bounds: tuple[int, ...], n: int) -> None:
+def _check_bounds(bounds: tuple[int, ...], n: int, length: int | None) -> None:
     if bounds[0] != 0 or bounds[-1] != n:
         raise ValueError(
             f"attention: cu_seqlens must start at 0 and end at the number of tokens, {n} (padding "
@@ -695,4 +304,9 @@ def _check_bounds(bounds: tuple[int, ...], n: int) -> None:
         if b < a:
             raise ValueError(
                 f"attention: cu_seqlens must never fall, but entry {i + 1} is {b} after {a}."
+            )
+        if length is not None and b - a not in (0, length):
+            raise ValueError(
+                f"attention: length says that every document has {length} tokens, but document {i} "
+                f"has {b - a}."
             )

@@ -83,6 +83,8 @@ def _kind(value: Any) -> str | None:
         return "i32" if -(2**31) <= value < 2**31 else "i64"
     if isinstance(value, float):
         return "fp32"
+    if hasattr(value, "block_shape"):  # a TensorDescriptor
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
     raise TypeError(f"a kernel argument of type {type(value).__name__} is not known here")
 
 

@@ -1,16 +1,31 @@
 """Cross-entropy of dense logits, with z-loss, label smoothing and logit softcap.
 
-No Triton kernel yet: forward and backward are torch, in chunks of rows so that the fp32 copies of
-bf16 logits stay small. For logits that need not exist at all, see `kernels.linear_cross_entropy`.
+On a GPU the kernels of `kernels.cross_entropy_triton` run: the loss reads the logits once, its
+gradient reads them again and is a new tensor, or (`overwrite`) both come of one read and the
+gradient takes the place of the logits. Elsewhere it is torch, in chunks of rows so that the fp32
+copies of bf16 logits stay small. For logits that need not exist at all, see
+`kernels.linear_cross_entropy`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo import allow_in_graph
 
-from kernels.functions import Op, accumulation_dtype, can_read, check_device, check_floating, run
+from kernels import cross_entropy_triton
+from kernels.dispatch import choose
+from kernels.functions import (
+    Op,
+    accumulation_dtype,
+    can_read,
+    check_device,
+    check_floating,
+    run,
+    with_signature,
+)
 
 _CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}  # logits at a time: 1 MB, 256 MB in fp32
 
@@ -154,6 +169,273 @@ def _row_chunks(logits: Tensor) -> list[slice]:
 OP = Op("cross_entropy", cross_entropy_reference, _forward, _backward)
 
 
+# The same through Triton, a custom op a direction: the compiler sees one node each
+
+
+def _forward_kernel(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, how many tokens have a label (at least 1), and what the backward needs of rows."""
+    count = labelled(labels, ignore_index)
+    losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    top, total = torch.empty_like(losses), torch.empty_like(losses)
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+    cross_entropy_triton.forward_rows(
+        _row_major(logits), labels, None, losses, top, total, *options
+    )
+    return losses.sum() / count, count, top, total
+
+
+def _backward_kernel(
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    top: Tensor,
+    total: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> Tensor:
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+    return cross_entropy_triton.backward_rows(
+        _row_major(logits), labels, weight, top, total, *options
+    )
+
+
+def labelled(labels: Tensor, ignore_index: int) -> Tensor:
+    """How many tokens have a label, at least 1: fp32, on the device."""
+    return (labels != ignore_index).sum().clamp(min=1).to(torch.float32)
+
+
+def _row_major(logits: Tensor) -> Tensor:
+    """The logits, copied if a row's entries are not next to each other (rows may lie apart)."""
+    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+
+
+_forward_op = torch.library.custom_op(
+    "nanovision::cross_entropy_forward", _forward_kernel, mutates_args=()
+)
+_backward_op = torch.library.custom_op(
+    "nanovision::cross_entropy_backward", _backward_kernel, mutates_args=()
+)
+
+
+@_forward_op.register_fake
+def _(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scalar = logits.new_empty((), dtype=torch.float32)
+    row = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    return scalar, torch.empty_like(scalar), row, torch.empty_like(row)
+
+
+@_backward_op.register_fake
+def _(logits: Tensor, *rest: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _forward_triton(
+    logits: Tensor, labels: Tensor, **options: Any
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    loss, *residuals = _forward_op(logits, labels, *options.values())
+    return loss, tuple(residuals)
+
+
+def _backward_triton(
+    grad: Tensor,
+    needs: tuple[bool, ...],
+    tensors: tuple[Tensor, Tensor],
+    residuals: tuple[Tensor, ...],
+    **options: Any,
+) -> tuple[Tensor, None]:
+    count, top, total = residuals
+    return _backward_op(*tensors, grad / count, top, total, *options.values()), None
+
+
+OP_TRITON = Op("cross_entropy", cross_entropy_reference, _forward_triton, _backward_triton)
+
+
+# In place: the forward leaves the gradient where the logits were
+
+
+def _overwrite(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    triton: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss and the count; logits become d loss / d logits (fp16: count times that)."""
+    count = labelled(labels, ignore_index).to(accumulation_dtype(logits.dtype))
+    # 1 / count times a probability underflows in fp16: there it waits for the loss scale
+    weight = None if logits.dtype == torch.float16 else count.reciprocal()
+    if triton:
+        losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
+        options = (ignore_index, label_smoothing, z_loss, softcap)
+        cross_entropy_triton.overwrite_rows(logits, labels, None, weight, losses, *options)
+        return losses.sum() / count, count
+    valid = labels != ignore_index
+    y = labels.masked_fill(~valid, 0)
+    loss = torch.zeros_like(count)
+    for rows in _row_chunks(logits):
+        z = logits[rows].to(loss.dtype, copy=True)
+        losses, d = losses_and_gradients_(z, y[rows], label_smoothing, z_loss, softcap, True)
+        assert d is not None
+        loss += losses.where(valid[rows], 0.0).sum()
+        if weight is not None:
+            d *= weight
+        logits[rows] = d.masked_fill_(~valid[rows][:, None], 0.0)
+    return loss / count, count
+
+
+def _scale(x: Tensor, factor: Tensor, triton: bool) -> None:
+    """x *= factor, in place; through Triton it costs nothing if the factor is 1."""
+    if triton:
+        cross_entropy_triton.scale_rows(x, factor)
+    else:
+        x.copy_(x.to(accumulation_dtype(x.dtype)) * factor)  # mul_ rounds the factor on CUDA
+
+
+_overwrite_op = torch.library.custom_op(
+    "nanovision::cross_entropy_overwrite", _overwrite, mutates_args=("logits",)
+)
+scale_op = torch.library.custom_op("nanovision::cross_entropy_scale", _scale, mutates_args=("x",))
+
+
+@_overwrite_op.register_fake
+def _(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    loss = logits.new_empty((), dtype=accumulation_dtype(logits.dtype))
+    return loss, torch.empty_like(loss)
+
+
+@scale_op.register_fake
+def _(x: Tensor, factor: Tensor, triton: bool) -> None:
+    return None
+
+
+def scaled(gradient: Tensor, factor: Tensor, triton: bool, last: bool = False) -> Tensor:
+    """gradient * factor; in place, and of no cost if the factor is 1, if nobody asks again."""
+    if not is_eager(gradient) or _is_batched(factor):
+        wide = gradient.to(accumulation_dtype(gradient.dtype))
+        return (wide * factor).to(gradient.dtype)
+    if not last:
+        gradient = gradient.clone()
+    scale_op(gradient, factor, triton)
+    return gradient.detach()
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Whether x stands for many tensors: under `torch.func`, or in `is_grads_batched`."""
+    legacy: bool = torch._C._functorch.is_legacy_batchedtensor(x)
+    return legacy or torch._C._are_functorch_transforms_active()
+
+
+def is_last_backward(grad: Tensor) -> bool:
+    """Inside a Function's backward: whether what the Function saved will not be asked for again."""
+    return (
+        is_eager(grad)  # a compiler plans memory itself
+        and not _is_batched(grad)
+        and not torch.is_grad_enabled()
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+    )
+
+
+@with_signature
+class _Overwritten(torch.autograd.Function):
+    """(logits, labels, triton, *options) -> (loss, count). Keeps the overwritten logits."""
+
+    @staticmethod
+    def forward(logits: Tensor, labels: Tensor, triton: bool, *options: Any) -> Any:
+        return _overwrite_op(logits, labels, *options, triton)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.triton, ctx.inputs = inputs[2], len(inputs)
+        ctx.save_for_backward(inputs[0], output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _count: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "cross_entropy(overwrite=True) has first derivatives only: leave overwrite off "
+                "where create_graph=True asks for more."
+            )
+        gradient, count = ctx.saved_tensors
+        factor = grad / count if gradient.dtype == torch.float16 else grad
+        last = is_last_backward(grad)
+        return (scaled(gradient, factor, ctx.triton, last), *(None,) * (ctx.inputs - 1))
+
+
+@with_signature
+class _Spent(torch.autograd.Function):
+    """Marks logits as changed: whoever differentiates through what they are now gets an error."""
+
+    @staticmethod
+    def forward(logits: Tensor) -> Tensor:
+        return logits
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.mark_dirty(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError(
+            "cross_entropy(overwrite=True) wrote the gradient over these logits, and they were "
+            "used again afterwards: use them before, or leave overwrite off."
+        )
+
+
+def _may_overwrite(logits: Tensor) -> bool:
+    """Whether a gradient will be asked for, by eager autograd alone.
+
+    Not compiled: AOTAutograd loses the loss's gradient (torch 2.13) where a mutated tensor turns
+    out to be an input of its graph, which cannot be told from here.
+    """
+    return (
+        torch.is_grad_enabled()
+        and logits.requires_grad
+        and is_eager(logits)
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def is_eager(x: Tensor) -> bool:
+    """Whether x is a tensor with values, not one that a compiler traces with."""
+    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def _check_overwritable(logits: Tensor) -> None:
+    owner = logits if logits._base is None else logits._base
+    if owner.is_leaf and owner.requires_grad:
+        raise ValueError(
+            "cross_entropy: logits that are a leaf (or a view of one) cannot be overwritten, "
+            "their values would be lost; leave overwrite off."
+        )
+    rows, vocab = logits.shape
+    if (logits.stride(1) != 1 and vocab > 1) or (logits.stride(0) < vocab and rows > 1):
+        raise ValueError(
+            "cross_entropy: overwrite needs logits whose rows are contiguous and apart, got "
+            f"strides {logits.stride()} for shape {tuple(logits.shape)}."
+        )
+
+
+def _apply_overwriting(logits: Tensor, labels: Tensor, triton: bool, *options: Any) -> Tensor:
+    _check_overwritable(logits)
+    loss, _ = _Overwritten.apply(logits, labels, triton, *options)
+    # the loss has its edge to what made the logits; whatever comes later gets one to an error
+    with torch.autograd.grad_mode._unsafe_preserve_version_counter(logits):
+        _Spent.apply(logits)
+    return loss
+
+
 @allow_in_graph
 def _apply(
     logits: Tensor,
@@ -162,9 +444,14 @@ def _apply(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
+    triton: bool,
+    overwrite: bool,
 ) -> Tensor:
+    if overwrite and _may_overwrite(logits):
+        options = (ignore_index, label_smoothing, z_loss, softcap)
+        return _apply_overwriting(logits, labels, triton, *options)
     return run(
-        OP,
+        OP_TRITON if triton else OP,
         logits,
         labels,
         ignore_index=ignore_index,
@@ -185,6 +472,8 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    overwrite: bool = False,
+    check_labels: bool = False,
 ) -> Tensor:
     """Mean cross-entropy over labelled tokens, in nats.
 
@@ -202,13 +491,23 @@ def cross_entropy(
         label_smoothing: s in [0, 1), as `torch.nn.functional.cross_entropy` defines it.
         z_loss: coefficient of lse^2, PaLM (arXiv 2204.02311, section 5) uses 1e-4.
         softcap: logit cap in logit units, Gemma 2 (arXiv 2408.00118) uses 30.
+        overwrite: write the gradient over the logits while the loss is computed, where a gradient
+            will be asked for (else they stay as they are): one read of the logits less, and no
+            second tensor of their size. Afterwards the logits hold the gradient: read them before.
+            Derivatives of first order only, of logits that some operation made; who saved the
+            logits for another gradient, or uses them again, gets an error in the backward. Inside
+            `torch.func` transforms and `torch.compile` it changes nothing.
+        check_labels: look for labels outside [0, V) on an accelerator too. For debugging: it
+            stalls the device. Without it such a label makes the loss NaN there.
 
     Returns:
         A scalar, fp32 (fp64 if logits are fp64).
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or options; on CPU also a label outside [0, V),
-            naming it (unless labels cannot be read: compiled, vmapped or meta).
+            naming it (unless labels cannot be read: compiled, vmapped or meta); `overwrite` for
+            a leaf, or for logits whose rows are not contiguous or lie over each other.
+        RuntimeError: in the backward, what `overwrite` does not allow.
 
     >>> import torch
     >>> round(float(cross_entropy(torch.zeros(2, 8), torch.tensor([3, -100]))), 4)
@@ -216,8 +515,9 @@ def cross_entropy(
     """
     check_logits_and_labels("cross_entropy", "logits", logits, labels)
     check_options("cross_entropy", label_smoothing, z_loss, softcap)
-    check_label_range("cross_entropy", labels, logits.shape[1], ignore_index)
-    return _apply(logits, labels, ignore_index, label_smoothing, z_loss, softcap)
+    check_label_range("cross_entropy", labels, logits.shape[1], ignore_index, check_labels)
+    triton = choose("cross_entropy", str(logits.device), logits.dtype) == "triton"
+    return _apply(logits, labels, ignore_index, label_smoothing, z_loss, softcap, triton, overwrite)
 
 
 def check_logits_and_labels(where: str, name: str, rows: Tensor, labels: Tensor) -> None:
@@ -243,9 +543,20 @@ def check_options(where: str, label_smoothing: float, z_loss: float, softcap: fl
         raise ValueError(f"{where}: softcap must be > 0 (or None for none), got {softcap}.")
 
 
-def check_label_range(where: str, labels: Tensor, vocab: int, ignore_index: int) -> None:
-    """ValueError naming the first label outside the vocabulary, where labels can be read."""
-    if not can_read(labels) or labels.numel() == 0:
+def check_label_range(
+    where: str, labels: Tensor, vocab: int, ignore_index: int, stall: bool = False
+) -> None:
+    """ValueError naming the first label outside the vocabulary, where labels can be read.
+
+    With `stall`, an accelerator's labels are read too, for which it has to finish its work.
+    """
+    readable = can_read(labels) or (
+        stall
+        and is_eager(labels)
+        and labels.device.type not in ("cpu", "meta")
+        and not torch._C._functorch.is_functorch_wrapped_tensor(labels)
+    )
+    if not readable or labels.numel() == 0:
         return
     bad = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
     if bad.any():

@@ -12,7 +12,9 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -20,9 +22,18 @@ from kernels import launch
 
 ENV = "NANOVISION_KERNELS"
 
-# Best first; the conditions are in `why_not`.
+# Best first (attention's order depends on the shape: `_attention_order`); the conditions are in
+# `why_not`.
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "attention": ("flash-attn-4", "flash-attn", "torch-varlen", "padded", "plain"),
+    "attention": (
+        "flash-attn-4",
+        "cudnn",
+        "flash-attn",
+        "torch-varlen",
+        "triton",
+        "padded",
+        "plain",
+    ),
     "cross_entropy": ("triton", "torch"),
     "linear_cross_entropy": ("triton", "torch"),
     "rms_norm": ("triton", "torch"),
@@ -38,7 +49,20 @@ _FLASH_NAMES = {
     "flash-attn-4": "flash-attn 4",
     "flash-attn": "flash-attn 2",
     "torch-varlen": "torch varlen",
+    "cudnn": "cuDNN",
+    "triton": "triton",
 }
+# Head sizes whose output and gradients were proved against fp64 on an H200, causal or not, with
+# windows, shared key heads, ragged and empty documents (tests/kernels/test_attention_gpu.py). What
+# is not here is refused: 72 in flash-attn 4.0.0b36 gives a wrong gradient of q without an error.
+PROVED: dict[str, tuple[int, ...]] = {
+    "flash-attn-4": (64, 128),
+    "cudnn": (64, 128),
+    "torch-varlen": tuple(range(8, 257, 8)),
+    "flash-attn": tuple(range(8, 257, 8)),  # not run: torch-varlen is the same kernels
+    "triton": (16, 32, 64, 72, 80, 96, 128, 256),
+}
+_FUSED = ("rms_norm", "layer_norm", "swiglu", "rope")  # what a step of our own models uses
 _HALF = (torch.bfloat16, torch.float16)
 _log = logging.getLogger(__name__)
 _overrides: dict[str, str] = {}
@@ -93,18 +117,22 @@ def choose(
     dtype: torch.dtype = torch.float32,
     head_dim: int = 64,
     readable: bool = True,
-    transformed: bool = False,
     compiling: bool = False,
+    group: int = 1,
+    window: int | None = None,
+    max_seqlen: int | None = None,
+    length: int | None = None,
 ) -> str:
     """The backend that serves a call.
 
     Args:
         op: a key of `BACKENDS`.
         device: "cpu", "cuda", "cuda:1", "meta", ...
-        head_dim: head size (attention).
+        head_dim: head size (attention); entries of a row (layer_norm).
         readable: the document boundaries can be read by Python (attention).
-        transformed: a `torch.func` transform is active.
         compiling: inside `torch.compile`.
+        group: query heads that share a key head (attention).
+        window, max_seqlen, length: as attention was called.
 
     Raises:
         RuntimeError: the requested backend cannot serve the call; the message says why.
@@ -114,7 +142,7 @@ def choose(
         raise ValueError(f"unknown operation {op!r}; there are {', '.join(BACKENDS)}.")
 
     def reason(backend: str) -> str | None:
-        return why_not(op, backend, device, dtype, head_dim, readable, transformed, compiling)
+        return why_not(op, backend, device, dtype, head_dim, readable, compiling, window, length)
 
     asked = requested(op)
     if asked is not None:
@@ -122,7 +150,10 @@ def choose(
         if problem is not None:
             raise RuntimeError(f"{op} backend {asked} requested but not available: {problem}")
         return asked
-    chosen = next(backend for backend in BACKENDS[op] if reason(backend) is None)
+    order = BACKENDS[op]
+    if op == "attention":
+        order = _attention_order(device, group, max_seqlen, length)
+    chosen = next(backend for backend in order if reason(backend) is None)
     if op == "attention" and chosen == "plain" and torch.device(device).type == "cuda":
         _warn_once(
             "attention runs as plain masked arithmetic, O(N^2) in memory: "
@@ -138,13 +169,16 @@ def why_not(
     dtype: torch.dtype = torch.float32,
     head_dim: int = 64,
     readable: bool = True,
-    transformed: bool = False,
     compiling: bool = False,
+    window: int | None = None,
+    length: int | None = None,
 ) -> str | None:
     """Why a backend cannot serve a call, as a clause ("needs a CUDA GPU"), or None if it can."""
-    if backend == "triton":
-        return launch.why_not(device, dtype)
-    if op != "attention" or backend == "plain":
+    if op == "layer_norm" and backend == "triton" and head_dim > 8192:
+        return f"keeps rows in registers, of up to 8192 entries, not {head_dim}"
+    if op != "attention":
+        return launch.why_not(device, dtype) if backend == "triton" else None
+    if backend == "plain":
         return None
     kind = torch.device(device).type
     if backend == "padded":
@@ -153,31 +187,67 @@ def why_not(
         if compiling or not readable:
             return "has to read cu_seqlens, which cannot be read here (compiled, vmapped or meta)"
         return None
-    if kind != "cuda":
-        return "needs a CUDA GPU"
-    if dtype not in _HALF:
+    if backend == "triton":
+        problem = launch.why_not(device, dtype)
+    elif kind != "cuda":
+        problem = "needs a CUDA GPU"
+    else:
+        needed = (9, 0) if backend == "flash-attn-4" else (8, 0)
+        has = torch.cuda.get_device_capability(device)
+        problem = None
+        if has < needed:
+            problem = (
+                f"needs compute capability {needed[0]}.{needed[1]}, this GPU has {has[0]}.{has[1]}"
+            )
+    if problem is not None:
+        return problem
+    if dtype not in _HALF and backend != "triton":
         return f"takes bfloat16 or float16, not {dtype}"
-    if transformed:
-        return "does not run under torch.func transforms"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
-    if backend == "torch-varlen":
-        if head_dim % 8 or head_dim > 256:
-            return f"takes head sizes up to 256 in multiples of 8, not {head_dim}"
-        return import_problem("torch.nn.attention.varlen", "install torch 2.11 or newer")
-    if compiling:
-        return "is not proved under torch.compile"
+    if backend == "cudnn" and length is None:
+        return "takes documents of equal length only, said by attention(..., length=)"
+    if backend == "cudnn" and window is not None:
+        return "has no sliding window"
+    if head_dim not in PROVED[backend]:
+        return f"is not proved for head size {head_dim}"
+    return _library_problem(backend)
+
+
+def _library_problem(backend: str) -> str | None:
+    """None if what runs an attention backend is installed, else the remedy."""
+    if backend == "flash-attn-4":
+        return import_problem("flash_attn.cute", "install flash-attn-4")
     if backend == "flash-attn":
-        if head_dim % 8 or head_dim > 256:
-            return f"takes head sizes up to 256 in multiples of 8, not {head_dim}"
         return import_problem("flash_attn.flash_attn_interface", "install flash-attn")
-    if capability < (9, 0):
-        return f"needs compute capability 9.0, this GPU has {capability[0]}.{capability[1]}"
-    if head_dim not in (64, 128):
-        # 4.0.0b36 on an H200: head size 72 gives a wrong gradient of q without an error
-        return f"is proved for head sizes 64 and 128 only, not {head_dim}"
-    return import_problem("flash_attn.cute", "install flash-attn-4")
+    if backend == "cudnn":
+        return None if torch.backends.cudnn.is_available() else "needs a torch with cuDNN"
+    if backend == "triton":
+        return import_problem("kernels.attention_triton", "is not in this version")
+    return None  # torch-varlen: in every torch that we run on
+
+
+def _attention_order(
+    device: str, group: int, max_seqlen: int | None, length: int | None
+) -> tuple[str, ...]:
+    """Attention's backends, best first, by what is known of a call before it runs.
+
+    Measured on an H200, bf16, 16,384 tokens, forward + backward in ms, 2026-11-23: flash-attn 4 |
+    cuDNN | torch varlen | triton. Equal lengths, 16 heads of 64, not causal:
+
+        64: 0.422 | 0.306 | 0.506 | 0.189      512: 0.369 | 0.402 | 0.558 | 0.493
+       128: 0.240 | 0.230 | 0.285 | 0.236    2,048: 0.951 | 1.123 | 1.785 | 1.569
+       256: 0.291 | 0.289 | 0.365 | 0.322   16,384: 7.304 | 8.546 | 13.12 | 12.81
+
+    Ragged, causal, heads of 128, by mean length, flash-attn 4 | triton (the longest is about twice
+    the mean): 12 query heads on 2 key heads: 200: 0.445 | 0.328, 380: 0.461 | 0.387,
+    700: 0.521 | 0.566; 16 on 16: 200: 0.512 | 0.500, 380: 0.531 | 0.612.
+    """
+    if torch.device(device).type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return BACKENDS["attention"]  # not measured: the libraries first
+    short = 512 if group < 4 else 1024
+    few = length <= 64 if length is not None else max_seqlen is not None and max_seqlen <= short
+    if few:
+        return ("triton", *(b for b in BACKENDS["attention"] if b != "triton"))
+    return ("flash-attn-4", "cudnn", "triton", "flash-attn", "torch-varlen", "plain")
 
 
 @functools.cache
@@ -202,7 +272,7 @@ def report(
     *,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    head_dims: tuple[int, ...] = (64,),
+    attentions: Mapping[str, Mapping[str, Any]] = MappingProxyType({"text": {}}),
     fused_loss: bool = True,
     flash_attention: bool = True,
     fused_kernels: bool = True,
@@ -213,8 +283,8 @@ def report(
     Args:
         device: where the model runs.
         dtype: what attention's inputs are.
-        head_dims: head sizes of the model's attentions; those that get the same backend share a
-            line.
+        attentions: what is known of each of the model's attentions, by its name, as `choose` takes
+            it (head_dim, group, max_seqlen, length); those that get the same backend share a line.
         fused_loss, flash_attention, fused_kernels: what the user asked for.
 
     >>> for line in report(flash_attention=False, fused_kernels=False): print(line)
@@ -222,34 +292,49 @@ def report(
     Flash attention off; using padded attention (torch)
     Fused kernels off
     """
-    lines = ["Using fused cross-entropy (torch, in chunks)" if fused_loss else "Fused loss off"]
+    loss = {"triton": "triton", "torch": "torch, in chunks"}[
+        choose("linear_cross_entropy", device, dtype)
+    ]
+    lines = [f"Using fused cross-entropy ({loss})" if fused_loss else "Fused loss off"]
 
-    by_backend: dict[str, list[int]] = {}
-    for dim in dict.fromkeys(head_dims):
-        backend = choose("attention", device, dtype, dim, True, False, compiling)
-        by_backend.setdefault(backend, []).append(dim)
-    for backend, dims in by_backend.items():
-        of = f" for head size {', '.join(map(str, dims))}" if len(by_backend) > 1 else ""
+    by_backend: dict[str, list[str]] = {}
+    for name, facts in attentions.items():
+        backend = choose("attention", device, dtype, compiling=compiling, **facts)
+        by_backend.setdefault(backend, []).append(name)
+    for backend, names in by_backend.items():
+        of = f" for {', '.join(names)}" if len(by_backend) > 1 else ""
         other = f"using {backend} attention (torch){of}"
         if backend in _FLASH_NAMES:
             lines.append(f"Using flash attention ({_FLASH_NAMES[backend]}){of}")
         elif not flash_attention:
             lines.append(f"Flash attention off; {other}")
         else:
-            forced = requested("attention")
+            asked = requested("attention")
+            head_dim = attentions[names[0]].get("head_dim", 64)
             problem = (
-                f"{forced} was asked for"
-                if forced
-                else why_not("attention", "torch-varlen", device, dtype, dims[0], True, False)
+                f"{asked} was asked for"
+                if asked
+                else why_not("attention", "torch-varlen", device, dtype, head_dim)
             )
             lines.append(f"Flash attention requested but not available: {problem}; {other}")
 
     if not fused_kernels:
         lines.append("Fused kernels off")
-    else:
-        problem = import_problem("triton", "install triton") or "no Triton kernel in this version"
+        return lines
+    served: dict[str, list[str]] = {}
+    for op in _FUSED:
+        served.setdefault(choose(op, device, dtype), []).append(op)
+    if "triton" in served:
+        lines.append(f"Using fused kernels (triton): {', '.join(served['triton'])}")
+    if "torch" in served:
+        forced = [op for op in served["torch"] if requested(op)]
+        problem = (
+            f"torch was asked for ({', '.join(forced)})"
+            if forced
+            else launch.why_not(device, dtype)
+        )
         lines.append(
             f"Fused kernels requested but not available: {problem}; using torch, with backwards "
-            "that recompute"
+            f"that recompute: {', '.join(served['torch'])}"
         )
     return lines

@@ -42,6 +42,9 @@ class Op:
     A vmap level makes one call an example, right for any kernel, unless the op says better:
     `fold(batch_size, in_dims, tensors)` gives the tensors of one call over all examples, with a
         leading batch dimension in them and in what comes back; or None if there is no such call.
+    `fold_backward(batch_size, needs, in_dims, saved)`: the same for `backward`, of what it is given
+        (*grads, *tensors, *residuals). Gradients come back an example each: None where a gradient
+        that `needs` asks for sums over what the examples share.
     `vmappable`: `backward` is plain out-of-place torch and may itself be vmapped.
     """
 
@@ -51,6 +54,7 @@ class Op:
     backward: Callable[..., Sequence[Tensor | None]]
     outputs: int = 1
     fold: Callable[[int, Dims, Tensors], Tensors | None] | None = None
+    fold_backward: Callable[[int, tuple[bool, ...], Dims, Tensors], Tensors | None] | None = None
     vmappable: bool = False
 
 
@@ -138,6 +142,19 @@ def each_example(
 def batch_first(x: Tensor, dim: int | None, batch_size: int) -> Tensor:
     """x with its batch dimension in front, repeated there (as a view) if it has none."""
     return x.expand(batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def fold_elementwise(batch_size: int, in_dims: Dims, tensors: Tensors) -> Tensors:
+    """The `fold` of an op whose tensors all have the shape of its output."""
+    pairs = zip(tensors, in_dims, strict=True)
+    return tuple(t if t is None else batch_first(t, dim, batch_size) for t, dim in pairs)
+
+
+def fold_elementwise_backward(
+    batch_size: int, needs: tuple[bool, ...], in_dims: Dims, saved: Tensors
+) -> Tensors:
+    """The `fold_backward` of such an op."""
+    return fold_elementwise(batch_size, in_dims, saved)
 
 
 def with_signature(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
@@ -272,7 +289,11 @@ class _Backward(torch.autograd.Function):
         *saved: Tensor | None,
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         dims = in_dims[2:]
-        if call.op.vmappable:
+        fold = call.op.fold_backward
+        folded = fold and fold(info.batch_size, needs, dims, saved)
+        if folded:
+            outs = _Backward.apply(call, needs, *folded)
+        elif call.op.vmappable:
 
             def one(*example: Any) -> tuple[Tensor, ...]:
                 return _first_order(call, needs, *example)

@@ -1,8 +1,10 @@
 """Linear layer over an int8 weight with one scale an output channel.
 
-No Triton kernel yet: the weight is converted for the length of one matmul. The layer is linear in
-x, and its transpose is a Function of the same kind, so derivatives of any order keep the int8
-weight and the scale alone; a float weight is never saved.
+On a GPU the kernels of `kernels.int8_few` and `kernels.int8_matmul` run: few rows read the weight
+as int8 and widen it in registers, int8 activations are multiplied as int8, and many rows of a float
+x meet a copy of the weight that lives as long as one matmul. Elsewhere it is torch, with such a
+copy always. The layer is linear in x, and its transpose is a Function of the same kind, so
+derivatives of any order keep the int8 weight and the scale alone; a float weight is never saved.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor
 from torch._dynamo import allow_in_graph
 
+from kernels import int8_few, int8_matmul
+from kernels.dispatch import choose
 from kernels.functions import (
     accumulation_dtype,
     check_device,
@@ -42,7 +46,7 @@ def row_scale(x: Tensor) -> Tensor:
     return torch.where(amax == 0, 1.0, amax / 127.0)
 
 
-# Kernels: weight-only, and int8 x int8
+# torch: weight-only, and int8 x int8
 
 
 def _weight_only(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -69,6 +73,54 @@ def _int_matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a, b.t())[:m, :o]
 
 
+# Triton, a custom op a direction: the compiler sees one node each
+
+
+def _forward_kernel(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dynamic: bool
+) -> Tensor:
+    """[..., I] -> [..., O]. What runs depends on the number of rows alone."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    weight, scale = weight.contiguous(), scale.contiguous()
+    if rows.numel() == 0 or weight.numel() == 0:
+        y = rows.new_zeros(rows.shape[0], weight.shape[0])
+        y = y if bias is None else y + bias.to(y.dtype)
+    elif dynamic:
+        q, step = int8_matmul.quantize_rows(rows)
+        y = int8_matmul.matmul_rows(q, step, weight, scale, bias, x.dtype)
+    elif int8_few.is_few(*rows.shape, x.dtype):
+        y = int8_few.few_rows(rows, weight, scale, bias)
+    else:
+        wide = int8_matmul.widen(weight, scale, x.dtype).t()
+        y = rows @ wide if bias is None else torch.addmm(bias.to(x.dtype), rows, wide)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _transposed_kernel(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """[..., O] -> [..., I]."""
+    rows = grad.reshape(-1, grad.shape[-1])
+    wide = int8_matmul.widen(weight.contiguous(), scale.contiguous(), grad.dtype)
+    return (rows @ wide).reshape(*grad.shape[:-1], weight.shape[1])
+
+
+_forward_op = torch.library.custom_op(
+    "nanovision::int8_linear_forward", _forward_kernel, mutates_args=()
+)
+_transposed_op = torch.library.custom_op(
+    "nanovision::int8_linear_transposed", _transposed_kernel, mutates_args=()
+)
+
+
+@_forward_op.register_fake
+def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@_transposed_op.register_fake
+def _(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], weight.shape[1])
+
+
 # Autograd
 
 
@@ -77,28 +129,43 @@ class _Linear(torch.autograd.Function):
     """x [..., I] -> [..., O]. Rounding x to int8 is passed straight through (arXiv 1308.3432)."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, scale: Tensor, activations: str | None) -> Tensor:
-        if activations == "dynamic":
-            return _int8_int8(x, weight, scale)
-        return _weight_only(x, weight, scale)
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        activations: str | None,
+        backend: str,
+    ) -> Tensor:
+        if backend == "triton":
+            return _forward_op(x, weight, scale, bias, activations == "dynamic")
+        multiply = _weight_only if activations is None else _int8_int8
+        y = multiply(x, weight, scale)
+        return y if bias is None else y + bias.to(y.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.bias, ctx.backend = inputs[3] is not None and inputs[3].dtype, inputs[5]
         ctx.save_for_backward(*inputs[1:3])
         ctx.save_for_forward(*inputs[1:3])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _Transposed.apply(grad, *ctx.saved_tensors), None, None, None
+        dx = db = None
+        if ctx.needs_input_grad[0]:
+            dx = _Transposed.apply(grad, *ctx.saved_tensors, ctx.backend)
+        if ctx.needs_input_grad[3]:
+            rows = grad.reshape(-1, grad.shape[-1])
+            db = rows.sum(0, dtype=accumulation_dtype(grad.dtype)).to(ctx.bias)
+        return dx, None, None, db, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return _Linear.apply(tangent, *ctx.saved_tensors, None)
+    def jvp(ctx: Any, tangent: Tensor, _w: None, _s: None, bias: Tensor | None, *_: Any) -> Tensor:
+        return _Linear.apply(tangent, *ctx.saved_tensors, bias, None, ctx.backend)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        *tensors, activations = args
-        return _vmap(_Linear, (activations,), info, in_dims[:3], *tensors), 0
+        return _vmap(_Linear, args[4:], info, in_dims[:4], *args[:4]), 0
 
 
 @with_signature
@@ -106,25 +173,28 @@ class _Transposed(torch.autograd.Function):
     """g [..., O] -> [..., I]: the adjoint of `_Linear`, whose adjoint it is in turn."""
 
     @staticmethod
-    def forward(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    def forward(grad: Tensor, weight: Tensor, scale: Tensor, backend: str) -> Tensor:
+        if backend == "triton":
+            return _transposed_op(grad, weight, scale)
         return (grad * scale).to(grad.dtype) @ weight.to(grad.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-        ctx.save_for_forward(*inputs[1:])
+        ctx.backend = inputs[3]
+        ctx.save_for_backward(*inputs[1:3])
+        ctx.save_for_forward(*inputs[1:3])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _Linear.apply(grad, *ctx.saved_tensors, None), None, None
+        return _Linear.apply(grad, *ctx.saved_tensors, None, None, ctx.backend), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return _Transposed.apply(tangent, *ctx.saved_tensors)
+        return _Transposed.apply(tangent, *ctx.saved_tensors, ctx.backend)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, int]:
-        return _vmap(_Transposed, (), info, in_dims, *tensors), 0
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        return _vmap(_Transposed, args[3:], info, in_dims[:3], *args[:3]), 0
 
 
 def _vmap(
@@ -133,27 +203,33 @@ def _vmap(
     info: Any,
     in_dims: tuple[Any, ...],
     x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
+    *leaves: Tensor | None,
 ) -> Tensor:
-    if in_dims[1] is None and in_dims[2] is None:  # examples are just more rows
-        return function.apply(x.movedim(in_dims[0], 0), weight, scale, *static)
+    if all(dim is None for dim in in_dims[1:]):  # examples are just more rows
+        return function.apply(x.movedim(in_dims[0], 0), *leaves, *static)
 
     def one(*example: Tensor) -> tuple[Tensor]:
         return (function.apply(*example, *static),)
 
-    return each_example(one, info.batch_size, in_dims, (x, weight, scale))[0]
+    return each_example(one, info.batch_size, in_dims, (x, *leaves))[0]
 
 
 @allow_in_graph
-def _apply(x: Tensor, weight: Tensor, scale: Tensor, activations: str | None) -> Tensor:
-    if nested_forward_mode():
-        exact = _weight_only(x, weight, scale)
-        if activations is None:
-            return exact
+def _apply(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activations: str | None,
+    backend: str,
+) -> Tensor:
+    if not nested_forward_mode():
+        return _Linear.apply(x, weight, scale, bias, activations, backend)
+    y = _weight_only(x, weight, scale)
+    if activations is not None:
         # the value of one with the derivatives of the other: straight through
-        return exact + (_int8_int8(x.detach(), weight, scale) - exact.detach())
-    return _Linear.apply(x, weight, scale, activations)
+        y = y + (_int8_int8(x.detach(), weight, scale) - y.detach())
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 # Public
@@ -174,9 +250,9 @@ def int8_linear(
 
     Args:
         x: [..., I], any floating dtype.
-        weight: [O, I] int8.
+        weight: [O, I] int8; copied at every call if it is not contiguous.
         scale: [O] or [O, 1], floating point: value = weight * scale.
-        bias: [O] or None.
+        bias: [O] or None, floating point.
         activations: None multiplies in x.dtype; "dynamic" also rounds each row of x to int8 (step
             amax / 127) and multiplies int8 x int8 with int32 sums; its gradient is straight
             through.
@@ -194,8 +270,8 @@ def int8_linear(
     [[8.0]]
     """
     _check(x, weight, scale, bias, activations)
-    y = _apply(x, weight, scale.reshape(-1), activations)
-    return y if bias is None else y + bias.to(y.dtype)
+    backend = choose("int8_linear", str(x.device), x.dtype)
+    return _apply(x, weight, scale.reshape(-1), bias, activations, backend)
 
 
 def _check(

@@ -147,6 +147,8 @@ def why_not(device: str, dtype: torch.dtype) -> str | None:
         return "needs a CUDA GPU"
     if dtype not in DTYPES:
         return f"takes bfloat16, float16 or float32, not {dtype}"
-    if kind == "cuda" and capability(torch.device(device)) < (8, 0):
-        return "needs compute capability 8.0"
+    if kind == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < (8, 0):
+            return f"needs compute capability 8.0, this GPU has {major}.{minor}"
     return None

@@ -5,31 +5,43 @@ a gradient will be asked for) of the gradients, and dropped. Memory is O(chunk *
 what is kept for backward is the gradients themselves, [N, D] and [V, D]. After "Cut Your Losses"
 (arXiv 2411.09009) and Liger-Kernel (arXiv 2410.10989).
 
+On a GPU a chunk's logits are written by one matmul into a buffer that all chunks share, in the
+dtype of hidden; `cross_entropy_overwrite_kernel` turns them into their gradient where they are, and
+two matmuls use that. Nothing waits for the device, so that a CUDA graph can hold it all.
+
 The gradient of the unembedding is summed over chunks in fp32 (V * D * 4 bytes while the loss is
-computed): a bf16 sum would lose what each further chunk adds. On CPU only the labelled tokens are
-multiplied: with loss on answers alone, that is a small part of them.
+computed): a bf16 sum loses some of what each further chunk adds, and is there to be asked for. On
+CPU only the labelled tokens are multiplied: with loss on answers alone, that is a small part.
 """
 
 from __future__ import annotations
+
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch._dynamo import allow_in_graph
 
+from kernels import cross_entropy_triton, functions
 from kernels.cross_entropy import (
     capped,
     check_label_range,
     check_logits_and_labels,
     check_options,
+    is_last_backward,
+    labelled,
     losses_and_gradients_,
+    scaled,
     token_losses,
 )
-from kernels.functions import Op, accumulation_dtype, check_floating, run
+from kernels.dispatch import choose
+from kernels.functions import Op, accumulation_dtype, check_floating, run, with_signature
 
-_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}  # logits made at a time: 4 MB, 512 MB in fp32
+_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}  # torch, fp32 logits at a time: 4 MB, 512 MB
+_CHUNK_BYTES = 2**29  # Triton, TODO-FIGURE
 
 
-# Kernel: chunked matmuls
+# Chunked matmuls, torch
 
 
 def _takes_labelled_rows(device: str) -> bool:
@@ -49,11 +61,15 @@ def _chunked(
     softcap: float | None,
     scale: float | None,
     chunk: int,
+    narrow: bool,
     need_hidden: bool,
     need_unembed: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and its gradients times `grad` (empty where not needed)."""
+    """The loss, and its gradients times `grad` (empty where not needed).
+
+    narrow: the unembedding's gradient is summed in its own dtype.
+    """
     n, vocab = hidden.shape[0], unembed.shape[0]
     dtype = accumulation_dtype(hidden.dtype)
     valid = labels != ignore_index
@@ -64,7 +80,8 @@ def _chunked(
 
     total = hidden.new_zeros((), dtype=dtype)
     d_hidden = torch.zeros_like(hidden) if need_hidden else hidden.new_empty(0)
-    d_unembed = torch.zeros_like(unembed, dtype=dtype) if need_unembed else hidden.new_empty(0)
+    wide = unembed.dtype if narrow else dtype
+    d_unembed = torch.zeros_like(unembed, dtype=wide) if need_unembed else hidden.new_empty(0)
     d_bias = unembed.new_zeros(vocab, dtype=dtype) if need_bias else hidden.new_empty(0)
 
     for start in range(0, n if rows is None else len(rows), chunk):
@@ -105,34 +122,127 @@ def _chunked(
     )
 
 
-# A custom op, so that the compiler sees one node and not an unrolled loop over chunks
-
-_chunked_op = torch.library.custom_op("nanovision::linear_cross_entropy", _chunked, mutates_args=())
+# Chunked matmuls round a Triton kernel
 
 
-@_chunked_op.register_fake
-def _(
-    hidden: Tensor,
-    unembed: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    grad: Tensor | None,
+def _fused(
+    hidden: Tensor,  # [N, D]
+    unembed: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [N]
+    grad: Tensor | None,  # scalar; None is 1
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
     scale: float | None,
     chunk: int,
+    narrow: bool,
     need_hidden: bool,
     need_unembed: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `_chunked` computes, and only the chunk's logits and an fp32 sum beside it."""
+    n, vocab = hidden.shape[0], unembed.shape[0]
+    options = (ignore_index, label_smoothing, z_loss, softcap, scale)
+    count = labelled(labels, ignore_index)
+    weight = count.reciprocal() if grad is None else grad.to(torch.float32) / count
+    late = hidden.dtype == torch.float16  # whose exponents are too short for a weighted entry
+    losses = hidden.new_empty(n, dtype=torch.float32)
+
+    # a row without a label may hold NaN, and 0 * NaN would reach the unembedding's gradient. The
+    # gradient of hidden lends its memory to the clean rows, until it takes the place of each
+    clean, d_hidden = hidden, hidden.new_empty(0)
+    if need_unembed:
+        clean = hidden.masked_fill((labels == ignore_index)[:, None], 0.0)
+    if need_hidden:
+        d_hidden = clean if need_unembed else torch.empty_like(hidden)
+    d_unembed, d_bias = hidden.new_empty(0), hidden.new_empty(0)
+
+    rows = _even_chunk(n, chunk)
+    single = rows >= n and not late  # nothing to sum: cuBLAS rounds its own fp32 sum once
+    # rows start at multiples of 128 bytes, else the matmuls are slow
+    buffer = hidden.new_empty(rows, -(-vocab // 64) * 64)[:, :vocab]
+    for start in range(0, n, rows):
+        here = slice(start, start + rows)
+        h, y, out = clean[here], labels[here], losses[here]
+        z = buffer[: h.shape[0]]
+        torch.mm(h, unembed.t(), out=z)
+        if not (need_hidden or need_unembed or need_bias):
+            cross_entropy_triton.forward_rows(z, y, bias, out, None, None, *options)
+            continue
+        cross_entropy_triton.overwrite_rows(z, y, bias, None if late else weight, out, *options)
+        if need_bias:
+            part = z.sum(0, dtype=torch.float32)
+            d_bias = d_bias.add_(part) if start else part
+        if need_unembed:
+            if start == 0:
+                dtype = unembed.dtype if narrow or single else torch.float32
+                d_unembed = torch.empty_like(unembed, dtype=dtype)
+            _add_product(d_unembed, z.t(), h, first=start == 0)
+        if need_hidden:
+            torch.mm(z, unembed, out=d_hidden[here])
+    if n == 0:
+        d_unembed = torch.zeros_like(unembed) if need_unembed else d_unembed
+        d_bias = unembed.new_zeros(vocab) if need_bias else d_bias
+    del buffer
+    if late:
+        for gradient in (d_hidden, d_unembed, d_bias):
+            cross_entropy_triton.scale_rows(gradient, weight)
+    return (
+        losses.sum() / count,
+        d_hidden,
+        d_unembed.to(unembed.dtype),
+        d_bias.to(unembed.dtype if bias is None else bias.dtype),
+    )
+
+
+def _even_chunk(n: int, chunk: int) -> int:
+    """The smallest chunk that needs no more chunks, in multiples of 128 if there are several."""
+    even = -(-n // max(1, -(-n // chunk)))
+    return max(1, n if chunk >= n else min(chunk, -(-even // 128) * 128))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total = a @ b, or total += a @ b; an fp32 total of bf16 factors is never rounded to bf16."""
+    if total.dtype == a.dtype:
+        if first:
+            torch.mm(a, b, out=total)
+        else:
+            torch.addmm(total, a, b, out=total)
+    elif total.device.type == "cuda":
+        if first:
+            torch.mm(a, b, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # only CUDA has that matmul
+        product = torch.mm(a.to(total.dtype), b.to(total.dtype))
+        total.copy_(product if first else total + product)
+
+
+# Custom ops, so that the compiler sees one node and not an unrolled loop over chunks
+
+
+_chunked_op = torch.library.custom_op("nanovision::linear_cross_entropy", _chunked, mutates_args=())
+_fused_op = torch.library.custom_op(
+    "nanovision::linear_cross_entropy_triton", _fused, mutates_args=()
+)
+
+
+def _fake(
+    hidden: Tensor, unembed: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_hidden, need_unembed, need_bias = rest[-3:]
     return (
         hidden.new_empty((), dtype=accumulation_dtype(hidden.dtype)),
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
         torch.empty_like(unembed) if need_unembed else hidden.new_empty(0),
         torch.empty_like(bias) if need_bias and bias is not None else hidden.new_empty(0),
     )
+
+
+_chunked_op.register_fake(_fake)
+_fused_op.register_fake(_fake)
 
 
 # Reference: plain torch, differentiable to any order (its derivatives do keep O(N * V))
@@ -150,10 +260,9 @@ def linear_cross_entropy_reference(
     softcap: float | None = None,
     scale: float | None = None,
     chunk: int = 2**62,
-    eager_grads: tuple[bool, bool, bool] = (False, False, False),
+    **unused: Any,
 ) -> Tensor:
-    """What `linear_cross_entropy` computes; `chunk` bounds one tensor, `eager_grads` is unused."""
-    del eager_grads
+    """What `linear_cross_entropy` computes; `chunk` bounds one tensor."""
     dtype = accumulation_dtype(hidden.dtype)
     valid = labels != ignore_index
     total = torch.zeros((), dtype=dtype, device=hidden.device)
@@ -180,28 +289,12 @@ def _forward(
     bias: Tensor | None,
     labels: Tensor,
     *,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    scale: float | None,
-    chunk: int,
+    triton: bool,
     eager_grads: tuple[bool, bool, bool],
+    **options: Any,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    loss, *grads = _chunked_op(
-        hidden,
-        unembed,
-        bias,
-        labels,
-        None,
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        softcap,
-        scale,
-        chunk,
-        *eager_grads,
-    )
+    op = _fused_op if triton else _chunked_op
+    loss, *grads = op(hidden, unembed, bias, labels, None, *options.values(), *eager_grads)
     return loss, tuple(g for g, wanted in zip(grads, eager_grads, strict=True) if wanted)
 
 
@@ -211,38 +304,42 @@ def _backward(
     tensors: tuple[Tensor, Tensor, Tensor | None, Tensor],
     residuals: tuple[Tensor, ...],
     *,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    scale: float | None,
-    chunk: int,
+    triton: bool,
     eager_grads: tuple[bool, bool, bool],
+    last: bool = False,
+    **options: Any,
 ) -> tuple[Tensor | None, ...]:
+    """last: the residuals will not be asked for again, and may become the gradients."""
     ready: list[Tensor | None] = [None, None, None, None]
     made = iter(residuals)
     for i, wanted in enumerate(eager_grads):
-        if wanted:
-            g = next(made)
-            ready[i] = (g * grad).to(g.dtype)
+        g = next(made) if wanted else None
+        if g is not None and needs[i]:
+            ready[i] = scaled(g, grad, triton, last)
     missing = tuple(need and g is None for need, g in zip(needs[:3], ready[:3], strict=True))
     if any(missing):
-        _, *grads = _chunked_op(
-            *tensors,
-            grad,
-            ignore_index,
-            label_smoothing,
-            z_loss,
-            softcap,
-            scale,
-            chunk,
-            *missing,
-        )
+        op = _fused_op if triton else _chunked_op
+        _, *grads = op(*tensors, grad, *options.values(), *missing)
         ready = [g if m else r for g, m, r in zip(grads, missing, ready[:3], strict=True)] + [None]
     return tuple(ready)
 
 
 OP = Op("linear_cross_entropy", linear_cross_entropy_reference, _forward, _backward)
+
+
+@with_signature
+class _Forward(functions._Forward):
+    """Its last backward hands over the gradients that were made with the loss, and no copies."""
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, call = cotangents[0], ctx.call
+        if grad is None or not is_last_backward(grad):
+            return functions._Forward.backward(ctx, *cotangents)
+        needs, saved = tuple(ctx.needs_input_grad[1:]), ctx.saved_tensors
+        tensors, residuals = saved[: ctx.count], saved[ctx.count :]
+        grads = call.op.backward(grad, needs, tensors, residuals, **call.static, last=True)
+        return (None, *(g if need else None for g, need in zip(grads, needs, strict=True)))
 
 
 @allow_in_graph
@@ -257,22 +354,24 @@ def _apply(
     softcap: float | None,
     scale: float | None,
     chunk: int,
+    narrow: bool,
+    triton: bool,
     eager_grads: tuple[bool, bool, bool],
 ) -> Tensor:
-    return run(
-        OP,
-        hidden,
-        unembed,
-        bias,
-        labels,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        scale=scale,
-        chunk=chunk,
-        eager_grads=eager_grads,
-    )
+    static = {  # the options in the order that the custom ops take them
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+        "scale": scale,
+        "chunk": chunk,
+        "narrow": narrow,
+        "triton": triton,
+        "eager_grads": eager_grads,
+    }
+    if torch._C._are_functorch_transforms_active():
+        return run(OP, hidden, unembed, bias, labels, **static)
+    return _Forward.apply(functions._Call(OP, static), hidden, unembed, bias, labels)[0]
 
 
 # Public
@@ -290,6 +389,9 @@ def linear_cross_entropy(
     scale: float | None = None,
     bias: Tensor | None = None,
     chunk: int | None = None,
+    memory: int | None = None,
+    accumulate: Literal["fp32", "bf16"] = "fp32",
+    check_labels: bool = False,
 ) -> Tensor:
     """`cross_entropy(scale * (hidden @ unembed.T + bias), labels, ...)` without the logits.
 
@@ -305,8 +407,15 @@ def linear_cross_entropy(
             whatever it holds (NaN too).
         scale: factor on the logits, before the softcap (Cohere's and Granite's logit scale).
         bias: [V], added before the scale.
-        chunk: tokens at a time; None chooses it so that a chunk's fp32 logits take 4 MB on CPU and
-            512 MB on an accelerator.
+        chunk: tokens at a time, at most.
+        memory: bytes that a chunk's logits may take, instead of `chunk`. They have the dtype of
+            hidden in the Triton path (V rounded up to a multiple of 64), fp32 and two more copies
+            in the torch path. With neither given: 512 MB, or 4 MB on CPU. The smaller, the more
+            often the sum of the unembedding's gradient is read and written.
+        accumulate: what that sum is kept in. "fp32" takes another V * D * 4 bytes until the loss
+            is computed; "bf16" (for bf16 weights) takes none, the sum being the gradient itself,
+            and rounds once a chunk. One chunk alone is rounded once either way.
+        check_labels: as in `kernels.cross_entropy`.
         ignore_index, label_smoothing, z_loss, softcap: as in `kernels.cross_entropy`.
 
     Returns:
@@ -337,11 +446,19 @@ def linear_cross_entropy(
         raise ValueError(
             f"{where}: bias must have shape [{unembed.shape[0]}], got {tuple(bias.shape)}."
         )
+    if chunk is not None and memory is not None:
+        raise ValueError(f"{where}: give chunk or memory, not both.")
     if chunk is not None and chunk < 1:
         raise ValueError(f"{where}: chunk must be at least 1 token, got {chunk}.")
-    check_label_range(where, labels, unembed.shape[0], ignore_index)
+    if accumulate not in ("fp32", "bf16"):
+        raise ValueError(f"{where}: accumulate must be 'fp32' or 'bf16', got {accumulate!r}.")
+    narrow = accumulate == "bf16"
+    if narrow and unembed.dtype != torch.bfloat16:
+        raise ValueError(f"{where}: accumulate='bf16' is for bf16 weights, got {unembed.dtype}.")
+    check_label_range(where, labels, unembed.shape[0], ignore_index, check_labels)
+    triton = choose("linear_cross_entropy", str(hidden.device), hidden.dtype) == "triton"
     if chunk is None:
-        chunk = default_chunk(unembed.shape[0], hidden.device.type)
+        chunk = chunk_within(memory, unembed.shape[0], hidden, triton)
     # fp16 gradients wait for the backward: loss scaling has to come before they are rounded
     eager = torch.is_grad_enabled() and hidden.dtype != torch.float16
     eager_grads = (
@@ -360,11 +477,31 @@ def linear_cross_entropy(
         softcap,
         scale,
         chunk,
+        narrow,
+        triton,
         eager_grads,
     )
 
 
-def default_chunk(vocab: int, device: str) -> int:
-    """Tokens at a time, in multiples of 64 so that the matmuls keep their tiles full."""
-    budget = _CHUNK_ELEMENTS.get(device, _CHUNK_ELEMENTS["cuda"])
-    return max(64, budget // max(1, vocab) // 64 * 64)
+def chunk_within(memory: int | None, vocab: int, hidden: Tensor, triton: bool) -> int:
+    """Tokens at a time: those whose logits take so many bytes (None: the default).
+
+    In multiples of 64 or 128, so that the matmuls keep their tiles full, where that leaves any.
+    """
+    if triton:
+        token = -(-vocab // 64) * 64 * hidden.element_size()
+        budget = _CHUNK_BYTES if memory is None else memory
+    else:
+        token = max(1, vocab) * accumulation_dtype(hidden.dtype).itemsize
+        budget = 4 * _CHUNK_ELEMENTS.get(hidden.device.type, _CHUNK_ELEMENTS["cuda"])
+        budget = budget if memory is None else memory
+    if memory is not None and memory < token:
+        raise ValueError(
+            f"linear_cross_entropy: memory must hold the logits of one token, {token} bytes, "
+            f"got {memory}."
+        )
+    chunk = max(1, budget // token)
+    step = 128 if triton else 64
+    if memory is None:
+        return max(step, chunk // step * step)
+    return chunk // step * step or chunk

@@ -1,16 +1,35 @@
-"""RMSNorm and LayerNorm over the last dimension.
+"""RMSNorm, with or without a residual add, and LayerNorm, over the last dimension.
 
-No Triton kernel yet: forward and backward are torch, with fp32 statistics, in few passes over
-memory. Backward keeps x and one statistic (two for LayerNorm) a row, never an fp32 copy of x.
+On a GPU the kernels of `kernels.rms_norm_triton` and `kernels.layer_norm_triton` run; elsewhere it
+is torch, in few passes over memory. Statistics are fp32. Backward keeps x (with a residual: the
+sum alone) and one statistic (two for LayerNorm) a row, never an fp32 copy of x.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo import allow_in_graph
 
-from kernels.functions import Dims, Op, Tensors, accumulation_dtype, check_floating, run
+from kernels import layer_norm_triton, rms_norm_triton
+from kernels.dispatch import choose
+from kernels.functions import (
+    Dims,
+    Op,
+    Tensors,
+    _Backward,
+    _Call,
+    accumulation_dtype,
+    batch_first,
+    check_floating,
+    each_example,
+    nested_forward_mode,
+    push,
+    run,
+    with_signature,
+)
 
 # References: plain torch, differentiable to any order
 
@@ -23,6 +42,14 @@ def rms_norm_reference(x: Tensor, weight: Tensor | None, *, eps: float) -> Tenso
     if weight is not None:
         y = y * weight.to(dtype)
     return y.to(x.dtype)
+
+
+def add_rms_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor | None, *, eps: float
+) -> tuple[Tensor, Tensor]:
+    """What `add_rms_norm` computes."""
+    total = x + residual
+    return rms_norm_reference(total, weight, eps=eps), total
 
 
 def layer_norm_reference(
@@ -64,6 +91,14 @@ def _rms_backward(
 ) -> tuple[Tensor | None, ...]:
     """dx = r g w - x r^3 mean(g w x), dw = sum over rows of g x r."""
     (x, weight), (r,) = tensors, residuals
+    dx, dw = _rms_backward_wide(grad, x, weight, r, needs[1])
+    return dx.to(x.dtype), dw
+
+
+def _rms_backward_wide(
+    grad: Tensor, x: Tensor, weight: Tensor | None, r: Tensor, needs_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dx before it is rounded, and dw."""
     wide, g = x.to(r.dtype), grad.to(r.dtype)
     gx = g * wide
     if weight is None:
@@ -73,10 +108,10 @@ def _rms_backward(
         dot, scaled = (gx @ w).unsqueeze(-1), g * w * r
     dx = torch.addcmul(scaled, wide, r.pow(3) * dot, value=-1.0 / x.shape[-1])
     dw = None
-    if weight is not None and needs[1]:
+    if weight is not None and needs_weight:
         rows = gx.reshape(-1, x.shape[-1])
         dw = (rows.t() @ r.reshape(-1)).to(weight.dtype)
-    return dx.to(x.dtype), dw
+    return dx, dw
 
 
 def _fold(batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
@@ -87,14 +122,221 @@ def _fold(batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
     return (x.movedim(dim, 0), *leaves)
 
 
+def _rms_kernel(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed, total (empty without a residual), r."""
+    y, total, r = rms_norm_triton.rms_norm_forward(x, residual, weight, eps)
+    return y, x.new_empty(0) if total is None else total, r
+
+
+def _rms_backward_kernel(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    r: Tensor,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """dx, and dw (empty if it is not asked for)."""
+    dx, dw = rms_norm_triton.rms_norm_backward(grad, grad_total, x, weight, r, needs_weight)
+    return dx, x.new_empty(0) if dw is None else dw
+
+
+_rms_op = torch.library.custom_op("nanovision::rms_norm", _rms_kernel, mutates_args=())
+_rms_backward_op = torch.library.custom_op(
+    "nanovision::rms_norm_backward", _rms_backward_kernel, mutates_args=()
+)
+
+
+def _fake_leaf(x: Tensor, leaf: Tensor | None, needs: bool) -> Tensor:
+    return leaf.new_empty(leaf.shape) if needs and leaf is not None else x.new_empty(0)
+
+
+def _fake_statistic(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+@_rms_op.register_fake
+def _(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = x.new_empty(0 if residual is None else x.shape)
+    return x.new_empty(x.shape), total, _fake_statistic(x)
+
+
+@_rms_backward_op.register_fake
+def _(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    r: Tensor,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _fake_leaf(x, weight, needs_weight)
+
+
+def _rms_forward_triton(
+    x: Tensor, weight: Tensor | None, *, eps: float
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    y, _, r = _rms_op(x, None, weight, eps)
+    return y, (r,)
+
+
+def _rms_backward_triton(
+    grad: Tensor,
+    needs: tuple[bool, ...],
+    tensors: tuple[Tensor, Tensor | None],
+    residuals: tuple[Tensor, ...],
+    *,
+    eps: float,
+) -> tuple[Tensor | None, ...]:
+    return _rms_backward_op(grad, None, *tensors, *residuals, needs[1])
+
+
 RMS_NORM = Op(
     "rms_norm", rms_norm_reference, _rms_forward, _rms_backward, fold=_fold, vmappable=True
+)
+RMS_NORM_TRITON = Op(
+    "rms_norm", rms_norm_reference, _rms_forward_triton, _rms_backward_triton, fold=_fold
 )
 
 
 @allow_in_graph
-def _apply_rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return run(RMS_NORM, x, weight, eps=eps)
+def _apply_rms_norm(x: Tensor, weight: Tensor | None, eps: float, triton: bool) -> Tensor:
+    return run(RMS_NORM_TRITON if triton else RMS_NORM, x, weight, eps=eps)
+
+
+# RMSNorm of a sum. Its derivatives depend on x and the residual through their sum alone, so that
+# formula and backward are those of (total, weight) -> (normed, total), and backward keeps neither
+# of the two: they are gone by then, while the sum lives on as the residual stream.
+
+
+def _total_formula(total: Tensor, weight: Tensor | None, *, eps: float) -> tuple[Tensor, Tensor]:
+    return rms_norm_reference(total, weight, eps=eps), total
+
+
+def _add_forward(
+    x: Tensor, residual: Tensor, weight: Tensor | None, *, eps: float
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+    total = x + residual
+    normed, statistics = _rms_forward(total, weight, eps=eps)
+    return (normed, total), statistics
+
+
+def _add_backward(
+    grads: tuple[Tensor, Tensor],
+    needs: tuple[bool, ...],
+    tensors: tuple[Tensor, Tensor | None],
+    residuals: tuple[Tensor, ...],
+    *,
+    eps: float,
+) -> tuple[Tensor | None, ...]:
+    (grad, grad_total), (total, weight), (r,) = grads, tensors, residuals
+    dx, dw = _rms_backward_wide(grad, total, weight, r, needs[1])
+    return (dx + grad_total).to(total.dtype), dw
+
+
+def _add_forward_triton(
+    x: Tensor, residual: Tensor, weight: Tensor | None, *, eps: float
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+    normed, total, r = _rms_op(x, residual, weight, eps)
+    return (normed, total), (r,)
+
+
+def _add_backward_triton(
+    grads: tuple[Tensor, Tensor],
+    needs: tuple[bool, ...],
+    tensors: tuple[Tensor, Tensor | None],
+    residuals: tuple[Tensor, ...],
+    *,
+    eps: float,
+) -> tuple[Tensor | None, ...]:
+    return _rms_backward_op(*grads, *tensors, *residuals, needs[1])
+
+
+ADD_RMS_NORM = Op(
+    "add_rms_norm", _total_formula, _add_forward, _add_backward, outputs=2, vmappable=True
+)
+ADD_RMS_NORM_TRITON = Op(
+    "add_rms_norm", _total_formula, _add_forward_triton, _add_backward_triton, outputs=2
+)
+
+
+@with_signature
+class _AddNorm(torch.autograd.Function):
+    """(call, x, residual, weight) -> (normed, total, r)."""
+
+    @staticmethod
+    def forward(
+        call: _Call, x: Tensor, residual: Tensor, weight: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        outs, statistics = call.op.forward(x, residual, weight, **call.static)
+        return (*outs, *statistics)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call, weight = inputs[0], inputs[-1]
+        _, total, r = output
+        ctx.save_for_backward(total, weight, r)
+        ctx.save_for_forward(total, weight, r)
+        ctx.mark_non_differentiable(r)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_total: Tensor | None, _r: None
+    ) -> tuple[Tensor | None, ...]:
+        of_x, of_residual, of_weight = ctx.needs_input_grad[1:]
+        total, weight, r = ctx.saved_tensors
+        if grad is None and grad_total is None:
+            return None, None, None, None
+        grad = torch.zeros_like(total) if grad is None else grad
+        grad_total = torch.zeros_like(total) if grad_total is None else grad_total
+        needs = (of_x or of_residual, of_weight)
+        grads = iter(_Backward.apply(ctx.call, needs, grad, grad_total, total, weight, r))
+        dx = next(grads) if needs[0] else None
+        dw = next(grads) if needs[1] else None
+        return None, dx if of_x else None, dx if of_residual else None, dw
+
+    @staticmethod
+    def jvp(
+        ctx: Any, _call: None, dx: Tensor | None, dresidual: Tensor | None, dw: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        total, weight, _ = ctx.saved_tensors
+        moves = [t for t in (dx, dresidual) if t is not None]
+        dtotal = None if not moves else moves[0] if len(moves) == 1 else moves[0] + moves[1]
+        return (*push(ctx.call.formula, (total, weight), (dtotal, dw)), None)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        call: _Call,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        dims, size = in_dims[1:], info.batch_size
+        if dims[2] is None:  # examples are more rows
+            pair = (batch_first(t, dim, size) for t, dim in zip((x, residual), dims, strict=False))
+            return _AddNorm.apply(call, *pair, weight), (0, 0, 0)
+        outs = each_example(
+            lambda *example: _AddNorm.apply(call, *example), size, dims, (x, residual, weight)
+        )
+        return outs, (0, 0, 0)
+
+
+@allow_in_graph
+def _apply_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, triton: bool
+) -> tuple[Tensor, Tensor]:
+    if nested_forward_mode():
+        return add_rms_norm_reference(x, residual, weight, eps=eps)
+    call = _Call(ADD_RMS_NORM_TRITON if triton else ADD_RMS_NORM, {"eps": eps})
+    normed, total, _ = _AddNorm.apply(call, x, residual, weight)
+    return normed, total
 
 
 # LayerNorm: y = c r w + b with c = x - mean x, r = (mean c^2 + eps)^-1/2
@@ -143,6 +385,76 @@ def _layer_backward(
     return dx.to(x.dtype), dw, db
 
 
+def _layer_backward_kernel(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    r: Tensor,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dw and db (empty if they are not asked for)."""
+    dx, dw, db = layer_norm_triton.layer_norm_backward(
+        grad, x, weight, bias, mean, r, needs_weight, needs_bias
+    )
+    return dx, x.new_empty(0) if dw is None else dw, x.new_empty(0) if db is None else db
+
+
+def _layer_kernel(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed, mean, r."""
+    return layer_norm_triton.layer_norm_forward(x, weight, bias, eps)
+
+
+_layer_op = torch.library.custom_op("nanovision::layer_norm", _layer_kernel, mutates_args=())
+_layer_backward_op = torch.library.custom_op(
+    "nanovision::layer_norm_backward", _layer_backward_kernel, mutates_args=()
+)
+
+
+@_layer_op.register_fake
+def _(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), _fake_statistic(x), _fake_statistic(x)
+
+
+@_layer_backward_op.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    r: Tensor,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dw, db = _fake_leaf(x, weight, needs_weight), _fake_leaf(x, bias, needs_bias)
+    return x.new_empty(x.shape), dw, db
+
+
+def _layer_forward_triton(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    y, mean, r = _layer_op(x, weight, bias, eps)
+    return y, (mean, r)
+
+
+def _layer_backward_triton(
+    grad: Tensor,
+    needs: tuple[bool, ...],
+    tensors: tuple[Tensor, Tensor | None, Tensor | None],
+    residuals: tuple[Tensor, ...],
+    *,
+    eps: float,
+) -> tuple[Tensor | None, ...]:
+    return _layer_backward_op(grad, *tensors, *residuals, *needs[1:])
+
+
 LAYER_NORM = Op(
     "layer_norm",
     layer_norm_reference,
@@ -151,11 +463,16 @@ LAYER_NORM = Op(
     fold=_fold,
     vmappable=True,
 )
+LAYER_NORM_TRITON = Op(
+    "layer_norm", layer_norm_reference, _layer_forward_triton, _layer_backward_triton, fold=_fold
+)
 
 
 @allow_in_graph
-def _apply_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return run(LAYER_NORM, x, weight, bias, eps=eps)
+def _apply_layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, triton: bool
+) -> Tensor:
+    return run(LAYER_NORM_TRITON if triton else LAYER_NORM, x, weight, bias, eps=eps)
 
 
 # Public
@@ -181,7 +498,42 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     1.0
     """
     _check("rms_norm", x, eps, weight=weight)
-    return _apply_rms_norm(x, weight, eps)
+    triton = choose("rms_norm", str(x.device), x.dtype) == "triton"
+    return _apply_rms_norm(x, weight, eps, triton)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of a residual stream and what is added to it: (norm(x + residual), x + residual).
+
+    The sum is rounded once, to x.dtype, and the rounded sum is what is normed. One pass over memory
+    each way; backward keeps the sum and one fp32 number a row, not x and not the residual.
+
+    Args:
+        x, residual: [..., D], of one floating dtype.
+        weight: [D], any floating dtype, or None for 1.
+
+    Returns:
+        (normed, total), both [..., D] in x.dtype.
+
+    Raises:
+        ValueError: as `rms_norm`; x and residual that differ in shape or dtype.
+
+    >>> import torch
+    >>> normed, total = add_rms_norm(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 2.0]))
+    >>> total
+    tensor([3., 4.])
+    """
+    _check("add_rms_norm", x, eps, weight=weight)
+    check_floating("add_rms_norm", x=x, residual=residual)
+    if x.shape != residual.shape or x.dtype != residual.dtype:
+        raise ValueError(
+            f"add_rms_norm: x is {tuple(x.shape)} {x.dtype} but residual is "
+            f"{tuple(residual.shape)} {residual.dtype}; they must be alike."
+        )
+    triton = choose("rms_norm", str(x.device), x.dtype) == "triton"
+    return _apply_add_rms_norm(x, residual, weight, eps, triton)
 
 
 def layer_norm(
@@ -204,7 +556,8 @@ def layer_norm(
             devices.
     """
     _check("layer_norm", x, eps, weight=weight, bias=bias)
-    return _apply_layer_norm(x, weight, bias, eps)
+    triton = choose("layer_norm", str(x.device), x.dtype, x.shape[-1]) == "triton"
+    return _apply_layer_norm(x, weight, bias, eps, triton)
 
 
 def _check(where: str, x: Tensor, eps: float, **leaves: Tensor | None) -> None:

@@ -70,20 +70,36 @@ def compose(
         why = "--compile=0" if config.compile is False else "on a CPU it is --compile=1"
         report.append(f"torch.compile off: {why}")
     backends = choose_backends(config, device)
-    heads = [model.text.head_size]
-    if model.vision is not None:
-        heads.append(model.vision.dim // model.vision.heads)
     with kernels.override(**backends):
         report += kernels.report(
             device=str(device),
             dtype=dtype,
-            head_dims=tuple(heads),
+            attentions=_attentions(model, longest),
             fused_loss=config.use_fused_loss,
             flash_attention=config.use_flash_attn,
             fused_kernels=config.use_fused_kernels,
             compiling=compiled,
         )
     return Composed(bare, loss_fn, eval_loss, dtype, tuple(report), backends)
+
+
+def _attentions(model: VLMConfig, longest: Longest) -> dict[str, dict[str, Any]]:
+    """What decides which kernel computes each attention of a model."""
+    text, vision = model.text, model.vision
+    known: dict[str, dict[str, Any]] = {
+        "text": {
+            "head_dim": text.head_size,
+            "group": text.heads // text.kv_heads,
+            "max_seqlen": longest.document,
+        }
+    }
+    if vision is not None:
+        known["vision"] = {
+            "head_dim": vision.dim // vision.heads,
+            "max_seqlen": longest.picture,
+            "length": longest.picture if longest.equal_pictures else None,
+        }
+    return known
 
 
 def choose_backends(config: TrainConfig, device: torch.device) -> dict[str, str]:

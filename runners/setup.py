@@ -171,8 +171,10 @@ def plan(encoder: Encoder, documents: Sequence[Document], rows: int, model: VLMC
 def bounds(spec: PackSpec) -> Longest:
     """What the model may rely on: how long documents and pictures get."""
     images = spec.images
-    picture = _square(images) if images is not None and images.fit == "square" else None
-    return Longest(spec.row_len, picture)
+    if images is None or images.fit != "square":
+        return Longest(spec.row_len)
+    picture = _square(images)
+    return Longest(spec.row_len, picture, equal_pictures=spec.max_patches % picture == 0)
 
 
 def _square(images: ImageSpec) -> int:

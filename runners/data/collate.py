@@ -83,9 +83,12 @@ def _image_fields(
     )
     # Unused patches are shared out among the unused pictures: as one picture they would cost
     # attention more than all real ones (a tenth of 38,000 patches squared, against 600 x 64 x 64).
+    # Where all real pictures are of one size, so are these: attention can lay them side by side.
     unused = num_images - len(counts)
     step = -(-(num_patches - used) // unused)
     step += -step % spec.images.merge**2
+    if spec.images.fit == "square":
+        step = max(step, (spec.images.image_size // spec.images.patch_size) ** 2)
     rest = np.minimum(used + step * np.arange(1, unused + 1), num_patches)
     image_cu_seqlens = np.concatenate([np.cumsum([0, *counts]), rest]).astype(np.int32)
     # Both projectors number their tokens in the order of the pictures, so slots are contiguous.

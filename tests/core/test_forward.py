@@ -195,7 +195,7 @@ def test_prepare_runs_innermost_first(micro) -> None:
 
 
 def test_building_a_large_model_makes_no_large_tensor() -> None:
-    assert len(vlm(preset("text_8b")).sites) == 32 * 12 + 3
+    assert len(vlm(preset("text_8b")).sites) == 32 * 13 + 3
 
 
 def test_many_layers_keep_their_order() -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-import inspect
 import itertools
-import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +17,8 @@ import kernels
 from kernels import attention
 
 module = importlib.import_module("kernels.attention")
+padded = importlib.import_module("kernels.attention_padded")
+flash = importlib.import_module("kernels.attention_flash")
 
 
 def boundaries(*lengths: int) -> Tensor:
@@ -207,8 +207,8 @@ def test_boundaries_are_read_anew_each_call() -> None:
 
 
 def test_plans_made_in_inference_mode_serve_training() -> None:
-    module._make_plan.cache_clear()
-    module._band.cache_clear()
+    padded._make_plan.cache_clear()
+    padded._band.cache_clear()
     leaves, cu = tensors(31), boundaries(4, 9, 2, 16)
     with torch.inference_mode():
         attention(*leaves, cu, window=3)
@@ -285,7 +285,7 @@ def test_what_is_saved(lengths: tuple[int, ...], kept_per_token_and_head: int) -
 def test_buckets_waste_little() -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(30, 90, (100,), generator=generator).tolist()
-    plan = module._make_plan(tuple(boundaries(*lengths).tolist()))
+    plan = padded._make_plan(tuple(boundaries(*lengths).tolist()))
     computed = sum(bucket.count * bucket.length**2 for bucket in plan.buckets)
     assert sum(bucket.count for bucket in plan.buckets) == 100
     assert computed < 1.35 * sum(n * n for n in lengths)
@@ -329,73 +329,177 @@ def test_meta_and_compiled() -> None:
     torch.testing.assert_close(compiled(q, k, v, other), attention(q, k, v, other))
 
 
-# CUDA backends: their adapters against stand-ins that have the libraries' signatures
+# Documents of one length, said so
 
 
-def stand_in(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, left: int, right: int, scale: float
-) -> Tensor:
-    causal = right == 0
-    assert causal or left == right
-    window = None if left < 0 else left + 1
-    return module.attention_reference(q, k, v, cu, causal=causal, window=window, scale=scale)
+@pytest.mark.parametrize("backend", ["padded", "plain"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 3, 6, 7])
+def test_length_is_as_the_boundaries(backend: str, causal: bool, window: int | None) -> None:
+    leaves, cu = tensors(24), boundaries(6, 6, 0, 6, 6, 0)
+    with kernels.override(attention=backend):
+        wanted = outputs_and_gradients(
+            lambda *x: attention(*x, cu, causal=causal, window=window), *leaves
+        )
+        got = outputs_and_gradients(
+            lambda *x: attention(*x, cu, causal=causal, window=window, length=6), *leaves
+        )
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
 
 
-def varlen_2_13(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor | None,
-    max_q: int,
-    max_k: int,
+def test_with_a_length_boundaries_are_not_read() -> None:
+    """Traced or vmapped, where nobody can look at them, they may be nonsense."""
+    leaves = tensors(24)
+    wanted = attention(*leaves, boundaries(8, 8, 8), length=8)
+    nonsense = torch.full((3,), 7, dtype=torch.int32)
+    examples = [x.expand(2, *x.shape) for x in leaves]
+    batched = torch.func.vmap(lambda *x: attention(*x, length=8))(*examples, nonsense.expand(2, 3))
+    torch.testing.assert_close(batched[1], wanted)
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*leaves, nonsense, length=8), wanted)
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n in (24, 32):
+        xs = tensors(n)
+        wanted = attention(*xs, boundaries(*(8,) * (n // 8)), length=8, max_seqlen=8)
+        got = compiled(*xs, nonsense, length=8, max_seqlen=8)
+        torch.testing.assert_close(got, wanted)
+
+
+def test_plain_with_a_length_takes_less_memory(allocations_in: Any) -> None:
+    leaves, cu = tensors(64), boundaries(*(8,) * 8)
+    with kernels.override(attention="plain"), allocations_in() as allocations:
+        outputs_and_gradients(lambda *x: attention(*x, cu, length=8), *leaves)
+    assert allocations.largest()[0] <= 64 * 4 * 8 * 8  # [8, H, 8, 8] scores, as large as q
+
+
+# Libraries' flash attention, with stand-ins that speak the libraries' own language, in fp64
+
+
+def pieces(
+    q: Tensor, k: Tensor, cu: Tensor | None, left: int, right: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Weights [H, N, N] of packed or dense tensors, and k with a head for each of q's."""
+    length = q.shape[1] if cu is None else None
+    n = q.shape[:-2].numel()
+    ends = torch.arange(length, n + 1, length) if cu is None else cu[1:]
+    row = torch.arange(n)
+    document = (ends <= row[:, None]).sum(-1)
+    gap = row[:, None] - row
+    seen = document[:, None] == document
+    seen &= (gap <= left) if left >= 0 else torch.ones_like(seen)
+    seen &= (-gap <= right) if right >= 0 else torch.ones_like(seen)
+    q, k = q.reshape(n, *q.shape[-2:]), k.reshape(n, *k.shape[-2:])
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1), k
+
+
+def statistics(q: Tensor) -> Tensor:
+    """What stands for the log-sum-exp: told apart by every row and head, in the right layout."""
+    return q.sum(-1).movedim(-1, -2).float()  # [H, N] or [B, H, T]
+
+
+def right_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, left: int, right: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    weights, _ = pieces(q, k, cu, left, right, scale)
+    v = v.reshape(-1, *v.shape[-2:]).repeat_interleave(q.shape[-2] // v.shape[-2], 1)
+    return torch.einsum("hqk,khd->qhd", weights, v).reshape(q.shape), statistics(q)
+
+
+def right_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu: Tensor | None,
+    left: int,
+    right: int,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """dV = P' g, dS = P * (g V' - rowsum), dQ = scale dS K, dK = scale dS' Q."""
+    torch.testing.assert_close(out, right_forward(q, k, v, cu, left, right, scale)[0])
+    torch.testing.assert_close(lse, statistics(q))
+    assert grad.is_contiguous()
+    weights, keys = pieces(q, k, cu, left, right, scale)
+    groups, shapes = q.shape[-2] // k.shape[-2], (q.shape, k.shape, v.shape)
+    q, v, grad = (x.reshape(-1, *x.shape[-2:]) for x in (q, v, grad))
+    d_weights = torch.einsum("qhd,khd->hqk", grad, v.repeat_interleave(groups, 1))
+    ds = weights * (d_weights - (d_weights * weights).sum(-1, keepdim=True))
+    dq = torch.einsum("hqk,khd->qhd", ds, keys) * scale
+    dk = torch.einsum("hqk,qhd->khd", ds, q) * scale
+    dv = torch.einsum("hqk,qhd->khd", weights, grad)
+    grads = (dq, *(x.unflatten(1, (-1, groups)).sum(2) for x in (dk, dv)))
+    return tuple(g.reshape(shape) for g, shape in zip(grads, shapes, strict=True))
+
+
+def flash_4_sides(
+    causal: bool, left: int | None, right: int | None, cu: tuple[Tensor | None, Tensor | None]
+) -> tuple[int, int]:
+    assert cu[0] is cu[1]
+    assert not (causal and left is not None), "flash-attn-4 would drop causal here"
+    sides = tuple(-1 if side is None else side for side in (left, right))
+    return (sides[0], 0) if causal else sides  # type: ignore[return-value]
+
+
+def flash_4_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    min_seqlen_k: int | None = None,
+    page_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    softcap: float | None = None,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None, None, None, None]:
+    assert softmax_scale is not None
+    assert max_seqlen_q == max_seqlen_k
+    left, right = flash_4_sides(
+        causal, window_size_left, window_size_right, (cu_seqlens_q, cu_seqlens_k)
+    )
+    out, lse = right_forward(q, k, v, cu_seqlens_q, left, right, softmax_scale)
+    return out, lse if return_lse else None, None, None, None
+
+
+def flash_4_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    softcap: float = 0.0,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
     *,
-    return_aux: Any = None,
-    scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    enable_gqa: bool = False,
-) -> Tensor:
-    assert enable_gqa or query.shape[1] == key.shape[1]
-    assert max_q == max_k == 6
-    assert scale is not None
-    return stand_in(query, key, value, cu_seq_q, *window_size, scale)
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    deterministic: bool = False,
+) -> tuple[Tensor, ...]:
+    assert softmax_scale is not None
+    left, right = flash_4_sides(
+        causal, window_size_left, window_size_right, (cu_seqlens_q, cu_seqlens_k)
+    )
+    return right_backward(dout, q, k, v, out, lse, cu_seqlens_q, left, right, softmax_scale)
 
 
-def varlen_2_11(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    return_aux: Any = None,
-    scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-) -> Tensor:
-    assert query.shape[1] == key.shape[1]
-    assert scale is not None
-    return stand_in(query, key, value, cu_seq_q, *window_size, scale)
-
-
-def varlen_2_10(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    is_causal: bool = False,
-    return_aux: Any = None,
-) -> Tensor:
-    assert query.shape[1] == key.shape[1]
-    right = 0 if is_causal else -1
-    return stand_in(query, key, value, cu_seq_q, -1, right, query.shape[-1] ** -0.5)
-
-
-def flash_2(
+def flash_2_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -403,139 +507,520 @@ def flash_2(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-) -> Tensor:
-    assert softmax_scale is not None
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False,
+) -> tuple[Tensor, ...]:
     assert dropout_p == 0.0
-    left, right = window_size
-    return stand_in(q, k, v, cu_seqlens_q, left, 0 if causal else right, softmax_scale)
+    right = 0 if causal else window_size_right
+    out, lse = right_forward(q, k, v, cu_seqlens_q, window_size_left, right, softmax_scale)
+    return out, lse, q.new_empty(0), torch.empty(2, dtype=torch.int64)
 
 
-def flash_4(
+def flash_2_backward(
+    dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    seqused_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    page_table: Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int | None, int | None] = (None, None),
-) -> tuple[Tensor, None]:
-    assert cu_seqlens_q is not None
-    assert softmax_scale is not None
-    left, right = (-1 if side is None else side for side in window_size)
-    right = 0 if causal else right
-    return stand_in(q, k, v, cu_seqlens_q, left, right, softmax_scale), None
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    assert dropout_p == softcap == 0.0
+    right = 0 if causal else window_size_right
+    cu, left = cu_seqlens_q, window_size_left
+    grads = right_backward(dout, q, k, v, out, softmax_lse, cu, left, right, softmax_scale)
+    for given, grad in zip((dq, dk, dv), grads, strict=True):
+        given.copy_(grad)
+    return softmax_lse
 
 
-ADAPTERS = [
-    ("torch-varlen", "varlen_attn", varlen_2_13),
-    ("torch-varlen", "varlen_attn", varlen_2_11),
-    ("torch-varlen", "varlen_attn", varlen_2_10),
-    ("flash-attn", "flash_attn_varlen_func", flash_2),
-    ("flash-attn-4", "flash_attn_varlen_func", flash_4),
-]
+def torch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    *,
+    scale: float,
+    window_size_left: int,
+    window_size_right: int,
+) -> tuple[Tensor, ...]:
+    assert dropout_p == 0.0
+    right = 0 if is_causal else window_size_right
+    out, lse = right_forward(q, k, v, cum_seq_q, window_size_left, right, scale)
+    return out, lse, lse, lse, lse
 
 
-module_of = {
-    "torch-varlen": "torch.nn.attention.varlen",
-    "flash-attn": "flash_attn.flash_attn_interface",
-    "flash-attn-4": "flash_attn.cute",
-}
+def torch_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    rng_state: Tensor,
+    unused: Tensor,
+    *,
+    scale: float,
+    window_size_left: int,
+    window_size_right: int,
+) -> tuple[Tensor, ...]:
+    right = 0 if is_causal else window_size_right
+    return right_backward(grad, q, k, v, out, lse, cum_seq_q, window_size_left, right, scale)
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, backend: str, name: str, function: Any) -> None:
-    library = types.ModuleType("stand_in")
-    setattr(library, name, function)
-    monkeypatch.setitem(sys.modules, module_of[backend], library)
-    monkeypatch.setattr(module, "choose", lambda *_: backend)
+def swapped(*xs: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in xs]  # [B, T, H, Dh] <-> [B, H, T, Dh]
 
 
-@pytest.mark.parametrize(
-    ("backend", "name", "function"), ADAPTERS, ids=lambda x: getattr(x, "__name__", None)
-)
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [None, 3])
-def test_adapters_say_what_is_meant(
-    backend: str,
-    name: str,
-    function: Any,
+def cudnn_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_bias: None,
+    compute_log_sumexp: bool,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    *,
+    scale: float,
+) -> tuple[Any, ...]:
+    assert compute_log_sumexp
+    assert dropout_p == 0.0
+    out, lse = right_forward(*swapped(q, k, v), None, -1, 0 if is_causal else -1, scale)
+    return out.transpose(1, 2), lse[..., None], None, None, 1, 1, None, None, None
+
+
+def cudnn_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor,
+    offset: Tensor,
+    attn_bias: None,
+    cum_seq_q: None,
+    cum_seq_k: None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    assert max_q == max_k == q.shape[2]
+    assert lse.ndim == 4
+    right = 0 if is_causal else -1
+    grads = right_backward(*swapped(grad, q, k, v, out), lse[..., 0], None, -1, right, scale)
+    return tuple(swapped(*grads))
+
+
+def triton_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
     causal: bool,
     window: int | None,
-    monkeypatch: pytest.MonkeyPatch,
+    scale: float,
+    max_seqlen: int,
+) -> tuple[Tensor, Tensor]:
+    reach = -1 if window is None else window - 1
+    return right_forward(q, k, v, cu_seqlens, reach, 0 if causal else reach, scale)
+
+
+def triton_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    max_seqlen: int,
+) -> tuple[Tensor, ...]:
+    reach = -1 if window is None else window - 1
+    right = 0 if causal else reach
+    return right_backward(grad, q, k, v, out, lse, cu_seqlens, reach, right, scale)
+
+
+STAND_INS = {
+    "_flash_attn_fwd": flash_4_forward,
+    "_flash_attn_bwd": flash_4_backward,
+    "_flash_attn_varlen_forward": flash_2_forward,
+    "_flash_attn_varlen_backward": flash_2_backward,
+    "flash_forward": triton_forward,
+    "flash_backward": triton_backward,
+}
+LIBRARIES = ("flash-attn-4", "flash-attn", "torch-varlen", "cudnn", "triton")
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`pretend(backend)`: it is installed, and chosen."""
+    monkeypatch.setattr(flash, "_function", lambda _, name: STAND_INS[name])
+    operators = {
+        "_flash_attention_forward": torch_forward,
+        "_flash_attention_backward": torch_backward,
+        "_scaled_dot_product_cudnn_attention": cudnn_forward,
+        "_scaled_dot_product_cudnn_attention_backward": cudnn_backward,
+    }
+
+    def choose(backend: str) -> None:
+        monkeypatch.setattr(
+            module, "choose", torch.compiler.assume_constant_result(lambda *_: backend)
+        )
+        if backend in ("torch-varlen", "cudnn"):
+            for name, stand_in in operators.items():
+                monkeypatch.setattr(torch.ops.aten, name, stand_in)
+
+    return choose
+
+
+@pytest.mark.parametrize("backend", LIBRARIES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("length", [None, 6])
+def test_libraries_are_told_what_is_meant(
+    backend: str,
+    causal: bool,
+    window: int | None,
+    length: int | None,
+    pretend: Callable[[str], None],
 ) -> None:
-    leaves, cu = tensors(10), boundaries(4, 6, 0)
+    leaves, cu = tensors(12), boundaries(6, 6, 0) if length else boundaries(0, 5, 6, 1, 0)
     wanted = outputs_and_gradients(
         lambda *x: module.attention_reference(*x, cu, causal=causal, window=window, scale=0.2),
         *leaves,
     )
-    pretend(monkeypatch, backend, name, function)
+    if backend == "cudnn" and (length is None or window is not None):
+        return  # refused by the dispatch
+    pretend(backend)
 
     def call(*x: Tensor) -> Tensor:
-        return attention(*x, cu, causal=causal, window=window, scale=0.2, max_seqlen=6)
+        return attention(
+            *x, cu, causal=causal, window=window, scale=0.2, max_seqlen=6, length=length
+        )
 
-    if function is varlen_2_10 and window is not None:
-        with pytest.raises(RuntimeError, match="takes no window"):
-            call(*leaves)
-        return
     torch.testing.assert_close(outputs_and_gradients(call, *leaves), wanted, rtol=1e-10, atol=1e-12)
 
 
-def test_the_installed_varlen_attn_takes_what_we_pass() -> None:
-    from torch.nn.attention.varlen import varlen_attn
+def loss_of(cu: Tensor, length: int | None = None) -> Callable[..., Tensor]:
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attention(q, k, v, cu, window=4, length=length)
+        weights = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype, device=out.device)
+        weights = weights.reshape(out.shape)
+        return (torch.sin(out) * weights).sum()
 
-    names = set(inspect.signature(varlen_attn).parameters)
-    assert {"scale", "window_size"} <= names
-    assert list(inspect.signature(varlen_attn).parameters)[:7] == [
-        "query",
-        "key",
-        "value",
-        "cu_seq_q",
-        "cu_seq_k",
-        "max_q",
-        "max_k",
-    ]
+    return loss
 
 
-class Disconnected(torch.autograd.Function):
-    """Like flash-attn-4: its backward fills fresh tensors that autograd knows nothing of."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        return q * k * v
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = (x.detach() for x in ctx.saved_tensors)
-        grad = grad.detach()
-        return grad * k * v, grad * q * v, grad * q * k
+Loss = Callable[..., Tensor]
+Tensors = tuple[Tensor, ...]
 
 
-@pytest.mark.parametrize("which", [0, 1, 2])
-def test_a_second_derivative_through_a_library_raises(
-    which: int, monkeypatch: pytest.MonkeyPatch
+def examples_of(xs: Tensors) -> Tensors:
+    return tuple(torch.stack([x, x.flip(0), x * 0.5]) for x in xs)
+
+
+def gradient(loss: Loss) -> Callable[..., Tensors]:
+    return torch.func.grad(loss, (0, 1, 2))
+
+
+def by_autograd(loss: Loss, xs: Tensors) -> Any:
+    leaves = [x.clone().requires_grad_() for x in xs]
+    return torch.autograd.grad(loss(*leaves), leaves)
+
+
+def by_func_grad(loss: Loss, xs: Tensors) -> Any:
+    return gradient(loss)(*xs)
+
+
+def by_vmap_grad(loss: Loss, xs: Tensors) -> Any:
+    return torch.func.vmap(gradient(loss))(*examples_of(xs))
+
+
+def by_vmap_grad_shared(loss: Loss, xs: Tensors) -> Any:
+    return torch.func.vmap(gradient(loss), (0, None, None))(examples_of(xs)[0], *xs[1:])
+
+
+def by_nested_vmap_grad(loss: Loss, xs: Tensors) -> Any:
+    twice = examples_of(examples_of(xs))
+    return torch.func.vmap(torch.func.vmap(gradient(loss)))(*twice)
+
+
+def by_grad_of_vmap(loss: Loss, xs: Tensors) -> Any:
+    return gradient(lambda *y: torch.func.vmap(loss)(*y).sum())(*examples_of(xs))
+
+
+def by_autograd_of_vmap(loss: Loss, xs: Tensors) -> Any:
+    return by_autograd(lambda *y: torch.func.vmap(loss)(*y).sum(), examples_of(xs))
+
+
+def by_compile(loss: Loss, xs: Tensors) -> Any:
+    return by_autograd(torch.compile(loss, backend="aot_eager", fullgraph=True), xs)
+
+
+def by_compiled_grad(loss: Loss, xs: Tensors) -> Any:
+    return torch.compile(gradient(loss), backend="aot_eager", fullgraph=True)(*xs)
+
+
+def by_double_backward(loss: Loss, xs: Tensors) -> Any:
+    leaves = [x.clone().requires_grad_() for x in xs]
+    first = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+    return torch.autograd.grad(sum(torch.sin(g).sum() for g in first), leaves)
+
+
+def by_jvp_of_grad(loss: Loss, xs: Tensors) -> Any:
+    return torch.func.jvp(gradient(loss), xs, tuple(torch.cos(x) for x in xs))[1]
+
+
+def by_jvp(loss: Loss, xs: Tensors) -> Any:
+    return [torch.func.jvp(loss, xs, tuple(torch.cos(x) for x in xs))[1]]
+
+
+FIRST = [
+    by_autograd,
+    by_func_grad,
+    by_vmap_grad,
+    by_vmap_grad_shared,
+    by_nested_vmap_grad,
+    by_grad_of_vmap,
+    by_autograd_of_vmap,
+    by_compile,
+    by_compiled_grad,
+]
+HIGHER = [by_double_backward, by_jvp_of_grad, by_jvp]
+EAGER = {by_compile: by_autograd, by_compiled_grad: by_func_grad}
+
+
+def disagreement(
+    driver: Any, backend: str, length: int | None, pretend: Callable[[str], None]
+) -> float:
+    torch._dynamo.reset()
+    loss = loss_of(boundaries(0, 5, 6, 1, 0) if length is None else boundaries(6, 6), length)
+    xs = tensors(12, dim=4)
+    pretend("plain")
+    wanted = EAGER.get(driver, driver)(loss, xs)
+    pretend(backend)
+    got = driver(loss, xs)
+    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, wanted, strict=True)]
+    assert all(a.shape == b.shape for a, b in zip(got, wanted, strict=True))
+    return max(e if e == e else float("inf") for e in errors)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("driver", [*FIRST, *HIGHER])
+@pytest.mark.parametrize(
+    ("backend", "length"), [("flash-attn-4", None), ("flash-attn-4", 6), ("flash-attn", 6)]
+)
+def test_libraries_under_every_driver(
+    driver: Any, backend: str, length: int | None, pretend: Callable[[str], None]
 ) -> None:
-    leaves, cu = list(tensors(10, 2, 2)), boundaries(10)
-    leaves[which].requires_grad_()
-    pretend(
-        monkeypatch,
-        "flash-attn-4",
-        "flash_attn_varlen_func",
-        lambda q, k, v, **_: (Disconnected.apply(q, k, v), None),
-    )
-    out = attention(*leaves, cu)
-    (first,) = torch.autograd.grad(out.square().sum(), leaves[which], create_graph=True)
+    assert disagreement(driver, backend, length, pretend) < 1e-10
+
+
+@pytest.mark.parametrize("driver", FIRST)
+def test_a_wrong_backward_shows(
+    driver: Any, pretend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*args: Any, **static: Any) -> tuple[Tensor | None, ...]:
+        return tuple(None if g is None else 3.0 * g for g in flash.backward(*args, **static))
+
+    monkeypatch.setattr(module, "FLASH", dataclasses.replace(module.FLASH, backward=wrong))
+    assert disagreement(driver, "flash-attn-4", None, pretend) > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("driver", HIGHER)
+def test_a_wrong_formula_shows(
+    driver: Any, pretend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*args: Any, **static: Any) -> Tensor:
+        return 3.0 * module._flash_formula(*args, **static)
+
+    monkeypatch.setattr(module, "FLASH", dataclasses.replace(module.FLASH, formula=wrong))
+    assert disagreement(driver, "flash-attn-4", None, pretend) > 0.1
+
+
+@pytest.mark.parametrize("length", [None, 6])
+def test_examples_of_a_vmap_are_one_call(
+    length: int | None, pretend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    for name in ("_flash_attn_fwd", "_flash_attn_bwd"):
+        right = STAND_INS[name]
+        monkeypatch.setitem(
+            STAND_INS, name, lambda q, *args, _f=right, **o: (seen.append(q), _f(q, *args, **o))[1]
+        )
+    pretend("flash-attn-4")
+    loss = loss_of(boundaries(0, 5, 6, 1, 0) if length is None else boundaries(6, 6), length)
+    torch.func.vmap(gradient(loss))(*examples_of(tensors(12, dim=4)))
+    assert [x.shape[:-2].numel() for x in seen] == [36, 36]
+
+
+def test_triton_through_the_public_function(kernel_device: str) -> None:
+    cu = boundaries(0, 9, 33, 1, 0).to(kernel_device)
+    xs = [x.to(kernel_device) for x in tensors(43, 2, 1, 64, torch.float32)]
+    for driver, length in ((by_autograd, None), (by_vmap_grad, 43)):
+        loss = loss_of(boundaries(43).to(kernel_device) if length else cu, length)
+        with kernels.override(attention="plain"):
+            wanted = driver(loss, xs)
+        with kernels.override(attention="triton"):
+            got = driver(loss, xs)
+        for mine, right in zip(got, wanted, strict=True):
+            # fp32: at most 43 weights, and sums of 64 products, of order 1
+            torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5 * float(right.abs().max()))
+
+
+@pytest.mark.parametrize("backend", LIBRARIES)
+def test_no_tokens_reach_no_library(backend: str, pretend: Callable[[str], None]) -> None:
+    pretend(backend)
+    q, k, v = (x.requires_grad_() for x in tensors(0))
+    for length in (None, 5):
+        out = attention(q, k, v, torch.zeros(3, dtype=torch.int32), length=length)
+        assert out.shape == q.shape
+        assert all(g.numel() == 0 for g in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+def test_rows_in_any_layout(pretend: Callable[[str], None]) -> None:
+    """Views of one projection, heads in front, no last stride of 1: values, contiguous results."""
+    n, cu = 12, boundaries(5, 7)
+    fused = torch.randn(n, 8 * 4, dtype=torch.float64)
+    views = fused.split((16, 8, 8), 1)
+    q, k, v = (x.unflatten(1, (-1, 4)) for x in views)
+    layouts = [
+        (q, k, v),
+        tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)),
+        tuple(x.mT.contiguous().mT for x in (q, k, v)),
+    ]
+    wanted = outputs_and_gradients(lambda *x: by_documents(*x, cu, True, None), q, k, v)
+    for backend in LIBRARIES[:3]:
+        pretend(backend)
+        for xs in layouts:
+            leaves = [x.detach().requires_grad_() for x in xs]
+            out = attention(*leaves, cu)
+            generator = torch.Generator().manual_seed(9)
+            cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+            got = [out, *torch.autograd.grad(out, leaves, cotangent)]
+            torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+            assert all(x.is_contiguous() for x in got)
+
+
+def test_fakes_are_as_the_ops(pretend: Callable[[str], None]) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    q, k, v = tensors(12)
+    for backend in LIBRARIES:
+        pretend(backend)
+        for length in (None, 4):
+            if backend == "cudnn" and length is None:
+                continue
+            cu = boundaries(4, 4, 4) if length is None else None
+            static = (backend, 12, length, True, None, 0.3)
+            out, lse = torch.ops.nanovision.flash_attention(q, k, v, cu, *static)
+            grads = torch.ops.nanovision.flash_attention_backward(
+                out, q, k, v, out, lse, cu, *static, False
+            )
+            with FakeTensorMode() as mode:
+                fq, fk, fv, fcu = (x if x is None else mode.from_tensor(x) for x in (q, k, v, cu))
+                fakes = torch.ops.nanovision.flash_attention(fq, fk, fv, fcu, *static)
+                fake_grads = torch.ops.nanovision.flash_attention_backward(
+                    fakes[0], fq, fk, fv, *fakes, fcu, *static, False
+                )
+            for fake, real in zip((*fakes, *fake_grads), (out, lse, *grads), strict=True):
+                assert (fake.shape, fake.stride(), fake.dtype) == (
+                    real.shape,
+                    real.stride(),
+                    real.dtype,
+                )
+
+
+@pytest.mark.parametrize("length", [None, 4])
+def test_torchs_own_operators_take_what_we_pass(length: int | None) -> None:
+    """On meta tensors: the arguments go through the operators' real schemas."""
+    shapes = ((12, 4, 8), (12, 2, 8), (12, 2, 8))
+    q, k, v = (torch.empty(s, device="meta", dtype=torch.bfloat16) for s in shapes)
+    cu = torch.empty(4, device="meta", dtype=torch.int32) if length is None else None
+    for backend in ("torch-varlen", "cudnn") if length else ("torch-varlen",):
+        static = (backend, 12, length, True, None, 0.3)
+        out, lse = flash.flash_forward(q, k, v, cu, *static)
+        assert (out.shape, lse.shape) == (q.shape, (3, 4, 4) if length else (4, 12))
+        grads = flash.flash_backward(out, q, k, v, out, lse, cu, *static, False)
+        assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
+
+
+def test_higher_derivatives_that_do_not_fit_are_refused(
+    pretend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MOST_SCORES", 12 * 4 * 12 - 1)
+    pretend("flash-attn-4")
+    xs = [x.requires_grad_() for x in tensors(12)]
+    first = torch.autograd.grad(attention(*xs, boundaries(12)).sum(), xs, create_graph=True)
     with pytest.raises(RuntimeError, match="flash-attn-4 has no second derivative"):
-        torch.autograd.grad(first.sum(), leaves[which])
+        torch.autograd.grad(first[0].sum(), xs)
+    with pytest.raises(RuntimeError, match=r'override\(attention="plain"\)'):
+        torch.func.jvp(lambda q: attention(q, *xs[1:], boundaries(12)), (xs[0],), (xs[0],))
+
+
+def test_a_deterministic_mode_is_passed_on(
+    pretend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def backward(*args: Any, deterministic: bool, **options: Any) -> tuple[Tensor, ...]:
+        asked.append(deterministic)
+        return flash_4_backward(*args, **options)
+
+    monkeypatch.setitem(STAND_INS, "_flash_attn_bwd", backward)
+    pretend("flash-attn-4")
+    outputs_and_gradients(lambda *x: attention(*x, boundaries(12)), *tensors(12))
+    torch.use_deterministic_algorithms(True)
+    try:
+        outputs_and_gradients(lambda *x: attention(*x, boundaries(12)), *tensors(12))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == [False, True]
 
 
 # Errors
@@ -558,6 +1043,9 @@ def test_a_second_derivative_through_a_library_raises(
         ({"k": torch.ones(10, 2, 8, device="meta")}, "k is on meta; move them"),
         ({"window": 0}, "window must be at least 1"),
         ({"max_seqlen": 0}, "max_seqlen must be at least 1"),
+        ({"length": 0}, "length must be at least 1 and divide the number of tokens, 10, got 0"),
+        ({"length": 4}, "length must be at least 1 and divide the number of tokens, 10, got 4"),
+        ({"length": 5}, "every document has 5 tokens, but document 0 has 4"),
     ],
 )
 def test_bad_arguments_are_named(changes: dict[str, Any], message: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import dispatch
+from kernels import dispatch, launch
 
 attention_module = importlib.import_module("kernels.attention")
 
@@ -21,9 +21,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def pretend(capability: tuple[int, int] = (9, 0), missing: tuple[str, ...] = ()) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
         monkeypatch.setattr(
             dispatch, "import_problem", lambda name, remedy: remedy if name in missing else None
         )
+        if "triton" in missing:
+            monkeypatch.setattr(launch, "triton", None)
 
     return pretend
 
@@ -36,13 +39,22 @@ FLASH_4, FLASH_2 = "flash_attn.cute", "flash_attn.flash_attn_interface"
     [
         ((9, 0), (), {}, "flash-attn-4"),
         ((10, 0), (), {"head_dim": 128}, "flash-attn-4"),
-        ((9, 0), (), {"head_dim": 72}, "flash-attn"),  # unproved for flash-attn 4
-        ((9, 0), (FLASH_4,), {}, "flash-attn"),
-        ((9, 0), (FLASH_4, FLASH_2), {}, "torch-varlen"),
+        ((9, 0), (), {"head_dim": 72}, "triton"),  # unproved for flash-attn 4
+        ((9, 0), (FLASH_4,), {}, "triton"),
+        ((9, 0), (FLASH_4, "triton"), {}, "flash-attn"),
+        ((9, 0), (FLASH_4, FLASH_2, "triton"), {}, "torch-varlen"),
+        ((9, 0), (), {"max_seqlen": 512}, "triton"),
+        ((9, 0), (), {"max_seqlen": 1024}, "flash-attn-4"),
+        ((9, 0), (), {"max_seqlen": 1024, "group": 6}, "triton"),
+        ((9, 0), (), {"length": 64, "max_seqlen": 64}, "triton"),
+        ((9, 0), (), {"length": 256, "max_seqlen": 256}, "flash-attn-4"),
         ((8, 0), (), {}, "flash-attn"),
-        ((9, 0), (), {"compiling": True}, "torch-varlen"),
-        ((9, 0), (), {"transformed": True}, "plain"),
-        ((9, 0), (), {"dtype": torch.float32}, "plain"),
+        ((9, 0), (), {"compiling": True}, "flash-attn-4"),
+        ((9, 0), (FLASH_4,), {"length": 256}, "cudnn"),
+        ((9, 0), (FLASH_4,), {"length": 256, "window": 9}, "triton"),
+        ((8, 0), (), {"max_seqlen": 64}, "flash-attn"),
+        ((9, 0), (), {"dtype": torch.float32}, "triton"),
+        ((9, 0), (), {"dtype": torch.float64}, "plain"),
         ((9, 0), (), {"head_dim": 320}, "plain"),
         ((9, 0), (), {"head_dim": 20}, "plain"),
         ((7, 5), (), {}, "plain"),
@@ -72,15 +84,15 @@ def test_a_slow_choice_on_a_gpu_is_said_once(gpu: Any, caplog: pytest.LogCapture
     dispatch._warned.clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            dispatch.choose("attention", "cuda", torch.float32)
+            dispatch.choose("attention", "cuda", torch.float64)
     assert len(caplog.records) == 1
     assert "O(N^2) in memory" in caplog.text
-    assert "takes bfloat16 or float16, not torch.float32" in caplog.text
+    assert "takes bfloat16 or float16, not torch.float64" in caplog.text
 
 
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
-    for name in ("_apply_padded", "attention_reference"):
+    for name in ("padded_attention", "attention_reference"):
         right = getattr(attention_module, name)
 
         def spy(*args: Any, _name: str = name, _right: Any = right, **static: Any) -> Any:
@@ -105,7 +117,7 @@ def test_overrides_decide_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
             run_attention()
         run_attention()
     run_attention()
-    names = [{"_apply_padded": "padded"}.get(name, "plain") for name in seen]
+    names = [{"padded_attention": "padded"}.get(name, "plain") for name in seen]
     assert names == ["padded", "plain", "padded", "plain", "padded"]
 
 
@@ -122,7 +134,7 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == ["attention_reference"]
     with kernels.override(attention="padded"):  # closer to the code than the environment
         run_attention()
-    assert seen[1] == "_apply_padded"
+    assert seen[1] == "padded_attention"
 
 
 @pytest.mark.parametrize(
@@ -189,14 +201,45 @@ def test_broken_imports_say_so(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-def test_report_on_a_cpu() -> None:
+@pytest.mark.parametrize(
+    ("capability", "dtype", "chosen"),
+    [
+        ((9, 0), torch.bfloat16, "triton"),
+        ((8, 0), torch.float32, "triton"),
+        ((9, 0), torch.float64, "torch"),
+        ((7, 5), torch.float16, "torch"),
+    ],
+)
+def test_fused_kernels_on_a_gpu(
+    capability: tuple[int, int], dtype: torch.dtype, chosen: str, gpu: Any
+) -> None:
+    gpu(capability)
+    others = [op for op in dispatch.BACKENDS if op != "attention"]
+    assert {dispatch.choose(op, "cuda", dtype) for op in others} == {chosen}
+
+
+def test_triton_on_a_cpu_is_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    assert dispatch.choose("rms_norm") == "torch"
+    with (
+        kernels.override(rms_norm="triton"),
+        pytest.raises(RuntimeError, match=r"needs a CUDA GPU \(or TRITON_INTERPRET=1"),
+    ):
+        kernels.rms_norm(torch.ones(2, 4))
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    assert dispatch.choose("rms_norm") == "triton"
+    assert dispatch.choose("rms_norm", "meta") == "torch"
+
+
+def test_report_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     loss, attention, fused = dispatch.report()
     assert loss == "Using fused cross-entropy (torch, in chunks)"
     assert attention == (
         "Flash attention requested but not available: needs a CUDA GPU; "
         "using padded attention (torch)"
     )
-    assert fused.startswith("Fused kernels requested but not available: ")
+    assert fused.startswith("Fused kernels requested but not available: needs a CUDA GPU")
 
 
 def test_report_says_what_is_off() -> None:
@@ -211,12 +254,23 @@ def test_report_says_what_is_off() -> None:
 def test_report_on_a_gpu(gpu: Any) -> None:
     gpu(missing=(FLASH_4, FLASH_2))
     lines = dispatch.report(device="cuda", dtype=torch.bfloat16)
-    assert lines[1] == "Using flash attention (torch varlen)"
+    assert lines == [
+        "Using fused cross-entropy (triton)",
+        "Using flash attention (triton)",
+        "Using fused kernels (triton): rms_norm, layer_norm, swiglu, rope",
+    ]
+    with kernels.override(rope="torch"):
+        assert dispatch.report(device="cuda", dtype=torch.bfloat16)[2:] == [
+            "Using fused kernels (triton): rms_norm, layer_norm, swiglu",
+            "Fused kernels requested but not available: torch was asked for (rope); using torch, "
+            "with backwards that recompute: rope",
+        ]
     gpu(missing=(FLASH_2, "triton"))
-    lines = dispatch.report(device="cuda", dtype=torch.bfloat16, head_dims=(64, 72, 64))
+    attentions = {"text": {"head_dim": 64}, "vision": {"head_dim": 72}, "other": {"head_dim": 128}}
+    lines = dispatch.report(device="cuda", dtype=torch.bfloat16, attentions=attentions)
     assert lines[1:3] == [
-        "Using flash attention (flash-attn 4) for head size 64",
-        "Using flash attention (torch varlen) for head size 72",
+        "Using flash attention (flash-attn 4) for text, other",
+        "Using flash attention (torch varlen) for vision",
     ]
     assert lines[3].startswith("Fused kernels requested but not available: install triton")
     with kernels.override(attention="plain"):

@@ -74,7 +74,7 @@ def make_cases() -> dict[str, Case]:
             return plain_attention(q, k, v, cu, causal=causal, window=window, scale=0.5)
 
         floats = (rand(N, 4, 4), rand(N, 2, 4, seed=1), rand(N, 2, 4, seed=2))
-        return Case(fast, plain, floats, ("attention", "PADDED"), compiled=False)
+        return Case(fast, plain, floats, ("attention_padded", "PADDED"), compiled=False)
 
     def joined(pair: tuple[Tensor, Tensor]) -> Tensor:
         return torch.cat([part.flatten() for part in pair])
@@ -120,9 +120,9 @@ def make_cases() -> dict[str, Case]:
         ),
         "swiglu": Case(
             kernels.swiglu,
-            module("swiglu").swiglu_reference,
+            module("glu").swiglu_reference,
             (rand(N, DIM), rand(N, DIM, seed=1)),
-            ("swiglu", "OP"),
+            ("glu", "SWIGLU"),
         ),
         "rope": Case(
             lambda q, k: joined(rope(q, k, cos, sin, positions)),

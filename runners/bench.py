@@ -1,0 +1,50 @@
+"""Measures what this project claims to be fast.
+
+python -m runners.bench kernels --peers      # every kernel beside torch and other libraries
+python -m runners.bench table --files A B    # the page and picture of runs measured before
+python -m runners.bench trace                # which of our kernels a training step really runs
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from runners.benchmarks.kernels import KernelsConfig, TableConfig, run_kernels, run_table
+from runners.benchmarks.trace import TraceConfig, run_trace
+from runners.cli import UsageError, guarded, nearest, parse
+
+
+class Command(NamedTuple):
+    config: type[Any]
+    run: Callable[[Any, str], int]  # with the command line, as the results quote it
+
+
+COMMANDS = {
+    "kernels": Command(KernelsConfig, run_kernels),
+    "table": Command(TableConfig, run_table),
+    "trace": Command(TraceConfig, run_trace),
+}
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if argv else 2
+    name, *flags = argv
+    if name not in COMMANDS:
+        known = list(COMMANDS)
+        raise UsageError(f"bench {name}: there are {', '.join(known)}{nearest(name, known)}")
+    prog = f"python -m runners.bench {name}"
+    config = parse(COMMANDS[name].config, flags, prog=prog)
+    return COMMANDS[name].run(config, " ".join([prog, *flags]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return guarded(lambda: run(argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

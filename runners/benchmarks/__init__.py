@@ -1,0 +1,1 @@
+"""What `python -m runners.bench` measures, and how."""

@@ -1,0 +1,178 @@
+"""Timing on a device: CUDA graphs and events on a GPU, a wall clock on a CPU."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
+
+import torch
+
+Run = Callable[[], object]
+
+
+class NotCapturableError(Exception):
+    """Why a call cannot become a CUDA graph, in one line."""
+
+
+class DeviceLostError(Exception):
+    """The device answers nothing any more: an earlier kernel wrote where it must not."""
+
+
+class Clock(Protocol):
+    """How calls are run and timed on one device."""
+
+    device: torch.device
+
+    def session(self) -> AbstractContextManager[None]:
+        """Everything is run inside."""
+
+    def capture(self, run: Run) -> Run:
+        """The same work with no launches from Python. Raises NotCapturableError."""
+
+    def sample(self, run: Run, before: Run | None, count: int) -> list[float]:
+        """Milliseconds of each of ``count`` runs, ``before()`` outside of the time."""
+
+    def peak(self, run: Callable[[], int]) -> int | None:
+        """Bytes held at the worst moment of ``run`` above those before it, less what it returns:
+        the bytes of its results."""
+
+    def settle(self) -> None:
+        """Waits for the device. Raises DeviceLostError."""
+
+    def free(self) -> None:
+        """Gives cached memory back to the device."""
+
+
+class CpuClock:
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def session(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def capture(self, run: Run) -> Run:
+        raise NotCapturableError("a CPU has no CUDA graphs")
+
+    def sample(self, run: Run, before: Run | None, count: int) -> list[float]:
+        times = []
+        for _ in range(count):
+            if before is not None:
+                before()
+            start = time.perf_counter()
+            run()
+            times.append(1e3 * (time.perf_counter() - start))
+        return times
+
+    def peak(self, run: Callable[[], int]) -> int | None:
+        run()
+        return None
+
+    def settle(self) -> None:
+        pass
+
+    def free(self) -> None:
+        pass
+
+
+class CudaClock:
+    """Everything on one stream that is not the default one, so that graphs can be captured where
+    the warm-up ran: autograd remembers streams."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self._stream = torch.cuda.Stream()
+        self._spoilt: list[torch.cuda.CUDAGraph] = []
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def capture(self, run: Run) -> Run:
+        self._check_asynchronous(run)
+        self.free()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        problem: BaseException | None = None
+        collecting = gc.isenabled()
+        gc.disable()  # what it frees during a capture, it frees in the midst of someone's call
+        graph.capture_begin(pool=pool)
+        try:
+            run()
+        except Exception as error:
+            problem = error
+        finally:
+            if collecting:
+                gc.enable()
+        try:
+            graph.capture_end()
+        except RuntimeError as error:
+            problem = problem or error
+            self._abandon(graph, pool)
+        if problem is not None:
+            raise NotCapturableError(first_line(problem)) from problem
+        graph.replay()
+        self.settle()
+        return graph.replay
+
+    def _check_asynchronous(self, run: Run) -> None:
+        """A call that waits for the device would spoil a capture: found out beforehand."""
+        self.settle()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        except RuntimeError as error:
+            raise NotCapturableError(f"it waits for the device: {first_line(error)}") from error
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+        """Ends what a failed `capture_end` leaves begun (torch 2.11): the allocator would take
+        every later allocation for part of a capture, and refuse to free its cache."""
+        self._spoilt.append(graph)  # allocators keep a pointer to it
+        torch._C._cuda_endAllocateToPool(self.device.index, pool)
+        torch._C._cuda_releasePool(self.device.index, pool)
+
+    def sample(self, run: Run, before: Run | None, count: int) -> list[float]:
+        events = []
+        for _ in range(count):
+            if before is not None:
+                before()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            events.append((start, end))
+        self.settle()
+        return [start.elapsed_time(end) for start, end in events]
+
+    def peak(self, run: Callable[[], int]) -> int | None:
+        self.settle()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        results = run()
+        self.settle()
+        return max(0, torch.cuda.max_memory_allocated() - before - results)
+
+    def settle(self) -> None:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:  # AcceleratorError is one
+            raise DeviceLostError(first_line(error)) from error
+
+    def free(self) -> None:
+        torch.cuda.empty_cache()
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, cut to one line, with its type where it says nothing.
+
+    >>> first_line(ValueError("no such thing\\nat line 3"))
+    'no such thing'
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 160 else f"{text[:157]}..."

@@ -1,0 +1,188 @@
+"""`bench trace`: which kernels the default training step really runs, against what is promised."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+import kernels
+from runners.benchmarks.report import console
+from runners.cli import UsageError
+from runners.config import TrainConfig, parse_config
+from runners.errors import UserError
+from runners.setup import Job, prepare
+from runners.step import Learner
+from transforms import value_and_grad
+
+# Kernels of attention libraries, as the profiler names them: flash-attn and torch's copy of it say
+# flash, cuDNN sdpa or fmha.
+ATTENTION = re.compile(r"flash|fmha|sdpa|attention_\w*kernel", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class TraceConfig:
+    """Profiles one step of `python -m runners.train` on the GPU and lists its kernels; fails if one
+    is absent that the run's report promises."""
+
+    warmup: int = 4
+    """Steps before the one that is looked at: the first ones compile."""
+    out: str = "runs/bench"
+    """Folder for trace.jsonl, a line a kernel."""
+    chrome: bool = False
+    """Write trace.json too, for chrome://tracing or ui.perfetto.dev."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A kernel of the traced step."""
+
+    name: str
+    ours: bool
+    calls: int
+    us: float  # on the device, all calls together
+
+
+def run_trace(config: TraceConfig, command: str) -> int:
+    """Raises UserError where there is no GPU, and for a promise that is not kept."""
+    if config.warmup < 1:
+        raise UsageError(f"--warmup must be 1 or more, not {config.warmup}")
+    if not torch.cuda.is_available():
+        raise UserError("bench trace profiles a GPU, and PyTorch sees none here")
+    training = replace(parse_config([], gpu=True), tensorboard=False)
+    return trace(config, training, command, console())
+
+
+def trace(config: TraceConfig, training: TrainConfig, command: str, output: Console) -> int:
+    job = prepare(training)
+    try:
+        record = profile_step(job, config.warmup)
+    finally:
+        job.loader.close()
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    seen = kernels_of(record, job.device)
+    where = {
+        "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": command,
+    }
+    lines = [json.dumps(asdict(kernel) | where) + "\n" for kernel in seen]
+    (folder / "trace.jsonl").write_text("".join(lines))
+    if config.chrome:
+        record.export_chrome_trace(str(folder / "trace.json"))
+    show(seen, job.composed.report, output)
+    absent = broken_promises(job.composed.report, [kernel.name for kernel in seen])
+    if absent:
+        raise UserError(
+            f"the report promises {', '.join(absent)}, but the traced step runs no such kernel"
+        )
+    output.print(f"Every promised kernel is in the step. In {folder}: trace.jsonl")
+    return 0
+
+
+def profile_step(job: Job, warmup: int) -> profile:
+    """One training step after some others, made of the runners' own pieces."""
+    learner = Learner(job.params, job.config, job.select)
+    grad_fn = value_and_grad(job.composed.loss_fn, job.select)
+    batches = iter(job.loader)
+    cuda = job.device.type == "cuda"
+
+    def step() -> None:
+        group = [next(batches) for _ in range(job.config.grad_accum_steps)]
+        learner.train_step(grad_fn, group)
+        if cuda:
+            torch.cuda.synchronize()
+
+    watched = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with kernels.override(**job.composed.backends):
+        for _ in range(warmup):
+            step()
+        with profile(activities=watched) as record:
+            step()
+    return record
+
+
+def kernels_of(record: profile, device: torch.device) -> list[Seen]:
+    """What ran on the device, the longest first. (On a CPU: the operators.)"""
+    kind = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
+    mine = our_kernels()
+    total: dict[str, tuple[int, float]] = {}
+    events: Any = record.events()
+    for event in events:
+        if event.device_type == kind:
+            calls, us = total.get(event.name, (0, 0.0))
+            total[event.name] = (calls + 1, us + event.time_range.elapsed_us())
+    found = [Seen(name, name in mine, calls, us) for name, (calls, us) in total.items()]
+    return sorted(found, key=lambda kernel: -kernel.us)
+
+
+def our_kernels() -> set[str]:
+    """The names of all Triton kernels in `kernels`."""
+    names: set[str] = set()
+    for module in pkgutil.iter_modules(kernels.__path__):
+        members = vars(importlib.import_module(f"kernels.{module.name}"))
+        names |= {n for n in members if n.endswith("_kernel") and not n.startswith("_")}
+    return names
+
+
+def promised(report: Sequence[str]) -> list[str]:
+    """The fused operations that a run's report says it uses, through Triton or a flash library.
+
+    >>> promised(["Using flash attention (torch varlen)", "Using fused kernels (triton): rope"])
+    ['attention', 'rope']
+    """
+    found = []
+    for line in report:
+        if line.startswith("Using fused cross-entropy (triton"):
+            found.append("cross_entropy")
+        elif line.startswith("Using flash attention ("):
+            found.append("attention")
+        elif line.startswith("Using fused kernels (triton): "):
+            found += re.findall(r"[a-z]\w+", line.partition(": ")[2])
+    return list(dict.fromkeys(found))
+
+
+def broken_promises(report: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The promised operations of which no kernel is among the names.
+
+    >>> broken_promises(["Using fused kernels (triton): rope, swiglu"], ["rope_forward_kernel"])
+    ['swiglu']
+    """
+    return [op for op in promised(report) if not any(_belongs(name, op) for name in names)]
+
+
+def _belongs(name: str, op: str) -> bool:
+    if op == "attention":
+        return ATTENTION.search(name) is not None
+    # a norm's sum of the weight's gradient over rows serves other norms too: it proves nothing
+    return re.search(rf"(^|_){op}_(?!sum_)(\w+_)?kernel", name) is not None
+
+
+def show(seen: Sequence[Seen], report: Sequence[str], output: Console) -> None:
+    for line in report:
+        output.print(escape(line), highlight=False, soft_wrap=True)
+    total = sum(kernel.us for kernel in seen)
+    table = Table(title="our kernels, and those of attention, in one step", title_justify="left")
+    for header in ("kernel", "calls", "us", "of the device's time"):
+        table.add_column(header, justify="left" if header == "kernel" else "right")
+    for kernel in seen:
+        if kernel.ours or ATTENTION.search(kernel.name):
+            name = kernel.name if len(kernel.name) <= 70 else f"{kernel.name[:67]}..."
+            share = f"{kernel.us / max(total, 1e-9):.1%}"
+            table.add_row(escape(name), str(kernel.calls), f"{kernel.us:,.0f}", share)
+    output.print(table)

@@ -1,0 +1,72 @@
+"""The norms' Triton kernels compiled as for real sizes, with no GPU: nothing spills, all fits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import layer_norm_triton, rms_norm_triton
+from kernels.compiled import resources
+from kernels.launch import Launch, recording
+
+pytestmark = pytest.mark.compiles
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
+# rows of a tile: 32 (masked), 8, 2 (masked), 1; warps: 4, 8, 16; then longer than registers, in
+# backward and in both directions; fp32 where tiles are largest
+CASES = [
+    (40, torch.bfloat16),
+    (128, torch.bfloat16),
+    (1000, torch.float16),
+    (2048, torch.bfloat16),
+    (4096, torch.bfloat16),
+    (8192, torch.bfloat16),
+    (8192, torch.float32),
+    (16384, torch.bfloat16),
+    (20000, torch.float32),
+]
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def launches_of(dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> list[Launch]:
+    """Both directions of the norm of a sum, and of layer_norm where it serves such rows."""
+    x, r = meta(16384, dim, dtype=dtype), meta(16384, 1, dtype=torch.float32)
+    w = meta(dim, dtype=torch.float32)
+    with recording(capability, 132) as launches:
+        rms_norm_triton.rms_norm_forward(x, x, w, 1e-6)
+        rms_norm_triton.rms_norm_backward(x, x, x, w, r, True)
+        if dim <= layer_norm_triton.MAX_DIM:
+            layer_norm_triton.layer_norm_forward(x, w, w, 1e-6)
+            layer_norm_triton.layer_norm_backward(x, x, w, w, r, r, True, True)
+    return launches
+
+
+def check(launch: Launch, arch: int) -> None:
+    used = resources(launch, arch)
+    assert used.local == 0, (launch.kernel.fn.__name__, arch, used)
+    assert used.shared <= SHARED[arch], (launch.kernel.fn.__name__, arch, used)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(("dim", "dtype"), CASES, ids=str)
+def test_nothing_spills(dim: int, dtype: torch.dtype, arch: int) -> None:
+    launches = launches_of(dim, dtype, divmod(arch, 10))
+    assert len(launches) == (6 if dim <= 8192 else 3)
+    for launch in launches[: None if dtype == torch.bfloat16 or arch == 90 else -3]:
+        check(launch, arch)
+
+
+def test_nothing_spills_without_weight_or_residual() -> None:
+    x, r = meta(16384, 2048, dtype=torch.bfloat16), meta(16384, 1, dtype=torch.float32)
+    with recording() as launches:
+        rms_norm_triton.rms_norm_forward(x, None, None, 1e-6)
+        rms_norm_triton.rms_norm_backward(x, None, x, None, r, False)
+        layer_norm_triton.layer_norm_forward(x, None, None, 1e-6)
+        layer_norm_triton.layer_norm_backward(x, x, None, None, r, r, False, False)
+    assert len(launches) == 4  # no weight, so no sums of its gradient
+    for launch in launches:
+        check(launch, 90)

@@ -1,0 +1,642 @@
+"""The norms' Triton kernels, in the interpreter and on a GPU: values, gradients, drivers, traps.
+
+`add_rms_norm` is tested here for the torch path too: what it keeps and how it is differentiated is
+the same code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+
+from kernels import add_rms_norm, choose, dispatch, layer_norm, rms_norm, rms_norm_triton
+
+# torch.func.jvp scripts its decompositions when first used
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+
+norms = importlib.import_module("kernels.rms_norm")
+EPS = 1e-5
+EPS32 = torch.finfo(torch.float32).eps
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# one row; one entry; fewer rows than a tile has; odd lengths; several turns a program; heads
+SHAPES = [(1, 7), (5, 1), (2, 64), (5, 123), (2, 1000), (35, 520), (9, 16, 128), (3, 5, 7, 40)]
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def triton() -> Any:
+    return dispatch.override(rms_norm="triton", layer_norm="triton")
+
+
+def outputs_and_gradients(
+    f: Callable[..., Any], cotangents: tuple[Tensor, ...], *leaves: Tensor
+) -> list[Tensor]:
+    leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
+    out = f(*leaves)
+    outs = (out,) if isinstance(out, Tensor) else out
+    given = [c.to(o.dtype) for c, o in zip(cotangents, outs, strict=True)]
+    return [*(o.detach() for o in outs), *torch.autograd.grad(outs, leaves, given)]
+
+
+def exact_rms_norm(x: Tensor, w: Tensor, eps: float = EPS) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w
+
+
+def exact_layer_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], w, b, EPS)
+
+
+def within(got: Tensor, wanted: Tensor, scale: Tensor | float, device: str) -> None:
+    """One rounding to got's dtype relative to each entry, and fp32 arithmetic of size `scale`.
+
+    A few operations on fp32 numbers of that size: 16 eps. NaN never passes. The interpreter cuts
+    fp32 off where it should round it to bf16: twice the error.
+    """
+    cut = device == "cpu" and got.dtype == torch.bfloat16
+    unit = torch.finfo(got.dtype).eps / (1 if cut else 2)
+    slack = 16 * EPS32 * scale + torch.finfo(got.dtype).tiny
+    if got.dtype == torch.float16:
+        slack = slack + torch.finfo(torch.float16).smallest_normal * 2**-10  # subnormal spacing
+    error = (got.double() - wanted).abs()
+    assert (error <= 1.001 * unit * wanted.abs() + slack).all(), float(error.max())
+
+
+def check_gradients(
+    got: list[Tensor], exact: list[Tensor], r: float, length: int, device: str
+) -> None:
+    """dx is a difference of terms of size |g w r|, with sums over `length` numbers; dw is a sum."""
+    for one, right in zip(got, exact, strict=True):
+        size = max(float(right.abs().max()), 8 * r)
+        within(one, right, size * length**0.5, device)
+
+
+# Parity
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=["w32", "w16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rounded_once(
+    shape: tuple[int, ...], weight_dtype: torch.dtype, dtype: torch.dtype, kernel_device: str
+) -> None:
+    x, more, g, g_total = (
+        random(*shape, dtype=dtype, seed=i).to(kernel_device) for i in (0, 1, 2, 3)
+    )
+    w, b = (random(shape[-1], dtype=weight_dtype, seed=i).to(kernel_device) for i in (4, 5))
+    xd, wd, bd = x.double(), w.double(), b.double()
+    r = float((xd.square().mean(-1) + EPS).rsqrt().max())
+
+    with triton():
+        got = outputs_and_gradients(lambda x, w: rms_norm(x, w, EPS), (g,), x, w)
+    exact = outputs_and_gradients(exact_rms_norm, (g.double(),), xd, wd)
+    assert [t.dtype for t in got] == [dtype, dtype, weight_dtype]
+    within(got[0], exact[0], 0.0 if dtype != torch.float32 else exact[0].abs(), kernel_device)
+    check_gradients(got[1:], exact[1:], r, x.numel(), kernel_device)
+
+    with triton():
+        normed, total, dx, dmore, dw = outputs_and_gradients(
+            lambda x, more, w: add_rms_norm(x, more, w, EPS), (g, g_total), x, more, w
+        )
+    within(total, xd + more.double(), 0.0, kernel_device)
+    assert torch.equal(dx, dmore)
+    exact = outputs_and_gradients(
+        lambda t, w: (exact_rms_norm(t, w), t * 1.0),
+        (g.double(), g_total.double()),
+        total.double(),
+        wd,
+    )
+    within(normed, exact[0], exact[0].abs(), kernel_device)
+    r = float((total.double().square().mean(-1) + EPS).rsqrt().max())
+    check_gradients([dx, dw], exact[2:], r, x.numel(), kernel_device)
+
+    with triton():
+        got = outputs_and_gradients(lambda x, w, b: layer_norm(x, w, b, EPS), (g,), x, w, b)
+    exact = outputs_and_gradients(exact_layer_norm, (g.double(),), xd, wd, bd)
+    # a mean removed from x leaves an error of eps * |x|, blown up by 1 / sqrt(var + eps)
+    spread = float((xd.var(-1, correction=0) + EPS).rsqrt().max()) * 4
+    within(got[0], exact[0], spread, kernel_device)
+    check_gradients(got[1:], exact[1:], spread**2, x.numel(), kernel_device)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_weight_or_bias(dtype: torch.dtype, kernel_device: str) -> None:
+    x, g = (random(6, 3, 50, dtype=dtype, seed=i).to(kernel_device) for i in (0, 1))
+    one = torch.ones(50, dtype=torch.float64, device=kernel_device)
+    cases = [
+        (lambda x: rms_norm(x, None, EPS), lambda x: exact_rms_norm(x, one)),
+        (lambda x: add_rms_norm(x, 0 * x, None, EPS)[0], lambda x: exact_rms_norm(x, one)),
+        (lambda x: layer_norm(x, None, None, EPS), lambda x: exact_layer_norm(x, one, 0 * one)),
+        (lambda x: layer_norm(x, one, None, EPS), lambda x: exact_layer_norm(x, one, 0 * one)),
+        (lambda x: layer_norm(x, None, one, EPS), lambda x: exact_layer_norm(x, one, one)),
+    ]
+    for fast, plain in cases:
+        with triton():
+            got = outputs_and_gradients(fast, (g,), x)
+        exact = outputs_and_gradients(plain, (g.double(),), x.double())
+        within(got[0], exact[0], 4.0, kernel_device)
+        check_gradients(got[1:], exact[1:], 1.0, 50, kernel_device)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("rows", "dim"), [(6, 8193), (2, 12288), (5, 16390), (1, 65536)])
+def test_rows_longer_than_registers(rows: int, dim: int, kernel_device: str) -> None:
+    """In pieces; with more rows than programs, so that a program adds to its own sums."""
+    x, more, g, g_total = (
+        random(rows, dim, dtype=torch.float32, seed=i).to(kernel_device) for i in (0, 1, 2, 3)
+    )
+    w = random(dim, dtype=torch.float32, seed=4).to(kernel_device)
+    with triton():
+        got = outputs_and_gradients(
+            lambda x, more, w: add_rms_norm(x, more, w, EPS), (g, g_total), x, more, w
+        )
+        alone = outputs_and_gradients(lambda x, w: rms_norm(x, w, EPS), (g,), x + more, w)
+    total = (x + more).double()
+    exact = outputs_and_gradients(
+        lambda t, w: (exact_rms_norm(t, w), t * 1.0), (g.double(), g_total.double()), total, w
+    )
+    within(got[0], exact[0], exact[0].abs(), kernel_device)
+    assert torch.equal(got[1], x + more)
+    check_gradients([got[2], got[4]], exact[2:], 1.0, rows, kernel_device)
+    assert torch.equal(alone[0], got[0])
+    check_gradients(alone[1:], [exact[2] - g_total, exact[3]], 1.0, rows, kernel_device)
+
+
+def test_layer_norm_says_how_long_its_rows_may_be(kernel_device: str) -> None:
+    assert choose("layer_norm", kernel_device, torch.float32, 8192) == "triton"
+    assert choose("layer_norm", kernel_device, torch.float32, 8193) == "torch"
+    x = torch.ones(2, 8193, device=kernel_device)
+    with triton(), pytest.raises(RuntimeError, match="rows in registers, of up to 8192 entries"):
+        layer_norm(x)
+
+
+@pytest.mark.parametrize("dim", [100])
+def test_any_strides(dim: int, kernel_device: str) -> None:
+    """Rows that lie apart, with NaN between them; columns that do; broadcast rows and gradients."""
+    wide = torch.full((5, 4, dim + 8), float("nan"), device=kernel_device)
+    apart = wide[:, :, :dim]
+    apart.copy_(random(5, 4, dim).float())
+    turned = random(dim, 5, 4).float().to(kernel_device).permute(1, 2, 0)
+    same = random(dim, seed=3).float().to(kernel_device).expand(5, 4, dim)
+    w = random(2 * dim, seed=1).float().to(kernel_device)[::2]
+    g = random(5, 4, dim, seed=2).float().to(kernel_device)
+    for x in (apart[:, 1], apart, turned, same):
+        for cotangent in (g[:, 1] if x.ndim == 2 else g, torch.ones((), device=x.device)):
+            cotangent = cotangent.expand(x.shape)
+            with triton():
+                for f in (
+                    lambda x, w: rms_norm(x, w, EPS),
+                    lambda x, w: add_rms_norm(x, x, w, EPS)[0],
+                    lambda x, w: layer_norm(x, w, w, EPS),
+                ):
+                    got = outputs_and_gradients(f, (cotangent,), x, w)
+                    plain = [t.clone(memory_format=torch.contiguous_format) for t in (x, w)]
+                    wanted = outputs_and_gradients(f, (cotangent.contiguous(),), *plain)
+                    for a, b in zip(got, wanted, strict=True):
+                        assert torch.equal(a, b)
+
+
+def test_a_row_of_nan_stays_alone(kernel_device: str) -> None:
+    for dim in (40, 9000):
+        x = random(37, dim).float().to(kernel_device)
+        x[3] = float("nan")
+        others = [i for i in range(37) if i != 3][: 36 if dim == 40 else 3]
+        with triton():
+            for f in (
+                lambda x: rms_norm(x),
+                lambda x: add_rms_norm(x, x)[0],
+                *([lambda x: layer_norm(x)] if dim == 40 else []),
+            ):
+                rows = x if dim == 40 else x[:5]
+                out, dx = outputs_and_gradients(f, (torch.ones_like(rows),), rows)
+                assert out[others].isfinite().all()
+                assert dx[others].isfinite().all()
+                assert out[3].isnan().all()
+
+
+def test_same_bits_each_time(kernel_device: str) -> None:
+    x, g = (random(150, 96, seed=i).float().to(kernel_device) for i in (0, 1))
+    w = random(96, seed=2).float().to(kernel_device)
+    with triton():
+        runs = [
+            outputs_and_gradients(lambda x, w: layer_norm(rms_norm(x, w), w, w), (g,), x, w)
+            for _ in range(2)
+        ]
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_no_rows_or_no_columns(kernel_device: str) -> None:
+    for shape in ((0, 6), (4, 0)):
+        x = torch.zeros(shape, device=kernel_device)
+        w = torch.ones(shape[1], device=kernel_device)
+        with triton():
+            for f, outs in (
+                (lambda x, w: rms_norm(x, w), 1),
+                (lambda x, w: add_rms_norm(x, x, w), 2),
+                (lambda x, w: layer_norm(x, w, w), 1),
+            ):
+                *_, dx, dw = outputs_and_gradients(f, (x,) * outs, x, w)
+                assert dx.shape == shape
+                assert torch.equal(dw, torch.zeros_like(w))
+
+
+# Drivers
+
+BACKENDS = [
+    pytest.param(("torch", "cpu"), id="torch"),
+    pytest.param(("triton", "cpu"), id="interpreter", marks=pytest.mark.interpreter),
+    pytest.param(("triton", "cuda"), id="gpu", marks=pytest.mark.gpu),
+]
+OPS = {
+    ("rms_norm", "torch"): "RMS_NORM",
+    ("rms_norm", "triton"): "RMS_NORM_TRITON",
+    ("add_rms_norm", "torch"): "ADD_RMS_NORM",
+    ("add_rms_norm", "triton"): "ADD_RMS_NORM_TRITON",
+    ("layer_norm", "torch"): "LAYER_NORM",
+    ("layer_norm", "triton"): "LAYER_NORM_TRITON",
+}
+Loss = Callable[..., Tensor]
+
+
+def both(pair: tuple[Tensor, Tensor]) -> Tensor:
+    return torch.sin(pair[0]) * pair[1].square() + pair[1]
+
+
+CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], int]] = {
+    "rms_norm": (
+        lambda x, w: rms_norm(x, w, EPS),
+        lambda x, w: norms.rms_norm_reference(x, w, eps=EPS),
+        2,
+    ),
+    "add_rms_norm": (
+        lambda x, more, w: both(add_rms_norm(x, more, w, EPS)),
+        lambda x, more, w: both(norms.add_rms_norm_reference(x, more, w, eps=EPS)),
+        3,
+    ),
+    "layer_norm": (
+        lambda x, w, b: layer_norm(x, w, b, EPS),
+        lambda x, w, b: norms.layer_norm_reference(x, w, b, eps=EPS),
+        3,
+    ),
+}
+
+
+def scalar(f: Callable[..., Tensor]) -> Loss:
+    def loss(*floats: Tensor) -> Tensor:
+        out = f(*floats)
+        weights = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype, device=out.device)
+        return (torch.sin(out) * weights.reshape(out.shape)).sum()
+
+    return loss
+
+
+def everyone(floats: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple(range(len(floats)))
+
+
+def directions(floats: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(random(*x.shape, seed=9 + i).to(x) for i, x in enumerate(floats))
+
+
+def examples(floats: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.stack([x, x + 0.3 * d]) for x, d in zip(floats, directions(floats), strict=True)
+    )
+
+
+def backend_of(floats: tuple[Tensor, ...]) -> str:
+    return "inductor" if floats[0].is_cuda else "aot_eager"
+
+
+def by_autograd(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    xs = [x.clone().requires_grad_() for x in floats]
+    value = loss(*xs)
+    return [value.detach(), *torch.autograd.grad(value, xs)]
+
+
+def by_one_leaf(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    out = []
+    for i in everyone(floats):
+        xs = [x.clone().requires_grad_(j == i) for j, x in enumerate(floats)]
+        out += torch.autograd.grad(loss(*xs), xs[i])
+    return out
+
+
+def by_func_grad(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    return list(grad(loss, everyone(floats))(*floats))
+
+
+def by_vmap_grad(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    return list(vmap(grad(loss, everyone(floats)))(*examples(floats)))
+
+
+def by_vmap_grad_shared(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    dims = (0, *(None for _ in floats[1:]))
+    return list(vmap(grad(loss, everyone(floats)), dims)(examples(floats)[0], *floats[1:]))
+
+
+def by_autograd_of_vmap(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    dims = (0, *(None for _ in floats[1:]))
+    xs = [x.clone().requires_grad_() for x in (examples(floats)[0], *floats[1:])]
+    return list(torch.autograd.grad(vmap(loss, dims)(*xs).sum(), xs))
+
+
+def by_compile(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    torch._dynamo.reset()
+    return by_autograd(torch.compile(loss, backend=backend_of(floats), fullgraph=True), floats)
+
+
+def by_compiled_grad(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    torch._dynamo.reset()
+    gradient = grad(loss, everyone(floats))
+    return list(torch.compile(gradient, backend=backend_of(floats), fullgraph=True)(*floats))
+
+
+def by_jvp(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    return list(jvp(loss, floats, directions(floats)))
+
+
+def by_jvp_of_one(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    moves = directions(floats)
+    out = []
+    for i in everyone(floats):
+
+        def partial(x: Tensor, i: int = i) -> Tensor:
+            return loss(*floats[:i], x, *floats[i + 1 :])
+
+        out.append(jvp(partial, (floats[i],), (moves[i],))[1])
+    return out
+
+
+def by_double_backward(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    xs = [x.clone().requires_grad_() for x in floats]
+    first = torch.autograd.grad(loss(*xs), xs, create_graph=True)
+    pairs = zip(first, directions(floats), strict=True)
+    return list(torch.autograd.grad(torch.stack([(g * d).sum() for g, d in pairs]).sum(), xs))
+
+
+def by_hvp(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    return list(jvp(grad(loss, everyone(floats)), floats, directions(floats))[1])
+
+
+def by_jvp_jvp(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    def slope(*xs: Tensor) -> Tensor:
+        return jvp(loss, xs, tuple(torch.cos(x) for x in xs))[1]
+
+    return [jvp(slope, floats, directions(floats))[1]]
+
+
+Driver = Callable[[Loss, tuple[Tensor, ...]], list[Tensor]]
+FIRST: list[Driver] = [
+    by_autograd,
+    by_one_leaf,
+    by_func_grad,
+    by_vmap_grad,
+    by_vmap_grad_shared,
+    by_autograd_of_vmap,
+    by_compile,
+    by_compiled_grad,
+]
+HIGHER: list[Driver] = [by_jvp, by_jvp_of_one, by_double_backward, by_hvp]
+
+
+def disagreement(name: str, driver: Driver, backend: str, device: str) -> float:
+    """Largest error, relative to the largest entry; NaN is an infinite error."""
+    fast, plain, count = CASES[name]
+    matrices = 2 if name == "add_rms_norm" else 1
+    shapes = [(5, 24)] * matrices + [(24,)] * (count - matrices)
+    dtype = torch.float64 if backend == "torch" else torch.float32  # Triton takes no fp64
+    floats = tuple(random(*s, seed=i).to(device, dtype) for i, s in enumerate(shapes))
+    reference = {by_compile: by_autograd, by_compiled_grad: by_func_grad}.get(driver, driver)
+    with dispatch.override(rms_norm=backend, layer_norm=backend):
+        got = driver(scalar(fast), floats)
+    wanted = reference(scalar(plain), tuple(x.double() for x in floats))
+    worst = 0.0
+    for a, b in zip(got, wanted, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == dtype
+        assert b.abs().max() > 1e-6  # the reference itself says something
+        error = float((a.double() - b).abs().max() / b.abs().max())
+        worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+def name_of(driver: Driver) -> str:
+    return driver.__name__.removeprefix("by_")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("driver", [*FIRST, *HIGHER, by_jvp_jvp], ids=name_of)
+@pytest.mark.parametrize("name", CASES)
+def test_under_driver(name: str, driver: Driver, backend: tuple[str, str]) -> None:
+    # sums of 120 numbers of order 1, a few times over: 1e-10 in fp64, 1e-4 in fp32
+    assert disagreement(name, driver, *backend) < (1e-10 if backend[0] == "torch" else 1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("driver", FIRST, ids=name_of)
+@pytest.mark.parametrize("name", CASES)
+def test_a_wrong_backward_shows(
+    name: str, driver: Driver, backend: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attribute = OPS[name, backend[0]]
+    op = getattr(norms, attribute)
+
+    def wrong(*args: Any, **static: Any) -> Any:
+        return tuple(None if g is None else 3.0 * g for g in op.backward(*args, **static))
+
+    monkeypatch.setattr(norms, attribute, dataclasses.replace(op, backward=wrong))
+    assert disagreement(name, driver, *backend) > 0.1
+
+
+@pytest.mark.parametrize("driver", HIGHER, ids=name_of)
+def test_a_wrong_formula_of_the_sum_shows(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = norms.ADD_RMS_NORM
+
+    def wrong(*args: Any, **static: Any) -> Any:
+        return tuple(3.0 * out for out in op.formula(*args, **static))
+
+    monkeypatch.setattr(norms, "ADD_RMS_NORM", dataclasses.replace(op, formula=wrong))
+    assert disagreement("add_rms_norm", driver, "torch", "cpu") > 0.1
+
+
+# The residual add
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_output_may_go_unused(backend: tuple[str, str]) -> None:
+    x, more, w = (random(*s, seed=i).float() for i, s in enumerate([(5, 24), (5, 24), (24,)]))
+    floats = tuple(t.to(backend[1]) for t in (x, more, w))
+    for which in (0, 1):
+        with dispatch.override(rms_norm=backend[0]):
+            xs = [t.clone().requires_grad_() for t in floats]
+            out = add_rms_norm(*xs, EPS)[which]
+            got = torch.autograd.grad(out.sin().sum(), xs, allow_unused=True)
+        ys = [t.double().requires_grad_() for t in floats]
+        out = norms.add_rms_norm_reference(*ys, eps=EPS)[which]
+        wanted = torch.autograd.grad(out.sin().sum(), ys, allow_unused=True)
+        for a, b in zip(got, wanted, strict=True):
+            b = torch.zeros_like(w, device=backend[1]) if b is None else b
+            torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_keeps_the_sum_alone(backend: tuple[str, str]) -> None:
+    kind, device = backend
+    x = random(64, 32).to(device, torch.bfloat16).requires_grad_()
+    more = random(64, 32, seed=1).to(device, torch.bfloat16).requires_grad_()
+    w = random(32, seed=2).to(device, torch.float32).requires_grad_()
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with (
+        dispatch.override(rms_norm=kind),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+    ):
+        _, total = add_rms_norm(x, more, w)
+    assert kept.keys() >= {t.untyped_storage().data_ptr() for t in (total, w)}
+    assert sum(kept.values()) == total.nbytes + w.nbytes + 64 * 4  # one fp32 number a row
+    assert not kept.keys() & {t.untyped_storage().data_ptr() for t in (x, more)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_rounds_the_sum_once_too(dtype: torch.dtype) -> None:
+    x, more, g, g_total = (random(5, 123, dtype=dtype, seed=i) for i in range(4))
+    w = random(123, dtype=torch.float32, seed=4)
+    normed, total, dx, dmore, dw = outputs_and_gradients(
+        lambda x, more, w: add_rms_norm(x, more, w, EPS), (g, g_total), x, more, w
+    )
+    assert torch.equal(total, x + more)
+    assert torch.equal(dx, dmore)
+    exact = outputs_and_gradients(
+        lambda t, w: (exact_rms_norm(t, w), t * 1.0),
+        (g.double(), g_total.double()),
+        total.double(),
+        w.double(),
+    )
+    within(normed, exact[0], exact[0].abs(), "exact")
+    check_gradients([dx, dw], exact[2:], 1.0, 5 * 123, "exact")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: add_rms_norm(x, x, torch.ones(5)), r"add_rms_norm: weight must have shape"),
+        (lambda x: add_rms_norm(x, x[:2]), "they must be alike"),
+        (lambda x: add_rms_norm(x, x.bfloat16()), "they must be alike"),
+        (lambda x: add_rms_norm(x, x.to("meta")), "residual is on meta"),
+        (lambda x: add_rms_norm(x.long(), x.long()), "x must be floating point"),
+        (lambda x: add_rms_norm(x, x, None, -1.0), "eps must be >= 0"),
+    ],
+)
+def test_bad_arguments_are_named(call: Callable[[Tensor], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(4, 6))
+
+
+# Real sizes, on a GPU
+
+
+def worst(got: Tensor, exact: Tensor) -> float:
+    assert got.isfinite().all()
+    return float((got.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "shape", [(4099, 2048), (2048, 8192), (4096, 16, 128), (4096, 8, 64), (300, 16384)], ids=str
+)
+def test_no_worse_than_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Against fp64; the allowance is fp32's rounding in sums of a few thousand numbers."""
+    x, g = (torch.randn(shape, device="cuda").to(dtype) for _ in range(2))
+    w, b = (torch.randn(shape[-1], device="cuda").to(dtype) for _ in range(2))
+    wide = [t.double() for t in (x, w, b)]
+    kinds = ["torch"] if shape[-1] > 8192 else ["torch", "layer"]
+    for kind in kinds:
+        if kind == "layer":
+            args, ours, theirs = (x, w, b), layer_norm, F.layer_norm
+        else:
+            args, ours, theirs = (x, w), rms_norm, None
+
+        def torchs(*a: Tensor, theirs: Any = theirs) -> Tensor:
+            if theirs is None:
+                return F.rms_norm(a[0], (shape[-1],), a[1], EPS)
+            return theirs(a[0], (shape[-1],), a[1], a[2], EPS)
+
+        exact = outputs_and_gradients(torchs, (g.double(),), *wide[: len(args)])
+        plain = outputs_and_gradients(torchs, (g,), *args)
+        with triton():
+            got = outputs_and_gradients(lambda *a, f=ours: f(*a, EPS), (g,), *args)
+        for ours_one, torchs_one, right in zip(got, plain, exact, strict=True):
+            assert worst(ours_one, right) <= 1.01 * worst(torchs_one, right) + 32 * EPS32
+
+
+@pytest.mark.gpu
+def test_past_two_to_the_31_elements() -> None:
+    """The last rows are where a 32-bit offset would have turned negative."""
+    dim = 2048
+    rows = 2**31 // dim + 1000
+    x = torch.zeros(rows, dim, device="cuda", dtype=torch.bfloat16)
+    g = torch.zeros_like(x)
+    x[-64:] = torch.randn(64, dim, device="cuda").bfloat16()
+    g[-64:] = torch.randn(64, dim, device="cuda").bfloat16()
+    w = torch.randn(dim, device="cuda")
+    with triton():
+        y, dx, dw = outputs_and_gradients(lambda x, w: rms_norm(x, w, EPS), (g,), x, w)
+    last = (x[-64:].double(), w.double())
+    exact = outputs_and_gradients(exact_rms_norm, (g[-64:].double(),), *last)
+    within(y[-64:], exact[0], 1.0, "cuda")
+    check_gradients([dx[-64:], dw], exact[1:], 1.0, 64, "cuda")
+    assert not y[:-64].any()
+    assert not dx[:-64].any()
+    del y, dx
+    with triton():
+        normed, total, dx, _ = outputs_and_gradients(
+            lambda x, more: add_rms_norm(x, more, w, EPS), (g, g), x, x
+        )
+    assert torch.equal(total[-64:], 2 * x[-64:])
+    twice = 2 * last[0]
+    exact = outputs_and_gradients(lambda t: exact_rms_norm(t, last[1]), (g[-64:].double(),), twice)
+    within(normed[-64:], exact[0], 1.0, "cuda")
+    check_gradients([dx[-64:]], [exact[1] + g[-64:].double()], 1.0, 64, "cuda")
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph() -> None:
+    x, g, g_total = (torch.randn(512, 2048, device="cuda").bfloat16() for _ in range(3))
+    w = torch.randn(2048, device="cuda")
+
+    def step() -> tuple[Tensor, ...]:
+        _, total, r = rms_norm_triton.rms_norm_forward(x, x, w, EPS)
+        assert total is not None
+        dx, dw = rms_norm_triton.rms_norm_backward(g, g_total, total, w, r, True)
+        assert dw is not None
+        return total, r, dx, dw
+
+    wanted = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a, b)
