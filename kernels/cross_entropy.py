@@ -294,18 +294,12 @@ def _overwrite(
     return loss / count, count
 
 
-def _scale(x: Tensor, factor: Tensor, triton: bool) -> None:
-    """x *= factor, in place; through Triton it costs nothing if the factor is 1."""
-    if triton:
-        cross_entropy_triton.scale_rows(x, factor)
-    else:
-        x.copy_(x.to(accumulation_dtype(x.dtype)) * factor)  # mul_ rounds the factor on CUDA
-
-
 _overwrite_op = torch.library.custom_op(
     "nanovision::cross_entropy_overwrite", _overwrite, mutates_args=("logits",)
 )
-scale_op = torch.library.custom_op("nanovision::cross_entropy_scale", _scale, mutates_args=("x",))
+_scale_op = torch.library.custom_op(
+    "nanovision::cross_entropy_scale", cross_entropy_triton.scale_rows, mutates_args=("x",)
+)
 
 
 @_overwrite_op.register_fake
@@ -314,20 +308,20 @@ def _(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return loss, torch.empty_like(loss)
 
 
-@scale_op.register_fake
-def _(x: Tensor, factor: Tensor, triton: bool) -> None:
+@_scale_op.register_fake
+def _(x: Tensor, factor: Tensor) -> None:
     return None
 
 
 def scaled(gradient: Tensor, factor: Tensor, triton: bool, last: bool = False) -> Tensor:
-    """gradient * factor; in place, and of no cost if the factor is 1, if nobody asks again."""
-    if not is_eager(gradient) or _is_batched(factor):
-        wide = gradient.to(accumulation_dtype(gradient.dtype))
-        return (wide * factor).to(gradient.dtype)
-    if not last:
-        gradient = gradient.clone()
-    scale_op(gradient, factor, triton)
-    return gradient.detach()
+    """gradient * factor; in place if nobody asks again, and by Triton at no cost if that is 1."""
+    if triton and is_eager(gradient) and not _is_batched(factor):
+        out = gradient if last else gradient.clone()
+        _scale_op(out, factor)
+        return out.detach()
+    # in fp32: an fp32 scalar on CUDA is else rounded to the gradient's dtype first
+    out = (gradient.to(accumulation_dtype(gradient.dtype)) * factor).to(gradient.dtype)
+    return gradient.copy_(out).detach() if last else out
 
 
 def _is_batched(x: Tensor) -> bool:

@@ -10,7 +10,6 @@ first: what was read last is found in the caches, so that the row comes from mem
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -399,7 +398,8 @@ class Config:
 
     warps: a program; steps: 16-byte vectors a thread in a tile; stages: of the software pipeline
     (1 is none); programs: an SM, each taking rows in turn (0: one program a row); resident: the
-    row stays in registers; keep: cache hint of the first of two reads.
+    row stays in registers; keep: cache hint of the first of two reads; registers: the most a
+    thread may have (None: as ptxas likes).
     """
 
     warps: int
@@ -408,15 +408,18 @@ class Config:
     programs: int = 0
     resident: bool = False
     keep: str = "evict_last"
+    registers: int | None = None
 
 
-def _tile_constants(config: Config, logits: Tensor) -> dict[str, Any]:
+def _shape(config: Config, logits: Tensor) -> dict[str, Any]:
+    """The tile, and what else these kernels are all launched with."""
     vector = 16 // logits.element_size()
-    return {"STEPS": config.steps, "THREADS": config.warps * 32, "VECTOR": vector}
+    tile = {"STEPS": config.steps, "THREADS": config.warps * 32, "VECTOR": vector}
+    return tile if config.registers is None else {**tile, "maxnreg": config.registers}
 
 
 def _tile_size(config: Config, logits: Tensor) -> int:
-    return math.prod(_tile_constants(config, logits).values())
+    return config.steps * config.warps * 32 * (16 // logits.element_size())
 
 
 def _warps(logits: Tensor, most: int) -> int:
@@ -425,12 +428,40 @@ def _warps(logits: Tensor, most: int) -> int:
     return min(most, triton.next_power_of_2(wanted))
 
 
-def forward_config(logits: Tensor) -> Config:
-    return Config(_warps(logits, 16), 1)  # TODO-FIGURE
+def _config(logits: Tensor, usual: bool, fast: Config) -> Config:
+    """`fast` for aligned rows and no options; else what never spills.
+
+    Left to itself, ptxas aims at 32, 40 or 64 registers and spills some bytes to get there; told
+    how many it may have, it does not.
+    """
+    aligned = logits.shape[1] % 16 == 0 and logits.stride(0) % 16 == 0
+    if usual and aligned and logits.shape[1] >= 4096:
+        return fast
+    return Config(_warps(logits, 16), 1, registers=64 if aligned else 128)
 
 
-def overwrite_config(logits: Tensor) -> Config:
-    return Config(_warps(logits, 32), 1)  # TODO-FIGURE
+def forward_config(logits: Tensor, usual: bool) -> Config:
+    """On an H200, bf16, 16,384 rows of 75,968: 8 warps 0.574 ms, 4,339 GB/s; 16 0.584, 32 0.658."""
+    return _config(logits, usual, Config(8, 1))
+
+
+def backward_config(logits: Tensor, usual: bool) -> Config:
+    """As above: 4 warps of two vectors a thread 1.238 ms (4,021 GB/s), of one 1.443."""
+    return _config(logits, usual, Config(4, 2))
+
+
+def overwrite_config(logits: Tensor, usual: bool) -> Config:
+    """As above, ms at 32,768, 75,968 and (4,096 rows) 131,072 entries: 16 warps of two vectors
+    0.553, 1.499, 0.721; 32 of one, two programs an SM in turn 0.642, 1.452, 0.695. Rows that stay
+    in registers 0.687 at best: too few of them are in flight.
+    """
+    long = logits.shape[1] > 2**16
+    return _config(logits, usual, Config(32, 1, programs=2) if long else Config(16, 2))
+
+
+def _usual(*options: Any) -> bool:
+    """Whether the loss is the plain one: no smoothing, z-loss, softcap or scale."""
+    return not any(option is not None and option != 0.0 for option in options)
 
 
 def _grid(logits: Tensor, config: Config) -> tuple[int]:
@@ -458,7 +489,8 @@ def forward_rows(
     config: Config | None = None,
 ) -> None:
     """Writes the losses and, if asked for, what the backward needs of every row."""
-    config = config or forward_config(logits)
+    usual = bias is None and _usual(label_smoothing, z_loss, softcap, scale)
+    config = config or forward_config(logits, usual)
     rows, vocab = logits.shape
     launch(
         cross_entropy_forward_kernel,
@@ -478,7 +510,7 @@ def forward_rows(
         softcap,
         scale,
         num_warps=config.warps,
-        **_tile_constants(config, logits),
+        **_shape(config, logits),
         STAGES=config.stages,
     )
 
@@ -496,7 +528,7 @@ def backward_rows(
     config: Config | None = None,
 ) -> Tensor:
     """weight * d loss / d logits [N, V]."""
-    config = config or Config(_warps(logits, 8), 1)  # TODO-FIGURE
+    config = config or backward_config(logits, _usual(label_smoothing, z_loss, softcap))
     rows, vocab = logits.shape
     grads = logits.new_empty(rows, vocab)
     tiles = triton.cdiv(vocab, _tile_size(config, logits))
@@ -517,7 +549,7 @@ def backward_rows(
         _or_none(z_loss),
         softcap,
         num_warps=config.warps,
-        **_tile_constants(config, logits),
+        **_shape(config, logits),
     )
     return grads
 
@@ -536,7 +568,8 @@ def overwrite_rows(
     config: Config | None = None,
 ) -> None:
     """Writes the losses, and weight * d loss / d logits over the logits."""
-    config = config or overwrite_config(logits)
+    usual = bias is None and _usual(label_smoothing, z_loss, softcap, scale)
+    config = config or overwrite_config(logits, usual)
     rows, vocab = logits.shape
     assert not config.resident or _tile_size(config, logits) >= vocab
     launch(
@@ -556,7 +589,7 @@ def overwrite_rows(
         softcap,
         scale,
         num_warps=config.warps,
-        **_tile_constants(config, logits),
+        **_shape(config, logits),
         STAGES=config.stages,
         RESIDENT=config.resident,
         KEEP=config.keep,

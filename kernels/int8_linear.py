@@ -9,6 +9,7 @@ derivatives of any order keep the int8 weight and the scale alone; a float weigh
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def _forward_kernel(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dynamic: bool
 ) -> Tensor:
     """[..., I] -> [..., O]. What runs depends on the number of rows alone."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = _as_rows(x)
     weight, scale = weight.contiguous(), scale.contiguous()
     if rows.numel() == 0 or weight.numel() == 0:
         y = rows.new_zeros(rows.shape[0], weight.shape[0])
@@ -88,8 +89,8 @@ def _forward_kernel(
     elif dynamic:
         q, step = int8_matmul.quantize_rows(rows)
         y = int8_matmul.matmul_rows(q, step, weight, scale, bias, x.dtype)
-    elif int8_few.is_few(*rows.shape, x.dtype):
-        y = int8_few.few_rows(rows, weight, scale, bias)
+    elif int8_few.is_few(rows.shape[0], rows.shape[1], x.dtype):
+        y = int8_few.few(rows, weight, scale, bias)
     else:
         wide = int8_matmul.widen(weight, scale, x.dtype).t()
         y = rows @ wide if bias is None else torch.addmm(bias.to(x.dtype), rows, wide)
@@ -98,9 +99,15 @@ def _forward_kernel(
 
 def _transposed_kernel(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """[..., O] -> [..., I]."""
-    rows = grad.reshape(-1, grad.shape[-1])
+    rows = _as_rows(grad)
+    if weight.numel() == 0:
+        return grad.new_zeros(*grad.shape[:-1], weight.shape[1])
     wide = int8_matmul.widen(weight.contiguous(), scale.contiguous(), grad.dtype)
     return (rows @ wide).reshape(*grad.shape[:-1], weight.shape[1])
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
 _forward_op = torch.library.custom_op(

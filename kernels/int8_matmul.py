@@ -271,12 +271,19 @@ def quantize_rows(x: Tensor, warps: int | None = None) -> tuple[Tensor, Tensor]:
     return q, step
 
 
-def matmul_config(rows: int, outs: int, inner: int, programs: int, tma: bool) -> Tile:
+def matmul_config(
+    rows: int, outs: int, inner: int, dtype: torch.dtype, device: torch.device
+) -> Tile:
+    if inner % 16:  # loads of single bytes
+        return Tile(64, 64, 32, 4, 2)
     if rows <= 64:
         return Tile(triton.next_power_of_2(max(rows, 16)), 128, 128, 4, 4)  # TODO-FIGURE
-    if triton.cdiv(rows, 128) * triton.cdiv(outs, 256) < programs:
-        return Tile(128, 128, 128, 4, 4, tma=tma)  # TODO-FIGURE
-    return Tile(128, 256, 128, 8, 3, tma=tma)  # TODO-FIGURE
+    if capability(device)[0] != 9 or dtype == torch.float32:
+        return Tile(128, 128, 64, 8, 3)
+    wide = triton.cdiv(rows, 128) * triton.cdiv(outs, 256) >= processors(device)
+    if wide and outs % 8 == 0:  # rows of a descriptor begin at multiples of 16 bytes
+        return Tile(128, 256, 128, 8, 4, tma=True, parts=2)  # TODO-FIGURE
+    return Tile(128, 128, 128, 4, 3)  # TODO-FIGURE
 
 
 def matmul_rows(
@@ -292,9 +299,7 @@ def matmul_rows(
     (rows, stride), (outs, inner) = q.shape, weight.shape
     device = q.device
     out = torch.empty(rows, outs, dtype=dtype, device=device)
-    # a descriptor's rows begin at multiples of 16 bytes
-    tma = capability(device) >= (9, 0) and inner % 16 == 0 and outs * out.element_size() % 16 == 0
-    config = config or matmul_config(rows, outs, inner, processors(device), tma)
+    config = config or matmul_config(rows, outs, inner, dtype, device)
     tiles = triton.cdiv(rows, config.bm) * triton.cdiv(outs, config.bn)
     pdl = config.pdl and capability(device) >= (9, 0)
     sizes: dict[str, Any] = {

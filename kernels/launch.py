@@ -77,6 +77,7 @@ def launch(
     num_warps: int = 4,
     num_stages: int = 3,
     pdl: bool = False,
+    maxnreg: int | None = None,
     **constants: Any,
 ) -> None:
     """Starts `kernel` on the device of its first tensor argument.
@@ -87,6 +88,7 @@ def launch(
         num_warps, num_stages: warps a program (32 threads each), depth of software pipelining.
         pdl: programmatic dependent launch: the kernel may start before the one ahead of it on the
             stream has ended, and waits itself (`gdc_wait`); compute capability 9.0 and newer.
+        maxnreg: registers a thread at most; None leaves it to the compiler.
         constants: the kernel's constexprs, by name.
     """
     if 0 in grid:
@@ -98,6 +100,8 @@ def launch(
     }
     if pdl:
         options["launch_pdl"] = True
+    if maxnreg is not None:
+        options["maxnreg"] = maxnreg
     recorder = _recorder.get()
     if recorder is not None:
         names = [name for name in kernel.arg_names if name not in constants]

@@ -320,8 +320,10 @@ def _block(x: Tensor) -> int:
 
 
 def forward_config(x: Tensor) -> Config:
-    """A program a tile. On an H200, bf16, 16,384 rows: 2,048 entries 3,966 GB/s (2 or 8 warps: 3,958
-    and 3,714), 8,192 entries with 8 warps 4,036 (16: 3,311), 128 entries 3,897; a copy: 4,041.
+    """A program a tile.
+
+    On an H200, bf16, 16,384 rows: 2,048 entries 3,966 GB/s (2 or 8 warps: 3,958 and 3,714), 8,192
+    entries with 8 warps 4,036 (16: 3,311), 128 entries 3,897; a copy: 4,041.
     """
     block = _block(x)
     return Config(max(1, 2048 // block), min(16, max(4, block // 1024)))

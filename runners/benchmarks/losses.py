@@ -136,6 +136,8 @@ def linear_cross_entropy(n: int, dim: int, vocab: int) -> Case:
         (
             *torch_and_compiled(eager),
             Provider("ours", mine()),
+            Provider("ours, bf16 sum", mine(accumulate="bf16")),
+            Provider("ours, 1 GiB", mine(memory=2**30)),
             Provider("ours, 256 MiB", mine(memory=BUDGET)),
             Provider("ours, 256 MiB, bf16 sum", mine(memory=BUDGET, accumulate="bf16")),
             Provider("Liger", _liger_linear, peer="Liger"),

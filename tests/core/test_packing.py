@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 import kernels
-from core import Rule, VLMConfig, check_batch, make_batch, stack_examples, vlm
+from core import Longest, Rule, VLMConfig, check_batch, make_batch, stack_examples, vlm
 from core.batch import Batch
 from params.tree import Tree, map_leaves
 from transforms import fuse_loss, unfused_loss, value_and_grad
@@ -253,3 +253,15 @@ def test_all_slots_unused_is_a_batch_of_text(micro, rough, assert_same) -> None:
         want = value_and_grad(fuse_loss(forward))(params, text)[1]
         assert_same(grads, want, 1e-12)
         assert all(not g.any() for g in [grads["vision"]["patch_embed"]["weight"]])
+
+
+def test_pictures_known_to_be_equal_give_the_same_logits(micro, rough, example, assert_same):
+    for name in ("mlp", "resampler"):
+        config = micro[name]
+        params, batch = rough(config), example(config)
+        equal = vlm(config, longest=Longest(picture=16, equal_pictures=True))
+        assert_same(equal(params, batch), vlm(config)(params, batch))
+        with pytest.raises(ValueError, match="length must be at least 1 and divide"):
+            vlm(config, longest=Longest(picture=15, equal_pictures=True))(params, batch)
+    with pytest.raises(ValueError, match="equal_pictures needs picture"):
+        Longest(equal_pictures=True)

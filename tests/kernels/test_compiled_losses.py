@@ -44,7 +44,7 @@ def dense(
     grad = ce._backward_kernel(logits, labels(16384), loss / count, top, total, *options)
     assert (grad.shape, grad.dtype) == (logits.shape, dtype)
     ce._overwrite(logits, labels(16384), *options, True)
-    ce._scale(logits, loss, True)
+    cross_entropy_triton.scale_rows(logits, loss)
 
 
 def linear(vocab: int, dim: int, options: tuple[Any, ...], bias: bool, gradients: bool) -> None:

@@ -124,11 +124,30 @@ def make_cases() -> dict[str, Case]:
             (rand(N, DIM), rand(N, DIM, seed=1)),
             ("glu", "SWIGLU"),
         ),
+        "geglu": Case(
+            kernels.geglu,
+            module("glu").geglu_reference,
+            (rand(N, DIM), rand(N, DIM, seed=1)),
+            ("glu", "GEGLU"),
+        ),
+        "relu2": Case(
+            kernels.relu2, module("glu").relu2_reference, (rand(N, DIM),), ("glu", "RELU2")
+        ),
         "rope": Case(
             lambda q, k: joined(rope(q, k, cos, sin, positions)),
             lambda q, k: joined(module("rope").rope_reference(q, k, cos, sin, positions)),
             (rand(N, 4, 4), rand(N, 2, 4, seed=1)),
             function=("rope", "_Rotate"),
+        ),
+        "rope with norms": Case(
+            lambda q, k, a, b: joined(
+                rope(q, k, cos, sin, positions, q_weight=a, k_weight=b, eps=1e-3)
+            ),
+            lambda q, k, a, b: joined(
+                module("rope").rope_qk_norm_reference(q, k, a, b, cos, sin, positions, eps=1e-3)
+            ),
+            (rand(N, 4, 4), rand(N, 2, 4, seed=1), rand(4, seed=2), rand(4, seed=3)),
+            ("rope", "QK_NORM"),
         ),
         "int8_linear": Case(
             lambda x, b: int8_linear(x, weight, scale, b),
@@ -152,7 +171,10 @@ BROKEN = [
     "rms_norm",
     "layer_norm",
     "swiglu",
+    "geglu",
+    "relu2",
     "rope",
+    "rope with norms",
     "int8_linear",
     "attention ragged causal",
 ]
@@ -396,8 +418,9 @@ def broken(case: Case, monkeypatch: pytest.MonkeyPatch, which: str) -> None:
     def wrong_backward(*args: Any, **static: Any) -> Any:
         return tuple(None if g is None else 3.0 * g for g in op.backward(*args, **static))
 
-    def wrong_formula(*args: Any, **static: Any) -> Tensor:
-        return 3.0 * op.formula(*args, **static)
+    def wrong_formula(*args: Any, **static: Any) -> Any:
+        out = op.formula(*args, **static)
+        return 3.0 * out if isinstance(out, Tensor) else tuple(3.0 * part for part in out)
 
     replacement = (
         dataclasses.replace(op, formula=wrong_formula)

@@ -191,3 +191,26 @@ def test_impossible_specs_are_refused():
         PackSpec(8, 1, 1, max_images=1)
     with pytest.raises(ValueError, match=r"max_patches \(6\)"):
         PackSpec(8, 1, 1, max_images=1, max_patches=6, images=CELLS)
+
+
+@pytest.mark.parametrize("pictures", [0, 1, 5, 8])
+def test_pictures_of_a_batch_are_equal_where_all_are_square(pictures: int):
+    spec = PackSpec(
+        row_len=40, rows=2, max_docs=8, max_images=4, max_patches=64, images=CELLS, pad_token=0
+    )
+    documents = [
+        Document(
+            id=f"d{n}",
+            tokens=np.full(10, n, np.int64),
+            labels=np.full(10, n, np.int64),
+            slots=np.arange(4),
+            patches=np.full((16, 12), n, np.uint8),  # 8 x 8 pixels in patches of 2 x 2
+            patch_positions=np.full((16, 2), n, np.int64),
+            patch_counts=(16,),
+        )
+        for n in range(1, pictures + 1)
+    ]
+    batches, _ = batch_documents([*documents, document(99, 5)], spec)
+    for batch in batches:
+        assert batch["image_cu_seqlens"][-1] == 128
+        assert set(batch["image_cu_seqlens"].diff().tolist()) == {0, 16}
