@@ -205,7 +205,7 @@ def attention(
         dim,
         known,
         torch.compiler.is_compiling(),
-        q.shape[1] // k.shape[1],
+        _constant(q.shape[1]) // _constant(k.shape[1]),
         window,
         max_seqlen,
         length,

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import launch as launches
 from kernels.launch import capability, jit, launch, processors, tl, triton
 
 if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+INTERPRETED = tl.constexpr(launches.INTERPRETED) if tl is not None else None
 ROUND = tl.constexpr(12582912.0) if tl is not None else None  # 1.5 * 2^23: see `_rounded`
 
 
@@ -40,6 +42,8 @@ def _larger(a, b):
 @jit
 def _quotient(x, step, inverse):
     """x / step as IEEE rounds it, given inverse = 1 / step so rounded (Markstein 1990)."""
+    if INTERPRETED:  # whose fma rounds twice
+        return x / step
     q = x * inverse
     return tl.fma(tl.fma(-q, step, x), inverse, q)
 
@@ -262,7 +266,8 @@ def quantize_rows(x: Tensor, warps: int | None = None) -> tuple[Tensor, Tensor]:
         step,
         inner,
         stride,
-        num_warps=warps or min(16, max(1, block // 512)),  # TODO-FIGURE
+        # 4,096 rows of 2,048 on an H200: 7.0 us, 3,605 GB/s
+        num_warps=warps or min(16, max(1, block // 512)),
         pdl=pdl,
         BLOCK=block,
         ONCE=stride <= block,
@@ -274,16 +279,20 @@ def quantize_rows(x: Tensor, warps: int | None = None) -> tuple[Tensor, Tensor]:
 def matmul_config(
     rows: int, outs: int, inner: int, dtype: torch.dtype, device: torch.device
 ) -> Tile:
+    """4,096 rows on an H200, us without the rounding of x (bf16 torch.mm 176 and 168): 2,048 -> 8,192
+    by descriptors in two parts 118, in one part of three stages 123, by pointers 146; 8,192 -> 2,048
+    the same 104, 109, 118, and 128 x 128 by pointers in three stages 98. torch._int_mm: 201, 144.
+    """
     if inner % 16:  # loads of single bytes
         return Tile(64, 64, 32, 4, 2)
     if rows <= 64:
-        return Tile(triton.next_power_of_2(max(rows, 16)), 128, 128, 4, 4)  # TODO-FIGURE
+        return Tile(triton.next_power_of_2(max(rows, 16)), 128, 128, 4, 4)  # not measured
     if capability(device)[0] != 9 or dtype == torch.float32:
         return Tile(128, 128, 64, 8, 3)
     wide = triton.cdiv(rows, 128) * triton.cdiv(outs, 256) >= processors(device)
     if wide and outs % 8 == 0:  # rows of a descriptor begin at multiples of 16 bytes
-        return Tile(128, 256, 128, 8, 4, tma=True, parts=2)  # TODO-FIGURE
-    return Tile(128, 128, 128, 4, 3)  # TODO-FIGURE
+        return Tile(128, 256, 128, 8, 4, tma=True, parts=2)
+    return Tile(128, 128, 128, 4, 3)
 
 
 def matmul_rows(
@@ -356,7 +365,7 @@ def widen(
     outs, inner = weight.shape
     out = torch.empty(outs, inner, dtype=dtype, device=weight.device)
     cols = min(2048, triton.next_power_of_2(inner))
-    rows = max(1, size // cols)  # TODO-FIGURE
+    rows = max(1, size // cols)  # 2,048 -> 8,192 on an H200: 16.3 us, 3,097 GB/s
     launch(
         int8_linear_widen_kernel,
         (triton.cdiv(outs, rows) * triton.cdiv(inner, cols),),
