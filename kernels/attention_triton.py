@@ -246,7 +246,7 @@ def flash_forward_kernel(
         k_at += BLOCK_N * K_STRIDE
         v_at += BLOCK_N * V_STRIDE
 
-    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    out = (acc * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty)
     out_stride: tl.constexpr = HEADS * DIM
     _write(
         out_ptr + first * out_stride + head * DIM, out, row, rows, out_stride, length, DIM, BLOCK_D
@@ -263,7 +263,7 @@ def flash_backward_dq_kernel(
     v_ptr,
     out_ptr,
     lse_ptr,
-    delta_ptr,
+    stats_ptr,
     dq_ptr,
     cu_ptr,
     tokens,
@@ -304,10 +304,12 @@ def flash_backward_dq_kernel(
     grad = _tile(grad_ptr + at, row, rows, stride, length, DIM, BLOCK_D, STEP)
     out = _tile(out_ptr + at, row, rows, stride, length, DIM, BLOCK_D, STEP)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    statistics = head * tokens.to(tl.int64) + first + rows
-    tl.store(delta_ptr + statistics, delta, mask=row + rows < length)
+    inside = row + rows < length
+    place = head * tokens.to(tl.int64) + first + rows
     # past the end: no weight at all
-    lse = tl.load(lse_ptr + statistics, mask=row + rows < length, other=float("inf")) * LOG2E
+    lse = tl.load(lse_ptr + place, mask=inside, other=float("inf")) * LOG2E
+    pairs = stats_ptr + 2 * place[:, None] + tl.arange(0, 2)[None, :]
+    tl.store(pairs, tl.join(lse, delta), mask=inside[:, None])
     q = _tile(
         q_ptr + first * Q_STRIDE + head * DIM, row, rows, Q_STRIDE, length, DIM, BLOCK_D, STEP
     )
@@ -345,8 +347,7 @@ def flash_backward_dkdv_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    lse_ptr,
-    delta_ptr,
+    stats_ptr,
     dk_ptr,
     dv_ptr,
     cu_ptr,
@@ -405,6 +406,7 @@ def flash_backward_dkdv_kernel(
     begin = start.to(tl.int64)
     head = key_head * group
     row = low
+    pairs = tl.arange(0, 2 * BLOCK_M)
     factor = scale * LOG2E
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -412,16 +414,17 @@ def flash_backward_dkdv_kernel(
     for _ in tl.range(0, group * tl.cdiv(high - low, BLOCK_M)):
         q_at = q_ptr + (begin + row) * Q_STRIDE + head * DIM
         q = _tile(q_at, row, rows, Q_STRIDE, length, DIM, BLOCK_D, STEP)
-        statistics = head * tokens.to(tl.int64) + begin + row + rows
-        inside = row + rows < length
         grad_at = grad_ptr + (begin + row) * stride + head * DIM
         grad = _tile(grad_at, row, rows, stride, length, DIM, BLOCK_D, STEP)
+        # one load of both, and so of as many entries as there are threads: the compiler would have
+        # every thread load what it needs of fewer. Zeros past the end: q and grad are 0 there too.
+        stats_at = stats_ptr + 2 * (head * tokens.to(tl.int64) + begin + row)
+        stats = tl.load(stats_at + pairs, mask=pairs < 2 * (length - row), other=0.0)
+        lse, delta = tl.split(tl.reshape(stats, [BLOCK_M, 2]))
         s = _dot(k, tl.trans(q), None, PRECISION)
-        delta = tl.load(delta_ptr + statistics, mask=inside, other=0.0)
         # delta goes in as the start of the sum: subtracted later it would take more registers
         dp = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) - delta[None, :]
         dp = _dot(v, tl.trans(grad), dp, PRECISION)
-        lse = tl.load(lse_ptr + statistics, mask=inside, other=float("inf")) * LOG2E
         p = tl.exp2(s * factor - lse[None, :])
         if BRANCH:
             if _is_partial(row, key, length, window, CAUSAL, BLOCK_M, BLOCK_N):
@@ -581,7 +584,7 @@ def backward_dq(
     n, heads, dim = q.shape
     config = config or _config("dq", q)
     dq = q.new_empty(n, heads, dim)
-    delta = torch.empty_like(lse)
+    stats = lse.new_empty(*lse.shape, 2)  # what dk and dv want of each row: lse / ln 2, delta
     launch(
         flash_backward_dq_kernel,
         (_slots(q, cu_seqlens, config.queries) * heads if n else 0,),
@@ -591,7 +594,7 @@ def backward_dq(
         v,
         out,
         lse,
-        delta,
+        stats,
         dq,
         cu_seqlens,
         n,
@@ -600,11 +603,11 @@ def backward_dq(
         _window(window, n),
         **_constants(q, k, v, causal, config),
     )
-    return dq, delta
+    return dq, stats
 
 
 def backward_dkdv(
-    grad, q, k, v, lse, delta, cu_seqlens, *, causal, window, scale, config=None
+    grad, q, k, v, stats, cu_seqlens, *, causal, window, scale, config=None
 ) -> tuple[Tensor, Tensor]:
     n, _, dim = q.shape
     key_heads = k.shape[1]
@@ -619,8 +622,7 @@ def backward_dkdv(
         q,
         k,
         v,
-        lse,
-        delta,
+        stats,
         dk,
         dv,
         cu_seqlens,
@@ -653,6 +655,6 @@ def flash_backward(
     q, k, v = _rows(q), _rows(k), _rows(v)
     q, scale, sign = _positive(q, scale)
     options: dict[str, Any] = {"causal": causal, "window": window, "scale": scale}
-    dq, delta = backward_dq(grad, q, k, v, out, lse, cu_seqlens, config=configs[0], **options)
-    dk, dv = backward_dkdv(grad, q, k, v, lse, delta, cu_seqlens, config=configs[1], **options)
+    dq, stats = backward_dq(grad, q, k, v, out, lse, cu_seqlens, config=configs[0], **options)
+    dk, dv = backward_dkdv(grad, q, k, v, stats, cu_seqlens, config=configs[1], **options)
     return dq if sign == 1.0 else dq * sign, dk, dv

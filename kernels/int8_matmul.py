@@ -279,9 +279,11 @@ def quantize_rows(x: Tensor, warps: int | None = None) -> tuple[Tensor, Tensor]:
 def matmul_config(
     rows: int, outs: int, inner: int, dtype: torch.dtype, device: torch.device
 ) -> Tile:
-    """4,096 rows on an H200, us without the rounding of x (bf16 torch.mm 176 and 168): 2,048 -> 8,192
-    by descriptors in two parts 118, in one part of three stages 123, by pointers 146; 8,192 -> 2,048
-    the same 104, 109, 118, and 128 x 128 by pointers in three stages 98. torch._int_mm: 201, 144.
+    """4,096 rows on an H200, us without the rounding of x (bf16 torch.mm 176 and 168).
+
+    2,048 -> 8,192 by descriptors in two parts 118, in one part of three stages 123, by pointers
+    146; 8,192 -> 2,048 the same 104, 109, 118, and 128 x 128 by pointers in three stages 98.
+    torch._int_mm: 201 and 144.
     """
     if inner % 16:  # loads of single bytes
         return Tile(64, 64, 32, 4, 2)
