@@ -95,6 +95,12 @@ def _tile(
 
 
 @jit
+def _rows_of(x, ROWS: tl.constexpr):
+    """[ROWS, n], all of them x."""
+    return tl.broadcast_to(x[None, :], [ROWS, x.shape[0]])
+
+
+@jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
     """a @ b, added to acc unless that is None; fp32."""
     if _INTERPRETED:  # it multiplies the bits of bf16 as if they were integers
@@ -304,19 +310,19 @@ def flash_backward_dq_kernel(
     grad = _tile(grad_ptr + at, row, rows, stride, length, DIM, BLOCK_D, STEP)
     out = _tile(out_ptr + at, row, rows, stride, length, DIM, BLOCK_D, STEP)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    factor = scale * LOG2E
     inside = row + rows < length
     place = head * tokens.to(tl.int64) + first + rows
     # past the end: no weight at all
     lse = tl.load(lse_ptr + place, mask=inside, other=float("inf")) * LOG2E
     pairs = stats_ptr + 2 * place[:, None] + tl.arange(0, 2)[None, :]
-    tl.store(pairs, tl.join(lse, delta), mask=inside[:, None])
+    tl.store(pairs, tl.join(lse * (-1.0 / factor), -delta), mask=inside[:, None])
     q = _tile(
         q_ptr + first * Q_STRIDE + head * DIM, row, rows, Q_STRIDE, length, DIM, BLOCK_D, STEP
     )
 
     k_at = k_ptr + (start + low).to(tl.int64) * K_STRIDE + key_head * DIM
     v_at = v_ptr + (start + low).to(tl.int64) * V_STRIDE + key_head * DIM
-    factor = scale * LOG2E
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for key in tl.range(low, high, BLOCK_N):
         k = _tile(k_at, key, cols, K_STRIDE, length, DIM, BLOCK_D, STEP)
@@ -421,11 +427,9 @@ def flash_backward_dkdv_kernel(
         stats_at = stats_ptr + 2 * (head * tokens.to(tl.int64) + begin + row)
         stats = tl.load(stats_at + pairs, mask=pairs < 2 * (length - row), other=0.0)
         lse, delta = tl.split(tl.reshape(stats, [BLOCK_M, 2]))
+        dp = _dot(v, tl.trans(grad), None, PRECISION)
         s = _dot(k, tl.trans(q), None, PRECISION)
-        # delta goes in as the start of the sum: subtracted later it would take more registers
-        dp = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) - delta[None, :]
-        dp = _dot(v, tl.trans(grad), dp, PRECISION)
-        p = tl.exp2(s * factor - lse[None, :])
+        p = tl.exp2(s * factor + lse[None, :])
         if BRANCH:
             if _is_partial(row, key, length, window, CAUSAL, BLOCK_M, BLOCK_N):
                 seen = _seen(
@@ -435,8 +439,8 @@ def flash_backward_dkdv_kernel(
         else:
             seen = _seen(_eights(row, rows)[None, :], key + cols[:, None], length, window, CAUSAL)
             p = tl.where(seen, p, 0.0)
+        ds = (p * (dp + delta[None, :])).to(q.dtype)
         dv = _dot(p.to(grad.dtype), grad, dv, PRECISION)
-        ds = (p * dp).to(q.dtype)
         dk = _dot(ds, q, dk, PRECISION)
         row += BLOCK_M
         last = row >= high
@@ -473,8 +477,8 @@ def _config(kind: str, q: Tensor) -> Config:
 
     On an H200, bf16, us of 16,384 tokens in 41 ragged documents (heads of 128, 12 on 2, causal) and
     in 64 pictures of 256 (heads of 64, 16 on 16): forward 64 x 64 in three stages 100 and 66, in
-    two 106 and 71, 128 x 64 with 8 warps 124 and 69; dq 64 x 64 141 and 86, 64 x 32 140 and 82; dkdv
-    64 x 64 149 and 168, in three stages 277 and 170, 32 x 64 in three stages 189 and 133 (128 x 64:
+    two 106 and 71, 128 x 64 with 8 warps 124 and 69; dq 64 x 64 141 and 86, 64 x 32 140 and 82;
+    dkdv 64 x 64 149 and 168, in three stages 277 and 170, 32 x 64 in three stages 189 and 133 (128 x 64:
     122, but it spills).
     """
     dim = _padded(q.shape[2])
@@ -584,7 +588,7 @@ def backward_dq(
     n, heads, dim = q.shape
     config = config or _config("dq", q)
     dq = q.new_empty(n, heads, dim)
-    stats = lse.new_empty(*lse.shape, 2)  # what dk and dv want of each row: lse / ln 2, delta
+    stats = lse.new_empty(*lse.shape, 2)  # -lse / scale and -delta of each row
     launch(
         flash_backward_dq_kernel,
         (_slots(q, cu_seqlens, config.queries) * heads if n else 0,),

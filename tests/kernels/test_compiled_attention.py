@@ -1,0 +1,64 @@
+"""Our flash attention compiled for GPUs that are not here: nothing spills, shared memory fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import attention_triton
+from kernels.compiled import resources
+from kernels.launch import recording, triton
+
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.skipif(triton is None, reason="triton is not installed"),
+]
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def check(
+    arch: int, dim: int, causal: bool, window: int | None, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    q, k = meta(16384, 12, dim, dtype=dtype), meta(16384, 2, dim, dtype=dtype)
+    boundaries = meta(42, dtype=torch.int32)
+    options: dict[str, Any] = {"causal": causal, "window": window, "scale": 0.1}
+    with recording(divmod(arch, 10)) as launches:
+        out, lse = attention_triton.flash_forward(q, k, k, boundaries, max_seqlen=2048, **options)
+        grads = attention_triton.flash_backward(
+            out, q, k, k, out, lse, boundaries, max_seqlen=2048, **options
+        )
+    assert out.shape == q.shape
+    assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
+    assert len(launches) == 3
+    for launch in launches:
+        used = resources(launch, arch)
+        assert used.local == 0, (launch.kernel.fn.__name__, used)
+        assert used.shared <= SHARED[arch], (launch.kernel.fn.__name__, used)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_usual_head_sizes(dim: int, arch: int) -> None:
+    check(arch, dim, True, None)
+
+
+@pytest.mark.parametrize("dim", [16, 80, 256])
+def test_other_head_sizes(dim: int) -> None:
+    check(90, dim, True, None)
+
+
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, 256), (False, 64)])
+def test_other_masks(causal: bool, window: int | None) -> None:
+    check(90, 64, causal, window)
+
+
+def test_fp16() -> None:
+    check(90, 128, True, None, torch.float16)

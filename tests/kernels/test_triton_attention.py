@@ -1,0 +1,128 @@
+"""Our flash attention against fp64: values and gradients, ragged, windows, shared heads, NaN."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import attention_triton
+
+# the interpreter's numpy warns of what masks then take out: rows past a document's end, later keys
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+attention_module = importlib.import_module("kernels.attention")
+Leaves = tuple[Tensor, Tensor, Tensor]
+
+
+def leaves(
+    n: int, heads: int, key_heads: int, dim: int, dtype: torch.dtype, device: str
+) -> tuple[Leaves, Tensor]:
+    generator = torch.Generator().manual_seed(n + dim)
+    shapes = ((n, heads, dim), (n, key_heads, dim), (n, key_heads, dim), (n, heads, dim))
+    q, k, v, g = (torch.randn(*s, generator=generator).to(device, dtype) for s in shapes)
+    return (q, k, v), g
+
+
+def ours(x: Leaves, g: Tensor, cu: Tensor, **options: Any) -> list[Tensor]:
+    bound = x[0].shape[0]
+    out, lse = attention_triton.flash_forward(*x, cu, max_seqlen=bound, **options)
+    grads = attention_triton.flash_backward(g, *x, out, lse, cu, max_seqlen=bound, **options)
+    return [out, *grads]
+
+
+def reference(x: Leaves, g: Tensor, cu: Tensor, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+    wide = tuple(t.to(dtype).detach().requires_grad_() for t in x)
+    out = attention_module.attention_reference(*wide, cu, **options)
+    return [out.detach(), *torch.autograd.grad(out, wide, g.to(dtype))]
+
+
+def boundaries(lengths: list[int], device: str) -> Tensor:
+    ends = [0, *itertools.accumulate(lengths)]
+    return torch.tensor(ends, dtype=torch.int32, device=device)
+
+
+CASES = {
+    "causal": ([5, 1, 33, 0, 70], 4, 2, 32, True, None),
+    "all": ([20, 64], 2, 2, 16, False, None),
+    "causal window": ([3, 75], 2, 1, 16, True, 9),
+    "window": ([66, 12], 2, 2, 16, False, 20),
+    "one token": ([1], 2, 1, 16, True, None),
+    "empty at the end": ([40, 0, 0], 1, 1, 24, True, None),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients(
+    case: str, dtype: torch.dtype, kernel_device: str, poisoned: None
+) -> None:
+    lengths, heads, key_heads, dim, causal, window = CASES[case]
+    x, g = leaves(sum(lengths), heads, key_heads, dim, dtype, kernel_device)
+    cu = boundaries(lengths, kernel_device)
+    options: dict[str, Any] = {"causal": causal, "window": window, "scale": dim**-0.5}
+    exact = reference(x, g, cu, torch.float64, **options)
+    # weights and their gradients are rounded to dtype before they are multiplied, the results once
+    # more: a few ulps of the largest entry (two of them where the interpreter truncates)
+    ulp = torch.finfo(dtype).eps
+    # fp32: exp2, log and sums of up to 75 terms, each good to an ulp
+    allowed = 16 * ulp if dtype == torch.float32 else (4 if kernel_device == "cpu" else 2) * ulp
+    for got, want in zip(ours(x, g, cu, **options), exact, strict=True):
+        assert got.dtype == dtype
+        assert not got.isnan().any()
+        bound = allowed * float(want.abs().max().clamp(min=1.0))
+        assert float((got.double() - want).abs().max()) <= bound
+
+
+def test_a_document_with_nan_keeps_it(kernel_device: str) -> None:
+    lengths = [30, 25, 20]
+    x, g = leaves(75, 2, 1, 16, torch.float32, kernel_device)
+    cu = boundaries(lengths, kernel_device)
+    options: dict[str, Any] = {"causal": True, "window": None, "scale": 0.25}
+    clean = ours(x, g, cu, **options)
+    for t in (*x, g):
+        t[30:55] = float("nan")
+    for got, want in zip(ours(x, g, cu, **options), clean, strict=True):
+        assert torch.equal(got[:30], want[:30])
+        assert torch.equal(got[55:], want[55:])
+        assert got[30:55].isnan().all()
+
+
+def test_a_wrong_backward_would_show(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = attention_triton.backward_dkdv
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        dk, dv = right(*args, **options)
+        return dk * 1.05, dv
+
+    monkeypatch.setattr(attention_triton, "backward_dkdv", wrong)
+    with pytest.raises(AssertionError):
+        test_values_and_gradients("causal", torch.float32, kernel_device, None)
+
+
+def test_extreme_scores(kernel_device: str) -> None:
+    """Scores of about +-1e4: the softmax is one-hot, and nothing overflows."""
+    x, g = leaves(40, 2, 1, 16, torch.float32, kernel_device)
+    x = (x[0] * 100, x[1] * 100, x[2])
+    cu = boundaries([40], kernel_device)
+    options: dict[str, Any] = {"causal": True, "window": None, "scale": 1.0}
+    exact = reference(x, g, cu, torch.float64, **options)
+    for got, want in zip(ours(x, g, cu, **options), exact, strict=True):
+        assert got.isfinite().all()
+        # the softmax is one-hot, so dq and dk are exactly 0 but for rounding: of 100 times 1 ulp
+        torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+def test_real_sizes_on_a_gpu(dim: int) -> None:
+    lengths = [380, 1, 700, 0, 512, 64, 2000]
+    x, g = leaves(sum(lengths), 12, 2, dim, torch.bfloat16, "cuda")
+    cu = boundaries(lengths, "cuda")
+    options: dict[str, Any] = {"causal": True, "window": None, "scale": dim**-0.5}
+    exact = reference(x, g, cu, torch.float64, **options)
+    for got, want in zip(ours(x, g, cu, **options), exact, strict=True):
+        assert float((got.double() - want).norm() / want.norm()) <= 2**-8
