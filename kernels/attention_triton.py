@@ -95,12 +95,6 @@ def _tile(
 
 
 @jit
-def _rows_of(x, ROWS: tl.constexpr):
-    """[ROWS, n], all of them x."""
-    return tl.broadcast_to(x[None, :], [ROWS, x.shape[0]])
-
-
-@jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
     """a @ b, added to acc unless that is None; fp32."""
     if _INTERPRETED:  # it multiplies the bits of bf16 as if they were integers
@@ -252,7 +246,7 @@ def flash_forward_kernel(
         k_at += BLOCK_N * K_STRIDE
         v_at += BLOCK_N * V_STRIDE
 
-    out = (acc * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty)
+    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     out_stride: tl.constexpr = HEADS * DIM
     _write(
         out_ptr + first * out_stride + head * DIM, out, row, rows, out_stride, length, DIM, BLOCK_D
@@ -269,7 +263,7 @@ def flash_backward_dq_kernel(
     v_ptr,
     out_ptr,
     lse_ptr,
-    stats_ptr,
+    delta_ptr,
     dq_ptr,
     cu_ptr,
     tokens,
@@ -310,19 +304,17 @@ def flash_backward_dq_kernel(
     grad = _tile(grad_ptr + at, row, rows, stride, length, DIM, BLOCK_D, STEP)
     out = _tile(out_ptr + at, row, rows, stride, length, DIM, BLOCK_D, STEP)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    factor = scale * LOG2E
-    inside = row + rows < length
-    place = head * tokens.to(tl.int64) + first + rows
+    statistics = head * tokens.to(tl.int64) + first + rows
+    tl.store(delta_ptr + statistics, delta, mask=row + rows < length)
     # past the end: no weight at all
-    lse = tl.load(lse_ptr + place, mask=inside, other=float("inf")) * LOG2E
-    pairs = stats_ptr + 2 * place[:, None] + tl.arange(0, 2)[None, :]
-    tl.store(pairs, tl.join(lse * (-1.0 / factor), -delta), mask=inside[:, None])
+    lse = tl.load(lse_ptr + statistics, mask=row + rows < length, other=float("inf")) * LOG2E
     q = _tile(
         q_ptr + first * Q_STRIDE + head * DIM, row, rows, Q_STRIDE, length, DIM, BLOCK_D, STEP
     )
 
     k_at = k_ptr + (start + low).to(tl.int64) * K_STRIDE + key_head * DIM
     v_at = v_ptr + (start + low).to(tl.int64) * V_STRIDE + key_head * DIM
+    factor = scale * LOG2E
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for key in tl.range(low, high, BLOCK_N):
         k = _tile(k_at, key, cols, K_STRIDE, length, DIM, BLOCK_D, STEP)
@@ -353,7 +345,8 @@ def flash_backward_dkdv_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    stats_ptr,
+    lse_ptr,
+    delta_ptr,
     dk_ptr,
     dv_ptr,
     cu_ptr,
@@ -412,7 +405,6 @@ def flash_backward_dkdv_kernel(
     begin = start.to(tl.int64)
     head = key_head * group
     row = low
-    pairs = tl.arange(0, 2 * BLOCK_M)
     factor = scale * LOG2E
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -420,16 +412,17 @@ def flash_backward_dkdv_kernel(
     for _ in tl.range(0, group * tl.cdiv(high - low, BLOCK_M)):
         q_at = q_ptr + (begin + row) * Q_STRIDE + head * DIM
         q = _tile(q_at, row, rows, Q_STRIDE, length, DIM, BLOCK_D, STEP)
+        statistics = head * tokens.to(tl.int64) + begin + row + rows
+        inside = row + rows < length
         grad_at = grad_ptr + (begin + row) * stride + head * DIM
         grad = _tile(grad_at, row, rows, stride, length, DIM, BLOCK_D, STEP)
-        # one load of both, and so of as many entries as there are threads: the compiler would have
-        # every thread load what it needs of fewer. Zeros past the end: q and grad are 0 there too.
-        stats_at = stats_ptr + 2 * (head * tokens.to(tl.int64) + begin + row)
-        stats = tl.load(stats_at + pairs, mask=pairs < 2 * (length - row), other=0.0)
-        lse, delta = tl.split(tl.reshape(stats, [BLOCK_M, 2]))
-        dp = _dot(v, tl.trans(grad), None, PRECISION)
         s = _dot(k, tl.trans(q), None, PRECISION)
-        p = tl.exp2(s * factor + lse[None, :])
+        delta = tl.load(delta_ptr + statistics, mask=inside, other=0.0)
+        # delta goes in as the start of the sum: subtracted later it would take more registers
+        dp = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) - delta[None, :]
+        dp = _dot(v, tl.trans(grad), dp, PRECISION)
+        lse = tl.load(lse_ptr + statistics, mask=inside, other=float("inf")) * LOG2E
+        p = tl.exp2(s * factor - lse[None, :])
         if BRANCH:
             if _is_partial(row, key, length, window, CAUSAL, BLOCK_M, BLOCK_N):
                 seen = _seen(
@@ -439,8 +432,8 @@ def flash_backward_dkdv_kernel(
         else:
             seen = _seen(_eights(row, rows)[None, :], key + cols[:, None], length, window, CAUSAL)
             p = tl.where(seen, p, 0.0)
-        ds = (p * (dp + delta[None, :])).to(q.dtype)
         dv = _dot(p.to(grad.dtype), grad, dv, PRECISION)
+        ds = (p * dp).to(q.dtype)
         dk = _dot(ds, q, dk, PRECISION)
         row += BLOCK_M
         last = row >= high
@@ -475,11 +468,11 @@ class Config:
 def _config(kind: str, q: Tensor) -> Config:
     """Launch settings; `kind` is forward, dq or dkdv.
 
-    On an H200, bf16, us of 16,384 tokens in 41 ragged documents (heads of 128, 12 on 2, causal) and
-    in 64 pictures of 256 (heads of 64, 16 on 16): forward 64 x 64 in three stages 100 and 66, in
-    two 106 and 71, 128 x 64 with 8 warps 124 and 69; dq 64 x 64 141 and 86, 64 x 32 140 and 82;
-    dkdv 64 x 64 149 and 168, in three stages 277 and 170, 32 x 64 in three stages 189 and 133 (128 x 64:
-    122, but it spills).
+    On an H200, bf16, us of 16,384 tokens in 41 ragged documents (heads of 128, 12 on 2, causal)
+    and in 64 pictures of 256 (heads of 64, 16 on 16). forward: 64 x 64 in three stages 100 and 66,
+    in two 106 and 71, 128 x 64 with 8 warps 124 and 69. dq: 64 x 64 141 and 86, 64 x 32 140 and 82.
+    dkdv: 64 x 64 149 and 168, in three stages 277 and 170, 32 x 64 in three stages 189 and 133
+    (128 x 64: 122, but it spills).
     """
     dim = _padded(q.shape[2])
     if q.dtype == torch.float32:  # multiplied entry by entry, tf32 being too coarse
@@ -588,7 +581,7 @@ def backward_dq(
     n, heads, dim = q.shape
     config = config or _config("dq", q)
     dq = q.new_empty(n, heads, dim)
-    stats = lse.new_empty(*lse.shape, 2)  # -lse / scale and -delta of each row
+    delta = torch.empty_like(lse)
     launch(
         flash_backward_dq_kernel,
         (_slots(q, cu_seqlens, config.queries) * heads if n else 0,),
@@ -598,7 +591,7 @@ def backward_dq(
         v,
         out,
         lse,
-        stats,
+        delta,
         dq,
         cu_seqlens,
         n,
@@ -607,11 +600,11 @@ def backward_dq(
         _window(window, n),
         **_constants(q, k, v, causal, config),
     )
-    return dq, stats
+    return dq, delta
 
 
 def backward_dkdv(
-    grad, q, k, v, stats, cu_seqlens, *, causal, window, scale, config=None
+    grad, q, k, v, lse, delta, cu_seqlens, *, causal, window, scale, config=None
 ) -> tuple[Tensor, Tensor]:
     n, _, dim = q.shape
     key_heads = k.shape[1]
@@ -626,7 +619,8 @@ def backward_dkdv(
         q,
         k,
         v,
-        stats,
+        lse,
+        delta,
         dk,
         dv,
         cu_seqlens,
@@ -659,6 +653,6 @@ def flash_backward(
     q, k, v = _rows(q), _rows(k), _rows(v)
     q, scale, sign = _positive(q, scale)
     options: dict[str, Any] = {"causal": causal, "window": window, "scale": scale}
-    dq, stats = backward_dq(grad, q, k, v, out, lse, cu_seqlens, config=configs[0], **options)
-    dk, dv = backward_dkdv(grad, q, k, v, stats, cu_seqlens, config=configs[1], **options)
+    dq, delta = backward_dq(grad, q, k, v, out, lse, cu_seqlens, config=configs[0], **options)
+    dk, dv = backward_dkdv(grad, q, k, v, lse, delta, cu_seqlens, config=configs[1], **options)
     return dq if sign == 1.0 else dq * sign, dk, dv

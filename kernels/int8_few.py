@@ -142,15 +142,14 @@ def int8_linear_row_kernel(
     at = weight_ptr + col.to(tl.int64)[:, None] * inner + k[None, :]
     known = col < outs
     if EVEN:
-        # past L1, as `_few_weights` does
         w = tl.load(at, cache_modifier=".cg")
     else:
         mask = known[:, None] & (k < inner)[None, :]
         w = tl.load(at, mask=mask, other=0, cache_modifier=".cg")
-    scale = tl.load(scale_ptr + col, mask=known, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + col, mask=known, other=0.0, cache_modifier=".cg").to(tl.float32)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + col, mask=known, other=0.0).to(tl.float32)
-    if PDL:
+        bias = tl.load(bias_ptr + col, mask=known, other=0.0, cache_modifier=".cg").to(tl.float32)
+    if PDL:  # leaves alone are read before, and past L1: see `int8_linear_few_kernel`
         tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + k, mask=k < inner, other=0.0).to(tl.float32)
     y = tl.sum(w.to(tl.float32) * x[None, :], 1) * scale
