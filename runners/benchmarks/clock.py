@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -116,7 +117,7 @@ class CudaClock:
             raise NotCapturableError(first_line(problem)) from problem
         graph.replay()
         self.settle()
-        return graph.replay
+        return partial(_replay, graph, run)
 
     def _check_asynchronous(self, run: Run) -> None:
         """A call that waits for the device would spoil a capture: found out beforehand."""
@@ -176,3 +177,8 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def _replay(graph: torch.cuda.CUDAGraph, captured: Run) -> None:
+    """`captured` is kept alive with its graph, which reads what it holds: a library's weights."""
+    graph.replay()

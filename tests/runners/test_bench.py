@@ -591,6 +591,29 @@ def test_peak_memory_leaves_out_results() -> None:
 
 @pytest.mark.gpu
 @on_gpu
+def test_a_graph_keeps_what_only_its_call_holds() -> None:
+    """A library's own copy of a weight, say: freed, the graph would read another's memory."""
+    clock = CudaClock()
+    x = torch.ones(2**22, device=clock.device)
+    out = torch.zeros_like(x)
+
+    def build() -> Callable[[], Tensor]:
+        weight = torch.full_like(x, 3.0)
+        return lambda: out.copy_(x * weight)
+
+    with clock.session():
+        replay = clock.capture(build())
+        clock.free()
+        others = [torch.full_like(x, 7.0) for _ in range(8)]
+        out.zero_()
+        replay()
+        clock.settle()
+    assert len(others) == 8
+    assert bool((out == 3.0).all())
+
+
+@pytest.mark.gpu
+@on_gpu
 def test_a_small_run_on_the_gpu(tmp_path: Path, console: Console) -> None:
     cases = [losses.cross_entropy(512, 1000), elementwise.rms_norm(512, 256)]
     mine = choose_cases(KernelsConfig(without=("torch.compile",)), cases)
