@@ -61,20 +61,14 @@ def _rows_of_x(
     inner,
     STEPS: tl.constexpr,
     WARPS: tl.constexpr,
-    EIGHTS: tl.constexpr,
     EVEN: tl.constexpr,
-    STAGED: tl.constexpr,
 ):
-    """x [WARPS, STEPS * 64, 8 * EIGHTS] in the order of columns that `_add_dot` wants."""
-    if STAGED:
-        row = tl.arange(0, 8 * EIGHTS)[:, None]
-        col = start + tl.arange(0, STEPS * WARPS * 64)[None, :]
-    else:
-        p = tl.arange(0, STEPS * 2 * EIGHTS * WARPS * 32)  # step, t, eights, warp, eighth, quarter
-        row = (p // (32 * WARPS) % EIGHTS * 8 + p // 4 % 8)[:, None]
-        step = p // (64 * WARPS * EIGHTS)
-        col = start + step * (WARPS * 64) + p // 32 % WARPS * 64 + p % 4 * 16
-        col = (col + p // (32 * WARPS * EIGHTS) % 2 * 8)[:, None] + tl.arange(0, 8)
+    """[STEPS * 2 * WARPS * 32, 8] entries of x: those that the thread's weights meet."""
+    p = tl.arange(0, STEPS * 2 * WARPS * 32)  # step, t, warp, eighth, quarter
+    row = (p // 4 % 8)[:, None]
+    step = p // (64 * WARPS)
+    col = start + step * (WARPS * 64) + p // 32 % WARPS * 64 + p % 4 * 16
+    col = (col + p // (32 * WARPS) % 2 * 8)[:, None] + tl.arange(0, 8)
     mask = row < rows
     if not EVEN:
         mask = mask & (col < inner)
@@ -89,35 +83,16 @@ def _add_dot(
     STEPS: tl.constexpr,
     WARPS: tl.constexpr,
     HALVES: tl.constexpr,
-    EIGHTS: tl.constexpr,
-    STAGED: tl.constexpr,
 ):
-    """acc [WARPS, 8 * HALVES, 8 * EIGHTS] += weights . x, every warp on columns of its own."""
+    """acc [WARPS, 8 * HALVES, 8] += weights . x, every warp on columns of its own."""
     # A thread of a tensor core instruction holds columns 4q..4q+3 and 16+4q..19+4q of 32. Sums do
     # not mind the order of their terms: with the same permutation of the columns in both operands,
     # these are 16 neighbours in memory, and nothing moves between threads.
-    if STAGED:
-        x = x.reshape(EIGHTS * 8, STEPS, WARPS, 4, 2, 2, 4)  # row step warp q t half four
-        x = x.permute(2, 1, 4, 5, 3, 6, 0).reshape(WARPS, STEPS * 64, EIGHTS * 8)
-    else:
-        x = x.reshape(STEPS, 2, EIGHTS, WARPS, 8, 4, 2, 4)  # step t eights w eighth q half four
-        x = x.permute(3, 0, 1, 6, 5, 7, 2, 4).reshape(WARPS, STEPS * 64, EIGHTS * 8)
+    x = x.reshape(STEPS, 2, WARPS, 8, 4, 2, 4)  # step t warp eighth q half four
+    x = x.permute(2, 0, 1, 5, 4, 6, 3).reshape(WARPS, STEPS * 64, 8)
     w = raw.reshape(STEPS, HALVES, WARPS, 8, 4, 2, 2, 4)  # step halves warp eighth q t half four
     w = w.permute(2, 1, 3, 0, 5, 6, 4, 7).reshape(WARPS, HALVES * 8, STEPS * 64)
     return _dot(w, x, acc)
-
-
-@jit
-def _prefetch(row_ptrs, size):
-    """Rows of `size` bytes on their way to L2."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [row_ptrs, size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @jit
@@ -171,14 +146,11 @@ def int8_linear_few_kernel(
     STEPS: tl.constexpr,
     WARPS: tl.constexpr,
     HALVES: tl.constexpr,
-    EIGHTS: tl.constexpr,
     CHUNKS: tl.constexpr,
     EVEN: tl.constexpr,
-    STAGED: tl.constexpr,
-    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """8 * HALVES outputs of up to 8 * EIGHTS rows a program; its warps divide the columns.
+    """8 * HALVES outputs of up to 8 rows a program; its warps divide the columns.
 
     CHUNKS times STEPS * WARPS * 64 columns, the next chunk under way while one is multiplied.
     EVEN: nothing to mask.
@@ -189,8 +161,6 @@ def int8_linear_few_kernel(
     chunk: tl.constexpr = STEPS * WARPS * 64
     first = tl.program_id(0) * size
     col = first + tl.arange(0, size)
-    if PREFETCH:
-        _prefetch(weight_ptr + tl.minimum(col, outs - 1).to(tl.int64) * inner, inner)
     weight_ptr += first.to(tl.int64) * inner
     raw = _weights(weight_ptr, 0, outs - first, inner, STEPS, WARPS, HALVES, EVEN)
     scale = tl.load(scale_ptr + col, mask=col < outs, other=0.0, cache_modifier=".cg")
@@ -201,21 +171,21 @@ def int8_linear_few_kernel(
         # makes leaves and lets others start early would be a mistake; torch's own do not. After
         # those this starts when they have left, but without the usual flush of L1: hence .cg.)
         tl.extra.cuda.gdc_wait()
-    x = _rows_of_x(x_ptr, 0, rows, inner, STEPS, WARPS, EIGHTS, EVEN, STAGED)
-    acc = tl.zeros([WARPS, size, 8 * EIGHTS], tl.float32)
+    x = _rows_of_x(x_ptr, 0, rows, inner, STEPS, WARPS, EVEN)
+    acc = tl.zeros([WARPS, size, 8], tl.float32)
     for i in tl.static_range(CHUNKS):  # unrolled: a chunk that a loop carried would be unpacked
         if i + 1 < CHUNKS:
             begin = (i + 1) * chunk
             next_raw = _weights(weight_ptr, begin, outs - first, inner, STEPS, WARPS, HALVES, EVEN)
-            next_x = _rows_of_x(x_ptr, begin, rows, inner, STEPS, WARPS, EIGHTS, EVEN, STAGED)
-        acc = _add_dot(acc, raw, x, STEPS, WARPS, HALVES, EIGHTS, STAGED)
+            next_x = _rows_of_x(x_ptr, begin, rows, inner, STEPS, WARPS, EVEN)
+        acc = _add_dot(acc, raw, x, STEPS, WARPS, HALVES)
         if i + 1 < CHUNKS:
             raw = next_raw
             x = next_x
     y = tl.sum(acc, 0) * scale.to(tl.float32)[:, None]
     if bias_ptr is not None:
         y += bias.to(tl.float32)[:, None]
-    row = tl.arange(0, 8 * EIGHTS)[None, :]
+    row = tl.arange(0, 8)[None, :]
     mask = (row < rows) & (col < outs)[:, None]
     tl.store(out_ptr + row * outs + col[:, None], y.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -287,8 +257,6 @@ class Few:
     steps: int
     warps: int
     halves: int = 2
-    staged: bool = False
-    prefetch: bool = False
     pdl: bool = True
 
 
@@ -364,10 +332,9 @@ def few_rows(
     bias: Tensor | None,
     config: Few | None = None,
 ) -> Tensor:
-    """x @ (weight * scale).T + bias for up to 16 rows: [rows, outs]."""
+    """x @ (weight * scale).T + bias for up to 8 rows: [rows, outs]."""
     (rows, inner), outs = x.shape, weight.shape[0]
     config = config or few_config(outs, inner, x.device)
-    eights = triton.next_power_of_2(triton.cdiv(rows, 8))
     chunk, size = config.steps * config.warps * 64, 8 * config.halves
     out = x.new_empty(rows, outs)
     pdl = config.pdl and capability(x.device) >= (9, 0)
@@ -388,11 +355,8 @@ def few_rows(
         STEPS=config.steps,
         WARPS=config.warps,
         HALVES=config.halves,
-        EIGHTS=eights,
         CHUNKS=triton.cdiv(inner, chunk),
         EVEN=inner % chunk == 0 and outs % size == 0,
-        STAGED=config.staged,
-        PREFETCH=config.prefetch and pdl,
         PDL=pdl,
     )
     return out

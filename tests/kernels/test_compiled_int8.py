@@ -19,11 +19,15 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # (rows, inner, outs, dtype, activations, bias): every launch configuration, then what masks do
 CASES = [
     (1, 2048, 8192, BF16, None, False),
+    (1, 1536, 8960, FP16, None, True),
+    (8, 2048, 8192, BF16, None, False),
     (8, 8192, 2048, BF16, None, False),
     (8, 1536, 8960, FP16, None, True),
-    (4, 28672, 4096, BF16, None, False),
+    (4, 14336, 4096, BF16, None, False),
     (16, 2048, 8192, BF16, None, False),
     (16, 8960, 1536, BF16, None, True),
+    (32, 2048, 8192, BF16, None, False),
+    (32, 8960, 1536, FP16, None, True),
     (64, 2048, 8192, BF16, None, False),
     (64, 8960, 1536, FP16, None, True),
     (65, 2048, 8192, BF16, None, False),
