@@ -165,7 +165,7 @@ def plan(encoder: Encoder, documents: Sequence[Document], rows: int, model: VLMC
     if spec.images is None or spec.images.fit != "square":
         return spec
     # All pictures are of one size: then no run of unused patches is longer than a picture either.
-    return dataclasses.replace(spec, max_patches=spec.max_images * _square(spec.images))
+    return dataclasses.replace(spec, max_patches=spec.max_images * spec.images.square_patches)
 
 
 def bounds(spec: PackSpec) -> Longest:
@@ -173,12 +173,8 @@ def bounds(spec: PackSpec) -> Longest:
     images = spec.images
     if images is None or images.fit != "square":
         return Longest(spec.row_len)
-    picture = _square(images)
+    picture = images.square_patches
     return Longest(spec.row_len, picture, equal_pictures=spec.max_patches % picture == 0)
-
-
-def _square(images: ImageSpec) -> int:
-    return (images.image_size // images.patch_size) ** 2
 
 
 def sample_documents(source: Source, encoder: Encoder, limit: int) -> Iterable[Document]:

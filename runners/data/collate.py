@@ -88,7 +88,7 @@ def _image_fields(
     step = -(-(num_patches - used) // unused)
     step += -step % spec.images.merge**2
     if spec.images.fit == "square":
-        step = max(step, (spec.images.image_size // spec.images.patch_size) ** 2)
+        step = max(step, spec.images.square_patches)
     rest = np.minimum(used + step * np.arange(1, unused + 1), num_patches)
     image_cu_seqlens = np.concatenate([np.cumsum([0, *counts]), rest]).astype(np.int32)
     # Both projectors number their tokens in the order of the pictures, so slots are contiguous.

@@ -57,6 +57,11 @@ class ImageSpec:
     def patch_dim(self) -> int:
         return 3 * self.patch_size**2
 
+    @property
+    def square_patches(self) -> int:
+        """Patches of a picture of image_size x image_size."""
+        return (self.image_size // self.patch_size) ** 2
+
     def tokens(self, num_patches: int) -> int:
         """Image tokens of a picture with that many patches."""
         return self.queries if self.projector == "resampler" else num_patches // self.merge**2
