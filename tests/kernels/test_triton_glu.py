@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from kernels import dispatch, geglu, glu_triton, relu2, swiglu
+from tests.kernels.drivers import random
 
 EPS32 = torch.finfo(torch.float32).eps
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -32,11 +33,6 @@ COUNT = {"swiglu": 2, "geglu": 2, "relu2": 1}
 
 def triton() -> Any:
     return dispatch.override(swiglu="triton", geglu="triton", relu2="triton")
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def inputs(

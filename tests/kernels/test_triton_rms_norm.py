@@ -15,9 +15,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import grad, jvp, vmap
 
 from kernels import add_rms_norm, choose, dispatch, layer_norm, rms_norm, rms_norm_triton
+from tests.kernels.drivers import (
+    Driver,
+    by_autograd,
+    by_autograd_of_vmap,
+    by_compile,
+    by_compiled_grad,
+    by_double_backward,
+    by_func_grad,
+    by_hvp,
+    by_jvp,
+    by_jvp_jvp,
+    by_jvp_of_one,
+    by_one_leaf,
+    by_vmap_grad,
+    by_vmap_grad_shared,
+    disagreement,
+    name_of,
+    random,
+)
 
 # torch.func.jvp scripts its decompositions when first used
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
@@ -28,11 +46,6 @@ EPS32 = torch.finfo(torch.float32).eps
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # one row; one entry; fewer rows than a tile has; odd lengths; several turns a program; heads
 SHAPES = [(1, 7), (5, 1), (2, 64), (5, 123), (2, 1000), (35, 520), (9, 16, 128), (3, 5, 7, 40)]
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def triton() -> Any:
@@ -269,7 +282,6 @@ OPS = {
     ("layer_norm", "torch"): "LAYER_NORM",
     ("layer_norm", "triton"): "LAYER_NORM_TRITON",
 }
-Loss = Callable[..., Tensor]
 
 
 def both(pair: tuple[Tensor, Tensor]) -> Tensor:
@@ -295,112 +307,6 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], int]] = {
 }
 
 
-def scalar(f: Callable[..., Tensor]) -> Loss:
-    def loss(*floats: Tensor) -> Tensor:
-        out = f(*floats)
-        weights = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype, device=out.device)
-        return (torch.sin(out) * weights.reshape(out.shape)).sum()
-
-    return loss
-
-
-def everyone(floats: tuple[Tensor, ...]) -> tuple[int, ...]:
-    return tuple(range(len(floats)))
-
-
-def directions(floats: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(random(*x.shape, seed=9 + i).to(x) for i, x in enumerate(floats))
-
-
-def examples(floats: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.stack([x, x + 0.3 * d]) for x, d in zip(floats, directions(floats), strict=True)
-    )
-
-
-def backend_of(floats: tuple[Tensor, ...]) -> str:
-    return "inductor" if floats[0].is_cuda else "aot_eager"
-
-
-def by_autograd(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
-    xs = [x.clone().requires_grad_() for x in floats]
-    value = loss(*xs)
-    return [value.detach(), *torch.autograd.grad(value, xs)]
-
-
-def by_one_leaf(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
-    out = []
-    for i in everyone(floats):
-        xs = [x.clone().requires_grad_(j == i) for j, x in enumerate(floats)]
-        out += torch.autograd.grad(loss(*xs), xs[i])
-    return out
-
-
-def by_func_grad(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
-    return list(grad(loss, everyone(floats))(*floats))
-
-
-def by_vmap_grad(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
-    return list(vmap(grad(loss, everyone(floats)))(*examples(floats)))
-
-
-def by_vmap_grad_shared(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
-    dims = (0, *(None for _ in floats[1:]))
-    return list(vmap(grad(loss, everyone(floats)), dims)(examples(floats)[0], *floats[1:]))
-
-
-def by_autograd_of_vmap(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
-    dims = (0, *(None for _ in floats[1:]))
-    xs = [x.clone().requires_grad_() for x in (examples(floats)[0], *floats[1:])]
-    return list(torch.autograd.grad(vmap(loss, dims)(*xs).sum(), xs))
-
-
-def by_compile(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
-    torch._dynamo.reset()
-    return by_autograd(torch.compile(loss, backend=backend_of(floats), fullgraph=True), floats)
-
-
-def by_compiled_grad(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
-    torch._dynamo.reset()
-    gradient = grad(loss, everyone(floats))
-    return list(torch.compile(gradient, backend=backend_of(floats), fullgraph=True)(*floats))
-
-
-def by_jvp(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
-    return list(jvp(loss, floats, directions(floats)))
-
-
-def by_jvp_of_one(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
-    moves = directions(floats)
-    out = []
-    for i in everyone(floats):
-
-        def partial(x: Tensor, i: int = i) -> Tensor:
-            return loss(*floats[:i], x, *floats[i + 1 :])
-
-        out.append(jvp(partial, (floats[i],), (moves[i],))[1])
-    return out
-
-
-def by_double_backward(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
-    xs = [x.clone().requires_grad_() for x in floats]
-    first = torch.autograd.grad(loss(*xs), xs, create_graph=True)
-    pairs = zip(first, directions(floats), strict=True)
-    return list(torch.autograd.grad(torch.stack([(g * d).sum() for g, d in pairs]).sum(), xs))
-
-
-def by_hvp(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
-    return list(jvp(grad(loss, everyone(floats)), floats, directions(floats))[1])
-
-
-def by_jvp_jvp(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
-    def slope(*xs: Tensor) -> Tensor:
-        return jvp(loss, xs, tuple(torch.cos(x) for x in xs))[1]
-
-    return [jvp(slope, floats, directions(floats))[1]]
-
-
-Driver = Callable[[Loss, tuple[Tensor, ...]], list[Tensor]]
 FIRST: list[Driver] = [
     by_autograd,
     by_one_leaf,
@@ -414,29 +320,14 @@ FIRST: list[Driver] = [
 HIGHER: list[Driver] = [by_jvp, by_jvp_of_one, by_double_backward, by_hvp]
 
 
-def disagreement(name: str, driver: Driver, backend: str, device: str) -> float:
-    """Largest error, relative to the largest entry; NaN is an infinite error."""
+def error(name: str, driver: Driver, backend: str, device: str) -> float:
     fast, plain, count = CASES[name]
     matrices = 2 if name == "add_rms_norm" else 1
     shapes = [(5, 24)] * matrices + [(24,)] * (count - matrices)
     dtype = torch.float64 if backend == "torch" else torch.float32  # Triton takes no fp64
     floats = tuple(random(*s, seed=i).to(device, dtype) for i, s in enumerate(shapes))
-    reference = {by_compile: by_autograd, by_compiled_grad: by_func_grad}.get(driver, driver)
     with dispatch.override(rms_norm=backend, layer_norm=backend):
-        got = driver(scalar(fast), floats)
-    wanted = reference(scalar(plain), tuple(x.double() for x in floats))
-    worst = 0.0
-    for a, b in zip(got, wanted, strict=True):
-        assert a.shape == b.shape
-        assert a.dtype == dtype
-        assert b.abs().max() > 1e-6  # the reference itself says something
-        error = float((a.double() - b).abs().max() / b.abs().max())
-        worst = max(worst, error if error == error else float("inf"))
-    return worst
-
-
-def name_of(driver: Driver) -> str:
-    return driver.__name__.removeprefix("by_")
+        return disagreement(driver, fast, plain, floats)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -444,7 +335,7 @@ def name_of(driver: Driver) -> str:
 @pytest.mark.parametrize("name", CASES)
 def test_under_driver(name: str, driver: Driver, backend: tuple[str, str]) -> None:
     # sums of 120 numbers of order 1, a few times over: 1e-10 in fp64, 1e-4 in fp32
-    assert disagreement(name, driver, *backend) < (1e-10 if backend[0] == "torch" else 1e-4)
+    assert error(name, driver, *backend) < (1e-10 if backend[0] == "torch" else 1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -460,7 +351,7 @@ def test_a_wrong_backward_shows(
         return tuple(None if g is None else 3.0 * g for g in op.backward(*args, **static))
 
     monkeypatch.setattr(norms, attribute, dataclasses.replace(op, backward=wrong))
-    assert disagreement(name, driver, *backend) > 0.1
+    assert error(name, driver, *backend) > 0.1
 
 
 @pytest.mark.parametrize("driver", HIGHER, ids=name_of)
@@ -471,7 +362,7 @@ def test_a_wrong_formula_of_the_sum_shows(driver: Driver, monkeypatch: pytest.Mo
         return tuple(3.0 * out for out in op.formula(*args, **static))
 
     monkeypatch.setattr(norms, "ADD_RMS_NORM", dataclasses.replace(op, formula=wrong))
-    assert disagreement("add_rms_norm", driver, "torch", "cpu") > 0.1
+    assert error("add_rms_norm", driver, "torch", "cpu") > 0.1
 
 
 # The residual add

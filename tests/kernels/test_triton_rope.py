@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from kernels import dispatch, rope, rope_triton
+from tests.kernels.drivers import random
 
 EPS = 1e-5
 EPS32 = torch.finfo(torch.float32).eps
@@ -25,11 +26,6 @@ SHAPES = [(1, 1, 1, 2), (5, 3, 1, 6), (9, 4, 2, 80), (7, 5, 5, 64), (70, 2, 2, 1
 
 def triton() -> Any:
     return dispatch.override(rope="triton")
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def tables(positions: int, dim: int, device: str) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,161 @@
+"""What a differentiable kernel is put through: each driver returns a list of tensors computed from
+a loss and its arguments. For the tests of kernels that have a fast path and a plain formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+
+Loss = Callable[..., Tensor]
+Driver = Callable[[Loss, tuple[Tensor, ...]], list[Tensor]]
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def scalar(f: Loss) -> Loss:
+    """A loss with non-trivial cotangents and curvature, even for a linear f."""
+
+    def loss(*floats: Tensor) -> Tensor:
+        out = f(*floats)
+        weights = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype, device=out.device)
+        return (torch.sin(out) * weights.reshape(out.shape)).sum()
+
+    return loss
+
+
+def everyone(floats: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple(range(len(floats)))
+
+
+def directions(floats: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(random(*x.shape, seed=9 + i).to(x) for i, x in enumerate(floats))
+
+
+def examples(floats: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    pairs = zip(floats, directions(floats), strict=True)
+    return tuple(torch.stack([x, x + 0.3 * d]) for x, d in pairs)
+
+
+def backend_of(floats: tuple[Tensor, ...]) -> str:
+    return "inductor" if floats[0].is_cuda else "aot_eager"
+
+
+def by_autograd(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    xs = [x.clone().requires_grad_() for x in floats]
+    value = loss(*xs)
+    return [value.detach(), *torch.autograd.grad(value, xs)]
+
+
+def by_one_leaf(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    out = []
+    for i in everyone(floats):
+        xs = [x.clone().requires_grad_(j == i) for j, x in enumerate(floats)]
+        out += torch.autograd.grad(loss(*xs), xs[i])
+    return out
+
+
+def by_func_grad(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    return list(grad(loss, everyone(floats))(*floats))
+
+
+def by_vmap_grad(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    return list(vmap(grad(loss, everyone(floats)))(*examples(floats)))
+
+
+def by_vmap_grad_shared(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    dims = (0, *(None for _ in floats[1:]))
+    return list(vmap(grad(loss, everyone(floats)), dims)(examples(floats)[0], *floats[1:]))
+
+
+def by_vmap_twice(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    nested = tuple(torch.stack([x, 0.5 * x]) for x in examples(floats))
+    return list(vmap(vmap(grad(loss, everyone(floats))), in_dims=1)(*nested))
+
+
+def by_autograd_of_vmap(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    dims = (0, *(None for _ in floats[1:]))
+    xs = [x.clone().requires_grad_() for x in (examples(floats)[0], *floats[1:])]
+    return list(torch.autograd.grad(vmap(loss, dims)(*xs).sum(), xs))
+
+
+def by_compile(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    torch._dynamo.reset()
+    return by_autograd(torch.compile(loss, backend=backend_of(floats), fullgraph=True), floats)
+
+
+def by_compiled_grad(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    torch._dynamo.reset()
+    gradient = grad(loss, everyone(floats))
+    return list(torch.compile(gradient, backend=backend_of(floats), fullgraph=True)(*floats))
+
+
+def by_jvp(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    return list(jvp(loss, floats, directions(floats)))
+
+
+def by_jvp_of_one(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    moves = directions(floats)
+    out = []
+    for i in everyone(floats):
+
+        def partial(x: Tensor, i: int = i) -> Tensor:
+            return loss(*floats[:i], x, *floats[i + 1 :])
+
+        out.append(jvp(partial, (floats[i],), (moves[i],))[1])
+    return out
+
+
+def by_double_backward(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    xs = [x.clone().requires_grad_() for x in floats]
+    first = torch.autograd.grad(loss(*xs), xs, create_graph=True)
+    pairs = zip(first, directions(floats), strict=True)
+    return list(torch.autograd.grad(torch.stack([(g * d).sum() for g, d in pairs]).sum(), xs))
+
+
+def by_hvp(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    return list(jvp(grad(loss, everyone(floats)), floats, directions(floats))[1])
+
+
+def by_vmap_hvp(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    """The curvature of examples: a derivative of a backward that serves them all."""
+
+    moves = directions(floats)
+
+    def hvp(*xs: Tensor) -> tuple[Tensor, ...]:
+        return jvp(grad(loss, everyone(floats)), xs, moves)[1]
+
+    return list(vmap(hvp)(*examples(floats)))
+
+
+def by_jvp_jvp(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    def slope(*xs: Tensor) -> Tensor:
+        return jvp(loss, xs, tuple(torch.cos(x) for x in xs))[1]
+
+    return [jvp(slope, floats, directions(floats))[1]]
+
+
+def name_of(driver: Driver) -> str:
+    return driver.__name__.removeprefix("by_")
+
+
+def disagreement(driver: Driver, fast: Loss, plain: Loss, floats: tuple[Tensor, ...]) -> float:
+    """Largest error of `fast` against `plain` in fp64, relative to the largest entry; NaN is an
+    infinite error."""
+    reference = {by_compile: by_autograd, by_compiled_grad: by_func_grad}.get(driver, driver)
+    got = driver(scalar(fast), floats)
+    wanted = reference(scalar(plain), tuple(x.double() for x in floats))
+    worst = 0.0
+    for a, b in zip(got, wanted, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == floats[0].dtype
+        assert b.abs().max() > 1e-6  # the reference itself says something
+        error = float((a.double() - b).abs().max() / b.abs().max())
+        worst = max(worst, error if error == error else float("inf"))
+    return worst
