@@ -29,6 +29,7 @@ from kernels.functions import (
     can_read,
     check_device,
     check_floating,
+    fold_all,
     run,
 )
 
@@ -117,7 +118,7 @@ FLASH = Op(
     _flash_formula,
     attention_flash.forward,
     attention_flash.backward,
-    fold=attention_flash.fold,
+    fold=fold_all,
     vmappable=True,
 )
 

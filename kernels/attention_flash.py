@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.functions import Dims, Tensors, batch_first
+from kernels import attention_triton
+from kernels.functions import fold_all
 
 # The libraries. Each forward gives (out, lse), each backward (dq, dk, dv), in any layout: the ops
 # make them contiguous. `cu` is None for a dense batch: q, k, v are then [B, T, heads, Dh].
@@ -191,11 +192,10 @@ def _cudnn_backward(
 
 
 def _triton_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, how: _How
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, how: _How
 ) -> tuple[Tensor, Tensor]:
-    forward = _function("kernels.attention_triton", "flash_forward")
-    return forward(
-        q, k, v, cu, causal=how.causal, window=how.window, scale=how.scale, max_seqlen=how.longest
+    return attention_triton.flash_forward(
+        q, k, v, cu, causal=how.causal, window=how.window, scale=how.scale
     )
 
 
@@ -206,14 +206,12 @@ def _triton_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu: Tensor | None,
+    cu: Tensor,
     how: _How,
 ) -> tuple[Tensor, ...]:
-    backward = _function("kernels.attention_triton", "flash_backward")
-    return backward(
-        grad, q, k, v, out, lse, cu,
-        causal=how.causal, window=how.window, scale=how.scale, max_seqlen=how.longest,
-    )  # fmt: skip
+    return attention_triton.flash_backward(
+        grad, q, k, v, out, lse, cu, causal=how.causal, window=how.window, scale=how.scale
+    )
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -363,12 +361,6 @@ torch.library.register_fake("nanovision::flash_attention_backward", _backward_fa
 # Examples side by side are documents of one packed batch: a vmap level costs no further launch.
 
 
-def fold(batch_size: int, dims: Dims, tensors: Tensors) -> Tensors:
-    """Tensors of many examples, the examples' dimension in front."""
-    pairs = zip(tensors, dims, strict=True)
-    return tuple(x if x is None else batch_first(x, d, batch_size) for x, d in pairs)
-
-
 def forward(
     q: Tensor,
     k: Tensor,
@@ -430,7 +422,7 @@ def _backward_vmap(
     info: Any, in_dims: tuple[int | None, ...], *args: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     tensors, static = args[:7], args[7:]
-    grad, q, k, v, out, lse, cu_seqlens = fold(info.batch_size, in_dims[:7], tensors)
+    grad, q, k, v, out, lse, cu_seqlens = fold_all(info.batch_size, in_dims[:7], tensors)
     names = ("backend", "longest", "length", "causal", "window", "scale", "deterministic")
     grads = backward(
         grad,  # type: ignore[arg-type]

@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.launch import INTERPRETED, capability, jit, launch, tl, triton
+from kernels.launch import LOG2E, capability, constant, dot, jit, launch, tl, triton
 
 LARGEST_HEAD = 256
-LOG2E = tl.constexpr(1.4426950408889634) if tl is not None else None
-LN2 = tl.constexpr(0.6931471805599453) if tl is not None else None
-_SEARCH: Any = tl.constexpr(256) if tl is not None else None  # documents looked at in one step
-_INTERPRETED = tl.constexpr(INTERPRETED) if tl is not None else None
+LN2 = constant(0.6931471805599453)
+_SEARCH = constant(256)  # documents looked at in one step
 _RANKED = 1024  # documents that `_place_heaviest` can hold
 
 
@@ -92,15 +90,6 @@ def _tile(
     if DIM != BLOCK_D:
         mask = mask & (dims < DIM)[None, :]
     return tl.load(pointers, mask=mask, other=0.0)
-
-
-@jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    """a @ b, added to acc unless that is None; fp32."""
-    if _INTERPRETED:  # it multiplies the bits of bf16 as if they were integers
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @jit
@@ -193,7 +182,6 @@ def flash_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
-    BRANCH: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """out and lse (natural logarithm) of one block of queries."""
@@ -222,14 +210,8 @@ def flash_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for key in tl.range(low, high, BLOCK_N):
         k = _tile(k_at, key, cols, K_STRIDE, length, DIM, BLOCK_D, STEP)
-        s = _dot(q, tl.trans(k), None, PRECISION)
-        if BRANCH:
-            if _is_partial(row, key, length, window, CAUSAL, BLOCK_M, BLOCK_N):
-                seen = _seen(
-                    row + rows[:, None], _eights(key, cols)[None, :], length, window, CAUSAL
-                )
-                s = tl.where(seen, s, -float("inf"))
-        else:
+        s = dot(q, tl.trans(k), None, PRECISION)
+        if _is_partial(row, key, length, window, CAUSAL, BLOCK_M, BLOCK_N):
             seen = _seen(row + rows[:, None], _eights(key, cols)[None, :], length, window, CAUSAL)
             s = tl.where(seen, s, -float("inf"))
         new = tl.maximum(top, tl.max(s, 1) * factor)
@@ -241,7 +223,7 @@ def flash_forward_kernel(
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
         v = _tile(v_at, key, cols, V_STRIDE, length, DIM, BLOCK_D, STEP)
-        acc = _dot(p.to(v.dtype), v, acc, PRECISION)
+        acc = dot(p.to(v.dtype), v, acc, PRECISION)
         top = new
         k_at += BLOCK_N * K_STRIDE
         v_at += BLOCK_N * V_STRIDE
@@ -281,7 +263,6 @@ def flash_backward_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
-    BRANCH: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """dq, and delta = rowsum(out * grad), of one block of queries."""
@@ -319,20 +300,14 @@ def flash_backward_dq_kernel(
     for key in tl.range(low, high, BLOCK_N):
         k = _tile(k_at, key, cols, K_STRIDE, length, DIM, BLOCK_D, STEP)
         v = _tile(v_at, key, cols, V_STRIDE, length, DIM, BLOCK_D, STEP)
-        s = _dot(q, tl.trans(k), None, PRECISION)
-        dp = _dot(grad, tl.trans(v), None, PRECISION)
+        s = dot(q, tl.trans(k), None, PRECISION)
+        dp = dot(grad, tl.trans(v), None, PRECISION)
         p = tl.exp2(s * factor - lse[:, None])
-        if BRANCH:
-            if _is_partial(row, key, length, window, CAUSAL, BLOCK_M, BLOCK_N):
-                seen = _seen(
-                    row + rows[:, None], _eights(key, cols)[None, :], length, window, CAUSAL
-                )
-                p = tl.where(seen, p, 0.0)
-        else:
+        if _is_partial(row, key, length, window, CAUSAL, BLOCK_M, BLOCK_N):
             seen = _seen(row + rows[:, None], _eights(key, cols)[None, :], length, window, CAUSAL)
             p = tl.where(seen, p, 0.0)
         ds = (p * (dp - delta[:, None])).to(k.dtype)
-        dq = _dot(ds, k, dq, PRECISION)
+        dq = dot(ds, k, dq, PRECISION)
         k_at += BLOCK_N * K_STRIDE
         v_at += BLOCK_N * V_STRIDE
     dq = (dq * scale).to(dq_ptr.dtype.element_ty)
@@ -365,7 +340,6 @@ def flash_backward_dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
-    BRANCH: tl.constexpr,
     STEP: tl.constexpr,
     RANKED: tl.constexpr,
 ):
@@ -416,25 +390,19 @@ def flash_backward_dkdv_kernel(
         inside = row + rows < length
         grad_at = grad_ptr + (begin + row) * stride + head * DIM
         grad = _tile(grad_at, row, rows, stride, length, DIM, BLOCK_D, STEP)
-        s = _dot(k, tl.trans(q), None, PRECISION)
+        s = dot(k, tl.trans(q), None, PRECISION)
         delta = tl.load(delta_ptr + statistics, mask=inside, other=0.0)
         # delta goes in as the start of the sum: subtracted later it would take more registers
         dp = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) - delta[None, :]
-        dp = _dot(v, tl.trans(grad), dp, PRECISION)
+        dp = dot(v, tl.trans(grad), dp, PRECISION)
         lse = tl.load(lse_ptr + statistics, mask=inside, other=float("inf")) * LOG2E
         p = tl.exp2(s * factor - lse[None, :])
-        if BRANCH:
-            if _is_partial(row, key, length, window, CAUSAL, BLOCK_M, BLOCK_N):
-                seen = _seen(
-                    _eights(row, rows)[None, :], key + cols[:, None], length, window, CAUSAL
-                )
-                p = tl.where(seen, p, 0.0)
-        else:
+        if _is_partial(row, key, length, window, CAUSAL, BLOCK_M, BLOCK_N):
             seen = _seen(_eights(row, rows)[None, :], key + cols[:, None], length, window, CAUSAL)
             p = tl.where(seen, p, 0.0)
-        dv = _dot(p.to(grad.dtype), grad, dv, PRECISION)
+        dv = dot(p.to(grad.dtype), grad, dv, PRECISION)
         ds = (p * dp).to(q.dtype)
-        dk = _dot(ds, q, dk, PRECISION)
+        dk = dot(ds, q, dk, PRECISION)
         row += BLOCK_M
         last = row >= high
         head = tl.where(last, head + 1, head)
@@ -458,8 +426,6 @@ class Config:
     keys: int
     warps: int = 4
     stages: int = 2
-    branch: bool = True  # masks only where a block needs them
-    ranked: bool = True  # dk and dv: heavy blocks first, over all documents
     registers: int = (
         255  # a bound that binds nothing: without one, some kernels spill for occupancy
     )
@@ -508,7 +474,6 @@ def _constants(q: Tensor, k: Tensor, v: Tensor, causal: bool, config: Config) ->
         "BLOCK_M": config.queries,
         "BLOCK_N": config.keys,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        "BRANCH": config.branch,
         # rows between those that one thread reads, 16 bytes of each
         "STEP": max(1, config.warps * 512 // (q.element_size() * _padded(dim))),
         "num_warps": config.warps,
@@ -548,9 +513,13 @@ def flash_forward(
     causal: bool,
     window: int | None,
     scale: float,
-    max_seqlen: int,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """out [N, H, Dh] in q's dtype, contiguous, and the scores' log-sum-exp [H, N] in fp32.
+
+    q [N, H, Dh], k and v [N, Hk, Dh], cu_seqlens [S + 1] int32: as `kernels.attention` takes them,
+    unchecked. No bound on a document's length is needed.
+    """
     q, k, v = _rows(q), _rows(k), _rows(v)
     q, scale, _ = _positive(q, scale)
     n, heads, dim = q.shape
@@ -611,7 +580,7 @@ def backward_dkdv(
     config = config or _config("dkdv", q)
     dk, dv = k.new_empty(n, key_heads, dim), k.new_empty(n, key_heads, dim)
     documents = cu_seqlens.shape[0] - 1
-    ranked = _RANKED if config.ranked and causal and documents <= _RANKED else 0
+    ranked = _RANKED if causal and documents <= _RANKED else 0  # heavy blocks first, over all
     launch(
         flash_backward_dkdv_kernel,
         (_slots(q, cu_seqlens, config.keys) * key_heads if n else 0,),
@@ -646,9 +615,9 @@ def flash_backward(
     causal: bool,
     window: int | None,
     scale: float,
-    max_seqlen: int,
     configs: tuple[Config | None, Config | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, contiguous, from what `flash_forward` took and gave; the same bits each time."""
     grad, out = grad.contiguous(), out.contiguous()
     q, k, v = _rows(q), _rows(k), _rows(v)
     q, scale, sign = _positive(q, scale)

@@ -112,24 +112,40 @@ def losses_and_gradients_(
     return losses.squeeze(1), d
 
 
-def _forward(
+def _by_chunks(
     logits: Tensor,
     labels: Tensor,
-    *,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    weight: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The losses' sum; `weight` (None is 1) times its gradient goes to `out`, if that is given."""
     dtype = accumulation_dtype(logits.dtype)
     valid = labels != ignore_index
     y = labels.masked_fill(~valid, 0)
     total = torch.zeros((), dtype=dtype, device=logits.device)
     for rows in _row_chunks(logits):
         z = logits[rows].to(dtype, copy=True)
-        losses, _ = losses_and_gradients_(z, y[rows], label_smoothing, z_loss, softcap, False)
+        gradients = out is not None
+        losses, d = losses_and_gradients_(z, y[rows], label_smoothing, z_loss, softcap, gradients)
         total += losses.where(valid[rows], 0.0).sum()
-    return total / valid.sum().clamp(min=1), ()
+        if out is None:
+            continue
+        assert d is not None
+        if weight is not None:
+            d *= weight
+        out[rows] = d.masked_fill_(~valid[rows][:, None], 0.0)
+    return total
+
+
+def _forward(
+    logits: Tensor, labels: Tensor, *, ignore_index: int, **options: Any
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    total = _by_chunks(logits, labels, ignore_index, **options)
+    return total / (labels != ignore_index).sum().clamp(min=1), ()
 
 
 def _backward(
@@ -139,21 +155,13 @@ def _backward(
     residuals: tuple[Tensor, ...],
     *,
     ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     logits, labels = tensors
-    dtype = accumulation_dtype(logits.dtype)
-    valid = labels != ignore_index
-    y = labels.masked_fill(~valid, 0)
-    weight = grad.to(dtype) / valid.sum().clamp(min=1)
+    count = (labels != ignore_index).sum().clamp(min=1)
+    weight = grad.to(accumulation_dtype(logits.dtype)) / count
     out = torch.empty_like(logits)
-    for rows in _row_chunks(logits):
-        z = logits[rows].to(dtype, copy=True)
-        _, d = losses_and_gradients_(z, y[rows], label_smoothing, z_loss, softcap, True)
-        assert d is not None
-        out[rows] = d.mul_(weight).masked_fill_(~valid[rows][:, None], 0.0)
+    _by_chunks(logits, labels, ignore_index, **options, weight=weight, out=out)
     return out, None
 
 
@@ -275,23 +283,12 @@ def _overwrite(
     count = labelled(labels, ignore_index).to(accumulation_dtype(logits.dtype))
     # 1 / count times a probability underflows in fp16: there it waits for the loss scale
     weight = None if logits.dtype == torch.float16 else count.reciprocal()
-    if triton:
-        losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
-        options = (ignore_index, label_smoothing, z_loss, softcap)
-        cross_entropy_triton.overwrite_rows(logits, labels, None, weight, losses, *options)
-        return losses.sum() / count, count
-    valid = labels != ignore_index
-    y = labels.masked_fill(~valid, 0)
-    loss = torch.zeros_like(count)
-    for rows in _row_chunks(logits):
-        z = logits[rows].to(loss.dtype, copy=True)
-        losses, d = losses_and_gradients_(z, y[rows], label_smoothing, z_loss, softcap, True)
-        assert d is not None
-        loss += losses.where(valid[rows], 0.0).sum()
-        if weight is not None:
-            d *= weight
-        logits[rows] = d.masked_fill_(~valid[rows][:, None], 0.0)
-    return loss / count, count
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+    if not triton:
+        return _by_chunks(logits, labels, *options, weight=weight, out=logits) / count, count
+    losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    cross_entropy_triton.overwrite_rows(logits, labels, None, weight, losses, *options)
+    return losses.sum() / count, count
 
 
 _overwrite_op = torch.library.custom_op(

@@ -220,9 +220,7 @@ def _library_problem(backend: str) -> str | None:
         return import_problem("flash_attn.flash_attn_interface", "install flash-attn")
     if backend == "cudnn":
         return None if torch.backends.cudnn.is_available() else "needs a torch with cuDNN"
-    if backend == "triton":
-        return import_problem("kernels.attention_triton", "is not in this version")
-    return None  # torch-varlen: in every torch that we run on
+    return None  # torch-varlen: in every torch that we run on; triton: asked for before
 
 
 def _attention_order(

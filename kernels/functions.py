@@ -59,7 +59,7 @@ class Op:
 
 
 @dataclass(frozen=True, eq=False)
-class _Call:
+class Call:
     """An op with its static arguments bound; `eq=False` keeps it an opaque pytree leaf."""
 
     op: Op
@@ -80,8 +80,8 @@ def run(op: Op, *tensors: Tensor | None, **static: Any) -> Any:
     """`op.formula(*tensors, **static)`, computed and differentiated by the op's fast paths."""
     if nested_forward_mode():
         return op.formula(*tensors, **static)
-    call = _Call(op, static)
-    return call.pack(_Forward.apply(call, *tensors)[: op.outputs])
+    call = Call(op, static)
+    return call.pack(ForwardFunction.apply(call, *tensors)[: op.outputs])
 
 
 def nested_forward_mode() -> bool:
@@ -144,17 +144,17 @@ def batch_first(x: Tensor, dim: int | None, batch_size: int) -> Tensor:
     return x.expand(batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
-def fold_elementwise(batch_size: int, in_dims: Dims, tensors: Tensors) -> Tensors:
-    """The `fold` of an op whose tensors all have the shape of its output."""
+def fold_all(batch_size: int, in_dims: Dims, tensors: Tensors) -> Tensors:
+    """The `fold` of an op that takes all its tensors with the examples' dimension in front."""
     pairs = zip(tensors, in_dims, strict=True)
     return tuple(t if t is None else batch_first(t, dim, batch_size) for t, dim in pairs)
 
 
-def fold_elementwise_backward(
+def fold_all_backward(
     batch_size: int, needs: tuple[bool, ...], in_dims: Dims, saved: Tensors
 ) -> Tensors:
     """The `fold_backward` of such an op."""
-    return fold_elementwise(batch_size, in_dims, saved)
+    return fold_all(batch_size, in_dims, saved)
 
 
 def with_signature(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
@@ -165,11 +165,11 @@ def with_signature(function: type[torch.autograd.Function]) -> type[torch.autogr
 
 
 @with_signature
-class _Forward(torch.autograd.Function):
+class ForwardFunction(torch.autograd.Function):
     """(call, *tensors) -> (*outs, *residuals)."""
 
     @staticmethod
-    def forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         out, residuals = call.op.forward(*tensors, **call.static)
         return (*call.unpack(out), *residuals)
 
@@ -194,7 +194,7 @@ class _Forward(torch.autograd.Function):
             torch.zeros(shape, dtype=dtype, device=device) if c is None else c
             for c, (shape, dtype, device) in zip(given, ctx.outs, strict=True)
         ]
-        grads = iter(_Backward.apply(ctx.call, needs, *full, *ctx.saved_tensors))
+        grads = iter(BackwardFunction.apply(ctx.call, needs, *full, *ctx.saved_tensors))
         return (None, *(next(grads) if need else None for need in needs))
 
     @staticmethod
@@ -205,21 +205,24 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], call: _Call, *tensors: Tensor | None
+        info: Any, in_dims: tuple[Any, ...], call: Call, *tensors: Tensor | None
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         dims = in_dims[1:]
         folded = call.op.fold and call.op.fold(info.batch_size, dims, tensors)
         if folded:
-            outs = _Forward.apply(call, *folded)
+            outs = ForwardFunction.apply(call, *folded)
         else:
             outs = each_example(
-                lambda *example: _Forward.apply(call, *example), info.batch_size, dims, tensors
+                lambda *example: ForwardFunction.apply(call, *example),
+                info.batch_size,
+                dims,
+                tensors,
             )
         return outs, (0,) * len(outs)
 
 
-def _gradient(call: _Call, needs: tuple[bool, ...]) -> Callable[..., tuple[Tensor, ...]]:
-    """What `_Backward` computes, as a differentiable function of (*grads, *tensors)."""
+def _gradient(call: Call, needs: tuple[bool, ...]) -> Callable[..., tuple[Tensor, ...]]:
+    """What `BackwardFunction` computes, as a differentiable function of (*grads, *tensors)."""
     wanted = [i for i, need in enumerate(needs) if need]
     outputs = call.op.outputs
 
@@ -230,7 +233,7 @@ def _gradient(call: _Call, needs: tuple[bool, ...]) -> Callable[..., tuple[Tenso
     return gradient
 
 
-def _first_order(call: _Call, needs: tuple[bool, ...], *saved: Any) -> tuple[Tensor, ...]:
+def _first_order(call: Call, needs: tuple[bool, ...], *saved: Any) -> tuple[Tensor, ...]:
     outputs = call.op.outputs
     residuals = outputs + len(needs)
     grads = call.op.backward(
@@ -249,11 +252,11 @@ def _first_order(call: _Call, needs: tuple[bool, ...], *saved: Any) -> tuple[Ten
 
 
 @with_signature
-class _Backward(torch.autograd.Function):
+class BackwardFunction(torch.autograd.Function):
     """(call, needs, *grads, *tensors, *residuals) -> the gradients that are needed."""
 
     @staticmethod
-    def forward(call: _Call, needs: tuple[bool, ...], *saved: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(call: Call, needs: tuple[bool, ...], *saved: Tensor | None) -> tuple[Tensor, ...]:
         return _first_order(call, needs, *saved)
 
     @staticmethod
@@ -284,7 +287,7 @@ class _Backward(torch.autograd.Function):
     def vmap(
         info: Any,
         in_dims: tuple[Any, ...],
-        call: _Call,
+        call: Call,
         needs: tuple[bool, ...],
         *saved: Tensor | None,
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -292,7 +295,7 @@ class _Backward(torch.autograd.Function):
         fold = call.op.fold_backward
         folded = fold and fold(info.batch_size, needs, dims, saved)
         if folded:
-            outs = _Backward.apply(call, needs, *folded)
+            outs = BackwardFunction.apply(call, needs, *folded)
         elif call.op.vmappable:
 
             def one(*example: Any) -> tuple[Tensor, ...]:
@@ -301,7 +304,7 @@ class _Backward(torch.autograd.Function):
             outs = torch.func.vmap(one, in_dims=dims, randomness=info.randomness)(*saved)
         else:
             outs = each_example(
-                lambda *example: _Backward.apply(call, needs, *example),
+                lambda *example: BackwardFunction.apply(call, needs, *example),
                 info.batch_size,
                 dims,
                 saved,

@@ -19,8 +19,8 @@ from kernels.dispatch import choose
 from kernels.functions import (
     Op,
     check_floating,
-    fold_elementwise,
-    fold_elementwise_backward,
+    fold_all,
+    fold_all_backward,
     run,
 )
 
@@ -140,7 +140,7 @@ def _relu2_backward_triton(grad: Tensor, needs: Needs, tensors: tuple[Tensor], _
     return (_relu2_backward_op(grad, *tensors),)
 
 
-_op = partial(Op, fold=fold_elementwise, fold_backward=fold_elementwise_backward)
+_op = partial(Op, fold=fold_all, fold_backward=fold_all_backward)
 SWIGLU = _op("swiglu", swiglu_reference, _swiglu_forward, _swiglu_backward)
 SWIGLU_TRITON = _op(
     "swiglu",

@@ -14,19 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import launch as _launch
-from kernels.launch import capability, jit, launch, processors, tl, triton
+from kernels.launch import IN_INTERPRETER, capability, dot, jit, launch, processors, tl, triton
 
 ONE_BLOCK = 2048  # entries of a row that `int8_linear_row_kernel` takes
-INTERPRETED = tl.constexpr(_launch.INTERPRETED) if tl is not None else None
 
 
 @jit
-def _dot(w, x, acc):
-    """acc + w . x, with w int8 and x of 16 bits; every int8 is a bf16 exactly."""
-    if INTERPRETED:  # which multiplies the bits of a bf16
-        return tl.dot(w.to(tl.float32), x.to(tl.float32), acc)
-    return tl.dot(w.to(x.dtype), x, acc)
+def _widened(w, x):
+    """The int8 w in x's dtype: every int8 is a bf16 exactly."""
+    if IN_INTERPRETER:  # whose int8 to bf16 keeps the bits
+        return w.to(tl.float32)
+    return w.to(x.dtype)
 
 
 @jit
@@ -92,7 +90,7 @@ def _add_dot(
     x = x.permute(2, 0, 1, 5, 4, 6, 3).reshape(WARPS, STEPS * 64, 8)
     w = raw.reshape(STEPS, HALVES, WARPS, 8, 4, 2, 2, 4)  # step halves warp eighth q t half four
     w = w.permute(2, 1, 3, 0, 5, 6, 4, 7).reshape(WARPS, HALVES * 8, STEPS * 64)
-    return _dot(w, x, acc)
+    return dot(_widened(w, x), x, acc, "tf32")
 
 
 @jit
@@ -229,13 +227,11 @@ def int8_linear_rows_kernel(
             inside = (start + k < inner)[None, :]
             w = tl.load(weight_ptrs, mask=inside, other=0)
             x = tl.load(x_ptrs, mask=inside, other=0.0)
-        if INTERPRETED:
-            x = x.to(tl.float32)
-            w = w.to(tl.float32)
+        w = _widened(w, x)
         if SWAP:
-            acc = tl.dot(w.to(x.dtype), x.T, acc)
+            acc = dot(w, x.T, acc, "tf32")
         else:
-            acc = tl.dot(x, w.to(x.dtype).T, acc)
+            acc = dot(x, w.T, acc, "tf32")
         weight_ptrs += BK
         x_ptrs += BK
     if PDL:  # not before: the next kernel's programs would take this one's room and only wait
@@ -252,12 +248,11 @@ def int8_linear_rows_kernel(
 
 @dataclass(frozen=True)
 class Few:
-    """How `int8_linear_few_kernel` is launched: see there. pdl: where the device knows it."""
+    """How `int8_linear_few_kernel` is launched: see there."""
 
     steps: int
     warps: int
     halves: int = 2
-    pdl: bool = True
 
 
 def is_few(rows: int, inner: int, dtype: torch.dtype) -> bool:
@@ -337,7 +332,7 @@ def few_rows(
     config = config or few_config(outs, inner, x.device)
     chunk, size = config.steps * config.warps * 64, 8 * config.halves
     out = x.new_empty(rows, outs)
-    pdl = config.pdl and capability(x.device) >= (9, 0)
+    pdl = capability(x.device) >= (9, 0)
     launch(
         int8_linear_few_kernel,
         (triton.cdiv(outs, size),),
@@ -372,7 +367,6 @@ class Rows:
     warps: int
     stages: int
     swap: bool = False
-    pdl: bool = True
 
 
 def many_few_rows(
@@ -382,7 +376,7 @@ def many_few_rows(
     (rows, inner), outs = x.shape, weight.shape[0]
     config = config or rows_config(rows, outs, processors(x.device))
     out = x.new_empty(rows, outs)
-    hopper = capability(x.device) >= (9, 0)
+    pdl = capability(x.device) >= (9, 0)
     launch(
         int8_linear_rows_kernel,
         (triton.cdiv(outs, config.bn),),
@@ -396,12 +390,12 @@ def many_few_rows(
         inner,
         num_warps=config.warps,
         num_stages=config.stages,
-        pdl=config.pdl and hopper,
+        pdl=pdl,
         BM=config.bm,
         BN=config.bn,
         BK=config.bk,
         SWAP=config.swap,
         EVEN=inner % config.bk == 0,
-        PDL=config.pdl and hopper,
+        PDL=pdl,
     )
     return out

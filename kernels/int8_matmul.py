@@ -14,14 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import launch as launches
-from kernels.launch import capability, jit, launch, processors, tl, triton
+from kernels.launch import IN_INTERPRETER, capability, constant, jit, launch, processors, tl, triton
 
 if triton is not None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-INTERPRETED = tl.constexpr(launches.INTERPRETED) if tl is not None else None
-ROUND = tl.constexpr(12582912.0) if tl is not None else None  # 1.5 * 2^23: see `_rounded`
+ROUND = constant(12582912.0)  # 1.5 * 2^23: see `_rounded`
 
 
 # Pieces
@@ -42,7 +40,7 @@ def _larger(a, b):
 @jit
 def _quotient(x, step, inverse):
     """x / step as IEEE rounds it, given inverse = 1 / step so rounded (Markstein 1990)."""
-    if INTERPRETED:  # whose fma rounds twice
+    if IN_INTERPRETER:  # whose fma rounds twice
         return x / step
     q = x * inverse
     return tl.fma(tl.fma(-q, step, x), inverse, q)
@@ -176,7 +174,6 @@ def int8_linear_matmul_tma_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
-    FLATTEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The same by the tensor memory accelerator; a program takes tile after tile, and the loads of
@@ -184,7 +181,7 @@ def int8_linear_matmul_tma_kernel(
     tiles = tl.cdiv(rows, BM) * tl.cdiv(outs, BN)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         tile_m, tile_n = _tile_of(tile, rows, outs, BM, BN, GROUP)
         acc = tl.zeros([BM, BN], tl.int32)
         for start in range(0, inner, BK):
@@ -230,8 +227,8 @@ def int8_linear_widen_kernel(
 class Tile:
     """A matmul's tile [bm, bn] (rows, outputs) in steps of bk, and how it is launched.
 
-    group: tiles down before the next column of tiles; tma: by descriptors, `programs` an SM taking
-    tiles in turn, the output written in `parts`; flatten: over the loop of tiles, too.
+    group: tiles down before the next column of tiles; tma: by descriptors, one program an SM taking
+    tiles in turn, the output written in `parts`.
     """
 
     bm: int
@@ -241,13 +238,10 @@ class Tile:
     stages: int
     group: int = 8
     tma: bool = False
-    programs: int = 1
     parts: int = 1
-    flatten: bool = True
-    pdl: bool = True
 
 
-def quantize_rows(x: Tensor, warps: int | None = None) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of x [rows, inner] as int8 [rows, inner up to a multiple of 16] and their steps [rows].
 
     x = int8 * step, with step = amax / 127 (1 for a row of zeros); to the nearest, half to even.
@@ -267,7 +261,7 @@ def quantize_rows(x: Tensor, warps: int | None = None) -> tuple[Tensor, Tensor]:
         inner,
         stride,
         # 4,096 rows of 2,048 on an H200: 7.0 us, 3,605 GB/s
-        num_warps=warps or min(16, max(1, block // 512)),
+        num_warps=min(16, max(1, block // 512)),
         pdl=pdl,
         BLOCK=block,
         ONCE=stride <= block,
@@ -312,7 +306,7 @@ def matmul_rows(
     out = torch.empty(rows, outs, dtype=dtype, device=device)
     config = config or matmul_config(rows, outs, inner, dtype, device)
     tiles = triton.cdiv(rows, config.bm) * triton.cdiv(outs, config.bn)
-    pdl = config.pdl and capability(device) >= (9, 0)
+    pdl = capability(device) >= (9, 0)
     sizes: dict[str, Any] = {
         "num_warps": config.warps,
         "num_stages": config.stages,
@@ -326,7 +320,7 @@ def matmul_rows(
     if config.tma:
         launch(
             int8_linear_matmul_tma_kernel,
-            (min(tiles, processors(device) * config.programs),),
+            (min(tiles, processors(device)),),
             TensorDescriptor.from_tensor(q, [config.bm, config.bk]),
             TensorDescriptor.from_tensor(weight, [config.bn, config.bk]),
             TensorDescriptor.from_tensor(out, [config.bm, config.bn // config.parts]),
@@ -338,7 +332,6 @@ def matmul_rows(
             inner,
             **sizes,
             PARTS=config.parts,
-            FLATTEN=config.flatten,
         )
     else:
         launch(
@@ -360,14 +353,12 @@ def matmul_rows(
     return out
 
 
-def widen(
-    weight: Tensor, scale: Tensor, dtype: torch.dtype, size: int = 8192, warps: int = 8
-) -> Tensor:
+def widen(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """weight * scale [outs, inner], contiguous, rounded once to `dtype`."""
     outs, inner = weight.shape
     out = torch.empty(outs, inner, dtype=dtype, device=weight.device)
     cols = min(2048, triton.next_power_of_2(inner))
-    rows = max(1, size // cols)  # 2,048 -> 8,192 on an H200: 16.3 us, 3,097 GB/s
+    rows = 8192 // cols  # 2,048 -> 8,192 on an H200: 16.3 us, 3,097 GB/s
     launch(
         int8_linear_widen_kernel,
         (triton.cdiv(outs, rows) * triton.cdiv(inner, cols),),
@@ -376,7 +367,7 @@ def widen(
         out,
         outs,
         inner,
-        num_warps=warps,
+        num_warps=8,
         ROWS=rows,
         COLS=cols,
     )

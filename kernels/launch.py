@@ -31,6 +31,15 @@ except ModuleNotFoundError:  # not a Linux machine: `why_not` below says so to w
 
 
 INTERPRETED: bool = triton is not None and triton.knobs.runtime.interpret
+
+
+def constant(value: Any) -> Any:
+    """A number of a module that its kernels may read; as it is where there is no Triton."""
+    return value if triton is None else tl.constexpr(value)
+
+
+IN_INTERPRETER = constant(INTERPRETED)
+LOG2E = constant(1.4426950408889634)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -156,3 +165,12 @@ def why_not(device: str, dtype: torch.dtype) -> str | None:
         if (major, minor) < (8, 0):
             return f"needs compute capability 8.0, this GPU has {major}.{minor}"
     return None
+
+
+@jit
+def dot(a, b, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """For kernels: a @ b, added to acc unless that is None; fp32."""
+    if IN_INTERPRETER:  # it multiplies the bits of bf16 as if they were integers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)

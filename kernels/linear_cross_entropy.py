@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch._dynamo import allow_in_graph
 
-from kernels import cross_entropy_triton, functions
+from kernels import cross_entropy_triton
 from kernels.cross_entropy import (
     capped,
     check_label_range,
@@ -35,7 +35,15 @@ from kernels.cross_entropy import (
     token_losses,
 )
 from kernels.dispatch import choose
-from kernels.functions import Op, accumulation_dtype, check_floating, run, with_signature
+from kernels.functions import (
+    Call,
+    ForwardFunction,
+    Op,
+    accumulation_dtype,
+    check_floating,
+    run,
+    with_signature,
+)
 
 _CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}  # torch, fp32 logits at a time: 4 MB, 512 MB
 _CHUNK_BYTES = 2**29  # Triton: `linear_cross_entropy` says what other sizes cost
@@ -328,14 +336,14 @@ OP = Op("linear_cross_entropy", linear_cross_entropy_reference, _forward, _backw
 
 
 @with_signature
-class _Forward(functions._Forward):
+class _WithReadyGradients(ForwardFunction):
     """Its last backward hands over the gradients that were made with the loss, and no copies."""
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         grad, call = cotangents[0], ctx.call
         if grad is None or not is_last_backward(grad):
-            return functions._Forward.backward(ctx, *cotangents)
+            return ForwardFunction.backward(ctx, *cotangents)
         needs, saved = tuple(ctx.needs_input_grad[1:]), ctx.saved_tensors
         tensors, residuals = saved[: ctx.count], saved[ctx.count :]
         grads = call.op.backward(grad, needs, tensors, residuals, **call.static, last=True)
@@ -371,7 +379,7 @@ def _apply(
     }
     if torch._C._are_functorch_transforms_active():
         return run(OP, hidden, unembed, bias, labels, **static)
-    return _Forward.apply(functions._Call(OP, static), hidden, unembed, bias, labels)[0]
+    return _WithReadyGradients.apply(Call(OP, static), hidden, unembed, bias, labels)[0]
 
 
 # Public

@@ -16,11 +16,11 @@ from torch._dynamo import allow_in_graph
 from kernels import layer_norm_triton, rms_norm_triton
 from kernels.dispatch import choose
 from kernels.functions import (
+    BackwardFunction,
+    Call,
     Dims,
     Op,
     Tensors,
-    _Backward,
-    _Call,
     accumulation_dtype,
     batch_first,
     check_floating,
@@ -270,7 +270,7 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        call: _Call, x: Tensor, residual: Tensor, weight: Tensor | None
+        call: Call, x: Tensor, residual: Tensor, weight: Tensor | None
     ) -> tuple[Tensor, ...]:
         outs, statistics = call.op.forward(x, residual, weight, **call.static)
         return (*outs, *statistics)
@@ -295,7 +295,7 @@ class _AddNorm(torch.autograd.Function):
         grad = torch.zeros_like(total) if grad is None else grad
         grad_total = torch.zeros_like(total) if grad_total is None else grad_total
         needs = (of_x or of_residual, of_weight)
-        grads = iter(_Backward.apply(ctx.call, needs, grad, grad_total, total, weight, r))
+        grads = iter(BackwardFunction.apply(ctx.call, needs, grad, grad_total, total, weight, r))
         dx = next(grads) if needs[0] else None
         dw = next(grads) if needs[1] else None
         return None, dx if of_x else None, dx if of_residual else None, dw
@@ -313,7 +313,7 @@ class _AddNorm(torch.autograd.Function):
     def vmap(
         info: Any,
         in_dims: tuple[Any, ...],
-        call: _Call,
+        call: Call,
         x: Tensor,
         residual: Tensor,
         weight: Tensor | None,
@@ -334,7 +334,7 @@ def _apply_add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     if nested_forward_mode():
         return add_rms_norm_reference(x, residual, weight, eps=eps)
-    call = _Call(ADD_RMS_NORM_TRITON if triton else ADD_RMS_NORM, {"eps": eps})
+    call = Call(ADD_RMS_NORM_TRITON if triton else ADD_RMS_NORM, {"eps": eps})
     normed, total, _ = _AddNorm.apply(call, x, residual, weight)
     return normed, total
 

@@ -658,7 +658,6 @@ def triton_forward(
     causal: bool,
     window: int | None,
     scale: float,
-    max_seqlen: int,
 ) -> tuple[Tensor, Tensor]:
     reach = -1 if window is None else window - 1
     return right_forward(q, k, v, cu_seqlens, reach, 0 if causal else reach, scale)
@@ -676,7 +675,6 @@ def triton_backward(
     causal: bool,
     window: int | None,
     scale: float,
-    max_seqlen: int,
 ) -> tuple[Tensor, ...]:
     reach = -1 if window is None else window - 1
     right = 0 if causal else reach
@@ -688,8 +686,6 @@ STAND_INS = {
     "_flash_attn_bwd": flash_4_backward,
     "_flash_attn_varlen_forward": flash_2_forward,
     "_flash_attn_varlen_backward": flash_2_backward,
-    "flash_forward": triton_forward,
-    "flash_backward": triton_backward,
 }
 LIBRARIES = ("flash-attn-4", "flash-attn", "torch-varlen", "cudnn", "triton")
 
@@ -698,6 +694,8 @@ LIBRARIES = ("flash-attn-4", "flash-attn", "torch-varlen", "cudnn", "triton")
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """`pretend(backend)`: it is installed, and chosen."""
     monkeypatch.setattr(flash, "_function", lambda _, name: STAND_INS[name])
+    monkeypatch.setattr(flash.attention_triton, "flash_forward", triton_forward)
+    monkeypatch.setattr(flash.attention_triton, "flash_backward", triton_backward)
     operators = {
         "_flash_attention_forward": torch_forward,
         "_flash_attention_backward": torch_backward,

@@ -28,9 +28,8 @@ def leaves(
 
 
 def ours(x: Leaves, g: Tensor, cu: Tensor, **options: Any) -> list[Tensor]:
-    bound = x[0].shape[0]
-    out, lse = attention_triton.flash_forward(*x, cu, max_seqlen=bound, **options)
-    grads = attention_triton.flash_backward(g, *x, out, lse, cu, max_seqlen=bound, **options)
+    out, lse = attention_triton.flash_forward(*x, cu, **options)
+    grads = attention_triton.flash_backward(g, *x, out, lse, cu, **options)
     return [out, *grads]
 
 
