@@ -161,7 +161,8 @@ def attention(
     query head h reads key head h // (H / Hk) (arXiv 2305.13245).
 
     On a GPU a library's flash attention may compute it; its second derivatives and its forward mode
-    then go through the plain formula, O(N^2) in memory, and raise where that is too much.
+    then go through the plain formula, O(N^2) in memory, and raise where that is too much. With
+    flash-attn 4 a NaN reaches documents next to its own, since that multiplies their rows by 0.
 
     Args:
         q: [N, H, Dh], any floating dtype.
@@ -199,6 +200,9 @@ def attention(
     if window is not None and length is not None and window >= length:
         window = None  # it hides nothing, and some backends have none
     known = n > 0 and _is_concrete(q) and (length is not None or can_read(cu_seqlens))
+    large = False
+    if attention_flash.is_large(q, cu_seqlens.shape[0]):
+        large = True  # decided here, where N may be a symbol: `choose` takes constants
     backend = choose(
         "attention",
         str(q.device),
@@ -210,6 +214,7 @@ def attention(
         window,
         max_seqlen,
         length,
+        large,
     )
     bounds: tuple[int, ...] = ()
     if can_read(cu_seqlens):

@@ -233,7 +233,7 @@ def flash_forward_kernel(
     _write(
         out_ptr + first * out_stride + head * DIM, out, row, rows, out_stride, length, DIM, BLOCK_D
     )
-    lse_at = lse_ptr + head * tokens.to(tl.int64) + first
+    lse_at = lse_ptr + head.to(tl.int64) * tokens + first
     tl.store(lse_at + rows, top * LN2 + tl.log(total), mask=row + rows < length)
 
 
@@ -285,7 +285,7 @@ def flash_backward_dq_kernel(
     grad = _tile(grad_ptr + at, row, rows, stride, length, DIM, BLOCK_D, STEP)
     out = _tile(out_ptr + at, row, rows, stride, length, DIM, BLOCK_D, STEP)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    statistics = head * tokens.to(tl.int64) + first + rows
+    statistics = head.to(tl.int64) * tokens + first + rows
     tl.store(delta_ptr + statistics, delta, mask=row + rows < length)
     # past the end: no weight at all
     lse = tl.load(lse_ptr + statistics, mask=row + rows < length, other=float("inf")) * LOG2E
@@ -386,7 +386,7 @@ def flash_backward_dkdv_kernel(
     for _ in tl.range(0, group * tl.cdiv(high - low, BLOCK_M)):
         q_at = q_ptr + (begin + row) * Q_STRIDE + head * DIM
         q = _tile(q_at, row, rows, Q_STRIDE, length, DIM, BLOCK_D, STEP)
-        statistics = head * tokens.to(tl.int64) + begin + row + rows
+        statistics = head.to(tl.int64) * tokens + begin + row + rows
         inside = row + rows < length
         grad_at = grad_ptr + (begin + row) * stride + head * DIM
         grad = _tile(grad_at, row, rows, stride, length, DIM, BLOCK_D, STEP)

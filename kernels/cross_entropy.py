@@ -26,6 +26,7 @@ from kernels.functions import (
     run,
     with_signature,
 )
+from kernels.operators import fake
 
 _CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}  # logits at a time: 1 MB, 256 MB in fp32
 
@@ -234,14 +235,14 @@ _backward_op = torch.library.custom_op(
 )
 
 
-@_forward_op.register_fake
+@fake("cross_entropy_forward")
 def _(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scalar = logits.new_empty((), dtype=torch.float32)
     row = logits.new_empty(logits.shape[0], dtype=torch.float32)
     return scalar, torch.empty_like(scalar), row, torch.empty_like(row)
 
 
-@_backward_op.register_fake
+@fake("cross_entropy_backward")
 def _(logits: Tensor, *rest: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
@@ -299,13 +300,13 @@ _scale_op = torch.library.custom_op(
 )
 
 
-@_overwrite_op.register_fake
+@fake("cross_entropy_overwrite")
 def _(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     loss = logits.new_empty((), dtype=accumulation_dtype(logits.dtype))
     return loss, torch.empty_like(loss)
 
 
-@_scale_op.register_fake
+@fake("cross_entropy_scale")
 def _(x: Tensor, factor: Tensor) -> None:
     return None
 

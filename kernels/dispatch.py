@@ -122,6 +122,7 @@ def choose(
     window: int | None = None,
     max_seqlen: int | None = None,
     length: int | None = None,
+    large: bool = False,
 ) -> str:
     """The backend that serves a call.
 
@@ -133,6 +134,7 @@ def choose(
         compiling: inside `torch.compile`.
         group: query heads that share a key head (attention).
         window, max_seqlen, length: as attention was called.
+        large: q with its documents padded by 128 rows each has 2^31 entries or more (attention).
 
     Raises:
         RuntimeError: the requested backend cannot serve the call; the message says why.
@@ -142,7 +144,9 @@ def choose(
         raise ValueError(f"unknown operation {op!r}; there are {', '.join(BACKENDS)}.")
 
     def reason(backend: str) -> str | None:
-        return why_not(op, backend, device, dtype, head_dim, readable, compiling, window, length)
+        return why_not(
+            op, backend, device, dtype, head_dim, readable, compiling, window, length, large
+        )
 
     asked = requested(op)
     if asked is not None:
@@ -152,7 +156,7 @@ def choose(
         return asked
     order = BACKENDS[op]
     if op == "attention":
-        order = _attention_order(device, group, max_seqlen, length)
+        order = _attention_order(device, group, max_seqlen, length, window)
     chosen = next(backend for backend in order if reason(backend) is None)
     if op == "attention" and chosen == "plain" and torch.device(device).type == "cuda":
         _warn_once(
@@ -172,6 +176,7 @@ def why_not(
     compiling: bool = False,
     window: int | None = None,
     length: int | None = None,
+    large: bool = False,
 ) -> str | None:
     """Why a backend cannot serve a call, as a clause ("needs a CUDA GPU"), or None if it can."""
     if op == "layer_norm" and backend == "triton" and head_dim > 8192:
@@ -207,6 +212,8 @@ def why_not(
         return "takes documents of equal length only, said by attention(..., length=)"
     if backend == "cudnn" and window is not None:
         return "has no sliding window"
+    if large and backend in ("torch-varlen", "flash-attn"):
+        return "counts the entries of q's gradient in 32 bits"
     if head_dim not in PROVED[backend]:
         return f"is not proved for head size {head_dim}"
     return _library_problem(backend)
@@ -224,7 +231,7 @@ def _library_problem(backend: str) -> str | None:
 
 
 def _attention_order(
-    device: str, group: int, max_seqlen: int | None, length: int | None
+    device: str, group: int, max_seqlen: int | None, length: int | None, window: int | None
 ) -> tuple[str, ...]:
     """Attention's backends, best first, by what is known of a call before it runs.
 
@@ -235,17 +242,22 @@ def _attention_order(
        128: 0.240 | 0.230 | 0.285 | 0.236    2,048: 0.951 | 1.123 | 1.785 | 1.569
        256: 0.291 | 0.289 | 0.365 | 0.322   16,384: 7.304 | 8.546 | 13.12 | 12.81
 
+    (256, forward alone: 0.098 | 0.055 | 0.081 | 0.064.)
     Ragged, causal, heads of 128, by mean length, flash-attn 4 | triton (the longest is about twice
     the mean): 12 query heads on 2 key heads: 200: 0.445 | 0.328, 380: 0.461 | 0.387,
-    700: 0.521 | 0.566; 16 on 16: 200: 0.512 | 0.500, 380: 0.531 | 0.612.
+    700: 0.521 | 0.566; 16 on 16: 200: 0.512 | 0.500, 380: 0.531 | 0.612. One document with a window
+    of 256, 12 on 2: 0.463 | 0.412; in a causal document of twice the window as many keys are seen.
     """
     if torch.device(device).type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return BACKENDS["attention"]  # not measured: the libraries first
     short = 512 if group < 4 else 1024
     few = length <= 64 if length is not None else max_seqlen is not None and max_seqlen <= short
-    if few:
+    if few or (window is not None and 2 * window <= short):
         return ("triton", *(b for b in BACKENDS["attention"] if b != "triton"))
-    return ("flash-attn-4", "cudnn", "triton", "flash-attn", "torch-varlen", "plain")
+    first, second = "flash-attn-4", "cudnn"
+    if length is not None and length <= 256:
+        first, second = second, first
+    return (first, second, "triton", "flash-attn", "torch-varlen", "plain")
 
 
 @functools.cache

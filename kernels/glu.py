@@ -23,6 +23,7 @@ from kernels.functions import (
     fold_all_backward,
     run,
 )
+from kernels.operators import fake
 
 # References: plain torch, differentiable to any order
 
@@ -66,22 +67,22 @@ def _relu2_backward_op(grad: Tensor, x: Tensor) -> Tensor:
     return glu_triton.relu2_backward(grad, x)
 
 
-@_glu_op.register_fake
+@fake("glu")
 def _(gate: Tensor, up: Tensor, name: str) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@_glu_backward_op.register_fake
+@fake("glu_backward")
 def _(grad: Tensor, gate: Tensor, up: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
-@_relu2_op.register_fake
+@fake("relu2")
 def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@_relu2_backward_op.register_fake
+@fake("relu2_backward")
 def _(grad: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 

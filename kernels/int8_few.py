@@ -270,15 +270,16 @@ def few_config(outs: int, inner: int, device: torch.device) -> Few:
 
 
 def rows_config(rows: int, outs: int, programs: int) -> Rows:
-    """9 to 64 rows. As above, us: 16 rows 7.17, 32 rows 10.0, 64 rows 11.45; bf16 torch.mm 10.4,
-    11.2, 11.5. With tiles of 64 outputs 16 rows take 9.8, with 6 stages 32 rows 13.9.
+    """9 to 64 rows. As above, us: 16 rows 8.0, 32 rows 9.9, 64 rows 11.3; bf16 torch.mm 10.6, 10.9,
+    11.5. Worse: 16 rows by 32 outputs 8.4, by the kernel for 8 with two tiles of x 9.1; 32 rows in
+    steps of 256 10.4; 64 rows in steps of 128 11.9; x is what the last two read most of.
     """
-    bn = 32 if outs >= 32 * programs else 16
+    wide = outs >= 32 * programs
     if rows <= 16:
-        return Rows(16, bn, 256, 2 if bn == 32 else 1, 4, swap=True)
+        return Rows(16, 16, 256, 1, 4, swap=True)
     if rows <= 32:
-        return Rows(32, bn, 256, 4 if bn == 32 else 2, 3, swap=True)
-    return Rows(64, 64, 128, 4, 6) if bn == 32 else Rows(64, 16, 128, 4, 4)
+        return Rows(32, 32, 128, 4, 4, swap=True) if wide else Rows(32, 16, 256, 2, 3, swap=True)
+    return Rows(64, 64, 256, 4, 3, swap=True) if wide else Rows(64, 16, 128, 4, 4)
 
 
 def few(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -25,6 +25,7 @@ from kernels.functions import (
     nested_forward_mode,
     with_signature,
 )
+from kernels.operators import fake
 
 # Reference: plain torch
 
@@ -118,12 +119,12 @@ _transposed_op = torch.library.custom_op(
 )
 
 
-@_forward_op.register_fake
+@fake("int8_linear_forward")
 def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@_transposed_op.register_fake
+@fake("int8_linear_transposed")
 def _(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], weight.shape[1])
 

@@ -44,6 +44,7 @@ from kernels.functions import (
     run,
     with_signature,
 )
+from kernels.operators import fake
 
 _CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}  # torch, fp32 logits at a time: 4 MB, 512 MB
 _CHUNK_BYTES = 2**29  # Triton: `linear_cross_entropy` says what other sizes cost
@@ -237,7 +238,9 @@ _fused_op = torch.library.custom_op(
 )
 
 
-def _fake(
+@fake("linear_cross_entropy")
+@fake("linear_cross_entropy_triton")
+def _(
     hidden: Tensor, unembed: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     need_hidden, need_unembed, need_bias = rest[-3:]
@@ -247,10 +250,6 @@ def _fake(
         torch.empty_like(unembed) if need_unembed else hidden.new_empty(0),
         torch.empty_like(bias) if need_bias and bias is not None else hidden.new_empty(0),
     )
-
-
-_chunked_op.register_fake(_fake)
-_fused_op.register_fake(_fake)
 
 
 # Reference: plain torch, differentiable to any order (its derivatives do keep O(N * V))

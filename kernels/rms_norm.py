@@ -30,6 +30,7 @@ from kernels.functions import (
     run,
     with_signature,
 )
+from kernels.operators import fake
 
 # References: plain torch, differentiable to any order
 
@@ -157,7 +158,7 @@ def _fake_statistic(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-@_rms_op.register_fake
+@fake("rms_norm")
 def _(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,7 +166,7 @@ def _(
     return x.new_empty(x.shape), total, _fake_statistic(x)
 
 
-@_rms_backward_op.register_fake
+@fake("rms_norm_backward")
 def _(
     grad: Tensor,
     grad_total: Tensor | None,
@@ -415,14 +416,14 @@ _layer_backward_op = torch.library.custom_op(
 )
 
 
-@_layer_op.register_fake
+@fake("layer_norm")
 def _(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), _fake_statistic(x), _fake_statistic(x)
 
 
-@_layer_backward_op.register_fake
+@fake("layer_norm_backward")
 def _(
     grad: Tensor,
     x: Tensor,

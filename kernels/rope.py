@@ -31,6 +31,7 @@ from kernels.functions import (
     run,
     with_signature,
 )
+from kernels.operators import fake
 from kernels.rms_norm import rms_norm_reference
 
 # References: plain torch, differentiable to any order (in the tables too)
@@ -118,12 +119,12 @@ def _backward_op(
     return dq, dk, dq_weight, dk_weight
 
 
-@_rope_op.register_fake
+@fake("rope")
 def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-@_backward_op.register_fake
+@fake("rope_qk_norm_backward")
 def _(
     q_grad: Tensor,
     k_grad: Tensor,

@@ -25,9 +25,11 @@ def cases() -> list[Case]:
 def _inputs(m: int, k: int, n: int) -> Any:
     def inputs(device: torch.device, generator: torch.Generator) -> Inputs:
         kind: Any = {"generator": generator, "device": device}
-        weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, **kind)
-        # a row's largest entry is 127, so that quantising the bf16 weight gives these very numbers
-        weight[:, 0] = 127
+        # normal, as trained weights are, and rounded before: quantising the bf16 weight gives these
+        # very numbers
+        normal = torch.randn(n, k, **kind)
+        largest = normal.abs().amax(1, keepdim=True)
+        weight = (normal * (127 / largest)).round().to(torch.int8)
         scale = (0.5 + torch.rand(n, **kind)) * k**-0.5 / 64
         return {
             "x": torch.randn(m, k, dtype=torch.bfloat16, **kind),

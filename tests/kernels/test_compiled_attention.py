@@ -53,6 +53,18 @@ def test_other_head_sizes(dim: int) -> None:
     check(90, dim, True, None)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_token(dtype: torch.dtype) -> None:
+    """Sizes of 1 are constants to Triton."""
+    q, boundaries = meta(1, 2, 64, dtype=dtype), meta(2, dtype=torch.int32)
+    options: dict[str, Any] = {"causal": True, "window": None, "scale": 0.1}
+    with recording() as launches:
+        out, lse = attention_triton.flash_forward(q, q, q, boundaries, **options)
+        attention_triton.flash_backward(out, q, q, q, out, lse, boundaries, **options)
+    for launch in launches:
+        resources(launch, 90)
+
+
 @pytest.mark.parametrize(("causal", "window"), [(False, None), (True, 256), (False, 64)])
 def test_other_masks(causal: bool, window: int | None) -> None:
     check(90, 64, causal, window)
