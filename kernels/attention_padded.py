@@ -9,6 +9,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -206,12 +207,13 @@ def _padded_formula(
     k: Tensor,
     v: Tensor,
     *,
-    plan: _Plan,
+    bounds: tuple[int, ...],
     causal: bool,
     window: int | None,
     scale: float,
 ) -> Tensor:
     """`padded` as plain torch, differentiable to any order; never through the flash kernel."""
+    plan = _make_plan(bounds)
     heads, key_heads = q.shape[1], k.shape[1]
     dtype = accumulation_dtype(q.dtype)
     parts = []
@@ -222,16 +224,17 @@ def _padded_formula(
     return _join(parts, plan, heads)
 
 
-def _padded_forward(
+def _padded(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
-    plan: _Plan,
+    bounds: Sequence[int],
     causal: bool,
     window: int | None,
     scale: float,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> list[Tensor]:
+    """The output, then what backward wants."""
+    plan = _make_plan(tuple(bounds))
     heads, key_heads = q.shape[1], k.shape[1]
     dtype = accumulation_dtype(q.dtype)
     parts, residuals = [], []
@@ -247,7 +250,23 @@ def _padded_forward(
         if bucket.length <= _KEEP:
             residuals.append(weights)
         parts.append(torch.bmm(weights, vb))
-    return _join(parts, plan, heads), tuple(residuals)
+    return [_join(parts, plan, heads), *residuals]
+
+
+# One operation to those who decide what is kept for backward (transforms.checkpoint).
+_OPS = torch.library.Library("nanovision", "FRAGMENT")
+_OPS.define(
+    "padded_attention(Tensor q, Tensor k, Tensor v, int[] bounds, bool causal, int? window, "
+    "float scale) -> Tensor[]"
+)
+_OPS.impl("padded_attention", _padded, "CompositeExplicitAutograd")
+
+
+def _padded_forward(
+    q: Tensor, k: Tensor, v: Tensor, **static: Any
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    out, *residuals = torch.ops.nanovision.padded_attention(q, k, v, **static)
+    return out, tuple(residuals)
 
 
 def _padded_backward(
@@ -256,13 +275,14 @@ def _padded_backward(
     tensors: tuple[Tensor, Tensor, Tensor],
     residuals: tuple[Tensor, ...],
     *,
-    plan: _Plan,
+    bounds: tuple[int, ...],
     causal: bool,
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With weights P: dV = P' g, dS = P * (g V' - rowsum), dQ = scale dS K, dK = scale dS' Q."""
     q, k, v = tensors
+    plan = _make_plan(bounds)
     heads, key_heads = q.shape[1], k.shape[1]
     dtype = accumulation_dtype(q.dtype)
     kept = iter(residuals)
@@ -363,5 +383,4 @@ def padded_attention(
     scale: float,
 ) -> Tensor:
     """Attention of the documents between `bounds`, which end at N; all of q, k, v on a CPU."""
-    plan = _make_plan(bounds)
-    return run(PADDED, q, k, v, plan=plan, causal=causal, window=window, scale=scale)
+    return run(PADDED, q, k, v, bounds=bounds, causal=causal, window=window, scale=scale)

@@ -50,17 +50,27 @@ def compose(
     bare = forward
     if config.use_gradient_checkpointing:
         # Outside the cast (above), inside the loss, which needs no recomputation of its own.
-        forward = checkpoint(forward, every=config.checkpoint_every)
+        policy = config.checkpoint_policy.split("+")
+        if policy == ["offload"] and is_compiled(config, device):
+            raise UserError("--checkpoint_policy=offload needs --compile=0")
+        forward = checkpoint(
+            forward, every=config.checkpoint_every, policy=policy[0] if len(policy) == 1 else policy
+        )
         share = "every block" if config.checkpoint_every == 1 else f"1 in {config.checkpoint_every}"
-        report.append(f"Using gradient checkpointing: {share} is recomputed in the backward pass")
+        keeping = {
+            "nothing": "",
+            "offload": ", inputs wait in host memory",
+        }.get(config.checkpoint_policy, f" save {' and '.join(policy)}")
+        report.append(
+            f"Using gradient checkpointing: {share} is recomputed in the backward pass{keeping}"
+        )
     else:
         report.append("Gradient checkpointing off: --use_gradient_checkpointing=1 saves memory")
     # Last, because it turns logits into the loss: nothing can follow it but the compiler.
     ending = fuse_loss if config.use_fused_loss else unfused_loss
     loss_fn: Loss = ending(forward, z_loss=config.z_loss, label_smoothing=config.label_smoothing)
     eval_loss: Loss = ending(bare)
-    compiled = device.type == "cuda" if config.compile is None else config.compile
-    if compiled:
+    if is_compiled(config, device):
         # Around everything, the gradients outside: torch.compile(torch.func.grad(f)) would
         # silently drop the backward of custom kernels.
         loss_fn = torch.compile(loss_fn, fullgraph=True)
@@ -78,9 +88,14 @@ def compose(
             fused_loss=config.use_fused_loss,
             flash_attention=config.use_flash_attn,
             fused_kernels=config.use_fused_kernels,
-            compiling=compiled,
+            compiling=is_compiled(config, device),
         )
     return Composed(bare, loss_fn, eval_loss, dtype, tuple(report), backends)
+
+
+def is_compiled(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the loss goes through torch.compile: on a GPU, unless --compile says otherwise."""
+    return device.type == "cuda" if config.compile is None else config.compile
 
 
 def _attentions(model: VLMConfig, longest: Longest) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,9 @@ from runners.cli import UsageError, nearest, parse
 from runners.errors import UserError
 
 
+Policy = Literal["nothing", "dots", "attention", "dots+attention", "offload"]
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Trains a vision-language GPT. With no arguments: a tiny one on drawn shapes, in minutes."""
@@ -112,6 +115,9 @@ class TrainConfig:
     """Recompute blocks in the backward pass instead of keeping their activations."""
     checkpoint_every: int = 1
     """With gradient checkpointing: recompute every k-th block."""
+    checkpoint_policy: Policy = "nothing"
+    """What a recomputed block keeps beside its inputs: nothing, outputs of matrix products, of
+    attention; or its inputs too wait in host memory (offload, with --compile=0)."""
     use_fused_loss: bool = True
     """Compute the loss together with the output head, without the logits."""
     use_flash_attn: bool = True

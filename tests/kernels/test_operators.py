@@ -17,8 +17,8 @@ def test_every_operator_has_a_fake() -> None:
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("nanovision::")
     }
-    assert ops == set(NAMES)
-    assert len(NAMES) == len(ops) > 15
+    assert ops == {*NAMES, "padded_attention"}  # which reads its boundaries: never compiled
+    assert len(set(NAMES)) == len(NAMES) > 15
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from params import flatten, init_params
 from runners.compose import choose_backends, compose
 from runners.config import TrainConfig, model_config
 from runners.data.collate import collate
+from runners.errors import UserError
 from runners.loop import Late, Pace, Step
 from runners.setup import Job, prepare, sample_documents
 from runners.step import Learner, accumulate, mean_loss
@@ -103,8 +105,19 @@ def test_dropout_follows_the_seed_and_the_step(micro: Micro) -> None:
     assert len({loss_at(3, 0), loss_at(4, 0), loss_at(3, 1)}) == 3
 
 
-@pytest.mark.parametrize("flags", [{"use_gradient_checkpointing": True}, {"use_fused_loss": False}])
-def test_optimisations_change_no_number(micro: Micro, job: Job, flags: dict[str, bool]) -> None:
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"use_gradient_checkpointing": True},
+        *(
+            {"use_gradient_checkpointing": True, "checkpoint_policy": policy}
+            for policy in ("dots", "attention", "dots+attention", "offload")
+        ),
+        {"use_fused_loss": False},
+    ],
+    ids=str,
+)
+def test_optimisations_change_no_number(micro: Micro, job: Job, flags: dict[str, Any]) -> None:
     batch = _rows(job)[0]
     plain = compose(micro(), job.model, CPU)
     other = compose(micro(**flags), job.model, CPU)
@@ -134,6 +147,12 @@ def test_flags_turn_kernels_off_and_the_report_says_so(micro: Micro) -> None:
     cuda = torch.device("cuda")
     assert choose_backends(micro(use_flash_attn=False), cuda) == {"attention": "plain"}
     assert choose_backends(micro(use_flash_attn=False), CPU) == {}
+
+
+def test_offload_needs_eager_mode(micro: Micro) -> None:
+    config = micro(use_gradient_checkpointing=True, checkpoint_policy="offload", compile=True)
+    with pytest.raises(UserError, match="needs --compile=0"):
+        compose(config, model_config(config), CPU)
 
 
 def test_values_come_in_order_and_none_is_lost() -> None:

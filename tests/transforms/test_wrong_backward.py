@@ -17,8 +17,8 @@ from torch.func import grad, jvp, vmap
 
 from params.tree import flatten, map_leaves
 from transforms import rematerialize, value_and_grad
-from transforms.checkpoint import _Checkpoint, _Recompute
 from transforms.quantize_int8 import _StraightThrough, straight_through
+from transforms.recompute import _Checkpoint, _Recompute
 
 # torch.func.jvp scripts its decompositions when first used
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
