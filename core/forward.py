@@ -23,6 +23,9 @@ glu         ``f({}, gate, up) -> h``                            of the MLP it si
 head        ``f(p, x) -> Logits``                               of the unembedding; also ``lm_head``
 ==========  ==================================================  =============================
 
+In a module of someone else's (``from_module``) attention is ``f({}, q, k, v, options) -> o``:
+``F.scaled_dot_product_attention`` with its keyword arguments in a dict.
+
 A rule of the pseudo-kind ``gather`` meets every *outermost* site that owns params: each leaf of
 params passes exactly one of them (a tied unembedding passes two), so that is the place to cast,
 unshard or load params.
@@ -44,12 +47,37 @@ KINDS = ("embed", "block", "linear", "norm", "rope", "attention", "glu", "head")
 
 
 @dataclass(frozen=True)
+class NormForm:
+    """What a norm computes over the last dim: ``normalised(x, eps) * (offset + weight) + bias``.
+
+    kind: "rms" or "layer"; offset: 0, or 1 where the weight is stored as its distance from 1
+    (Gemma); weight, bias: the names of the leaves, ``bias`` None if there is none.
+    """
+
+    kind: str
+    eps: float
+    offset: float
+    weight: str
+    bias: str | None
+
+
+@dataclass(frozen=True)
 class SiteInfo:
-    """One call of the model that rules can reach: its kind, its path, whether it is outermost."""
+    """One call of the model that rules can reach: its kind, its path, whether it is outermost.
+
+    The rest is what ``from_module`` learns of a module of someone else's (``foreign``).
+    transposed: the leaf ``weight`` of a linear is ``[I, O]``; the site shows it as ``[O, I]``.
+    norm: what a norm computes; None if that is not known.
+    activation: of a glu: "silu", "gelu", "gelu_tanh", or None for any other.
+    """
 
     kind: str
     path: str
     outermost: bool
+    foreign: bool = False
+    transposed: bool = False
+    norm: NormForm | None = None
+    activation: str | None = None
     aliases: Mapping[int, str] = field(default_factory=dict, compare=False)
 
     def matches(self, pattern: str) -> bool:
@@ -61,12 +89,16 @@ class SiteInfo:
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """At each selected site of ``kind``, ``f`` becomes ``wrap(f, path)``. Later rules are outer."""
+    """At each selected site of ``kind``, ``f`` becomes ``wrap(f, path)``. Later rules are outer.
+
+    level: rules of a higher one are outside those of a lower one, whichever came first.
+    """
 
     kind: str
     wrap: Wrap
     select: Select = None
     name: str = "rule"
+    level: int = 0
 
     def applies(self, site: SiteInfo) -> bool:
         if self.kind != site.kind and not (self.kind == "gather" and site.outermost):
@@ -91,6 +123,10 @@ class Site:
         path = f"{self.path}.{name}" if self.path else name
         return replace(self, path=path, inner=self.inner or inner)
 
+    def bound(self, kind: str, path: str) -> bool:
+        """Whether any rule matches here: only then need a foreign module be rewritten."""
+        return (kind, path) in self.table
+
     def __call__(self, kind: str, f: SiteFn, p: Tree, *args: Any, at: str = "") -> Any:
         path = f"{self.path}.{at}" if self.path and at else self.path or at
         if self.record is not None:
@@ -106,6 +142,7 @@ class Forward:
 
     ``build(site)`` gives the function with its sites bound; it runs once, here, not per call.
     ``sites`` lists what the function reaches, so that a rule that would do nothing raises now.
+    ``around`` wraps the whole call, ``finish`` included, whatever is applied later (a compiler).
     """
 
     build: Callable[[Site], Callable[[Tree, Any], Any]]
@@ -113,6 +150,7 @@ class Forward:
     rules: tuple[Rule, ...] = ()
     preparations: tuple[Callable[[Tree, int], Tree], ...] = ()
     finish: Callable[[Any, Any], Any] | None = None
+    around: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     applied: tuple[str, ...] = ()  # names of the transforms, innermost first
 
     def __post_init__(self) -> None:
@@ -122,11 +160,16 @@ class Forward:
                 if rule.applies(site):
                     key = (site.kind, site.path)
                     table[key] = (*table.get(key, ()), rule.wrap)
-        object.__setattr__(self, "_run", self.build(Site(table, lazy=self.finish is not None)))
+        run, finish = self.build(Site(table, lazy=self.finish is not None)), self.finish
+
+        def call(params: Tree, batch: Any) -> Any:
+            out = run(params, batch)
+            return out if finish is None else finish(out, batch)
+
+        object.__setattr__(self, "_call", call if self.around is None else self.around(call))
 
     def __call__(self, params: Tree, batch: Any) -> Any:
-        out = self._run(params, batch)  # type: ignore[attr-defined]
-        return out if self.finish is None else self.finish(out, batch)
+        return self._call(params, batch)  # type: ignore[attr-defined]
 
     def select(self, kinds: Sequence[str], patterns: Select = None) -> tuple[SiteInfo, ...]:
         """The sites of these kinds that ``patterns`` name. Raises ValueError if one names none."""
@@ -149,7 +192,8 @@ class Forward:
             have = sorted({f"{s.kind} {s.path}" for s in self.sites})
             named = () if rule.select is None or callable(rule.select) else rule.select
             raise no_match(" ".join((rule.kind, *named)), have, what="sites")
-        return replace(self, rules=(rule, *self.rules) if innermost else (*self.rules, rule))
+        rules = (rule, *self.rules) if innermost else (*self.rules, rule)
+        return replace(self, rules=tuple(sorted(rules, key=lambda r: r.level)))
 
     def with_step(self, name: str, **changes: Any) -> Forward:
         """Records the transform's name, and whatever other fields it changes."""

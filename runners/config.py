@@ -14,7 +14,6 @@ from core import PRESETS, VLMConfig, config_from_dict
 from runners.cli import UsageError, nearest, parse
 from runners.errors import UserError
 
-
 Policy = Literal["nothing", "dots", "attention", "dots+attention", "offload"]
 
 

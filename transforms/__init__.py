@@ -1,15 +1,22 @@
 """What can be done to a forward: functions from Forward to Forward, one file each."""
 
+from transforms.accumulate import accumulate
 from transforms.checkpoint import checkpoint, rematerialize
+from transforms.compile import compile
 from transforms.fuse_loss import fuse_loss, unfused_loss
+from transforms.lora import lora, merge_lora
 from transforms.mixed_precision import mixed_precision
 from transforms.quantize_int8 import fake_quant, quantize_int8
 from transforms.value_and_grad import trainable, value_and_grad
 
 __all__ = [
+    "accumulate",
     "checkpoint",
+    "compile",
     "fake_quant",
     "fuse_loss",
+    "lora",
+    "merge_lora",
     "mixed_precision",
     "quantize_int8",
     "rematerialize",

@@ -15,6 +15,8 @@ ILLEGAL: dict[tuple[str, str], str] = {
         "apply quantize_int8 to the bare forward once training is done"
     ),
     ("mixed_precision", "mixed_precision"): "it would cast twice",
+    ("lora", "lora"): "there are adapters already: merge_lora first",
+    ("compile", "compile"): "it is compiled already",
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from params.int8 import is_scale
 from params.tree import Tree, flatten, merge, partition, unflatten
+from transforms.lora import is_adapter
 
 Loss = Callable[[Tree, Any], Tensor]
 
@@ -19,11 +20,12 @@ def value_and_grad(
 ) -> Callable[[Tree, Any], tuple[Tensor, Tree]]:
     """``(params, batch) -> (loss, grads)``; grads is the nested dict of what learns.
 
-    select: path patterns of what learns; default: every floating-point leaf save the scales of
-    quantised weights. The rest is left alone and absent from ``grads``; a leaf the loss does not
-    depend on gets zeros. Works around ``torch.compile(loss_fn)``. Unlike ``torch.func.grad`` it
-    does not run with create_graph, which holds 2.8 times the memory (1,153 against 409 MB on a
-    16-layer MLP). Raises ValueError if a pattern names nothing, or nothing that can learn.
+    select: path patterns of what learns; default: the adapters where there are any (``lora``), else
+    every floating-point leaf save the scales of quantised weights. The rest is left alone and
+    absent from ``grads``; a leaf the loss does not depend on gets zeros. Works around
+    ``torch.compile(loss_fn)``. Unlike ``torch.func.grad`` it does not run with create_graph, which
+    holds 2.8 times the memory (1,153 against 409 MB on a 16-layer MLP). Raises ValueError if a
+    pattern names nothing, or nothing that can learn.
     """
 
     def run(params: Tree, batch: Any) -> tuple[Tensor, Tree]:
@@ -40,7 +42,8 @@ def trainable(params: Tree, select: Sequence[str] | None = None) -> tuple[Tree, 
     """Params parted into what learns and what does not, as :func:`value_and_grad` does."""
     if select is None:
         flat = flatten(params)
-        learns = {path: leaf for path, leaf in flat.items() if _can_learn(path, flat)}
+        learns = {path: leaf for path, leaf in flat.items() if is_adapter(path)}
+        learns = learns or {path: leaf for path, leaf in flat.items() if _can_learn(path, flat)}
         return unflatten(learns), unflatten({p: t for p, t in flat.items() if p not in learns})
     flat = flatten(params)
     learning, frozen = partition(params, select)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial, update_wrapper
 
 import pytest
 
 from core import vlm
 from transforms import (
     checkpoint,
+    compile,
     fake_quant,
     fuse_loss,
+    lora,
     mixed_precision,
     quantize_int8,
     unfused_loss,
@@ -19,7 +22,16 @@ from transforms.legal import ILLEGAL
 
 TRANSFORMS = {
     t.__name__: t
-    for t in (checkpoint, fake_quant, fuse_loss, mixed_precision, quantize_int8, unfused_loss)
+    for t in (
+        checkpoint,
+        compile,
+        fake_quant,
+        fuse_loss,
+        update_wrapper(partial(lora, rank=2), lora),
+        mixed_precision,
+        quantize_int8,
+        unfused_loss,
+    )
 }
 REFUSED = {frozenset(pair) for pair in ILLEGAL}
 
@@ -43,5 +55,6 @@ def test_every_pair_is_legal_or_says_why_not(micro, a: str, b: str) -> None:
 def test_the_list_names_transforms_that_exist() -> None:
     assert set(itertools.chain(*ILLEGAL)) <= set(TRANSFORMS)
     assert {a for a, b in ILLEGAL if a == b} == {
-        "fuse_loss", "unfused_loss", "quantize_int8", "fake_quant", "mixed_precision",
+        "fuse_loss", "unfused_loss", "quantize_int8", "fake_quant", "mixed_precision", "lora",
+        "compile",
     }  # fmt: skip

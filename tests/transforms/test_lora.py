@@ -1,0 +1,232 @@
+"""Adapters: the formula, what trains, seeds, the way back, over int8 and beside other rules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from core import vlm
+from params import num_bytes
+from params.int8 import dequantize_weight, quantize_weight
+from params.tree import flatten, map_leaves, unflatten
+from transforms import (
+    checkpoint,
+    compile,
+    fake_quant,
+    fuse_loss,
+    lora,
+    merge_lora,
+    mixed_precision,
+    quantize_int8,
+    trainable,
+    value_and_grad,
+)
+
+RANK, ALPHA = 2, 3.0
+
+
+@pytest.fixture
+def subject(micro, rough, example):
+    config = micro["mlp"]
+    return vlm(config), rough(config), example(config)
+
+
+def adapted(forward, params, **options):
+    """The forward with adapters, and params in which they do something."""
+    forward = lora(forward, rank=RANK, alpha=ALPHA, **options)
+    generator = torch.Generator().manual_seed(1)
+
+    def shake(leaf: Tensor) -> Tensor:
+        return leaf + 0.1 * torch.randn(leaf.shape, generator=generator).to(leaf)
+
+    params = flatten(forward.prepare(params))
+    return forward, unflatten({k: shake(v) if "lora" in k else v for k, v in params.items()})
+
+
+def by_hand(params) -> dict[str, Tensor]:
+    flat = flatten(params)
+    out = {}
+    for path, leaf in flat.items():
+        base, _, name = path.rpartition(".")
+        if name == "weight" and f"{base}.lora_a" in flat:
+            leaf = leaf + ALPHA / RANK * flat[f"{base}.lora_b"] @ flat[f"{base}.lora_a"]
+        if "lora" not in name:
+            out[path] = leaf
+    return unflatten(out)
+
+
+def test_it_is_the_formula(subject, assert_same) -> None:
+    bare, params, batch = subject
+    forward, ready = adapted(bare, params)
+    assert_same(forward(ready, batch), bare(by_hand(ready), batch), 1e-9)
+    paths = {s.path for s in bare.sites if s.kind == "linear"}
+    shapes = {p: tuple(t.shape) for p, t in flatten(ready).items() if "lora" in p}
+    assert len(shapes) == 2 * len(paths)
+    outs, inner = flatten(params)["text.blocks.0.mlp.down.weight"].shape
+    assert shapes["text.blocks.0.mlp.down.lora_a"] == (RANK, inner)
+    assert shapes["text.blocks.0.mlp.down.lora_b"] == (outs, RANK)
+
+
+def test_at_first_nothing_changes(subject) -> None:
+    bare, params, batch = subject
+    forward = lora(bare, rank=RANK)
+    assert torch.equal(forward(forward.prepare(params), batch), bare(params, batch))
+
+
+def test_adapters_follow_from_the_seed_and_the_path(subject) -> None:
+    bare, params, _ = subject
+    all_, some = lora(bare, rank=RANK), lora(bare, rank=RANK, select=("attn.q",))
+    a, b = flatten(all_.prepare(params)), flatten(some.prepare(params))
+    other = flatten(all_.prepare(params, seed=1))
+    path = "text.blocks.1.attn.q.lora_a"
+    assert torch.equal(a[path], b[path])
+    assert not torch.equal(a[path], other[path])
+    assert not torch.equal(a[path], a["text.blocks.0.attn.q.lora_a"])
+    assert {p for p in b if "lora" in p} == {
+        f"{s.path}.{half}" for s in bare.sites if s.kind == "linear" and s.path.endswith("attn.q")
+        for half in ("lora_a", "lora_b")
+    }  # fmt: skip
+    spread = a["text.blocks.0.mlp.down.lora_a"].std() * 24**0.5
+    assert 0.6 < spread < 1.4
+
+
+def test_only_adapters_train(subject, assert_same) -> None:
+    bare, params, batch = subject
+    forward, ready = adapted(bare, params)
+    loss = fuse_loss(forward)
+    _, grads = value_and_grad(loss)(ready, batch)
+    assert set(flatten(grads)) == {p for p in flatten(ready) if "lora" in p}
+    learning, frozen = trainable(ready)
+    assert set(flatten(learning)) == set(flatten(grads))
+    assert set(flatten(frozen)) == set(flatten(params))
+    # against the chain rule by hand: dA = s B' dW, dB = s dW A'
+    _, dense = value_and_grad(fuse_loss(bare))(by_hand(ready), batch)
+    flat, want = flatten(ready), {}
+    for path, leaf in flatten(dense).items():
+        base = path.removesuffix(".weight")
+        if f"{base}.lora_a" in flat and path.endswith(".weight"):
+            a, b = flat[f"{base}.lora_a"], flat[f"{base}.lora_b"]
+            want[f"{base}.lora_a"] = ALPHA / RANK * b.T @ leaf
+            want[f"{base}.lora_b"] = ALPHA / RANK * leaf @ a.T
+    assert_same(grads, unflatten(want), 1e-8)
+    # others if they are named
+    _, chosen = value_and_grad(loss, ("text.norm",))(ready, batch)
+    assert set(flatten(chosen)) == {"text.norm.weight"}
+
+
+def test_the_way_back(subject, assert_same) -> None:
+    bare, params, batch = subject
+    forward, ready = adapted(bare, params)
+    merged = merge_lora(forward, ready, alpha=ALPHA)
+    assert set(flatten(merged)) == set(flatten(params))
+    assert_same(bare(merged, batch), forward(ready, batch), 1e-5)  # added up in fp32
+    quantised = quantize_int8(forward)
+    with pytest.raises(ValueError, match="is quantised: merge the adapters into the float params"):
+        merge_lora(quantised, quantised.prepare(ready), alpha=ALPHA)
+    with pytest.raises(ValueError, match="adapters at no linear of this forward"):
+        merge_lora(bare, {**ready, "else": {"lora_a": torch.zeros(1, 1)}})
+
+
+def rounded(params, paths: set[str]):
+    flat = {
+        p: dequantize_weight(*quantize_weight(t), t.dtype) if p in paths else t
+        for p, t in flatten(params).items()
+    }
+    return unflatten(flat)
+
+
+@pytest.mark.parametrize("activations", [None, "dynamic"])
+@pytest.mark.parametrize("rounding", [quantize_int8, fake_quant])
+def test_adapters_lie_outside_of_rounding_in_either_order(
+    subject, assert_same, rounding, activations
+) -> None:
+    bare, params, batch = subject
+    skip = ("lm_head", "vision")
+
+    def round_(forward):
+        return rounding(forward, skip=skip, activations=activations)
+
+    outcomes = []
+    for first, second in ((lora_step, round_), (round_, lora_step)):
+        forward = fuse_loss(second(first(bare)))
+        ready = forward.prepare(params)
+        ready = unflatten(
+            {
+                p: t + 0.1 * torch.cos(torch.arange(t.numel())).view_as(t).to(t)
+                if "lora" in p
+                else t
+                for p, t in flatten(ready).items()
+            }
+        )
+        names = [leaf for leaf in flatten(ready) if "lora" in leaf]
+        assert all(flatten(ready)[n].is_floating_point() for n in names)
+        outcomes.append(value_and_grad(forward)(ready, batch))
+    (value, grads), (again, same) = outcomes
+    assert_same(again.double(), value.double(), 1e-6)
+    assert_same(map_leaves(Tensor.float, same), map_leaves(Tensor.float, grads), 1e-5)
+    assert set(flatten(grads)) == set(names)
+    if activations is None:  # and it is the formula
+        paths = {
+            f"{s.path}.weight" for s in bare.select(("linear", "embed"))
+            if "vision" not in s.path and s.path != "text.embed"
+        }  # fmt: skip
+        forward = fuse_loss(lora_step(bare))
+        want = flatten(rounded(params, paths)) | {p: flatten(ready)[p] for p in names}
+        want = map_leaves(Tensor.double, unflatten(want))
+        assert_same(value.double(), forward(want, batch).double(), 1e-5)
+
+
+def lora_step(forward):
+    return lora(forward, rank=RANK, alpha=ALPHA)
+
+
+def test_int8_with_adapters_is_small_and_learns(subject) -> None:
+    bare, params, batch = subject
+    params = map_leaves(Tensor.float, params)
+    forward = fuse_loss(checkpoint(lora(quantize_int8(bare), rank=RANK, select=("text.blocks",))))
+    ready = forward.prepare(params)
+    assert num_bytes(ready) < num_bytes(params)
+    first, _ = value_and_grad(forward)(ready, batch)
+    flat = flatten(ready)
+    for _ in range(30):
+        _, grads = value_and_grad(forward)(unflatten(flat), batch)
+        flat |= {p: flat[p] - 0.5 * g for p, g in flatten(grads).items()}
+    last, _ = value_and_grad(forward)(unflatten(flat), batch)
+    assert last < 0.8 * first
+
+
+def test_in_half_precision_and_compiled(subject, assert_same) -> None:
+    torch._dynamo.reset()
+    bare, params, batch = subject
+    _, ready = adapted(bare, map_leaves(Tensor.float, params))
+    one, other = (fuse_loss(f(g(bare))) for f, g in ((lora_step, half), (half, lora_step)))
+    with kernels.override(attention="plain"):  # as it is computed where it is compiled
+        want, grads = value_and_grad(one)(ready, batch)
+        assert torch.equal(other(ready, batch), want)
+    assert all(g.dtype == torch.float32 for g in flatten(grads).values())
+    value, same = value_and_grad(compile(other, backend="aot_eager"))(ready, batch)
+    assert torch.equal(value, want)
+    assert_same(same, grads, 0.0)
+
+
+def half(forward):
+    return mixed_precision(forward, torch.bfloat16)
+
+
+def test_errors_name_the_remedy(subject) -> None:
+    bare, params, batch = subject
+    with pytest.raises(ValueError, match="rank must be 1 or more, not 0"):
+        lora(bare, rank=0)
+    with pytest.raises(ValueError, match=r"names no linear; there are \['projector"):
+        lora(bare, rank=1, select=("text.norm",))
+    with pytest.raises(ValueError, match="nonsense"):
+        lora(bare, rank=1, select=("nonsense",))
+    with pytest.raises(KeyError, match="has no adapter: params = "):
+        lora(bare, rank=1)(params, batch)
+    forward = lora(bare, rank=1)
+    flat = flatten(params)
+    del flat["text.blocks.0.attn.q.weight"]
+    with pytest.raises(ValueError, match=r"no leaf text.blocks.0.attn.q.weight to adapt"):
+        forward.prepare(unflatten(flat))
