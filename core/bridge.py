@@ -4,25 +4,32 @@
 buffers. Repeated blocks, linears, embeddings, norms and the output head of the copy are replaced by
 wrappers that keep every name and route the call through a site, with the params as explicit
 arguments. So whatever recomputes a block (checkpointing) uses the weights it was given, which
-``torch.utils.checkpoint`` around a module inside ``functional_call`` does not. The user's own
-module is never changed.
+``torch.utils.checkpoint`` around a module inside ``functional_call`` does not. Gated MLPs and
+attention own no params: theirs are calls inside a ``forward``, rewritten where a rule is bound.
+The user's own module is never changed.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
+from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from core.forward import Forward, Site, SiteInfo
-from core.layers import Logits, embed, head, linear
+from core.found import Found, find_sites
+from core.gated import Gated, product
+from core.layers import Logits, embed, head, linear, weight_of
+from core.probes import put, skeleton
+from core.reroute import reroute
 from params.int8 import is_scale
 from params.paths import alias_table
 from params.tree import Tree, flatten, unflatten
@@ -44,30 +51,33 @@ def from_module(
     (Hugging Face); without either there is no head site, and ``fuse_loss`` says so.
 
     params share memory with the module's parameters. A tied parameter appears once, under its first
-    name. A layer with hooks or a patched ``forward`` is left as it is: no site, but the same
-    numbers. Raises ValueError if ``head`` names no linear layer.
+    name. Sites are found by what modules do, on made-up numbers; a gated MLP that drops out while
+    training is none. A layer with hooks or a patched ``forward`` is left as it is: no site, but the
+    same numbers (hooks of a block or of attention stay around its site). Raises ValueError if
+    ``head`` names no linear layer.
     """
     if isinstance(module, _TreeModule):
         return module.forward_fn, module.params()
     head = _find_head(module, head)
     params = unflatten({name: p.detach() for name, p in module.named_parameters()})
     names = {id(p): name.rpartition(".")[0] for name, p in reversed([*module.named_parameters()])}
-    plan = list(_plan(module, head, names))
-    aliases = alias_table([site.path for _, site in plan])
-    sites = tuple(replace(site, aliases=aliases[site.path]) for _, site in plan)
+    plan = list(find_sites(module, head, names))
+    aliases = alias_table([found.site.path for found in plan])
+    sites = tuple(replace(f.site, aliases=aliases[f.site.path]) for f in plan)
+    same, ties = _same_modules(module), _ties(module)
     caller = call or partial(_default_call, frozenset(inspect.signature(module.forward).parameters))
-    blank = _skeleton(module)
-    # a site says itself what it misses; a transform may have replaced its weight
-    needed = set(flatten(params)) - {f"{site.path}.weight" for site in sites}
+    blank = _without_cache(skeleton(module))
+    needed = _needed(module, plan, ties)
 
     def build(site: Site) -> Callable[[Tree, Any], Any]:
-        body = _wrap(copy.deepcopy(blank), plan, site)
+        body = _wrap(blank, plan, same, site)
 
         def run(params: Tree, batch: Any) -> Any:
             flat = flatten(params)
             if lacking := sorted(needed - flat.keys()):
                 raise ValueError(f"params lack {lacking[:4]}, which the module has")
-            return caller(lambda *args, **kwargs: functional_call(body, flat, args, kwargs), batch)
+            flat |= {name: flat[held] for name, held in ties.items() if held in flat}
+            return caller(lambda *args, **kwargs: _given(body, flat, args, kwargs), batch)
 
         return run
 
@@ -111,7 +121,7 @@ class _TreeModule(nn.Module):
         return self.forward_fn(self.params(), batch)
 
 
-# -- from_module: what is where ---------------------------------------------------------------
+# -- from_module: sites in the private copy -----------------------------------------------------
 
 
 def _find_head(module: nn.Module, path: str | None) -> str | None:
@@ -127,82 +137,121 @@ def _find_head(module: nn.Module, path: str | None) -> str | None:
     return path
 
 
-def _plan(
-    module: nn.Module, head: str | None, names: Mapping[int, str]
-) -> Iterator[tuple[str, SiteInfo]]:
-    """(module name, site) for every module that gets a wrapper, outer ones first."""
-    blocks: list[str] = []
-    for name, m in module.named_modules():
-        inner = any(name.startswith(f"{block}.") for block in blocks)
-        # tied weights: where params hold them (reading a parametrized one would compute it)
-        path = names.get(id(m._parameters.get("weight")), name)
-        if (
-            isinstance(m, nn.ModuleList)
-            and len(m) > 1
-            and len({type(c) for c in m}) == 1
-            and not inner
-        ):
-            blocks += [f"{name}.{i}" for i in range(len(m))]
-        elif name in blocks:
-            yield name, SiteInfo("block", name, outermost=True)
-        elif not _is_plain(m):
-            continue
-        elif name == head:
-            yield name, SiteInfo("head", path, outermost=not inner)
-        elif type(m) is nn.Linear:
-            yield name, SiteInfo("linear", path, outermost=not inner)
-        elif type(m) is nn.Embedding and not (m.max_norm or m.sparse or m.scale_grad_by_freq):
-            yield name, SiteInfo("embed", path, outermost=not inner)
-        elif _is_norm(m):
-            yield name, SiteInfo("norm", path, outermost=not inner)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether calling a module is calling its class's ``forward``: no hooks, nothing patched in."""
-    state = vars(module)
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" not in state and not any(state[name] for name in hooks)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises its last dim: it has vectors only, and is blind to scale."""
-    params = list(module.parameters())
-    holds_more = [*module.children(), *module.buffers()]
-    if not 1 <= len(params) <= 2 or any(p.ndim != 1 for p in params) or holds_more:
-        return False
-    probe = {name: torch.ones(p.shape) for name, p in module.named_parameters()}
-    x = torch.linspace(-1, 2, 2 * params[0].shape[0]).reshape(1, 2, -1)
-    body = copy.deepcopy(module)  # a forward may count its calls
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        try:
-            small, large = (functional_call(body, probe, (x * c,)) for c in (8.0, 64.0))
-        except Exception:  # foreign code, given what it may not take: any error means no norm
-            return False
-    return (
-        isinstance(small, Tensor)
-        and small.shape == x.shape
-        and torch.allclose(small, large, atol=1e-3)
-    )
-
-
-def _skeleton(module: nn.Module) -> nn.Module:
-    """A copy of the module tree with parameters on the meta device: it costs no memory."""
-    memo = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
-        for p in module.parameters()
-    }
-    return copy.deepcopy(module, memo)
-
-
-def _wrap(body: nn.Module, plan: list[tuple[str, SiteInfo]], site: Site) -> nn.Module:
-    for name, info in reversed(plan):  # inner ones first, so that an outer one holds the wrapped
-        parent, _, leaf = name.rpartition(".")
-        owner = body.get_submodule(parent)
-        setattr(owner, leaf, _AtSite(owner.get_submodule(leaf), site, info))
-    for name, info in plan:
-        if info.kind != "block" and info.path != name:
-            vars(body.get_submodule(name))["owner"] = body.get_submodule(info.path)
+def _without_cache(body: nn.Module) -> nn.Module:
+    """A copy's configs say no cache: one that grows when a block is recomputed is not pure."""
+    for m in body.modules():
+        config = getattr(m, "config", None)
+        if config is not None and hasattr(config, "use_cache"):
+            config.use_cache = False
     return body
+
+
+def _same_modules(module: nn.Module) -> dict[str, list[str]]:
+    """The first name of every module -> all its names: a shared layer has several."""
+    names: dict[int, list[str]] = {}
+    for name, m in module.named_modules(remove_duplicate=False):
+        names.setdefault(id(m), []).append(name)
+    return {first: [first, *others] for first, *others in names.values()}
+
+
+def _ties(module: nn.Module) -> dict[str, str]:
+    """Name of a tied parameter -> the name that params hold it under."""
+    held: dict[int, str] = {}
+    ties = {}
+    for prefix, m in module.named_modules():
+        for leaf, p in m._parameters.items():
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            if p is not None and (first := held.setdefault(id(p), name)) != name:
+                ties[name] = first
+    return ties
+
+
+def _needed(module: nn.Module, plan: list[Found], ties: Mapping[str, str]) -> set[str]:
+    """Leaves that a call cannot do without: all but the weights of sites.
+
+    A site says itself what it misses, and a transform may have replaced its weight.
+    """
+    sites = {f"{f.name}.weight" for f in plan if f.site.kind in ("linear", "norm", "embed", "head")}
+    names = (
+        f"{prefix}.{leaf}" if prefix else leaf
+        for prefix, m in module.named_modules()
+        for leaf, p in m._parameters.items()
+        if p is not None and f"{prefix}.{leaf}" not in sites
+    )
+    return {ties.get(name, name) for name in names}
+
+
+def _given(module: nn.Module, flat: Tree, args: Any, kwargs: Any) -> Any:
+    """``functional_call``, which would leave the tensors in a layer that has two names."""
+    return functional_call(module, flat, args, kwargs, tie_weights=False)
+
+
+def _wrap(
+    blank: nn.Module, plan: list[Found], same: Mapping[str, list[str]], site: Site
+) -> nn.Module:
+    """A copy of ``blank`` whose calls go through sites."""
+    body = copy.deepcopy(blank)
+    for found in reversed(plan):  # inner ones first, so that an outer one holds the wrapped
+        name, info = found.name, found.site
+        module = body.get_submodule(name)
+        if info.kind in ("glu", "attention"):
+            if not site.bound(info.kind, info.path):
+                continue
+            if found.gated is None:
+                _rewrite_attention(module, site, info.path)
+            else:
+                plain = copy.deepcopy(blank.get_submodule(name))
+                _rewrite_glu(module, plain, found.gated, site, info.path)
+            continue
+        wrapper = _AtSite(module, site, info)
+        if not name:
+            body = wrapper
+        for each in filter(None, same[name]):
+            put(body, each, wrapper)
+    for found in plan:
+        if found.site.kind in ("linear", "norm", "embed", "head") and found.site.path != found.name:
+            owner = body.get_submodule(found.site.path)
+            vars(body.get_submodule(found.name))["owner"] = owner
+    return body
+
+
+def _rewrite_attention(module: nn.Module, site: Site, path: str) -> None:
+    """Sends a module's calls of ``F.scaled_dot_product_attention`` through the site."""
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **others: Any,
+    ) -> Any:
+        options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, **others}
+        return site("attention", _attend, {}, query, key, value, options, at=path)
+
+    for name, method in reroute(module, attention).items():
+        vars(module)[name] = MethodType(method, module)
+
+
+def _attend(p: Tree, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+def _rewrite_glu(module: nn.Module, plain: nn.Module, gated: Gated, site: Site, path: str) -> None:
+    """Sends what a gated MLP does between its linears through the site; ``plain``: a copy of it."""
+    compute = product(plain, gated)
+
+    def between(p: Tree, gate: Tensor, up: Tensor) -> Tensor:
+        return compute(gate, up)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        (x,) = (*args, *kwargs.values())
+        gate, up = gated.split([self.get_submodule(name)(x) for name in gated.into])
+        h = site("glu", between, {}, gate, up, at=path)
+        return self.get_submodule(gated.down)(h)
+
+    vars(module)["forward"] = MethodType(forward, module)
 
 
 class _AtSite(nn.Module):
@@ -216,6 +265,15 @@ class _AtSite(nn.Module):
         self._buffers = inner._buffers
         self._modules = inner._modules
         self.training = inner.training
+        self._is_full_backward_hook = inner._is_full_backward_hook
+        for name, hooks in vars(inner).items():
+            if "_hooks" in name and isinstance(hooks, dict):
+                # around the site, not inside: a block that is recomputed calls them once
+                vars(self)[name], vars(inner)[name] = hooks, type(hooks)()
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # foreign code may look for its layers by isinstance
+        return type(self.__dict__["inner"])
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -227,7 +285,7 @@ class _AtSite(nn.Module):
         """The leaves in place now, given ones only: what params lack is still on meta."""
         flat = {}
         for prefix, m in self.named_modules():
-            places = (vars(m).get("owner"), m) if isinstance(m, _AtSite) else (m,)
+            places = (vars(m).get("owner"), m) if type(m) is _AtSite else (m,)
             given = {k: v for place in places if place is not None for k, v in vars(place).items()}
             extra = {k: v for k, v in given.items() if isinstance(v, Tensor)}
             for name, tensor in (*m._parameters.items(), *extra.items()):
@@ -238,23 +296,60 @@ class _AtSite(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         kind, path = self.info.kind, self.info.path
         p = self.own_params()
+        if kind == "block":
+            named = "" if args else next(iter(kwargs))  # x, where it is given by name
+            x, *rest = args or (kwargs.pop(named),)
+            call = partial(self._call, named=named)
+            return self.site("block", call, unflatten(p), x, tuple(rest), kwargs, at=path)
+        (x,) = (*args, *kwargs.values())
         if kind == "head":
-            out = self.site("head", head, p, *args, at=path)
+            out = self.site("head", head, p, x, at=path)
             return out if self.site.lazy else out.dense()
-        if kind == "linear":
-            return self.site("linear", linear, p, *args, at=path)
-        if kind == "embed":
-            look_up = partial(embed, padding_idx=self.inner.padding_idx)
-            return self.site("embed", look_up, p, *args, at=path)
-        if kind == "norm":
-            return self.site("norm", self._call, p, *args, at=path)
-        x, *rest = args
-        return self.site("block", self._call, unflatten(p), x, tuple(rest), kwargs, at=path)
+        out = self.site(kind, self._function(), _turned(p, self.info), x, at=path)
+        if self.info.scale is None:
+            return out
+        return out * torch.full((), self.info.scale, dtype=out.dtype, device=out.device)
+
+    def _function(self) -> Callable[..., Any]:
+        if self.info.kind == "embed":
+            return partial(embed, padding_idx=getattr(self.inner, "padding_idx", None))
+        if self.info.kind == "norm":
+            return self._layer_norm if isinstance(self.inner, nn.LayerNorm) else self._call
+        return linear if type(self.inner) is nn.Linear else self._linear
+
+    def _linear(self, p: Tree, x: Tensor) -> Tensor:
+        """A linear that is no nn.Linear, with the weight ``[O, I]``, in the weight's dtype."""
+        weight = weight_of(p)
+        p = {name: leaf.to(weight.dtype) for name, leaf in p.items()}
+        return self._call(_turned(p, self.info), x.to(weight.dtype))
+
+    def _layer_norm(self, p: Tree, x: Tensor) -> Tensor:
+        """torch's takes x and weights of one dtype; others are normed in the wider, as x's."""
+        if all(leaf.dtype == x.dtype for leaf in p.values()):
+            return self._call(p, x)
+        wide = reduce(torch.promote_types, (leaf.dtype for leaf in p.values()), x.dtype)
+        return self._call({k: v.to(wide) for k, v in p.items()}, x.to(wide)).to(x.dtype)
 
     def _call(
-        self, p: Tree, x: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        p: Tree,
+        x: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        named: str = "",
     ) -> Any:
-        return functional_call(self.inner, flatten(p), (x, *args), kwargs or {})
+        kwargs = dict(kwargs or {})
+        if named:
+            return _given(self.inner, flatten(p), args, {named: x, **kwargs})
+        return _given(self.inner, flatten(p), (x, *args), kwargs)
+
+
+def _turned(p: dict[str, Tensor], site: SiteInfo) -> dict[str, Tensor]:
+    """A transposed linear's leaves with ``weight`` the other way round."""
+    if not site.transposed or "weight" not in p:
+        return p
+    return {**p, "weight": p["weight"].t()}
 
 
 def _default_call(names: frozenset[str], run: Callable[..., Any], batch: Mapping[str, Any]) -> Any:

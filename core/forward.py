@@ -68,6 +68,7 @@ class SiteInfo:
     The rest is what ``from_module`` learns of a module of someone else's (``foreign``).
     transposed: the leaf ``weight`` of a linear is ``[I, O]``; the site shows it as ``[O, I]``.
     norm: what a norm computes; None if that is not known.
+    scale: what the rows of an embed are multiplied with, after the site; None is 1.
     activation: of a glu: "silu", "gelu", "gelu_tanh", or None for any other.
     """
 
@@ -78,6 +79,7 @@ class SiteInfo:
     transposed: bool = False
     norm: NormForm | None = None
     activation: str | None = None
+    scale: float | None = None
     aliases: Mapping[int, str] = field(default_factory=dict, compare=False)
 
     def matches(self, pattern: str) -> bool:

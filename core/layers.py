@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,9 @@ class Logits:
     project: how params and hidden become raw logits, and weight_from: how params and a dtype become
     the weight ``[V, D]`` (a quantised head brings its own two);
     scale: multiplies the raw logits; softcap c: ``c * tanh(logits / c)`` afterwards (Gemma-2).
+
+    What modules do to logits after their head becomes scale and softcap: products and quotients
+    with a number, one tanh. Anything else raises TypeError.
     """
 
     hidden: Tensor
@@ -100,6 +104,39 @@ class Logits:
     def weight(self) -> Tensor:
         """The unembedding ``[V, D]`` in hidden's dtype."""
         return self.weight_from(self.unembed, self.hidden.dtype)
+
+    def __mul__(self, factor: float) -> Logits:
+        if isinstance(factor, bool) or not isinstance(factor, int | float):
+            return NotImplemented
+        # f c tanh(s x / c) = |f| c tanh(f s x / (|f| c))
+        softcap = None if self.softcap is None else abs(factor) * self.softcap
+        scale = factor * (1.0 if self.scale is None else self.scale)
+        return replace(self, scale=scale, softcap=softcap)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Logits:
+        return self * (1 / divisor)
+
+    def tanh(self) -> Logits:
+        if self.softcap is not None:
+            raise TypeError("a second tanh of logits: a loss cannot be fused with that")
+        return replace(self, softcap=1.0)
+
+    def float(self) -> Logits:
+        """The same: a loss computes in fp32."""
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.tanh and len(args) == 1 and not kwargs:
+            return args[0].tanh()
+        name = getattr(func, "__name__", func)
+        raise TypeError(
+            f"the model computes {name} of its logits after the head: no loss can be fused with it"
+        )
 
     def at(self, rows: Tensor) -> Logits:
         """The same for some rows of ``hidden [N, D]``."""

@@ -3,6 +3,7 @@
 from transforms.accumulate import accumulate
 from transforms.checkpoint import checkpoint, rematerialize
 from transforms.compile import compile
+from transforms.fuse_kernels import fuse_kernels
 from transforms.fuse_loss import fuse_loss, unfused_loss
 from transforms.lora import lora, merge_lora
 from transforms.mixed_precision import mixed_precision
@@ -14,6 +15,7 @@ __all__ = [
     "checkpoint",
     "compile",
     "fake_quant",
+    "fuse_kernels",
     "fuse_loss",
     "lora",
     "merge_lora",

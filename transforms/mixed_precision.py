@@ -28,9 +28,12 @@ def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Fo
 
     def cast(p: Tree, chosen: Callable[[str], bool] = lambda leaf: True) -> Tree:
         flat = flatten(p)
+        matrices = {path.rpartition(".")[0] for path, leaf in flat.items() if leaf.ndim >= 2}
 
         def one(path: str, leaf: Tensor) -> Tensor:
-            if not leaf.is_floating_point() or leaf.ndim < 2 or is_scale(path, flat):
+            # beside a matrix: the bias of a layer that is no site, which takes one dtype only
+            matrix = leaf.ndim >= 2 or path.rpartition(".")[0] in matrices
+            if not leaf.is_floating_point() or not matrix or is_scale(path, flat):
                 return leaf
             return leaf.to(dtype) if chosen(path) else leaf
 

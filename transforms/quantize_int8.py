@@ -27,14 +27,15 @@ def quantize_int8(
     """Linears, embeddings and the head on int8 weights; ``prepare`` makes them.
 
     A leaf ``weight [O, I]`` becomes ``weight_int8 [O, I]`` and ``weight_scale [O, 1]`` fp32,
-    symmetric per output channel. Weights are frozen; gradients flow to inputs, biases and whatever
-    else is trained (QLoRA-style). skip: path patterns (``lm_head``, ``vision``, ``blocks.0``,
-    ``blocks.-1``); a tied head that is skipped keeps the embedding too. activations: None, or
-    "dynamic" for int8 x int8 matmuls with a scale per row of the input. Raises ValueError if a
-    pattern names nothing.
+    symmetric per output channel (a transposed site's ``weight [I, O]`` is turned first). Weights
+    are frozen; gradients flow to inputs, biases and whatever else is trained (QLoRA-style). skip:
+    path patterns (``lm_head``, ``vision``, ``blocks.0``, ``blocks.-1``); a tied head that is
+    skipped keeps the embedding too. activations: None, or "dynamic" for int8 x int8 matmuls with a
+    scale per row of the input. Raises ValueError if a pattern names nothing.
     """
     check_legal(forward, "quantize_int8")
     paths = targets(forward, skip, activations)
+    turned = {site.path for site in forward.sites if site.transposed}
 
     def prepare(params: Tree, seed: int) -> Tree:
         flat = flatten(params)
@@ -42,6 +43,7 @@ def quantize_int8(
             weight = flat.pop(f"{path}.weight", None)
             if weight is None:
                 raise ValueError(f"params have no leaf {path}.weight to quantise")
+            weight = weight.t().contiguous() if path in turned else weight
             flat[f"{path}.weight_int8"], flat[f"{path}.weight_scale"] = quantize_weight(weight)
         return unflatten(flat)
 
@@ -71,6 +73,9 @@ def targets(forward: Forward, skip: Sequence[str], activations: str | None) -> f
     paths = frozenset(site.path for site in forward.select(WEIGHTED)) - skipped
     if not paths:
         raise ValueError(f"skip={tuple(skip)} leaves nothing to quantise")
+    layouts = {(site.path, site.transposed) for site in forward.select(WEIGHTED)}
+    if both := sorted(path for path in paths if {(path, True), (path, False)} <= layouts):
+        raise ValueError(f"{both[0]} is used both as it is and transposed: skip it")
     return paths
 
 

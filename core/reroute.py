@@ -1,0 +1,131 @@
+"""Calls of ``F.scaled_dot_product_attention`` inside foreign code, found and sent elsewhere.
+
+Code is never edited: a function whose code names the call is copied with other *globals*, in which
+that name, or the module it is read from, is a stand-in. A ``TorchFunctionMode`` would be shorter,
+but ``torch.compile`` refuses to enter one inside ``torch.utils.checkpoint``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import CellType, CodeType, FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CALL = "scaled_dot_product_attention"
+MODULES = (torch, torch.nn, F)
+DEPTH = 3  # functions called by functions called by forward
+
+
+def reroute(module: nn.Module, to: Callable[..., Any]) -> dict[str, FunctionType]:
+    """Methods of a module, ``forward`` among them, rewritten so that attention calls ``to``.
+
+    Empty if nothing that ``forward`` runs names the call. ``module`` is left as it is.
+    """
+    new: dict[str, FunctionType] = {}
+    seen, waiting = set(), ["forward"]
+    rewriter = _Rewriter(module, to)
+    while waiting:
+        name = waiting.pop()
+        method = inspect.getattr_static(type(module), name, None)
+        if name in seen or not isinstance(method, FunctionType) or _is_torchs(method):
+            continue
+        seen.add(name)
+        if isinstance(plain := inspect.unwrap(method), FunctionType):
+            waiting += _names(plain.__code__)
+        if (rewritten := rewriter.function(method, DEPTH)) is not None:
+            new[name] = rewritten
+    return new
+
+
+class _Rewriter:
+    def __init__(self, module: nn.Module, to: Callable[..., Any]) -> None:
+        config = getattr(module, "config", None)
+        self.implementation: str | None = getattr(config, "_attn_implementation", None)
+        self.to = to
+
+    def function(self, f: FunctionType, depth: int) -> FunctionType | None:
+        """A copy of ``f`` with stand-ins in its globals and closure; None if it needs none."""
+        if depth == 0 or _is_torchs(f):
+            return None
+        names = _names(f.__code__)
+        found = {
+            name: stand_in
+            for name in sorted(names & f.__globals__.keys())
+            if (stand_in := self.stand_in(f.__globals__[name], names, depth)) is not None
+        }
+        cells = [self.cell(cell, names, depth) for cell in f.__closure__ or ()]
+        if not found and all(cell is None for cell in cells):
+            return None
+        closure = tuple(new or old for new, old in zip(cells, f.__closure__ or (), strict=True))
+        # nameless, or Dynamo would look the globals up in the module of that name instead
+        scope = {k: v for k, v in f.__globals__.items() if k != "__name__"} | found
+        copy = FunctionType(f.__code__, scope, f.__name__, f.__defaults__, closure)
+        copy.__kwdefaults__ = f.__kwdefaults__
+        return copy
+
+    def cell(self, cell: CellType, names: set[str], depth: int) -> CellType | None:
+        try:
+            stand_in = self.stand_in(cell.cell_contents, names, depth)
+        except ValueError:  # an empty cell
+            return None
+        return None if stand_in is None else CellType(stand_in)
+
+    def stand_in(self, value: Any, names: set[str], depth: int) -> Any:
+        """What to put in a value's place; None if it may stay."""
+        if value is F.scaled_dot_product_attention:
+            return self.to
+        if any(value is module for module in MODULES):
+            return _Attributes(value, names, self.to) if CALL in names else None
+        if isinstance(value, FunctionType):
+            return self.function(value, depth - 1)
+        if self.implementation and isinstance(value, Mapping):
+            return self.interface(value, self.implementation, depth)
+        return None
+
+    def interface(self, table: Mapping[Any, Any], name: str, depth: int) -> Any:
+        """A stand-in for Hugging Face's table of attention functions: the config has chosen one."""
+        chosen = table.get(name)
+        if not isinstance(chosen, FunctionType):
+            return None
+        rewritten = self.function(chosen, depth)
+        return None if rewritten is None else _Interface(table, name, rewritten)
+
+
+class _Attributes:
+    """The attributes of a module that some code may read, attention being replaced."""
+
+    def __init__(self, module: Any, names: set[str], to: Callable[..., Any]) -> None:
+        for name in names:
+            if not hasattr(module, name):
+                continue
+            value = getattr(module, name)
+            if (module is torch and value is torch.nn) or (module is torch.nn and value is F):
+                value = _Attributes(value, names, to)
+            setattr(self, name, to if value is F.scaled_dot_product_attention else value)
+
+
+class _Interface:
+    """A table with one of its entries replaced."""
+
+    def __init__(self, table: Mapping[Any, Any], name: str, function: FunctionType) -> None:
+        self.table, self.name, self.function = table, name, function
+
+    def get_interface(self, name: str, default: Any = None) -> Any:
+        return self.function if name == self.name else self.table.get(name, default)
+
+    __getitem__ = get = get_interface
+
+
+def _names(code: CodeType) -> set[str]:
+    """Every global or attribute that code may read, in lambdas and comprehensions too."""
+    inner = [_names(c) for c in code.co_consts if isinstance(c, CodeType)]
+    return set(code.co_names).union(*inner)
+
+
+def _is_torchs(f: FunctionType) -> bool:
+    return (f.__module__ or "").partition(".")[0] == "torch"

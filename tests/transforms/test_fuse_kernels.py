@@ -1,0 +1,231 @@
+"""fuse_kernels: the module's numbers from other kernels, inside whatever else is applied."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import grad, vmap
+
+import kernels
+from core import Forward, Rule, from_module, vlm
+from params.tree import Tree, map_leaves, merge
+from transforms import (
+    checkpoint,
+    fake_quant,
+    fuse_loss,
+    mixed_precision,
+    quantize_int8,
+    trainable,
+    unfused_loss,
+    value_and_grad,
+)
+from transforms.fuse_kernels import fuse_kernels
+
+hf = pytest.importorskip("transformers")
+
+SIZES = {
+    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "attn_implementation": "eager",
+}  # fmt: skip
+
+
+def make(name: str) -> nn.Module:
+    if name == "gpt2":
+        config = hf.GPT2Config(
+            vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=16, initializer_range=0.2,
+            bos_token_id=1, eos_token_id=2, attn_implementation="eager",
+        )  # fmt: skip
+        return hf.GPT2LMHeadModel(config).eval()
+    more = {} if name == "Llama" else {"head_dim": 8}
+    if name == "Gemma2":
+        more |= {"final_logit_softcapping": None}
+    return getattr(hf, f"{name}ForCausalLM")(getattr(hf, f"{name}Config")(**SIZES, **more)).eval()
+
+
+MAKES = ["Llama", "Qwen3", "Gemma2", "gpt2"]
+
+
+def subject(name: str) -> tuple[Forward, Tree, dict[str, Tensor]]:
+    forward, params = from_module(make(name))
+    params = map_leaves(lambda t: t + 0.1 * torch.randn_like(t), params)
+    ids = torch.randint(3, 40, (2, 7))
+    return forward, params, {"input_ids": ids, "labels": ids.roll(-1, 1)}
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """Which kernels have been called."""
+    record: list[str] = []
+    for name in ("rms_norm", "layer_norm"):
+        f = getattr(kernels, name)
+        spy = lambda *args, n=name, f=f: record.append(n) or f(*args)  # noqa: E731
+        monkeypatch.setattr(kernels, name, spy)
+    table = sys.modules[fuse_kernels.__module__].GLUS  # the function has the name of its file
+    for key, f in list(table.items()):
+        spy = lambda gate, up, n=f.__name__, f=f: record.append(n) or f(gate, up)  # noqa: E731
+        monkeypatch.setitem(table, key, spy)
+    return record
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("Llama", {"rms_norm": 5, "swiglu": 2}),
+        ("Qwen3", {"rms_norm": 9, "swiglu": 2}),
+        ("Gemma2", {"rms_norm": 9, "geglu": 2}),
+        ("gpt2", {"layer_norm": 5}),
+    ],
+)
+def test_numbers_are_the_modules(name: str, count, calls, assert_same) -> None:
+    forward, params, batch = subject(name)
+    fused = fuse_kernels(forward)
+    want, want_grads = value_and_grad(unfused_loss(forward))(params, batch)
+    assert calls == []
+    value, grads = value_and_grad(unfused_loss(fused))(params, batch)
+    assert {n: calls.count(n) for n in set(calls)} == count
+    assert_same(value, want, 1e-6)
+    assert_same(grads, want_grads, 1e-5)
+    assert_same(grad(unfused_loss(fused))(params, batch), want_grads, 1e-5)
+    assert_same(fused(params, batch), forward(params, batch), 1e-5)
+    assert fused.applied == ("fuse_kernels",)
+
+
+STEPS: dict[str, Any] = {
+    "checkpoint": checkpoint,
+    "fuse_loss": fuse_loss,
+    "mixed_precision": lambda f: mixed_precision(f, torch.float64),
+    "fake_quant": fake_quant,
+    "quantize_int8": quantize_int8,
+}
+CHAINS = [
+    *itertools.permutations(("fuse_kernels", "fuse_loss", "checkpoint")),
+    *([*pair, "fuse_loss"] for step in ("mixed_precision", "fake_quant", "quantize_int8")
+      for pair in itertools.permutations(("fuse_kernels", step))),
+    ("quantize_int8", "checkpoint", "fuse_kernels", "fuse_loss"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids="-".join)
+@pytest.mark.parametrize("name", ["Gemma2", "gpt2"])
+def test_it_composes_in_any_order(name: str, chain, assert_same) -> None:
+    bare, params, batch = subject(name)
+    losses, preparations = [], []
+    for steps in (chain, [step for step in chain if step != "fuse_kernels"]):
+        forward = bare
+        for step in steps:
+            forward = fuse_kernels(forward) if step == "fuse_kernels" else STEPS[step](forward)
+        losses.append(forward)
+        preparations.append(forward.prepare(params))
+    got, want = (value_and_grad(f)(p, batch) for f, p in zip(losses, preparations, strict=True))
+    assert_same(got[0], want[0], 1e-6)
+    assert_same(got[1], want[1], 2e-5)
+    free, frozen = trainable(preparations[0])
+    inner = lambda p, b: losses[0](merge(p, frozen), b)  # noqa: E731
+    assert_same(grad(inner)(free, batch), want[1], 2e-5)
+    stacked = {k: v[:, None] for k, v in batch.items()}
+    each = vmap(grad(inner), (None, 0))(free, stacked)
+    total = map_leaves(lambda g: g.mean(0), each)
+    assert_same(total, want[1], 2e-5)
+
+
+def test_rules_of_others_stay_around_it(calls) -> None:
+    forward, params, batch = subject("Llama")
+    double = Rule("glu", lambda f, path: lambda p, g, u: 2 * f(p, g, u))
+    before, after = fuse_kernels(forward.with_rule(double)), fuse_kernels(forward).with_rule(double)
+    want = forward.with_rule(double)(params, batch)
+    for fused in (before, after):
+        calls.clear()
+        torch.testing.assert_close(fused(params, batch), want, rtol=1e-5, atol=1e-5)
+        assert calls.count("swiglu") == 2
+
+
+def test_compile(assert_same) -> None:
+    forward, params, batch = subject("Gemma2")
+    loss = fuse_loss(checkpoint(fuse_kernels(forward)))
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        got = value_and_grad(compiled)(params, batch)
+    want = value_and_grad(loss)(params, batch)
+    assert_same(got[0], want[0], 1e-6)
+    assert_same(got[1], want[1], 1e-5)
+
+
+def test_skip_names_sites(calls) -> None:
+    forward, params, batch = subject("Llama")
+    fuse_kernels(forward, skip=("layers.0", "model.norm"))(params, batch)
+    assert sorted(calls) == ["rms_norm", "rms_norm", "swiglu"]
+    with pytest.raises(ValueError, match="'nrom' matches nothing"):
+        fuse_kernels(forward, skip=("nrom",))
+
+
+class Odd(nn.Module):
+    """One norm whose eps is in its code alone, and a gate that no kernel computes."""
+
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.g = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (x.square().mean(-1, keepdim=True) + 0.0123).rsqrt() * self.g
+
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(F.gelu(self.a(x)) * self.b(x))
+
+    def __init__(self, known: bool) -> None:
+        super().__init__()
+        self.norm, self.mlp = Odd.Norm(), Odd.Mlp()
+        self.last = nn.LayerNorm(8) if known else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.mlp(self.norm(x)))
+
+
+def test_what_it_does_not_know_is_left_and_named(assert_same) -> None:
+    x = {"x": torch.randn(3, 8)}
+    module = Odd(known=True)
+    forward, params = from_module(module)
+    with pytest.warns(UserWarning, match="leaves as they are: glu mlp, norm norm$"):
+        fused = fuse_kernels(forward)
+    assert_same(fused(params, x), module(**x).detach(), 1e-5)
+    fuse_kernels(forward, skip=("mlp", "norm"))  # no warning
+    with pytest.raises(ValueError, match=r"no norm or glu .*among: glu mlp, .*norm norm"):
+        fuse_kernels(from_module(Odd(known=False))[0])
+
+
+def test_native_forwards_call_kernels_anyway(micro, rough, example) -> None:
+    config = micro["mlp"]
+    forward, params, batch = vlm(config), rough(config), example(config)
+    fused = fuse_kernels(forward)
+    assert fused.applied == ("fuse_kernels",)
+    assert fused.rules == ()
+    assert torch.equal(fused(params, batch), forward(params, batch))
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_bf16_is_no_further_from_the_truth_than_the_module(name: str) -> None:
+    errors = torch.zeros(2)
+    for seed in range(8):  # of one batch alone, the ratio is 0.3 .. 2.5
+        torch.manual_seed(seed)
+        forward, params, batch = subject(name)
+        low = map_leaves(Tensor.bfloat16, params)
+        truth = forward(map_leaves(Tensor.float, low), batch)
+        outs = [f(low, batch) for f in (fuse_kernels(forward), forward)]
+        assert outs[0].dtype == outs[1].dtype == torch.bfloat16
+        errors += torch.stack([(out.float() - truth).square().mean() for out in outs])
+    assert errors[0] < 1.05 * errors[1]
