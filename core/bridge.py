@@ -314,7 +314,10 @@ class _AtSite(nn.Module):
         if self.info.kind == "embed":
             return partial(embed, padding_idx=getattr(self.inner, "padding_idx", None))
         if self.info.kind == "norm":
-            return self._layer_norm if isinstance(self.inner, nn.LayerNorm) else self._call
+            torchs = (
+                isinstance(self.inner, nn.LayerNorm | nn.RMSNorm) and self.inner.eps is not None
+            )
+            return self._torch_norm if torchs else self._call
         return linear if type(self.inner) is nn.Linear else self._linear
 
     def _linear(self, p: Tree, x: Tensor) -> Tensor:
@@ -323,8 +326,11 @@ class _AtSite(nn.Module):
         p = {name: leaf.to(weight.dtype) for name, leaf in p.items()}
         return self._call(_turned(p, self.info), x.to(weight.dtype))
 
-    def _layer_norm(self, p: Tree, x: Tensor) -> Tensor:
-        """torch's takes x and weights of one dtype; others are normed in the wider, as x's."""
+    def _torch_norm(self, p: Tree, x: Tensor) -> Tensor:
+        """torch's norms want x and weights of one dtype; others are normed in the wider, as x's.
+
+        Where torch takes them as they are (bf16 and fp32 on a CPU), this is the same to the bit.
+        """
         if all(leaf.dtype == x.dtype for leaf in p.values()):
             return self._call(p, x)
         wide = reduce(torch.promote_types, (leaf.dtype for leaf in p.values()), x.dtype)

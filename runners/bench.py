@@ -2,6 +2,8 @@
 
 python -m runners.bench kernels --peers      # every kernel beside torch and other libraries
 python -m runners.bench table --files A B    # the page and picture of runs measured before
+python -m runners.bench overhead             # what pure functions cost, beside the same modules
+python -m runners.bench checkpointing        # memory and time of each way to checkpoint
 python -m runners.bench trace                # which of our kernels a training step really runs
 """
 
@@ -11,7 +13,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from runners.benchmarks.checkpointing import CheckpointingConfig, run_checkpointing
 from runners.benchmarks.kernels import KernelsConfig, TableConfig, run_kernels, run_table
+from runners.benchmarks.overhead import OverheadConfig, run_overhead
 from runners.benchmarks.trace import TraceConfig, run_trace
 from runners.cli import UsageError, guarded, nearest, parse
 
@@ -24,6 +28,8 @@ class Command(NamedTuple):
 COMMANDS = {
     "kernels": Command(KernelsConfig, run_kernels),
     "table": Command(TableConfig, run_table),
+    "overhead": Command(OverheadConfig, run_overhead),
+    "checkpointing": Command(CheckpointingConfig, run_checkpointing),
     "trace": Command(TraceConfig, run_trace),
 }
 

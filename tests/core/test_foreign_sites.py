@@ -522,3 +522,15 @@ def test_tables_are_told_by_what_they_do() -> None:
     forward, _ = from_module(module)
     sites = [(s.kind, s.path, s.scale) for s in forward.sites]
     assert sites == [("embed", "a", None), ("embed", "b", 4.0)]
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.RMSNorm(8, eps=1e-5)])
+def test_norms_of_torch_take_another_dtype_than_their_weights(norm: nn.Module) -> None:
+    forward, params = from_module(norm, call=lambda run, b: run(b))
+    params = map_leaves(lambda t: t + 0.1 * torch.randn(8), params)
+    x = torch.randn(3, 8)
+    wide = forward(map_leaves(Tensor.double, params), x.double())
+    assert torch.equal(forward(params, x.double()), wide)
+    assert torch.equal(
+        forward(params, x.bfloat16()), forward(params, x.bfloat16().float()).bfloat16()
+    )
