@@ -297,9 +297,18 @@ class BackwardFunction(torch.autograd.Function):
         if folded:
             outs = BackwardFunction.apply(call, needs, *folded)
         elif call.op.vmappable:
+            # The fast backward takes residuals for constants: wrong where an outer level
+            # differentiates (torch.func.hessian, jacrev of jacrev).
+            outer = torch._C._are_functorch_transforms_active()
+            if outer or any(t is not None and t.requires_grad for t in saved):
+                primals = call.op.outputs + len(needs)
 
-            def one(*example: Any) -> tuple[Tensor, ...]:
-                return _first_order(call, needs, *example)
+                def one(*example: Any) -> tuple[Tensor, ...]:
+                    return _gradient(call, needs)(*example[:primals])
+            else:
+
+                def one(*example: Any) -> tuple[Tensor, ...]:
+                    return _first_order(call, needs, *example)
 
             outs = torch.func.vmap(one, in_dims=dims, randomness=info.randomness)(*saved)
         else:

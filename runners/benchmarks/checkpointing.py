@@ -166,7 +166,7 @@ def measure(
 def longest_row(
     config: CheckpointingConfig, way: str, gib: float, params: Tree, device: torch.device
 ) -> int:
-    """The longest row, within 1/8 or 128 tokens, of which loss and gradients fit; 0 if not even the smallest."""
+    """The longest row whose loss and gradients fit, within 1/8 or 128 tokens; 0 if none does."""
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), device)
     try:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jacrev, jvp, vmap
 
 import kernels
 from kernels import attention, cross_entropy, int8_linear, linear_cross_entropy, rms_norm, rope
@@ -290,6 +290,20 @@ def by_jvp_grad(f: Callable[..., Tensor], floats: tuple[Tensor, ...]) -> list[Te
     return list(jvp(grad(scalar(f), everyone(floats)), floats, directions(floats))[1])
 
 
+def by_jvp_jacrev(f: Callable[..., Tensor], floats: tuple[Tensor, ...]) -> list[Tensor]:
+    """As in torch.func.hessian: the inner gradient is taken under a vmap."""
+    return list(jvp(jacrev(scalar(f), everyone(floats)), floats, directions(floats))[1])
+
+
+def by_jacrev_jacrev(f: Callable[..., Tensor], floats: tuple[Tensor, ...]) -> list[Tensor]:
+    def dot(*xs: Tensor) -> Tensor:
+        first = jacrev(scalar(f), everyone(xs))(*xs)
+        pairs = zip(first, directions(floats), strict=True)
+        return torch.stack([(g * d).sum() for g, d in pairs]).sum()
+
+    return list(jacrev(dot, everyone(floats))(*floats))
+
+
 def by_grad_jvp(f: Callable[..., Tensor], floats: tuple[Tensor, ...]) -> list[Tensor]:
     def slope(*xs: Tensor) -> Tensor:
         return jvp(scalar(f), xs, directions(floats))[1]
@@ -355,6 +369,8 @@ HIGHER: list[Driver] = [
     by_jvp_grad,
     by_grad_jvp,
     by_vmap_hvp,
+    by_jvp_jacrev,
+    by_jacrev_jacrev,
     by_third_order,
     by_jvp_jvp,
 ]
@@ -446,7 +462,7 @@ def no_custom_backward(case: Case, driver: Driver) -> bool:
 
 def no_custom_jvp(case: Case, driver: Driver) -> bool:
     """A self-adjoint Function's jvp is not used by reverse twice, nor (by choice) by jvp of jvp."""
-    unused = [by_double_backward, by_grad_grad, by_third_order, by_jvp_jvp]
+    unused = [by_double_backward, by_grad_grad, by_jacrev_jacrev, by_third_order, by_jvp_jvp]
     return case.function is not None and driver in unused
 
 
