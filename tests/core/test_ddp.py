@@ -1,0 +1,47 @@
+"""as_module under DistributedDataParallel: two processes give the gradient of both batches."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from core import TextConfig, VLMConfig, as_module, make_batch, vlm
+from params import init_params
+from params.tree import flatten
+from transforms import checkpoint, fuse_loss, value_and_grad
+
+CONFIG = VLMConfig(TextConfig(61, 16, 2, 4, 2, 24))
+
+
+def batch_of(rank: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return make_batch(torch.randint(61, (2, 8), generator=generator))
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the machine's own name may not resolve
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    loss_fn = fuse_loss(checkpoint(vlm(CONFIG)))
+    module = as_module(loss_fn, init_params(CONFIG))
+    parallel = DistributedDataParallel(module)  # held: its hooks die with it
+    parallel(batch_of(rank)).backward()
+    torch.save({n: p.grad for n, p in module.named_parameters()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_gradients_are_averaged(tmp_path: Path) -> None:
+    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    grads = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    loss_fn, params = fuse_loss(vlm(CONFIG)), init_params(CONFIG)
+    alone = [flatten(value_and_grad(loss_fn)(params, batch_of(rank))[1]) for rank in (0, 1)]
+    assert grads[0].keys() == alone[0].keys()
+    for name in grads[0]:
+        assert torch.equal(grads[0][name], grads[1][name])
+        mean = (alone[0][name] + alone[1][name]) / 2
+        torch.testing.assert_close(grads[0][name], mean, rtol=1e-5, atol=1e-7)
