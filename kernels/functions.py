@@ -97,6 +97,15 @@ def nested_forward_mode() -> bool:
     return sum(level.key() == jvp for level in levels) >= 2
 
 
+def differentiated(tensors: Tensors) -> bool:
+    """Whether plain autograd or an active `torch.func` level differentiates here."""
+    vmap = torch._C._functorch.TransformType.Vmap
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() != vmap for level in levels) or any(
+        t is not None and t.requires_grad for t in tensors
+    )
+
+
 def pull(
     fn: Callable[..., Any], primals: Tensors, wanted: Sequence[int], cotangents: Any
 ) -> Sequence[Tensor]:
@@ -299,8 +308,7 @@ class BackwardFunction(torch.autograd.Function):
         elif call.op.vmappable:
             # The fast backward takes residuals for constants: wrong where an outer level
             # differentiates (torch.func.hessian, jacrev of jacrev).
-            outer = torch._C._are_functorch_transforms_active()
-            if outer or any(t is not None and t.requires_grad for t in saved):
+            if differentiated(saved):
                 primals = call.op.outputs + len(needs)
 
                 def one(*example: Any) -> tuple[Tensor, ...]:
