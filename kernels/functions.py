@@ -92,16 +92,19 @@ def nested_forward_mode() -> bool:
     """
     if not torch._C._are_functorch_transforms_active():
         return False
-    levels = torch._C._functorch.get_interpreter_stack() or []
     jvp = torch._C._functorch.TransformType.Jvp
-    return sum(level.key() == jvp for level in levels) >= 2
+    return sum(level.key() == jvp for level in func_levels()) >= 2
+
+
+def func_levels() -> list[Any]:
+    """The `torch.func` transforms that are active, outermost first: each has a key and a level."""
+    return torch._C._functorch.get_interpreter_stack() or []
 
 
 def differentiated(tensors: Tensors) -> bool:
     """Whether plain autograd or an active `torch.func` level differentiates here."""
     vmap = torch._C._functorch.TransformType.Vmap
-    levels = torch._C._functorch.get_interpreter_stack() or []
-    return any(level.key() != vmap for level in levels) or any(
+    return any(level.key() != vmap for level in func_levels()) or any(
         t is not None and t.requires_grad for t in tensors
     )
 

@@ -9,10 +9,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from core.batch import IGNORE
 from params.tree import Tree
 from transforms.checkpoint import rematerialize
 
-IGNORE = -100
 Loss = Callable[[Tree, Any], Tensor]
 
 
@@ -92,7 +92,7 @@ class _Accumulated(torch.autograd.Function):
                 total = [g if count == 1 else g.to(_wide(g.dtype), copy=True) for g in grads]
             else:
                 torch._foreach_add_(total, list(grads))
-        # in two calls: outputs of this Function may not be saved, and these are not
+        # plain results, no part of a graph: save_for_backward is for the inputs
         ctx.grads = {i: g.to(leaves[i].dtype) for i, g in zip(wanted, total, strict=True)}
         ctx.save_for_backward(*leaves)
         return torch.stack(losses).sum()

@@ -80,7 +80,7 @@ def _fresh(flat: dict[str, Tensor], site: SiteInfo, rank: int, seed: int) -> dic
     path = site.path
     weight = flat.get(f"{path}.weight")
     if weight is not None:
-        outs, inner = weight.shape[::-1] if _is_transposed(site) else weight.shape
+        outs, inner = weight.shape[::-1] if site.transposed else weight.shape
         dtype = weight.dtype
     else:
         weight = flat.get(f"{path}.weight_int8")
@@ -117,13 +117,8 @@ def merge_lora(
             )
         factor = 1.0 if alpha is None else alpha / a.shape[0]
         change = factor * b.float() @ a.float()
-        merged = weight.float() + (change.T if _is_transposed(site) else change)
+        merged = weight.float() + (change.T if site.transposed else change)
         flat[f"{site.path}.weight"] = merged.to(dtype or weight.dtype)
     if left := [path for path in flat if is_adapter(path)]:
         raise ValueError(f"adapters at no linear of this forward: {left[:4]}")
     return unflatten(flat)
-
-
-def _is_transposed(site: SiteInfo) -> bool:
-    """Whether the leaf is [I, O], as in GPT-2's modules."""
-    return getattr(site, "transposed", False)

@@ -20,6 +20,8 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels.functions import func_levels
+
 Keep = Callable[[str], bool]
 
 
@@ -57,11 +59,6 @@ def functional(f: Callable[..., Any], keep: Keep | None = None) -> Callable[...,
 
 _BLANK = object()
 _Levels = torch._C._functorch.TransformType
-
-
-def _interpreters() -> list[Any]:
-    """The torch.func transforms that are active, outermost first."""
-    return torch._C._functorch.get_interpreter_stack() or []
 
 
 def operation(func: Any) -> str:
@@ -110,7 +107,7 @@ class _Memo:
         self.cpu = torch.get_rng_state()
         self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
         self.keep = keep
-        self.forward_mode = frozenset(i.level() for i in _interpreters() if i.key() == _Levels.Jvp)
+        self.forward_mode = frozenset(i.level() for i in func_levels() if i.key() == _Levels.Jvp)
         self.phase: str | None = None
         self.levels: Counter[Any] = Counter()  # functorch's, at the recording
         self.results: list[tuple[str, Any]] = []
@@ -138,7 +135,7 @@ class _Memo:
         """
         if self.keep is None or self.phase is None:
             return nullcontext()
-        levels = Counter(i.key() for i in _interpreters())
+        levels = Counter(i.key() for i in func_levels())
         if self.phase == "recorded":
             self.levels = levels
             return _Record(self)

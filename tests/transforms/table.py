@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -408,14 +408,8 @@ def by_backward(of: Subject, loss: Forward, ready: Tree) -> Any:
     value.backward()
     learned = flatten(trainable(ready)[0])
     grads = {n: p.grad for n, p in module.named_parameters() if n in learned}
-    for p in ready_parameters(module):
-        p.grad = None
     zeros = {n: torch.zeros_like(learned[n]) for n, g in grads.items() if g is None}
     return {"value": value.detach(), "grads": grads | zeros}
-
-
-def ready_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    return iter(module.parameters())
 
 
 def by_grad(of: Subject, loss: Forward, ready: Tree) -> Any:
