@@ -35,6 +35,8 @@ from params.paths import alias_table
 from params.tree import Tree, flatten, unflatten
 
 Call = Callable[[Callable[..., Any], Any], Any]
+# leaves that transforms put beside a weight or in its place
+ADDED = ("weight_int8", "weight_scale", "lora_a", "lora_b")
 
 
 def from_module(
@@ -67,15 +69,19 @@ def from_module(
     same, ties = _same_modules(module), _ties(module)
     caller = call or partial(_default_call, frozenset(inspect.signature(module.forward).parameters))
     blank = _without_cache(skeleton(module))
-    needed = _needed(module, plan, ties)
+    needed = sorted(_needed(module, plan, ties))
+    known = {*needed, *ties, *dict(module.named_parameters()), *dict(module.named_buffers())}
 
     def build(site: Site) -> Callable[[Tree, Any], Any]:
         body = _wrap(blank, plan, same, site)
 
         def run(params: Tree, batch: Any) -> Any:
             flat = flatten(params)
-            if lacking := sorted(needed - flat.keys()):
+            if lacking := [name for name in needed if name not in flat]:
                 raise ValueError(f"params lack {lacking[:4]}, which the module has")
+            others = [name for name in flat if name not in known]
+            if strange := [name for name in others if name.rpartition(".")[2] not in ADDED]:
+                raise ValueError(f"params hold {strange[:4]}, for which the module has no place")
             flat |= {name: flat[held] for name, held in ties.items() if held in flat}
             return caller(lambda *args, **kwargs: _given(body, flat, args, kwargs), batch)
 
@@ -211,7 +217,14 @@ def _wrap(
     for found in plan:
         if found.site.kind in ("linear", "norm", "embed", "head") and found.site.path != found.name:
             owner = body.get_submodule(found.site.path)
+            owner._parameters.update(dict.fromkeys(ADDED))
             vars(body.get_submodule(found.name))["owner"] = owner
+    for at_site in body.modules():
+        if type(at_site) is _AtSite:
+            vars(at_site)["places"] = [
+                (f"{prefix}." if prefix else "", m, vars(m).get("owner"))
+                for prefix, m in at_site.named_modules()
+            ]
     return body
 
 
@@ -260,8 +273,13 @@ class _AtSite(nn.Module):
     def __init__(self, inner: nn.Module, site: Site, info: SiteInfo) -> None:
         super().__init__()
         # owner: where params hold a tied weight, and whatever a transform put in its place
-        self.__dict__.update(inner=inner, site=site, info=info, owner=None)
+        # places: prefix, module and owner of all that is inside, so that a call need not walk
+        self.__dict__.update(inner=inner, site=site, info=info, owner=None, places=[])
         self._parameters = inner._parameters
+        if info.kind in ("linear", "embed", "head"):
+            # places for functional_call to put them: as plain attributes they would have to be
+            # searched for at every call, which costs time and which torch.compile cannot follow
+            self._parameters.update(dict.fromkeys(ADDED))
         self._buffers = inner._buffers
         self._modules = inner._modules
         self.training = inner.training
@@ -284,13 +302,14 @@ class _AtSite(nn.Module):
     def own_params(self) -> dict[str, Tensor]:
         """The leaves in place now, given ones only: what params lack is still on meta."""
         flat = {}
-        for prefix, m in self.named_modules():
-            places = (vars(m).get("owner"), m) if type(m) is _AtSite else (m,)
-            given = {k: v for place in places if place is not None for k, v in vars(place).items()}
-            extra = {k: v for k, v in given.items() if isinstance(v, Tensor)}
-            for name, tensor in (*m._parameters.items(), *extra.items()):
-                if tensor is not None and not (name in m._parameters and tensor.is_meta):
-                    flat[f"{prefix}.{name}" if prefix else name] = tensor
+        for prefix, m, owner in self.places:
+            for name, tensor in m._parameters.items():
+                if tensor is not None and not tensor.is_meta:
+                    flat[prefix + name] = tensor
+            if owner is not None:
+                for name in ADDED:
+                    if (added := owner._parameters[name]) is not None:
+                        flat[prefix + name] = added
         return flat
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -33,8 +33,9 @@ unshard or load params.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from params.paths import alias_table, matches, no_match
@@ -69,6 +70,8 @@ class SiteInfo:
     transposed: the leaf ``weight`` of a linear is ``[I, O]``; the site shows it as ``[O, I]``.
     norm: what a norm computes; None if that is not known.
     scale: what the rows of an embed are multiplied with, after the site; None is 1.
+    like: of a native block: all that its function was made of beside its site. Blocks of equal
+    ``like`` compute the same function of their arguments, rules aside; None is like no other.
     activation: of a glu: "silu", "gelu", "gelu_tanh", or None for any other.
     """
 
@@ -80,6 +83,7 @@ class SiteInfo:
     norm: NormForm | None = None
     activation: str | None = None
     scale: float | None = None
+    like: Hashable = field(default=None, compare=False)
     aliases: Mapping[int, str] = field(default_factory=dict, compare=False)
 
     def matches(self, pattern: str) -> bool:
@@ -93,6 +97,8 @@ class SiteInfo:
 class Rule:
     """At each selected site of ``kind``, ``f`` becomes ``wrap(f, path)``. Later rules are outer.
 
+    What ``wrap`` does inside a block is the same whichever of its likes the block is
+    (``SiteInfo.like``): it may look at what follows the block in a path, not at its number.
     level: rules of a higher one are outside those of a lower one, whichever came first.
     """
 
@@ -132,7 +138,9 @@ class Site:
     def __call__(self, kind: str, f: SiteFn, p: Tree, *args: Any, at: str = "") -> Any:
         path = f"{self.path}.{at}" if self.path and at else self.path or at
         if self.record is not None:
-            self.record.append(SiteInfo(kind, path, outermost=bool(p) and not self.inner))
+            like = made_of(f) if kind == "block" else None
+            outermost = bool(p) and not self.inner
+            self.record.append(SiteInfo(kind, path, outermost, like=like))
         for wrap in self.table.get((kind, path), ()):
             f = wrap(f, path)
         return f(p, *args)
@@ -144,7 +152,8 @@ class Forward:
 
     ``build(site)`` gives the function with its sites bound; it runs once, here, not per call.
     ``sites`` lists what the function reaches, so that a rule that would do nothing raises now.
-    ``around`` wraps the whole call, ``finish`` included, whatever is applied later (a compiler).
+    ``around`` wraps the whole call, ``finish`` included, whatever is applied later (a compiler);
+    ``around_block`` each block with all its rules, once for all blocks that are alike.
     """
 
     build: Callable[[Site], Callable[[Tree, Any], Any]]
@@ -153,6 +162,7 @@ class Forward:
     preparations: tuple[Callable[[Tree, int], Tree], ...] = ()
     finish: Callable[[Any, Any], Any] | None = None
     around: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    around_block: Callable[[SiteFn], SiteFn] | None = None
     applied: tuple[str, ...] = ()  # names of the transforms, innermost first
 
     def __post_init__(self) -> None:
@@ -162,6 +172,11 @@ class Forward:
                 if rule.applies(site):
                     key = (site.kind, site.path)
                     table[key] = (*table.get(key, ()), rule.wrap)
+        if self.around_block is not None:
+            wrap = _once_for_all_alike(self.around_block, _twins(self.sites, table))
+            for site in self.sites:
+                if site.kind == "block":
+                    table["block", site.path] = (*table.get(("block", site.path), ()), wrap)
         run, finish = self.build(Site(table, lazy=self.finish is not None)), self.finish
 
         def call(params: Tree, batch: Any) -> Any:
@@ -226,6 +241,54 @@ class Forward:
             for row in rows
         )
         return f"transforms, innermost first: {', '.join(self.applied) or 'none'}\n{table}"
+
+
+def made_of(f: SiteFn) -> Hashable:
+    """What a partial function was made of, its site left out; None if that cannot be told."""
+    if not isinstance(f, partial):
+        return None
+    parts = tuple(part for part in f.args if not isinstance(part, Site))
+    made = (f.func, parts, tuple(sorted(f.keywords.items())))
+    try:
+        hash(made)
+    except TypeError:
+        return None
+    return made
+
+
+def _twins(
+    sites: Sequence[SiteInfo], table: Mapping[tuple[str, str], tuple[Wrap, ...]]
+) -> dict[str, str]:
+    """Each block's path -> the path of the first that is like it, with the same rules inside."""
+    inside: dict[str, dict[tuple[str, str], tuple[int, ...]]] = {
+        site.path: {} for site in sites if site.kind == "block"
+    }
+    for (kind, path), wraps in table.items():
+        for block in inside:
+            if path == block or path.startswith(f"{block}."):
+                inside[block][kind, path[len(block) :]] = tuple(map(id, wraps))
+    first: dict[Hashable, str] = {}
+    twins = {}
+    for site in sites:
+        if site.kind == "block":
+            rules = frozenset(inside[site.path].items())
+            key = site.path if site.like is None else (site.like, rules)
+            twins[site.path] = first.setdefault(key, site.path)
+    return twins
+
+
+def _once_for_all_alike(around: Callable[[SiteFn], SiteFn], twins: Mapping[str, str]) -> Wrap:
+    """A wrap that calls ``around`` on the first of several blocks that are alike, and takes what
+    that gives for all of them: params and tensors are arguments, so they compute the same."""
+    made: dict[str, SiteFn] = {}
+
+    def wrap(f: SiteFn, path: str) -> SiteFn:
+        path = twins[path]
+        if path not in made:
+            made[path] = around(f)
+        return made[path]
+
+    return wrap
 
 
 def record_sites(

@@ -148,12 +148,13 @@ def head(p: Tree, x: Tensor, *, softcap: float | None = None) -> Logits:
     return Logits(x, p, softcap=softcap)
 
 
-def dropout(x: Tensor, rate: float, seed: Tensor | None, salt: int) -> Tensor:
+def dropout(x: Tensor, rate: float, seed: Tensor | None, salt: int | Tensor) -> Tensor:
     """Inverted dropout whose mask is a hash of (seed, salt, position): no RNG state is touched.
 
     Being a pure function of its arguments, it needs no bookkeeping to be recomputed under a
     checkpoint, mapped by ``vmap`` or compiled. x: any shape, under 2**32 elements; seed: integer
-    scalar tensor, or None for no dropout; salt: tells apart the calls that share a seed.
+    scalar tensor, or None for no dropout; salt: a number, or an integer scalar tensor, that tells
+    apart the calls that share a seed.
     The mixing is lowbias32 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/).
     """
     if rate == 0.0 or seed is None:

@@ -50,7 +50,7 @@ def attend(
 def block(
     site: Site,
     config: TextConfig,
-    layer: int,
+    window: int | None,
     longest: int | None,
     p: Tree,
     x: Tensor,
@@ -60,6 +60,7 @@ def block(
     norm = partial(rms_norm, eps=config.norm_eps)
     split = partial(rearrange, pattern="n (h d) -> n h d", d=config.head_size)
     drop = partial(dropout, rate=config.dropout, seed=ctx.get("seed"))
+    salt = ctx.get("salt", 0)
     attn, mlp = p["attn"], p["mlp"]
 
     h = site("norm", norm, p["attn_norm"], x, at="attn_norm")
@@ -69,10 +70,10 @@ def block(
     turn = partial(rope, eps=config.norm_eps)
     qk_norms = {name: attn[name] for name in ("q_norm", "k_norm") if config.qk_norm}
     q, k = site("rope", turn, qk_norms, q, k, ctx["cos"], ctx["sin"], ctx["rows"], at="attn")
-    attention = partial(attend, window=config.window_of(layer), longest=longest)
+    attention = partial(attend, window=window, longest=longest)
     o = site("attention", attention, {}, q, k, v, ctx["cu_seqlens"], at="attn")
     o = site("linear", linear, attn["o"], rearrange(o, "n h d -> n (h d)"), at="attn.o")
-    x = x + drop(o, salt=2 * layer)
+    x = x + drop(o, salt=salt)
 
     h = site("norm", norm, p["mlp_norm"], x, at="mlp_norm")
     gate = site("linear", linear, mlp["gate"], h, at="mlp.gate")  # [N, F]
@@ -80,7 +81,7 @@ def block(
     h = site(
         "linear", linear, mlp["down"], site("glu", swiglu, {}, gate, up, at="mlp"), at="mlp.down"
     )
-    return x + drop(h, salt=2 * layer + 1)
+    return x + drop(h, salt=salt + 1)
 
 
 def embed_tokens(site: Site, p: Tree, tokens: Tensor) -> Tensor:
@@ -106,7 +107,10 @@ def decode(
         ctx["seed"] = seed
     for layer in range(config.layers):
         name = f"blocks.{layer}"
-        run = partial(block, site.at(name, inner=True), config, layer, longest)
+        # what differs from layer to layer is a tensor, so that one compiled block serves all
+        if seed is not None and config.dropout:
+            ctx = ctx | {"salt": torch.full((), 2 * layer, device=x.device)}
+        run = partial(block, site.at(name, inner=True), config, config.window_of(layer), longest)
         x = site("block", run, p["blocks"][str(layer)], x, ctx, at=name)
     x = site("norm", partial(rms_norm, eps=config.norm_eps), p["norm"], x, at="norm")
     unembed = "embed" if config.tied else "lm_head"

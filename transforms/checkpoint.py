@@ -48,7 +48,13 @@ POLICIES: dict[str, Keep | None] = {
 }
 
 
-def checkpoint(forward: Forward, *, every: int = 1, policy: Policy = "nothing") -> Forward:
+def checkpoint(
+    forward: Forward,
+    *,
+    every: int = 1,
+    policy: Policy = "nothing",
+    between: Policy | None = None,
+) -> Forward:
     """Recomputes every k-th block in the backward pass instead of keeping its activations.
 
     The gradients are those of the bare forward, bit for bit where the kernels are deterministic:
@@ -59,6 +65,7 @@ def checkpoint(forward: Forward, *, every: int = 1, policy: Policy = "nothing") 
         computed as plain arithmetic has none); several of these, ``("dots", "attention")``; or a
         function of an operation's name (``aten.mm``) that says whether its outputs are kept.
         "offload": nothing, and the inputs wait in pinned host memory (eager autograd on a GPU).
+    between: a policy for the blocks that ``every`` passes over; None: they keep all.
 
     Raises ValueError if ``every`` is not positive, the policy is unknown or the forward has no
     blocks. A differentiated tensor that a block captures by closure raises RuntimeError under
@@ -67,16 +74,23 @@ def checkpoint(forward: Forward, *, every: int = 1, policy: Policy = "nothing") 
     if every < 1:
         raise ValueError(f"every must be 1 or more, not {every}")
     check_legal(forward, "checkpoint")
-    keeper(policy)
 
     def chosen(site: SiteInfo) -> bool:
         index = site.path.rpartition(".")[2]
         return not index.isdigit() or int(index) % every == 0
 
-    def wrap(f: Callable[..., Any], path: str) -> Callable[..., Any]:
-        return rematerialize(f, policy)
+    def with_policy(forward: Forward, policy: Policy, chosen: Callable[..., bool]) -> Forward:
+        keeper(policy)
 
-    return forward.with_rule(Rule("block", wrap, chosen, "checkpoint")).with_step("checkpoint")
+        def wrap(f: Callable[..., Any], path: str) -> Callable[..., Any]:
+            return rematerialize(f, policy)
+
+        return forward.with_rule(Rule("block", wrap, chosen, "checkpoint"))
+
+    out = with_policy(forward, policy, chosen)
+    if between is not None and every > 1:
+        out = with_policy(out, between, lambda site: not chosen(site))
+    return out.with_step("checkpoint")
 
 
 def keeper(policy: Policy) -> Keep | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,7 +19,7 @@ from rich.table import Table
 from core import PRESETS, Forward, Longest, make_batch, vlm
 from core.batch import Batch
 from params import init_params
-from params.tree import Tree, flatten
+from params.tree import Tree, flatten, unflatten
 from runners.benchmarks.report import console
 from runners.cli import UsageError, nearest
 from runners.errors import UserError
@@ -31,9 +32,19 @@ WAYS: dict[str, Callable[[Forward], Forward]] = {
     "attention kept": lambda f: checkpoint(f, policy="attention"),
     "dots kept": lambda f: checkpoint(f, policy="dots"),
     "dots and attention kept": lambda f: checkpoint(f, policy=("dots", "attention")),
+    # half of the activations, at the least time
+    "every 4th block but for attention; dots and attention between": lambda f: checkpoint(
+        f, every=4, policy="attention", between=("dots", "attention")
+    ),
     "offload": lambda f: checkpoint(f, policy="offload"),
 }
-SMALLEST, STEP = 256, 128  # tokens: where the search for the longest row begins, and its grid
+BY: dict[str, Callable[[Forward], Forward]] = {
+    "eager": lambda f: f,
+    "compiled blocks": lambda f: compile(f, blocks=True, dynamic=False),
+    "compiled": lambda f: compile(f, dynamic=False),
+}
+COMPUTE = torch.bfloat16
+SMALLEST, STEP = 2048, 128  # tokens: where the search for the longest row begins, and its grid
 
 
 @dataclass(frozen=True)
@@ -48,13 +59,17 @@ class CheckpointingConfig:
     """Tokens of each."""
     only: tuple[str, ...] = ()
     """Ways to measure, such as 'none,every block'. Default: all."""
-    compiled: bool = True
-    """Measure through torch.compile too."""
+    by: tuple[str, ...] = tuple(BY)
+    """How: eager, 'compiled blocks', compiled."""
     steps: int = 5
-    """Timed steps, after two that are not."""
+    """Timed steps of a round, after two that are not."""
+    rounds: int = 2
+    """Rounds over all ways: a GPU's clock changes from minute to minute."""
     longest: tuple[float, ...] = ()
     """Find the longest row that trains in so many GiB, params and gradients included, with and
     without checkpointing, such as 24,48,139."""
+    most: int = 131_072
+    """Tokens of the longest row that is tried: attention's time grows with their square."""
     out: str = "runs/bench"
     """Folder for checkpointing.jsonl."""
 
@@ -64,10 +79,11 @@ class Measured:
     """One way, measured. Memory in GiB; tokens per second of the median step."""
 
     way: str
-    compiled: bool
+    by: str
     tokens_per_second: float
     peak: float  # of the whole step
-    above: float  # the same less params and their gradients
+    activations: float  # what lies there between forward and backward beside params and gradients
+    warm_up: float  # seconds of the first step
     error: str | None = None
 
 
@@ -76,19 +92,21 @@ def run_checkpointing(config: CheckpointingConfig, command: str) -> int:
     check(config)
     if not torch.cuda.is_available():
         raise UserError("bench checkpointing measures a GPU's memory, and PyTorch sees none here")
-    return bench(config, torch.device("cuda"), command, console())
+    return bench(config, torch.device("cuda", torch.cuda.current_device()), command, console())
 
 
 def check(config: CheckpointingConfig) -> None:
     if config.preset not in PRESETS:
         hint = nearest(config.preset, list(PRESETS))
         raise UsageError(f"no preset {config.preset!r}{hint} (presets: {', '.join(PRESETS)})")
-    for name in ("rows", "length", "steps"):
+    for name in ("rows", "length", "steps", "rounds"):
         if getattr(config, name) < 1:
             raise UsageError(f"--{name} must be 1 or more, not {getattr(config, name)}")
-    for way in config.only:
-        if way not in WAYS:
-            raise UsageError(f"--only {way}: there are {', '.join(WAYS)}{nearest(way, list(WAYS))}")
+    for flag, given, known in (("only", config.only, WAYS), ("by", config.by, BY)):
+        for name in given:
+            if name not in known:
+                hint = nearest(name, list(known))
+                raise UsageError(f"--{flag} {name}: there are {', '.join(known)}{hint}")
 
 
 def bench(config: CheckpointingConfig, device: torch.device, command: str, output: Console) -> int:
@@ -100,32 +118,40 @@ def bench(config: CheckpointingConfig, device: torch.device, command: str, outpu
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": command,
     }
-    params = init_params(PRESETS[config.preset], device=device)["text"]
-    found: list[Measured] = []
+    params: Tree = {"text": init_params(PRESETS[config.preset], device=device)["text"]}
+    ways = [
+        Timer(config, way, by, params, device)
+        for by in config.by
+        for way in config.only or WAYS
+        if not (way == "offload" and by != "eager")  # for eager autograd
+    ]
     with (folder / "checkpointing.jsonl").open("w") as lines:
-        for compiled in (False, True) if config.compiled else (False,):
-            for way in config.only or WAYS:
-                if way == "offload" and compiled:
-                    continue  # for eager autograd
-                found.append(measure(config, way, compiled, {"text": params}, device))
-                print(json.dumps(asdict(found[-1]) | where), file=lines, flush=True)
-                output.print(describe(found[-1]), highlight=False)
+        for turn in range(config.rounds):
+            for timer in ways:
+                timer.round()
+                if turn == 0:
+                    output.print(describe(timer.measured()), highlight=False)
+        found = [timer.measured() for timer in ways]
+        for row in found:
+            print(json.dumps(asdict(row) | where), file=lines, flush=True)
+        show(found, output)
         for limit in config.longest:
-            for way in ("none", "every block", "offload"):
-                tokens = longest_row(config, way, limit, {"text": params}, device)
-                record = {"way": way, "gib": limit, "tokens": tokens}
+            for way in config.only or ("none", "every block"):
+                tokens = longest_row(config, way, limit, params, device)
+                record = {"way": way, "gib": limit, "tokens": tokens, "most": config.most}
                 print(json.dumps(record | where), file=lines, flush=True)
-                output.print(f"longest row in {limit:g} GiB, {way}: {tokens:,}", highlight=False)
-    show(found, output)
+                more = " (more was not tried)" if tokens == config.most else ""
+                output.print(
+                    f"longest row in {limit:g} GiB, {way}: {tokens:,}{more}", highlight=False
+                )
     return 0
 
 
-def loss_of(config: CheckpointingConfig, way: str, compiled: bool, length: int) -> Forward:
+def loss_of(config: CheckpointingConfig, way: str, by: str, length: int) -> Forward:
     model = PRESETS[config.preset]
     text_only = type(model)(model.text)
     forward = mixed_precision(vlm(text_only, longest=Longest(document=length)))
-    loss = fuse_loss(WAYS[way](forward))
-    return compile(loss, dynamic=False) if compiled else loss
+    return BY[by](fuse_loss(WAYS[way](forward)))
 
 
 def batch_of(config: CheckpointingConfig, rows: int, length: int, device: torch.device) -> Batch:
@@ -135,45 +161,79 @@ def batch_of(config: CheckpointingConfig, rows: int, length: int, device: torch.
     return {name: tensor.to(device) for name, tensor in make_batch(tokens).items()}
 
 
-def measure(
-    config: CheckpointingConfig, way: str, compiled: bool, params: Tree, device: torch.device
-) -> Measured:
-    """A way that runs out of memory is a result too."""
-    torch._dynamo.reset()
-    _free(device)
-    cuda = device.type == "cuda"
-    step = value_and_grad(loss_of(config, way, compiled, config.length))
-    batch = batch_of(config, config.rows, config.length, device)
-    fixed = 2 * sum(leaf.nbytes for leaf in flatten(params).values())  # params and gradients
-    times = []
-    try:
-        for i in range(2 + config.steps):
-            if cuda and i == 2:
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            step(params, batch)
-            if cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-    except torch.OutOfMemoryError as error:
-        return Measured(way, compiled, 0.0, float("inf"), float("inf"), str(error).split("\n")[0])
-    peak = torch.cuda.max_memory_allocated() if cuda else fixed
-    seconds = statistics.median(times[2:])
-    tokens = config.rows * config.length
-    return Measured(way, compiled, tokens / seconds, peak / 2**30, (peak - fixed) / 2**30)
+class Timer:
+    """One way, timed a round at a time. A way that runs out of memory is a result too."""
+
+    def __init__(
+        self, config: CheckpointingConfig, way: str, by: str, params: Tree, device: torch.device
+    ) -> None:
+        self.way, self.by, self.config, self.params, self.device = way, by, config, params, device
+        self.loss = loss_of(config, way, by, config.length)
+        self.batch = batch_of(config, config.rows, config.length, device)
+        self.times: list[float] = []
+        self.peak = self.activations = self.warm_up = 0.0
+        self.error: str | None = None
+
+    def round(self) -> None:
+        if self.error is not None:
+            return
+        _free(self.device)
+        step = value_and_grad(self.loss)
+        try:
+            for i in range(2 + self.config.steps):
+                start = time.perf_counter()
+                step(self.params, self.batch)
+                _wait(self.device)
+                seconds = time.perf_counter() - start
+                if not self.warm_up:
+                    self.warm_up = seconds
+                if i >= 2:
+                    self.times.append(seconds)
+            if self.device.type == "cuda" and not self.peak:
+                self.peak, self.activations = memory_of(step, self.loss, self.params, self.batch)
+        except torch.OutOfMemoryError as error:
+            self.error = str(error).split("\n")[0]
+
+    def measured(self) -> Measured:
+        tokens = self.config.rows * self.config.length
+        speed = 0.0 if self.error is not None else tokens / statistics.median(self.times)
+        return Measured(
+            self.way, self.by, speed, self.peak / 2**30, self.activations / 2**30, self.warm_up,
+            self.error,
+        )  # fmt: skip
+
+
+def memory_of(
+    step: Callable[[Tree, Batch], Any], loss_fn: Forward, params: Tree, batch: Batch
+) -> tuple[float, float]:
+    """Bytes: the peak of a step; and what its forward leaves for the backward, less the gradients
+    that the fused loss makes beforehand."""
+    torch.cuda.reset_peak_memory_stats()
+    step(params, batch)
+    peak = torch.cuda.max_memory_allocated()
+    leaves = {path: leaf.detach().requires_grad_() for path, leaf in flatten(params).items()}
+    before = torch.cuda.memory_allocated()
+    loss = loss_fn(unflatten(leaves), batch)
+    kept = torch.cuda.memory_allocated() - before
+    head = "text.lm_head.weight" if "text.lm_head.weight" in leaves else "text.embed.weight"
+    del loss
+    return float(peak), float(kept - leaves[head].numel() * COMPUTE.itemsize)
 
 
 def longest_row(
     config: CheckpointingConfig, way: str, gib: float, params: Tree, device: torch.device
 ) -> int:
-    """The longest row whose loss and gradients fit, within 1/8 or 128 tokens; 0 if none does."""
+    """The longest row whose loss and gradients were computed within so much memory, ``most`` at
+    most: doubled until one does not fit, then halved in between to 1/16 of it. 0: none fits."""
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), device)
     try:
-        good, bad = 0, SMALLEST
+        good, bad = 0, min(SMALLEST, config.most)
         while _fits(config, way, bad, params, device):
-            good, bad = bad, 2 * bad
-        while good and bad - good > max(good // 8, STEP):
+            good, bad = bad, min(2 * bad, config.most)
+            if good == config.most:
+                return good
+        while good and bad - good > max(good // 16, STEP):
             middle = (good + bad) // 2 // STEP * STEP
             if _fits(config, way, middle, params, device):
                 good = middle
@@ -184,17 +244,28 @@ def longest_row(
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
+def row_step(
+    config: CheckpointingConfig, way: str, tokens: int, params: Tree, device: torch.device
+) -> None:
+    batch = batch_of(config, 1, tokens, device)
+    value_and_grad(loss_of(config, way, "eager", tokens))(params, batch)
+    _wait(device)
+
+
 def _fits(
-    config: CheckpointingConfig, way: str, length: int, params: Tree, device: torch.device
+    config: CheckpointingConfig, way: str, tokens: int, params: Tree, device: torch.device
 ) -> bool:
     _free(device)
     try:
-        batch = batch_of(config, 1, length, device)
-        value_and_grad(loss_of(config, way, False, length))(params, batch)
-        torch.cuda.synchronize(device)
+        row_step(config, way, tokens, params, device)
     except torch.OutOfMemoryError:
         return False
     return True
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _free(device: torch.device) -> None:
@@ -204,26 +275,27 @@ def _free(device: torch.device) -> None:
 
 
 def describe(row: Measured) -> str:
-    how = "compiled" if row.compiled else "eager"
     if row.error is not None:
-        return f"{row.way}, {how}: {row.error}"
+        return f"{row.way}, {row.by}: {row.error}"
     return (
-        f"{row.way}, {how}: {row.tokens_per_second:,.0f} tokens/s, "
-        f"{row.above:.1f} GiB above params and gradients"
+        f"{row.way}, {row.by}: {row.tokens_per_second:,.0f} tokens/s, activations "
+        f"{row.activations:.1f} GiB, peak {row.peak:.1f} GiB, first step {row.warm_up:.0f} s"
     )
 
 
 def show(rows: list[Measured], output: Console) -> None:
     table = Table(title="loss and gradients", title_justify="left")
-    for header in ("checkpointing", "by", "tokens/s", "of none's", "peak GiB", "above GiB"):
-        table.add_column(header, justify="left" if header in ("checkpointing", "by") else "right")
-    base = {row.compiled: row.tokens_per_second for row in rows if row.way == "none"}
+    words = ("checkpointing", "by")
+    for header in (*words, "tokens/s", "cost", "activations GiB", "share", "peak GiB", "first s"):
+        table.add_column(header, justify="left" if header in words else "right")
+    fastest = {row.by: row.tokens_per_second for row in rows if row.way == "none"}
+    leanest = min((row.activations for row in rows if row.way == "none"), default=0.0)
     for row in rows:
-        of = base.get(row.compiled)
-        share = f"{row.tokens_per_second / of:.1%}" if of else ""
-        how = "compiled" if row.compiled else "eager"
+        of = fastest.get(row.by)
         table.add_row(
-            row.way, how, f"{row.tokens_per_second:,.0f}", share, f"{row.peak:.1f}",
-            f"{row.above:.1f}",
+            row.way, row.by, f"{row.tokens_per_second:,.0f}",
+            f"{1 - row.tokens_per_second / of:.1%}" if of else "", f"{row.activations:.1f}",
+            f"{row.activations / leanest:.0%}" if leanest else "", f"{row.peak:.1f}",
+            f"{row.warm_up:.0f}",
         )  # fmt: skip
     output.print(table)

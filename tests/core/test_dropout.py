@@ -129,7 +129,7 @@ def test_every_call_has_its_own_salt(wet, rough, example, monkeypatch) -> None:
 
     def watch(x, rate, seed, salt):
         assert rate == 0.3
-        salts.append(salt)
+        salts.append(int(salt))
         return dropout(x, rate, seed, salt)
 
     forward = vlm(wet)

@@ -18,6 +18,7 @@ from core.forward import NormForm
 from core.found import is_norm, norm_form
 from params.int8 import dequantize_weight, quantize_weight
 from params.tree import Tree, flatten, map_leaves
+from tests.transforms.table import check
 from transforms import checkpoint, fake_quant, quantize_int8, value_and_grad
 
 pytestmark = pytest.mark.filterwarnings(
@@ -534,3 +535,16 @@ def test_norms_of_torch_take_another_dtype_than_their_weights(norm: nn.Module) -
     assert torch.equal(
         forward(params, x.bfloat16()), forward(params, x.bfloat16().float()).bfloat16()
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("names", [("compile", "quantize_int8", "lora"), ("lora", "compile")])
+def test_leaves_that_transforms_add_are_found_in_a_compiled_module(names) -> None:
+    """Dynamo cannot search a module whose attributes were set under it."""
+    assert check("odd", names, ("value_and_grad",)) == 1
+
+
+def test_leaves_that_nobody_asks_for_are_refused() -> None:
+    forward, params = from_module(nn.Sequential(nn.Linear(3, 2)), call=lambda run, x: run(x))
+    with pytest.raises(ValueError, match=r"hold \['0.gain'\], for which"):
+        forward({"0": params["0"] | {"gain": torch.ones(2)}}, torch.ones(1, 3))

@@ -17,7 +17,7 @@ from runners.cli import UsageError
 from runners.errors import UserError
 
 CPU = torch.device("cpu")
-SMALL = CheckpointingConfig(preset="tiny", rows=1, length=16, compiled=False, steps=1)
+SMALL = CheckpointingConfig(preset="tiny", rows=1, length=16, by=("eager",), steps=1, rounds=2)
 
 
 def test_every_way_is_measured(tmp_path: Path) -> None:
@@ -40,8 +40,8 @@ def test_running_out_of_memory_is_a_result(tmp_path: Path, monkeypatch) -> None:
     assert (row["error"], row["tokens_per_second"]) == ("full", 0.0)
 
 
-@pytest.mark.parametrize("limit", [200, 256, 1000, 5000, 100_000])
-def test_the_longest_row_is_within_an_eighth(limit: int, monkeypatch) -> None:
+@pytest.mark.parametrize("limit", [200, 2048, 3000, 5000, 100_000, 300_000])
+def test_the_longest_row_is_within_a_sixteenth(limit: int, monkeypatch) -> None:
     class Properties:
         total_memory = 2**40
 
@@ -50,12 +50,28 @@ def test_the_longest_row_is_within_an_eighth(limit: int, monkeypatch) -> None:
     monkeypatch.setattr(
         torch.cuda, "set_per_process_memory_fraction", lambda share, device: shares.append(share)
     )
-    monkeypatch.setattr(
-        checkpointing, "_fits", lambda config, way, length, params, device: length <= limit
-    )
-    found = longest_row(SMALL, "none", 24.0, {}, CPU)
+
+    def row_step(config: object, way: str, tokens: int, *rest: object) -> None:
+        if tokens > limit:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(checkpointing, "row_step", row_step)
+    found = longest_row(replace(SMALL, most=200_000), "none", 24.0, {}, CPU)
     assert shares == [24 / 1024, 1.0]
-    assert (found == 0) if limit < 256 else (limit * 7 / 8 - 128 <= found <= limit)
+    limit = min(limit, 200_000)
+    assert (found == 0) if limit < 2048 else (limit * 15 / 16 - 128 <= found <= limit)
+
+
+def test_memory_between_forward_and_backward() -> None:
+    rows = [
+        checkpointing.Measured("none", "eager", 100.0, 40.0, 30.0, 1.0),
+        checkpointing.Measured("every block", "eager", 82.0, 12.0, 1.5, 1.0),
+    ]
+    output = Console(record=True, width=200)
+    checkpointing.show(rows, output)
+    text = output.export_text()
+    assert "18.0%" in text
+    assert "5%" in text
 
 
 def test_bad_flags(monkeypatch) -> None:
@@ -65,6 +81,8 @@ def test_bad_flags(monkeypatch) -> None:
         check(replace(SMALL, only=("all",)))
     with pytest.raises(UsageError, match="--rows must be 1 or more, not 0"):
         check(replace(SMALL, rows=0))
+    with pytest.raises(UsageError, match="--by blocks: there are eager, compiled blocks"):
+        check(replace(SMALL, by=("blocks",)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="PyTorch sees none here"):
         run(["checkpointing", "--preset", "tiny"])
