@@ -80,10 +80,12 @@ def checkpoint(
         return not index.isdigit() or int(index) % every == 0
 
     def with_policy(forward: Forward, policy: Policy, chosen: Callable[..., bool]) -> Forward:
-        keeper(policy)
+        # made here: a function made while torch.compile traces is refused by Dynamo (2.11)
+        keep = keeper(policy)
+        ready: Policy = policy if keep is None else keep
 
         def wrap(f: Callable[..., Any], path: str) -> Callable[..., Any]:
-            return rematerialize(f, policy)
+            return rematerialize(f, ready)
 
         return forward.with_rule(Rule("block", wrap, chosen, "checkpoint"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +16,7 @@ from torch.func import grad, hessian, jacfwd, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from core import vlm
+from core import Rule, VLMConfig, vlm
 from core.batch import stack_examples
 from params.tree import flatten, map_leaves
 from transforms import checkpoint, fuse_loss, offload, rematerialize, value_and_grad
@@ -301,3 +302,47 @@ def test_offload_is_for_eager_autograd(micro, rough, example) -> None:
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"offload.*torch.compile does not take"):
         torch.compile(loss_fn, backend="eager", fullgraph=True)(rough(config), example(config))
+
+
+def test_a_policy_for_the_blocks_in_between(micro, rough, example, assert_same) -> None:
+    """every=2 recomputes the first and third of four blocks whole, and the others' attention."""
+    config = VLMConfig(dataclasses.replace(micro["text"].text, layers=4))
+    params, batch = rough(config), example(config)
+    bare, counts = fuse_loss(vlm(config)), {}
+    _, want = value_and_grad(bare)(params, batch)
+    for name, options in {
+        "none": None,
+        "every 2nd": {"every": 2},
+        "between": {"every": 2, "between": "dots"},
+        "all": {},
+    }.items():
+        loss = bare if options is None else fuse_loss(checkpoint(vlm(config), **options))
+        with Ops() as ops:
+            _, grads = value_and_grad(loss)(params, batch)
+        assert_same(grads, want, 1e-9)
+        counts[name] = ops.count["aten.mm"] + ops.count["aten.addmm"]
+    assert counts["none"] < counts["every 2nd"] == counts["between"] < counts["all"]
+    norms = forward_norms(params, batch, config)
+    assert norms["none"] < norms["every 2nd"] < norms["between"] == norms["all"]
+
+
+def forward_norms(params: Any, batch: Any, config: VLMConfig) -> dict[str, int]:
+    """How often a norm inside of a block is computed by a value and its gradient."""
+    counts = {}
+    for name, options in {
+        "none": None,
+        "every 2nd": {"every": 2},
+        "between": {"every": 2, "between": "dots"},
+        "all": {},
+    }.items():
+        seen: list[str] = []
+
+        def wrap(f: Fn, path: str, seen: list[str] = seen) -> Fn:
+            seen.append(path)
+            return f
+
+        forward = vlm(config).with_rule(Rule("norm", wrap))
+        loss = fuse_loss(forward if options is None else checkpoint(forward, **options))
+        value_and_grad(loss)(params, batch)
+        counts[name] = len(seen)
+    return counts

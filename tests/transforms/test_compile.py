@@ -106,7 +106,8 @@ def test_two_policies_are_two_programs(micro, rough, example, blocks: bool) -> N
     torch._dynamo.reset()
     config, seen = micro["text"], []
     params, batch = rough(config), example(config)
-    for i, policy in enumerate(("nothing", "dots", "attention"), start=1):
+    policies = ("nothing", "dots", "attention", ("dots", "attention"))
+    for i, policy in enumerate(policies, start=1):
         loss = fuse_loss(checkpoint(vlm(config), policy=policy))
         compiled = compile(loss, blocks=blocks, backend=counting(seen), dynamic=False)
         value_and_grad(compiled)(params, batch)
