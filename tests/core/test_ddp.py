@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from core import TextConfig, VLMConfig, as_module, make_batch, vlm
 from params import init_params
 from params.tree import flatten
+from tests.processes import run_together
 from transforms import checkpoint, fuse_loss, value_and_grad
 
 CONFIG = VLMConfig(TextConfig(61, 16, 2, 4, 2, 24))
@@ -23,20 +21,16 @@ def batch_of(rank: int) -> dict[str, torch.Tensor]:
     return make_batch(torch.randint(61, (2, 8), generator=generator))
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the machine's own name may not resolve
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def work(rank: int, room: Path) -> None:
     loss_fn = fuse_loss(checkpoint(vlm(CONFIG)))
     module = as_module(loss_fn, init_params(CONFIG))
     parallel = DistributedDataParallel(module)  # held: its hooks die with it
     parallel(batch_of(rank)).backward()
-    torch.save({n: p.grad for n, p in module.named_parameters()}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    torch.save({n: p.grad for n, p in module.named_parameters()}, room / f"{rank}.pt")
 
 
 def test_gradients_are_averaged(tmp_path: Path) -> None:
-    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    run_together(work, tmp_path)
     grads = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     loss_fn, params = fuse_loss(vlm(CONFIG)), init_params(CONFIG)
     alone = [flatten(value_and_grad(loss_fn)(params, batch_of(rank))[1]) for rank in (0, 1)]
