@@ -135,8 +135,18 @@ class Site:
         """Whether any rule matches here: only then need a foreign module be rewritten."""
         return (kind, path) in self.table
 
+    def free(self, *sites: tuple[str, str]) -> bool:
+        """Whether no rule stands at any of these ``(kind, at)``: then one function may compute
+        several of them at once. While sites are recorded, none is free."""
+        return self.record is None and not any(
+            (kind, self._path(at)) in self.table for kind, at in sites
+        )
+
+    def _path(self, at: str) -> str:
+        return f"{self.path}.{at}" if self.path and at else self.path or at
+
     def __call__(self, kind: str, f: SiteFn, p: Tree, *args: Any, at: str = "") -> Any:
-        path = f"{self.path}.{at}" if self.path and at else self.path or at
+        path = self._path(at)
         if self.record is not None:
             like = made_of(f) if kind == "block" else None
             outermost = bool(p) and not self.inner

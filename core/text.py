@@ -15,7 +15,8 @@ from torch import Tensor
 import kernels
 from core.config import TextConfig
 from core.forward import Site
-from core.layers import Logits, dropout, embed, head, linear, rms_norm, rope, swiglu
+from core.fused import gated_linear, normed_linears
+from core.layers import Logits, dropout, embed, head, linear, rms_norm, rope
 from params.tree import Tree
 
 Context = dict[
@@ -57,16 +58,15 @@ def block(
     ctx: Context,
 ) -> Tensor:
     """One layer: x ``[N, D]`` -> ``[N, D]``. Params and tensors are arguments, never captured."""
-    norm = partial(rms_norm, eps=config.norm_eps)
     split = partial(rearrange, pattern="n (h d) -> n h d", d=config.head_size)
     drop = partial(dropout, rate=config.dropout, seed=ctx.get("seed"))
     salt = ctx.get("salt", 0)
+    normed = partial(normed_linears, site, eps=config.norm_eps)
     attn, mlp = p["attn"], p["mlp"]
 
-    h = site("norm", norm, p["attn_norm"], x, at="attn_norm")
-    q = split(site("linear", linear, attn["q"], h, at="attn.q"))  # [N, H, Dh]
-    k = split(site("linear", linear, attn["k"], h, at="attn.k"))  # [N, Hk, Dh]
-    v = split(site("linear", linear, attn["v"], h, at="attn.v"))
+    projections = {f"attn.{name}": attn[name] for name in "qkv"}
+    q, k, v = normed("attn_norm", p["attn_norm"], projections, x)
+    q, k, v = split(q), split(k), split(v)  # [N, H, Dh], [N, Hk, Dh] twice
     turn = partial(rope, eps=config.norm_eps)
     qk_norms = {name: attn[name] for name in ("q_norm", "k_norm") if config.qk_norm}
     q, k = site("rope", turn, qk_norms, q, k, ctx["cos"], ctx["sin"], ctx["rows"], at="attn")
@@ -75,12 +75,9 @@ def block(
     o = site("linear", linear, attn["o"], rearrange(o, "n h d -> n (h d)"), at="attn.o")
     x = x + drop(o, salt=salt)
 
-    h = site("norm", norm, p["mlp_norm"], x, at="mlp_norm")
-    gate = site("linear", linear, mlp["gate"], h, at="mlp.gate")  # [N, F]
-    up = site("linear", linear, mlp["up"], h, at="mlp.up")
-    h = site(
-        "linear", linear, mlp["down"], site("glu", swiglu, {}, gate, up, at="mlp"), at="mlp.down"
-    )
+    projections = {f"mlp.{name}": mlp[name] for name in ("gate", "up")}
+    gate, up = normed("mlp_norm", p["mlp_norm"], projections, x)  # [N, F]
+    h = gated_linear(site, "mlp", "mlp.down", mlp["down"], gate, up)
     return x + drop(h, salt=salt + 1)
 
 

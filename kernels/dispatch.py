@@ -43,6 +43,8 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "relu2": ("triton", "torch"),
     "rope": ("triton", "torch"),
     "int8_linear": ("triton", "torch"),
+    "adamw": ("triton", "torch"),
+    "fp8_linear": ("triton", "torch"),
 }
 
 _FLASH_NAMES = {
@@ -157,6 +159,10 @@ def choose(
     order = BACKENDS[op]
     if op == "attention":
         order = _attention_order(device, group, max_seqlen, length, window)
+    if op == "fp8_linear" and torch.device(device).type == "cuda":
+        problem = reason("triton")  # torch only imitates it, slower than bf16: not unless asked for
+        if problem is not None:
+            raise RuntimeError(f"fp8_linear cannot run on {device}: {problem}")
     chosen = next(backend for backend in order if reason(backend) is None)
     if op == "attention" and chosen == "plain" and torch.device(device).type == "cuda":
         _warn_once(
@@ -181,6 +187,10 @@ def why_not(
     """Why a backend cannot serve a call, as a clause ("needs a CUDA GPU"), or None if it can."""
     if op == "layer_norm" and backend == "triton" and head_dim > 8192:
         return f"keeps rows in registers, of up to 8192 entries, not {head_dim}"
+    if op == "fp8_linear" and backend == "triton" and torch.device(device).type == "cuda":
+        has = torch.cuda.get_device_capability(device)
+        if has < (9, 0):
+            return f"needs compute capability 9.0, this GPU has {has[0]}.{has[1]}"
     if op != "attention":
         return launch.why_not(device, dtype) if backend == "triton" else None
     if backend == "plain":

@@ -91,6 +91,7 @@ def swiglu_backward_kernel(
     up_ptr,
     d_gate_ptr,
     d_up_ptr,
+    value_ptr,
     rows,
     cols,
     GRAD_STRIDE: tl.constexpr,
@@ -107,6 +108,8 @@ def swiglu_backward_kernel(
     value, slope = _silu(gate)
     _write(d_gate_ptr, row, col, inside, grad * up * slope, OUT_STRIDE)
     _write(d_up_ptr, row, col, inside, grad * value, OUT_STRIDE)
+    if value_ptr is not None:
+        _write(value_ptr, row, col, inside, value * up, OUT_STRIDE)
 
 
 @jit
@@ -136,6 +139,7 @@ def geglu_backward_kernel(
     up_ptr,
     d_gate_ptr,
     d_up_ptr,
+    value_ptr,
     rows,
     cols,
     GRAD_STRIDE: tl.constexpr,
@@ -152,6 +156,8 @@ def geglu_backward_kernel(
     value, slope = _gelu(gate)
     _write(d_gate_ptr, row, col, inside, grad * up * slope, OUT_STRIDE)
     _write(d_up_ptr, row, col, inside, grad * value, OUT_STRIDE)
+    if value_ptr is not None:
+        _write(value_ptr, row, col, inside, value * up, OUT_STRIDE)
 
 
 @jit
@@ -207,10 +213,10 @@ BACKWARD = Config(1024, 4)
 
 
 def _start(
-    kernel: Any, config: Config, inputs: dict[str, Tensor], outputs: tuple[Tensor, ...]
+    kernel: Any, config: Config, inputs: dict[str, Tensor], outputs: tuple[Tensor | None, ...]
 ) -> None:
     """Launches over inputs (by the name of their stride) and contiguous outputs, of one shape."""
-    shape = outputs[0].shape
+    shape = next(iter(inputs.values())).shape
     if all(x.is_contiguous() for x in inputs.values()):
         size, tile = (1, math.prod(shape)), (1, config.entries)
         strides: dict[str, Any] = dict.fromkeys((*inputs, "OUT"), 0)
@@ -258,8 +264,30 @@ def glu_backward(
     """The gradients of gate and of up."""
     outs = gate.new_empty(gate.shape), up.new_empty(up.shape)
     inputs = {"GRAD": grad, "GATE": gate, "UP": up}
-    _start(_GATED[name][1], config or BACKWARD, inputs, outs)
+    _start(_GATED[name][1], config or BACKWARD, inputs, (*outs, None))
     return outs
+
+
+def glu_backward_(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    name: str,
+    needs_value: bool = True,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of gate and of up, and the activation again if asked for, in one pass.
+
+    grad's memory becomes the gradient of up where it can: contiguous, of up's dtype. What is stored
+    there was computed from what lay there, so that no thread can be too early.
+    """
+    value = gate.new_empty(gate.shape) if needs_value else None
+    d_gate = gate.new_empty(gate.shape)
+    own = grad.is_contiguous() and grad.dtype == up.dtype
+    d_up = grad if own else up.new_empty(up.shape)
+    inputs = {"GRAD": grad, "GATE": gate, "UP": up}
+    _start(_GATED[name][1], config or BACKWARD, inputs, (d_gate, d_up, value))
+    return d_gate, d_up, value
 
 
 def relu2_forward(x: Tensor, config: Config | None = None) -> Tensor:

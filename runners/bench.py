@@ -1,5 +1,11 @@
 """Measures what this project claims to be fast.
 
+python -m runners.bench train                # whole training steps, from plain PyTorch to ours
+    --peers                                  #     and Hugging Face on the same shape
+    --lengths 0.7                            #     and documents of many lengths
+    --cold_start                             #     and from the program's start to full speed
+python -m runners.bench components           # attention, MLP, norms, loss, optimizer: each alone
+python -m runners.bench memory               # fp32, bf16, int8: what a step holds, what fits
 python -m runners.bench kernels --peers      # every kernel beside torch and other libraries
 python -m runners.bench table --files A B    # the page and picture of runs measured before
 python -m runners.bench overhead             # what pure functions cost, beside the same modules
@@ -14,9 +20,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from runners.benchmarks.checkpointing import CheckpointingConfig, run_checkpointing
+from runners.benchmarks.components import ComponentsConfig, run_components
 from runners.benchmarks.kernels import KernelsConfig, TableConfig, run_kernels, run_table
+from runners.benchmarks.memory import MemoryConfig, run_memory
 from runners.benchmarks.overhead import OverheadConfig, run_overhead
 from runners.benchmarks.trace import TraceConfig, run_trace
+from runners.benchmarks.training import TrainBenchConfig, run_train_bench
 from runners.cli import UsageError, guarded, nearest, parse
 
 
@@ -26,6 +35,9 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "train": Command(TrainBenchConfig, run_train_bench),
+    "components": Command(ComponentsConfig, run_components),
+    "memory": Command(MemoryConfig, run_memory),
     "kernels": Command(KernelsConfig, run_kernels),
     "table": Command(TableConfig, run_table),
     "overhead": Command(OverheadConfig, run_overhead),

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import kernels
 from core import Forward, Longest, VLMConfig, vlm
 from core.vlm import ANY
-from params.tree import Tree
 from runners.config import TrainConfig
 from runners.errors import UserError
-from transforms import checkpoint, fuse_loss, mixed_precision, unfused_loss
-
-Loss = Callable[[Tree, Any], Tensor]
+from transforms import checkpoint, compile, fp8, fuse_loss, unfused_loss
+from transforms.fp8 import SKIPPED
 
 
 @dataclass(frozen=True)
 class Composed:
-    """What a run computes: logits for decoding, the loss for training, and why it is so."""
+    """What a run computes: logits for decoding, the loss for training, and why it is so.
 
-    forward: Forward  # (params, batch) -> logits [N, V], in the compute dtype
-    loss_fn: Loss  # (params, batch) -> fp32 scalar
-    eval_loss: Loss  # the same without smoothing, z-loss and recomputation: for validation
+    All three take params whose matrices are of the compute dtype (``transforms.cast_matrices``).
+    """
+
+    forward: Forward  # (params, batch) -> logits [N, V]
+    loss_fn: Forward  # (params, batch) -> fp32 scalar
+    eval_loss: Forward  # the same without smoothing, z-loss and recomputation: for validation
     dtype: torch.dtype  # of matmuls and activations
     report: tuple[str, ...]  # a line for every optimisation, on or off
     backends: Mapping[str, str]  # what kernels.override takes, around every call
@@ -41,41 +41,36 @@ def compose(
     the device cannot serve.
     """
     dtype, why = compute_dtype(config, device)
-    report = [f"Using {_short(dtype)} compute over fp32 weights: {why}"]
-    forward = vlm(model, longest=longest)
-    if dtype != torch.float32:
-        # First, so that everything later sees the cast as part of the block: a checkpointed
-        # block keeps its fp32 params, which exist anyway, and casts again when it is recomputed.
-        forward = mixed_precision(forward, dtype)
-    bare = forward
+    compiled = is_compiled(config, device)
+    if config.state_dtype == "bf16" and dtype != torch.bfloat16:
+        raise UserError(f"--state_dtype bf16 computes in bf16, and here it is fp32: {why}")
+    weights = {"fp32": "fp32 weights", "bf16": "bf16 weights, rounded stochastically"}
+    report = [f"Using {_short(dtype)} compute over {weights[config.state_dtype]}: {why}"]
+    # No rule casts: the matrices that training hands in are of the compute dtype already, cast
+    # once a step (`runners.step`) instead of at every use.
+    bare = vlm(model, longest=longest)
+    forward = bare
+    if config.use_fp8:
+        # First: a checkpointed block then rounds again when it is recomputed.
+        forward = fp8(forward, skip=_wide(model))
+        report.append("Using fp8 matrix products, but for the head and first and last blocks")
     if config.use_gradient_checkpointing:
-        # Outside the cast (above), inside the loss, which needs no recomputation of its own.
-        policy = config.checkpoint_policy.split("+")
-        if policy == ["offload"] and is_compiled(config, device):
-            raise UserError("--checkpoint_policy=offload needs --compile=0")
-        forward = checkpoint(
-            forward, every=config.checkpoint_every, policy=policy[0] if len(policy) == 1 else policy
-        )
-        share = "every block" if config.checkpoint_every == 1 else f"1 in {config.checkpoint_every}"
-        keeping = {
-            "nothing": "",
-            "offload": ", inputs wait in host memory",
-        }.get(config.checkpoint_policy, f" save {' and '.join(policy)}")
-        report.append(
-            f"Using gradient checkpointing: {share} is recomputed in the backward pass{keeping}"
-        )
+        # Inside the loss, which needs no recomputation of its own.
+        forward, line = _checkpointed(forward, config, compiled)
+        report.append(line)
     else:
         report.append("Gradient checkpointing off: --use_gradient_checkpointing=1 saves memory")
     # Last, because it turns logits into the loss: nothing can follow it but the compiler.
     ending = fuse_loss if config.use_fused_loss else unfused_loss
-    loss_fn: Loss = ending(forward, z_loss=config.z_loss, label_smoothing=config.label_smoothing)
-    eval_loss: Loss = ending(bare)
-    if is_compiled(config, device):
+    loss_fn = ending(forward, z_loss=config.z_loss, label_smoothing=config.label_smoothing)
+    eval_loss = ending(bare)
+    if compiled:
         # Around everything, the gradients outside: torch.compile(torch.func.grad(f)) would
         # silently drop the backward of custom kernels.
-        loss_fn = torch.compile(loss_fn, fullgraph=True)
-        eval_loss = torch.compile(eval_loss, fullgraph=True)
-        report.append("Using torch.compile on the loss: the first step takes longer")
+        blocks = config.compile_scope == "blocks"
+        loss_fn, eval_loss = (compile(f, blocks=blocks) for f in (loss_fn, eval_loss))
+        scope = "blocks: one program for all that are alike" if blocks else "the whole loss"
+        report.append(f"Using torch.compile on {scope}; the first step takes longer")
     else:
         why = "--compile=0" if config.compile is False else "on a CPU it is --compile=1"
         report.append(f"torch.compile off: {why}")
@@ -88,13 +83,46 @@ def compose(
             fused_loss=config.use_fused_loss,
             flash_attention=config.use_flash_attn,
             fused_kernels=config.use_fused_kernels,
-            compiling=is_compiled(config, device),
+            compiling=compiled,
         )
     return Composed(bare, loss_fn, eval_loss, dtype, tuple(report), backends)
 
 
+def _checkpointed(forward: Forward, config: TrainConfig, compiled: bool) -> tuple[Forward, str]:
+    """The forward with gradient checkpointing, and what the report says of it."""
+    policy, between = config.checkpoint_policy, config.checkpoint_between
+    if policy == "offload" and compiled:
+        raise UserError("--checkpoint_policy=offload needs --compile=0")
+    forward = checkpoint(
+        forward,
+        every=config.checkpoint_every,
+        policy=_policy(policy),
+        between=None if between == "everything" else _policy(between),
+    )
+    share = "every block" if config.checkpoint_every == 1 else f"1 in {config.checkpoint_every}"
+    keeping = {
+        "nothing": "",
+        "offload": ", inputs wait in host memory",
+    }.get(policy, f" save {policy.replace('+', ' and ')}")
+    if config.checkpoint_every > 1 and between != "everything":
+        keeping += f"; the others save {between.replace('+', ' and ')}"
+    line = f"Using gradient checkpointing: {share} is recomputed in the backward pass{keeping}"
+    return forward, line
+
+
+def _wide(model: VLMConfig) -> tuple[str, ...]:
+    """What fp8 leaves alone: the head, first and last blocks, and the eye's first layer, whose
+    inputs (3 x 14 x 14, say) are seldom a multiple of 16."""
+    return (*SKIPPED, "patch_embed") if model.vision is not None else SKIPPED
+
+
+def _policy(name: str) -> str | tuple[str, ...]:
+    names = tuple(name.split("+"))
+    return names[0] if len(names) == 1 else names
+
+
 def is_compiled(config: TrainConfig, device: torch.device) -> bool:
-    """Whether the loss goes through torch.compile: on a GPU, unless --compile says otherwise."""
+    """Whether torch.compile is used: on a GPU, unless --compile says otherwise."""
     return device.type == "cuda" if config.compile is None else config.compile
 
 

@@ -97,6 +97,14 @@ class TrainConfig:
     """Decoupled weight decay of what no_decay does not name."""
     no_decay: tuple[str, ...] = ("*norm", "bias", "positions", "queries")
     """Path patterns without weight decay."""
+    lr_scale: tuple[str, ...] = ()
+    """Learning rates of their own: path pattern and factor, such as vision=0.1 text.embed=0.5. Of
+    several that name a leaf the last one holds."""
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """adamw8bit: moments of 8 bits (pip install bitsandbytes). muon: for the matrices of blocks and
+    of the projector, AdamW for the rest; its steps are as long as AdamW's at the same rate."""
+    momentum: float = 0.95
+    """Muon: memory of the gradient."""
     beta1: float = 0.9
     """AdamW: memory of the gradient's mean."""
     beta2: float = 0.99
@@ -109,7 +117,12 @@ class TrainConfig:
     """Probability mass spread over the whole vocabulary."""
 
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of matmuls and activations; weights stay fp32. auto: bf16 where the processor has it."""
+    """Of matmuls and activations. auto: bf16 where the processor has it."""
+    state_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What matrices and their moments are kept in. bf16: half the memory, rounded stochastically,
+    so that small steps are not lost."""
+    use_fp8: bool = False
+    """Matrix products of linears in 8-bit floats, save those of first and last blocks."""
     use_gradient_checkpointing: bool = False
     """Recompute blocks in the backward pass instead of keeping their activations."""
     checkpoint_every: int = 1
@@ -117,15 +130,24 @@ class TrainConfig:
     checkpoint_policy: Policy = "nothing"
     """What a recomputed block keeps beside its inputs: nothing, outputs of matrix products, of
     attention; or its inputs too wait in host memory (offload, with --compile=0)."""
+    checkpoint_between: Literal["everything", "dots", "attention", "dots+attention"] = "everything"
+    """With --checkpoint_every above 1: what the blocks in between keep."""
     use_fused_loss: bool = True
     """Compute the loss together with the output head, without the logits."""
     use_flash_attn: bool = True
     """The fastest attention there is, instead of plain matmul and softmax."""
     use_fused_kernels: bool = True
     """Fused norms, activations and rotary embedding, instead of PyTorch's operators."""
+    use_fused_adamw: bool = True
+    """One kernel for the whole update, instead of PyTorch's loop over the leaves."""
     compile: bool | None = None
-    """torch.compile the loss. Default: on a GPU."""
+    """torch.compile. Default: on a GPU."""
+    compile_scope: Literal["blocks", "whole"] = "blocks"
+    """What is compiled: one block that serves all layers, or the whole loss at once, which takes
+    four times as long to start."""
 
+    profile: bool = False
+    """Write trace.json (for chrome://tracing, Perfetto) and profile.txt of three steps."""
     log_every: int = 10
     """Steps between lines of the log."""
     val_every: int = 600
@@ -156,7 +178,7 @@ class TrainConfig:
 
 # What may differ between a run and its continuation: it changes no number of the training.
 FREE_FIELDS = frozenset((
-    "name", "runs_dir", "resume", "init_from", "workers", "stop_at",
+    "name", "runs_dir", "resume", "init_from", "workers", "stop_at", "profile",
     "log_every", "val_every", "val_batches", "save_every", "eval_examples", "samples",
     "tensorboard", "wandb",
 ))  # fmt: skip
@@ -211,7 +233,7 @@ def check(config: TrainConfig) -> None:
         low = 0 if name == "workers" else 1
         if (value := getattr(config, name)) is not None and value < low:
             raise UsageError(f"--{name} must be {low} or more, not {value}")
-    for name in ("beta1", "beta2", "label_smoothing", "val_fraction"):
+    for name in ("beta1", "beta2", "momentum", "label_smoothing", "val_fraction"):
         if not 0 <= getattr(config, name) < 1:
             raise UsageError(f"--{name} must lie in [0, 1), not {getattr(config, name)}")
     for name in ("decay_fraction", "final_lr"):
@@ -222,8 +244,21 @@ def check(config: TrainConfig) -> None:
     if config.preset not in PRESETS:
         hint = nearest(config.preset, list(PRESETS))
         raise UsageError(f"no preset {config.preset!r}{hint} (presets: {', '.join(PRESETS)})")
+    lr_scales(config)
     if config.name is not None and (not config.name or set(config.name) & set("/\\\0")):
         raise UsageError(f"--name is the name of a folder, not a path: {config.name!r}")
+
+
+def lr_scales(config: TrainConfig) -> dict[str, float]:
+    """``--lr_scale`` as path pattern -> factor. Raises UsageError for one that is neither."""
+    scales = {}
+    for entry in config.lr_scale:
+        pattern, equals, word = entry.rpartition("=")
+        factor = _number(word)
+        if not equals or not pattern or isinstance(factor, bool | str | None) or factor < 0:
+            raise UsageError(f"--lr_scale {entry}: wanted is PATTERN=FACTOR, such as vision=0.1")
+        scales[pattern] = float(factor)
+    return scales
 
 
 def model_config(config: TrainConfig) -> VLMConfig:

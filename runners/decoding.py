@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from core import Batch, Forward, Logits, Rule, VLMConfig
-from params.tree import Tree, map_leaves
+from params.tree import Tree
 
 
 class KVCache:
@@ -146,13 +145,3 @@ def _next(token: int, position: int, device: torch.device) -> Batch:
         "positions": torch.tensor([position], device=device),
         "cu_seqlens": torch.tensor([0, 1], dtype=torch.int32, device=device),
     }
-
-
-def cast_matrices(params: Tree, dtype: torch.dtype) -> Tree:
-    """What ``transforms.mixed_precision`` casts at every call, cast once: half the memory traffic
-    of decoding, the same numbers."""
-
-    def cast(leaf: Any) -> Any:
-        return leaf.to(dtype) if leaf.is_floating_point() and leaf.ndim > 1 else leaf
-
-    return map_leaves(cast, params)

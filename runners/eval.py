@@ -39,12 +39,11 @@ from runners.data.packing import PackSpec
 from runners.data.stats import majority_accuracy, readable
 from runners.data.tokenizer import load_tokenizer
 from runners.data.types import BadRecordError, Conversation, Document, Source, Turn, alone
-from runners.decoding import cast_matrices
 from runners.errors import UserError
 from runners.setup import build_encoder, plan, sample_documents
 from runners.sources import open_sources
 from runners.step import mean_loss, to_device
-from transforms import fuse_loss
+from transforms import cast_matrices, fuse_loss
 
 GREY = 128  # the middle of uint8 pixels
 

@@ -21,6 +21,7 @@ from runners.errors import UserError
 from runners.flops import measure_load, peak_flops, training_flops
 from runners.metrics import Display, Metrics
 from runners.optim import learning_rate
+from runners.profiling import Profiler
 from runners.setup import Job
 from runners.step import Learner, mean_loss
 from transforms import value_and_grad
@@ -71,6 +72,7 @@ class Pace:
     steps: int = 0
     tokens: int = 0
     flops: float = 0.0
+    waited: float = 0.0  # seconds for batches: the device may have had work left meanwhile
 
     def add(self, step: Step) -> None:
         self.steps, self.tokens, self.flops = (
@@ -96,15 +98,18 @@ class Training:
         self.late, self.pace = Late(job.device), Pace()
         self.peak = peak_flops(job.device, job.composed.dtype)
         self.saved = learner.step
+        self.profiler = Profiler(folder, job.device) if self.config.profile else None
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """True if it came to the end; False if ``stop()`` or ``--stop_at`` ended it, resumably."""
         config, learner = self.config, self.learner
         batches = iter(self.job.loader)
         while learner.step < config.steps:
-            group = [next(batches) for _ in range(config.grad_accum_steps)]
+            group = self._next(batches)
             step = self._describe(group)
             values = learner.train_step(self.grad_fn, group)
+            if self.profiler is not None and (written := self.profiler.after_step()):
+                self.display.say(written)
             self.display.advance(learner.step)
             for known, numbers in self.late.push(step, values):
                 self._log(known, numbers)
@@ -116,6 +121,12 @@ class Training:
             if stopping and not last:
                 return False
         return True
+
+    def _next(self, batches: Iterator[Batch]) -> list[Batch]:
+        start = time.perf_counter()
+        group = [next(batches) for _ in range(self.config.grad_accum_steps)]
+        self.pace.waited += time.perf_counter() - start
+        return group
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.learner.step % every == 0
@@ -143,6 +154,7 @@ class Training:
             "tokens_per_s": self.pace.tokens / seconds,
             "mfu": self.pace.flops / seconds / self.peak if self.peak else None,
             "s_per_step": seconds / self.pace.steps,
+            "data_wait": self.pace.waited / seconds,
         }
         self.metrics.write(row)
         left = self.config.steps - step.number
@@ -171,7 +183,7 @@ class Training:
         self._settle()
         learner = self.learner
         with self.pace.paused():
-            loss = mean_loss(self.job.composed.eval_loss, learner.params, self.job.validation)
+            loss = mean_loss(self.job.composed.eval_loss, learner.working, self.job.validation)
             if loss is not None and not math.isfinite(loss):
                 raise UserError(f"the validation loss is not finite at step {learner.step}")
             if better := loss is None or learner.best is None or loss < learner.best:

@@ -159,11 +159,12 @@ def describe(row: Mapping[str, Any], eta: float) -> str:
     >>> describe({"loss": 2.5, "lr": 1e-3, "grad_norm": 0.7, "tokens_per_s": 12345.6}, 61)
     'loss 2.5000  lr 1.00e-03  grad 0.70  12,346 tok/s  MFU -  ETA 0:01:01'
     """
-    mfu = row.get("mfu")
+    mfu, wait = row.get("mfu"), row.get("data_wait", 0.0)
+    waiting = f"waiting for data {wait:.0%}  " if wait >= 0.01 else ""
     return (
         f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  grad {row['grad_norm']:.2f}  "
         f"{row['tokens_per_s']:,.0f} tok/s  MFU {'-' if mfu is None else f'{mfu:.1%}'}  "
-        f"ETA {timedelta(seconds=round(eta))}"
+        f"{waiting}ETA {timedelta(seconds=round(eta))}"
     )
 
 

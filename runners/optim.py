@@ -1,18 +1,18 @@
-"""AdamW over a flat dict of params, its learning-rate schedules, and clipping without a sync."""
+"""Which optimizer, with which rates for which leaf; learning-rate schedules; clipping."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from params.paths import matches
-from runners.config import TrainConfig
-
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+from kernels.adamw import grad_norm
+from params.paths import matches, select_paths
+from runners.cli import explained
+from runners.config import TrainConfig, lr_scales
+from runners.errors import UserError
+from runners.optimizers import AdamW, AdamW8bit, Muon, Optimizer, Rates, TorchAdamW
 
 
 def warmup(step: int, warmup_steps: int) -> float:
@@ -62,72 +62,62 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * warmup(step, warm)
 
 
-def build_optimizer(params: Mapping[str, Tensor], config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW over ``{path: tensor}``, in two groups: with weight decay and without.
+def build_optimizer(
+    params: Mapping[str, Tensor], copies: Mapping[str, Tensor], config: TrainConfig
+) -> Optimizer:
+    """The optimizer that a config asks for, over ``{path: tensor}``; copies: bf16 twins of some.
 
-    Decoupled decay: https://arxiv.org/abs/1711.05101.
+    Raises UserError where it cannot be had.
     """
+    rates = choose_rates(params, config)
+    betas = {"beta1": config.beta1, "beta2": config.beta2}
+    if config.optimizer == "adamw8bit":
+        try:
+            return AdamW8bit(params, copies, rates, **betas)
+        except ImportError as error:
+            raise UserError(
+                f"--optimizer adamw8bit needs bitsandbytes (pip install bitsandbytes): {error}"
+            ) from error
+    if not config.use_fused_adamw:
+        return TorchAdamW(params, copies, rates, **betas)
+    if config.optimizer == "adamw":
+        return AdamW(params, copies, rates, **betas, seed=config.seed)
+    turned = {path: leaf for path, leaf in params.items() if is_turned(path, leaf)}
+    rest = {path: leaf for path, leaf in params.items() if path not in turned}
+    adamw = AdamW(rest, copies, rates, **betas, seed=config.seed)
+    return Muon(turned, copies, rates, adamw, momentum=config.momentum)
+
+
+def choose_rates(params: Mapping[str, Tensor], config: TrainConfig) -> dict[str, Rates]:
+    """Of every leaf, by the path patterns of ``--no_decay`` and ``--lr_scale``. Raises UserError
+    for a pattern of the latter that names no leaf."""
+    scales: dict[str, float] = {}
+    with explained("--lr_scale"):
+        for pattern, factor in lr_scales(config).items():
+            scales |= dict.fromkeys(select_paths(pattern, params), factor)
     spared = {path for path in params if any(matches(p, path) for p in config.no_decay)}
-    groups: list[dict[str, Any]] = [
-        {"params": [t for p, t in params.items() if p not in spared]},
-        {"params": [t for p, t in params.items() if p in spared], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-
-
-def clip(grads: Sequence[Tensor], max_norm: float) -> Tensor:
-    """Scales grads in place to a total norm of ``max_norm`` at most (0: leaves them).
-
-    Returns the norm they had, fp32 scalar, on their device: nothing waits for it
-    (https://arxiv.org/abs/1211.5063).
-    """
-    norm = torch.nn.utils.get_total_norm(grads)
-    if max_norm:
-        torch._foreach_mul_(list(grads), (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
-
-
-def apply_gradients(
-    optimizer: torch.optim.AdamW,
-    params: Mapping[str, Tensor],
-    grads: Mapping[str, Tensor],
-    lr: float,
-) -> None:
-    """One step, in place on ``params``."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    for path, param in params.items():
-        param.grad = grads[path]
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def optimizer_state(
-    optimizer: torch.optim.AdamW, params: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The moments by name: ``{"exp_avg.text.embed.weight": tensor, ...}``."""
     return {
-        f"{name}.{path}": optimizer.state[param][name]
-        for path, param in params.items()
-        for name in MOMENTS
-        if param in optimizer.state
+        path: Rates(0.0 if path in spared else config.weight_decay, scales.get(path, 1.0))
+        for path in params
     }
 
 
-def load_optimizer_state(
-    optimizer: torch.optim.AdamW, params: Mapping[str, Tensor], state: Mapping[str, Tensor]
-) -> None:
-    """The inverse of :func:`optimizer_state`. Raises ValueError if moments are missing."""
-    if not state:
-        return  # saved before the first step
-    for path, param in params.items():
-        for name in MOMENTS:
-            if f"{name}.{path}" not in state:
-                raise ValueError(f"the optimizer state lacks {name}.{path}")
-            optimizer.state[param][name] = state[f"{name}.{path}"].to(param.device)
+FEATURES = ("text.blocks", "vision.blocks", "projector")
+TABLES = ("positions", "queries")
+
+
+def is_turned(path: str, leaf: Tensor) -> bool:
+    """Whether Muon is for this leaf: a matrix that maps features to features. Tables, the head and
+    the first layer of the eye are not."""
+    inside = any(matches(pattern, path) for pattern in FEATURES)
+    return leaf.ndim == 2 and inside and not any(matches(pattern, path) for pattern in TABLES)
+
+
+def clipping(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor | None]:
+    """``(norm, factor)``: the gradient's norm, and what brings it down to ``max_norm`` (0: None).
+
+    fp32 scalars on the gradients' device: nothing waits for them
+    (https://arxiv.org/abs/1211.5063).
+    """
+    norm = grad_norm(grads)
+    return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else None

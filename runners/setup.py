@@ -26,7 +26,7 @@ from runners.data.tokenizer import ChatTokenizer, load_tokenizer, sample_texts, 
 from runners.data.types import BadRecordError, Document, Source, spread
 from runners.errors import UserError
 from runners.sources import Sources, open_sources
-from transforms import trainable
+from transforms import cast_matrices, trainable
 
 SAMPLE = 256  # documents looked at to size the batches
 
@@ -210,9 +210,10 @@ def build_params(
         state = load_state(state_path, like, config, device)
         return state.params, state
     if config.init_from:
-        params = load_weights(config.init_from, like, device)
-        return {part: _floats(leaves) for part, leaves in params.items()}, None
-    return init_params(model, config.seed, device=device), None
+        params = _floats(load_weights(config.init_from, like, device))
+    else:
+        params = init_params(model, config.seed, device=device)
+    return (cast_matrices(params, torch.bfloat16) if config.state_dtype == "bf16" else params), None
 
 
 def choose_workers(config: TrainConfig, device: torch.device) -> int:
@@ -226,7 +227,7 @@ def choose_workers(config: TrainConfig, device: torch.device) -> int:
 
 
 def _floats(tree: Tree) -> Tree:
-    """Weights to train are fp32 whatever they were stored as."""
+    """Weights are fp32 at first, whatever they were stored as."""
     return {
         name: _floats(leaf) if isinstance(leaf, dict) else leaf.float()
         for name, leaf in tree.items()

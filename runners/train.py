@@ -26,7 +26,6 @@ from runners.checkpoints import (
 from runners.cli import INTERRUPTED, guarded
 from runners.config import TrainConfig, parse_config
 from runners.data.types import IMAGE, BadRecordError, alone, spread
-from runners.decoding import cast_matrices
 from runners.eval import Evaluator, Report, evaluate
 from runners.figures import Sample, draw_loss, draw_samples
 from runners.generate import answer
@@ -34,6 +33,7 @@ from runners.loop import Training, interruptible
 from runners.metrics import Display, Metrics, check_wandb, read_metrics
 from runners.setup import Job, build_encoder, prepare
 from runners.step import Learner
+from transforms import cast_matrices
 
 
 def train(config: TrainConfig, display: Display | None = None) -> Path | None:
@@ -44,7 +44,7 @@ def train(config: TrainConfig, display: Display | None = None) -> Path | None:
         check_wandb(config)
         folder, state_path = choose_folder(config)
         job = prepare(config, state_path)
-        learner = Learner(job.params, config, job.select)
+        learner = Learner(job.params, config, job.select, job.composed.dtype)
         check_room(folder, learner.params, unflatten(learner.learning))
         if job.state is None:
             create_folder(folder, config, job.model, job.tokenizer)
@@ -87,8 +87,20 @@ def describe(job: Job, learner: Learner, folder: Path) -> list[str]:
         f"Data {job.config.data}: {len(job.sources.train):,} records; batches of {spec.rows} rows "
         f"of {spec.row_len} tokens{pictures}",
         *job.composed.report,
-        f"Using fused AdamW (torch.optim), {job.config.schedule} schedule",
+        f"Using {optimizer_line(job)}, {job.config.schedule} schedule",
     ]
+
+
+def optimizer_line(job: Job) -> str:
+    """What changes the params, in words."""
+    config = job.config
+    if config.optimizer == "adamw8bit":
+        return "AdamW with moments of 8 bits (bitsandbytes)"
+    if not config.use_fused_adamw:
+        return "AdamW in a loop over the leaves (torch.optim)"
+    kernel = kernels.choose("adamw", str(job.device))
+    fused = f"fused AdamW ({kernel})"
+    return fused if config.optimizer == "adamw" else f"Muon for matrices, {fused} for the rest"
 
 
 def finish(job: Job, folder: Path) -> list[str]:

@@ -3,18 +3,21 @@
 from transforms.accumulate import accumulate
 from transforms.checkpoint import checkpoint, rematerialize
 from transforms.compile import compile
+from transforms.fp8 import fp8
 from transforms.fuse_kernels import fuse_kernels
 from transforms.fuse_loss import fuse_loss, unfused_loss
 from transforms.lora import lora, merge_lora
-from transforms.mixed_precision import mixed_precision
+from transforms.mixed_precision import cast_matrices, mixed_precision
 from transforms.quantize_int8 import fake_quant, quantize_int8
 from transforms.value_and_grad import trainable, value_and_grad
 
 __all__ = [
     "accumulate",
+    "cast_matrices",
     "checkpoint",
     "compile",
     "fake_quant",
+    "fp8",
     "fuse_kernels",
     "fuse_loss",
     "lora",

@@ -14,6 +14,15 @@ ILLEGAL: dict[tuple[str, str], str] = {
         "fake_quant trains float weights and quantize_int8 replaces them: "
         "apply quantize_int8 to the bare forward once training is done"
     ),
+    ("fp8", "fp8"): "its products are float8 already: merge the two skip= lists",
+    ("fp8", "quantize_int8"): (
+        "fp8 rounds float weights that train and quantize_int8 replaces them: "
+        "apply quantize_int8 to the bare forward once training is done"
+    ),
+    ("fp8", "fake_quant"): (
+        "weights would be rounded twice, to float8 of int8, "
+        "which is neither what trains nor what quantize_int8 gives: choose one"
+    ),
     ("mixed_precision", "mixed_precision"): "it would cast twice",
     ("lora", "lora"): "there are adapters already: merge_lora first",
     ("compile", "compile"): "it is compiled already",

@@ -61,3 +61,18 @@ def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Fo
         # dtype, or training would see other int8 codes than quantize_int8 will give.
         forward = forward.with_rule(Rule(kind, at_site, name=name), innermost=True)
     return forward.with_rule(Rule("gather", at_gather, name=name)).with_step("mixed_precision")
+
+
+def cast_matrices(params: Tree, dtype: torch.dtype) -> Tree:
+    """What :func:`mixed_precision` casts at every call, cast once, for the bare forward: the same
+    numbers. A training loop differentiates with respect to these, and updates what they are cast
+    from. A leaf that is of this dtype already is taken as it is.
+    """
+
+    flat = flatten(params)
+
+    def cast(path: str, leaf: Tensor) -> Tensor:
+        matrix = leaf.is_floating_point() and leaf.ndim > 1 and not is_scale(path, flat)
+        return leaf.to(dtype) if matrix else leaf
+
+    return map_with_path(cast, params)

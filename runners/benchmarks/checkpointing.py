@@ -20,6 +20,7 @@ from core import PRESETS, Forward, Longest, make_batch, vlm
 from core.batch import Batch
 from params import init_params
 from params.tree import Tree, flatten, unflatten
+from runners.benchmarks.fitting import largest, limited
 from runners.benchmarks.report import console
 from runners.cli import UsageError, nearest
 from runners.errors import UserError
@@ -225,23 +226,11 @@ def longest_row(
 ) -> int:
     """The longest row whose loss and gradients were computed within so much memory, ``most`` at
     most: doubled until one does not fit, then halved in between to 1/16 of it. 0: none fits."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), device)
-    try:
-        good, bad = 0, min(SMALLEST, config.most)
-        while _fits(config, way, bad, params, device):
-            good, bad = bad, min(2 * bad, config.most)
-            if good == config.most:
-                return good
-        while good and bad - good > max(good // 16, STEP):
-            middle = (good + bad) // 2 // STEP * STEP
-            if _fits(config, way, middle, params, device):
-                good = middle
-            else:
-                bad = middle
-        return good
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    with limited(gib, device):
+        return largest(
+            lambda tokens: _fits(config, way, tokens, params, device),
+            smallest=SMALLEST, most=config.most, grid=STEP,
+        )  # fmt: skip
 
 
 def row_step(

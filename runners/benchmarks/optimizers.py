@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -47,7 +48,14 @@ def adamw(parameters: int, leaves: int) -> Case:
 
 def _ours(sets: Sequence[Inputs]) -> Forward:
     params = {str(i): leaf for i, leaf in enumerate(sets[0]["params"])}
-    return _stepping(build_optimizer(params, TrainConfig(lr=1e-5)))
+    grads = {path: leaf.grad for path, leaf in params.items()}
+    optimizer, numbers = build_optimizer(params, {}, TrainConfig()), count(1)
+
+    def step(i: Inputs) -> tuple[()]:
+        optimizer.step(grads, number=next(numbers), lr=1e-5, factor=None)
+        return ()
+
+    return step
 
 
 def _torch(**options: Any) -> Callable[[Sequence[Inputs]], Forward]:

@@ -97,7 +97,7 @@ def trace(config: TraceConfig, training: TrainConfig, command: str, output: Cons
 
 def profile_step(job: Job, warmup: int) -> profile:
     """One training step after some others, made of the runners' own pieces."""
-    learner = Learner(job.params, job.config, job.select)
+    learner = Learner(job.params, job.config, job.select, job.composed.dtype)
     grad_fn = value_and_grad(job.composed.loss_fn, job.select)
     batches = iter(job.loader)
     cuda = job.device.type == "cuda"

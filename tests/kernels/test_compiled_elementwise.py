@@ -32,6 +32,7 @@ def activations(gate: Tensor, up: Tensor, grad: Tensor) -> None:
     for name in ("swiglu", "geglu"):
         glu_triton.glu_forward(gate, up, name)
         glu_triton.glu_backward(grad, gate, up, name)
+        glu_triton.glu_backward_(grad, gate, up, name)
     glu_triton.relu2_forward(gate)
     glu_triton.relu2_backward(grad, gate)
 
@@ -43,7 +44,7 @@ def test_activations(dtype: torch.dtype, arch: int) -> None:
     with recording(divmod(arch, 10), 132) as launches:
         activations(x, x, x)
         activations(*wide.chunk(2, -1), x)
-    assert len(launches) == 12
+    assert len(launches) == 16
     check(launches, arch)
 
 

@@ -12,6 +12,7 @@ from transforms import (
     checkpoint,
     compile,
     fake_quant,
+    fp8,
     fuse_loss,
     lora,
     mixed_precision,
@@ -26,6 +27,7 @@ TRANSFORMS = {
         checkpoint,
         compile,
         fake_quant,
+        update_wrapper(partial(fp8, skip=()), fp8),
         fuse_loss,
         update_wrapper(partial(lora, rank=2), lora),
         mixed_precision,
@@ -56,5 +58,5 @@ def test_the_list_names_transforms_that_exist() -> None:
     assert set(itertools.chain(*ILLEGAL)) <= set(TRANSFORMS)
     assert {a for a, b in ILLEGAL if a == b} == {
         "fuse_loss", "unfused_loss", "quantize_int8", "fake_quant", "mixed_precision", "lora",
-        "compile",
+        "compile", "fp8",
     }  # fmt: skip

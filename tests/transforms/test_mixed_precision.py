@@ -7,7 +7,7 @@ import torch
 
 from core import Rule, TextConfig, VLMConfig, from_module, make_batch, vlm
 from params import init_params
-from params.tree import flatten, map_leaves
+from params.tree import flatten, map_leaves, unflatten
 from transforms import (
     checkpoint,
     fake_quant,
@@ -47,12 +47,14 @@ def test_is_the_model_with_cast_matrices(
         assert value.dtype == torch.float32
         assert torch.equal(value, want_loss)
         assert {g.dtype for g in flatten(grads).values()} == {torch.float32}
-        # a tied weight's two gradients meet in fp32 here, in the low dtype there
-        tied = {"text.embed.weight"} if config.text.tied else set()
-        for path, g in flatten(grads).items():
-            want_g = flatten(want_grads)[path].float()
-            rtol = 2.0**-7 if path in tied else 0.0
-            assert_same(g, want_g, rtol)
+        # Gradients of an activation that goes several ways, and of a tied weight, are added up in
+        # another order or dtype: up to two roundings a block, of which there are two. (That of a
+        # key's bias is 0 but for roundings: softmax does not see it.)
+        got, want = (
+            {path: g.float() for path, g in flatten(tree).items() if ".k.bias" not in path}
+            for tree in (grads, want_grads)
+        )
+        assert_same(unflatten(got), unflatten(want), 8 * torch.finfo(dtype).eps)
 
 
 def test_gradients_are_those_of_fp32_to_low_precision(micro, rough, example) -> None:

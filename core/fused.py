@@ -1,0 +1,44 @@
+"""Neighbouring sites as one function, where no rule stands between them.
+
+The numbers are those of the sites one after the other. What is saved is memory: of an activation
+that is cheap to make again nothing is kept, and its consumer's backward makes it again in passing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from torch import Tensor
+
+import kernels
+from core.forward import Site
+from core.layers import linear, rms_norm, swiglu, weight_of
+from params.tree import Tree
+
+
+def normed_linears(
+    site: Site, norm: str, p: Tree, linears: Mapping[str, Tree], x: Tensor, *, eps: float
+) -> tuple[Tensor, ...]:
+    """RMS norm, then several linears of the result: x ``[N, D]`` -> ``[N, O]`` each.
+
+    norm, and the keys of linears: where the sites are; p: the norm's params. As one function it
+    keeps x alone, not the normed x: 1.5 of 34 GiB twice, for a 1.5B model at 16,384 tokens.
+    """
+    if site.free(("norm", norm), *(("linear", at) for at in linears)):
+        weights = [weight_of(leaves) for leaves in linears.values()]
+        biases = [leaves.get("bias") for leaves in linears.values()]
+        return kernels.norm_linears(x, p["weight"], weights, biases, eps)
+    h = site("norm", partial(rms_norm, eps=eps), p, x, at=norm)
+    return tuple(site("linear", linear, leaves, h, at=at) for at, leaves in linears.items())
+
+
+def gated_linear(site: Site, glu: str, down: str, p: Tree, gate: Tensor, up: Tensor) -> Tensor:
+    """SwiGLU, then a linear of the result: gate, up ``[N, F]`` -> ``[N, D]``.
+
+    glu, down: where the sites are; p: the linear's params. As one function it keeps gate and up
+    alone: 7.7 GiB less in the same setting.
+    """
+    if site.free(("glu", glu), ("linear", down)):
+        return kernels.glu_linear(gate, up, weight_of(p), p.get("bias"))
+    return site("linear", linear, p, site("glu", swiglu, {}, gate, up, at=glu), at=down)

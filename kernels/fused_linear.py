@@ -1,0 +1,549 @@
+"""Linear layers that keep what their input was made from, and make the input again in backward.
+
+`glu_linear` is the end of an MLP, `norm_linears` the start of an MLP or an attention. The GLU's and
+the norm's output are each cheap to make and as large as what they are made from; a linear layer
+keeps its input for its weight's gradient, and so both would be kept. Here they are not: backward
+needs one pass over gate, up or x, which it reads in any case.
+
+Each forward is plain operations: the activation or the norm, and one aten.mm or aten.addmm a
+weight, which checkpointing policies and compilers see. Each backward is one operator, because
+
+- what forward computed as well must be hidden: a compiler that sees the same norm twice computes
+  it once, and keeps the result, which is what these functions exist to avoid;
+- its buffers are its own: the GLU's kernel overwrites the gradient that it reads, and the gradients
+  of several linear layers are added up by the matmuls themselves. Among visible operations a
+  compiler would have to make copies for both.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo import allow_in_graph
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels import glu_triton, rms_norm_triton
+from kernels.dispatch import choose
+from kernels.functions import (
+    Dims,
+    Op,
+    Tensors,
+    accumulation_dtype,
+    check_floating,
+    fold_all,
+    run,
+)
+from kernels.glu import GEGLU, GEGLU_TRITON, SWIGLU, SWIGLU_TRITON
+from kernels.operators import fake
+from kernels.rms_norm import RMS_NORM, RMS_NORM_TRITON
+
+Shape = Sequence[int]
+
+# Pieces
+
+
+def _linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In the weight's dtype."""
+    return F.linear(h.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., D] as [rows, D]; the number of rows is said, since D may be 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
+    """Summed over the rows in fp32, rounded once."""
+    return _rows(grad).sum(0, dtype=accumulation_dtype(grad.dtype)).to(bias.dtype)
+
+
+def _nothing(like: Tensor) -> Tensor:
+    """What an operator returns in the place of a gradient that nobody asked for."""
+    return like.new_empty(0)
+
+
+def _like(x: Tensor, needed: bool) -> Tensor:
+    """The fake of a gradient."""
+    return x.new_empty(x.shape) if needed else _nothing(x)
+
+
+# GLU, then a linear layer: y = h W^T + b with h = act(gate) up
+
+_GATED = {
+    ("swiglu", False): SWIGLU,
+    ("swiglu", True): SWIGLU_TRITON,
+    ("geglu", False): GEGLU,
+    ("geglu", True): GEGLU_TRITON,
+}
+
+
+def glu_linear_reference(
+    gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str, triton: bool
+) -> Tensor:
+    """What `glu_linear` computes; plain torch, differentiable to any order."""
+    return _linear(_GATED[activation, triton].formula(gate, up), weight, bias)
+
+
+def _glu_linear_forward(
+    gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str, triton: bool
+) -> tuple[Tensor, tuple[()]]:
+    h, _ = _GATED[activation, triton].forward(gate, up)
+    return _linear(h, weight, bias), ()
+
+
+def _glu_linear_gradients(
+    grad: Tensor,  # [..., O]
+    gate: Tensor,  # [..., F]
+    up: Tensor,  # [..., F]
+    weight: Tensor,  # [O, F]
+    activation: str,
+    triton: bool,
+    needs_input: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of gate, up and weight (empty where not asked for).
+
+    [..., F] is allocated three times: for dh, which becomes the gradient of up, for the gradient of
+    gate, and for h, which is gone at the end.
+    """
+    d_gate, d_up, h = _nothing(gate), _nothing(up), None
+    if needs_input:
+        dh = torch.mm(_rows(grad), weight).view(gate.shape)
+        if triton:
+            d_gate, d_up, h = glu_triton.glu_backward_(dh, gate, up, activation, needs_weight)
+        else:
+            d_gate, d_up = _glu_backward(dh, gate, up, activation)
+        del dh
+    if not needs_weight:
+        return d_gate, d_up, _nothing(weight)
+    if h is None:
+        h = _glu(gate, up, activation, triton)
+    return d_gate, d_up, torch.mm(_rows(grad).t(), _rows(h).to(weight.dtype))
+
+
+def _glu(gate: Tensor, up: Tensor, activation: str, triton: bool) -> Tensor:
+    if triton:
+        return glu_triton.glu_forward(gate, up, activation)
+    return _GATED[activation, False].forward(gate, up)[0]
+
+
+def _glu_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    d_gate, d_up = _GATED[activation, False].backward(grad, (True, True), (gate, up), ())
+    assert d_gate is not None
+    assert d_up is not None
+    return d_gate.to(gate.dtype), d_up.to(up.dtype)
+
+
+_glu_linear_op = torch.library.custom_op(
+    "nanovision::glu_linear_backward", _glu_linear_gradients, mutates_args=()
+)
+
+
+@fake("glu_linear_backward")
+def _(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    activation: str,
+    triton: bool,
+    needs_input: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(gate, needs_input), _like(up, needs_input), _like(weight, needs_weight)
+
+
+def _glu_linear_backward(
+    grad: Tensor,
+    needs: tuple[bool, ...],
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    _: tuple[()],
+    *,
+    activation: str,
+    triton: bool,
+) -> tuple[Tensor | None, ...]:
+    gate, up, weight, bias = tensors
+    of_gate, of_up, of_weight, of_bias = needs
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    if of_gate or of_up or of_weight:
+        grads = _glu_linear_op(
+            grad, gate, up, weight, activation, triton, of_gate or of_up, of_weight
+        )
+    d_bias = _bias_gradient(grad, bias) if of_bias and bias is not None else None
+    return (*(g if need else None for g, need in zip(grads, needs[:3], strict=True)), d_bias)
+
+
+def _fold(inputs: int, batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
+    """Examples are more rows of the first tensors, if they share all weights and biases."""
+    if any(dim is not None for dim in dims[inputs:]):
+        return None
+    return fold_all(batch_size, dims[:inputs], tensors[:inputs]) + tensors[inputs:]
+
+
+def _glu_linear_fold(batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
+    return _fold(2, batch_size, dims, tensors)
+
+
+def _glu_linear_fold_backward(
+    batch_size: int, needs: tuple[bool, ...], dims: Dims, saved: Tensors
+) -> Tensors | None:
+    """A weight's gradient is one an example, where one call would give their sum."""
+    return None if any(needs[2:]) else _fold(3, batch_size, dims, saved)
+
+
+GLU_LINEAR = Op(
+    "glu_linear",
+    glu_linear_reference,
+    _glu_linear_forward,
+    _glu_linear_backward,
+    fold=_glu_linear_fold,
+    fold_backward=_glu_linear_fold_backward,
+)
+
+
+@allow_in_graph
+def _apply_glu_linear(
+    gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, activation: str, triton: bool
+) -> Tensor:
+    return run(GLU_LINEAR, gate, up, weight, bias, activation=activation, triton=triton)
+
+
+# RMSNorm, then linear layers: y_i = h W_i^T + b_i with h = x r w, r = (mean x^2 + eps)^-1/2
+#
+# The tensors of the op are x, w, all W_i, all b_i; with one linear layer its output is a tensor,
+# with more a tuple of them.
+
+
+def _outputs(outs: list[Tensor]) -> Any:
+    return outs[0] if len(outs) == 1 else tuple(outs)
+
+
+def _linears(h: Tensor, leaves: Sequence[Any]) -> Any:
+    count = len(leaves) // 2
+    pairs = zip(leaves[:count], leaves[count:], strict=True)
+    return _outputs([_linear(h, weight, bias) for weight, bias in pairs])
+
+
+def norm_linears_reference(
+    x: Tensor, norm_weight: Tensor, *leaves: Tensor | None, eps: float, triton: bool
+) -> Any:
+    """What `norm_linears` computes; plain torch, differentiable to any order."""
+    return _linears(RMS_NORM.formula(x, norm_weight, eps=eps), leaves)
+
+
+def _norm_linears_forward(
+    x: Tensor, norm_weight: Tensor, *leaves: Tensor | None, eps: float, triton: bool
+) -> tuple[Any, tuple[Tensor, ...]]:
+    h, (r,) = (RMS_NORM_TRITON if triton else RMS_NORM).forward(x, norm_weight, eps=eps)
+    return _linears(h, leaves), (r,)
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float, triton: bool) -> Tensor:
+    if triton:
+        return rms_norm_triton.rms_norm_forward(x, None, weight, eps)[0]
+    return RMS_NORM.forward(x, weight, eps=eps)[0]
+
+
+def _norm_linears_gradients(
+    grads: Sequence[Tensor],  # n times [..., O_i]
+    x: Tensor,  # [..., D]
+    norm_weight: Tensor,  # [D]
+    weights: Sequence[Tensor],  # n times [O_i, D]
+    r: Tensor,  # [..., 1]
+    eps: float,
+    triton: bool,
+    needs_input: bool,
+    needs: Sequence[bool],  # of norm_weight, of the weights
+) -> list[Tensor]:
+    """The gradients of x, norm_weight and the weights (empty where not asked for).
+
+    Beside them [..., D] is allocated twice at most: h is gone before the norm's backward begins.
+    """
+    flat = [_rows(grad) for grad in grads]
+    of_weights = [_nothing(weight) for weight in weights]
+    if any(needs[1:]):
+        h = _rows(_norm(x, norm_weight, eps, triton)).to(weights[0].dtype)
+        for i, need in enumerate(needs[1:]):
+            if need:
+                of_weights[i] = torch.mm(flat[i].t(), h)
+        del h
+    if not (needs_input or needs[0]):
+        return [_nothing(x), _nothing(norm_weight), *of_weights]
+    dh = torch.mm(flat[0], weights[0])
+    for grad, weight in zip(flat[1:], weights[1:], strict=True):
+        dh.addmm_(grad, weight)  # added where the product is made, in fp32
+    dh = dh.view(x.shape)
+    dx: Tensor | None
+    if triton:
+        dx, dw = rms_norm_triton.rms_norm_backward(dh, None, x, norm_weight, r, needs[0])
+    else:
+        asked = (True, needs[0])
+        dx, dw = RMS_NORM.backward(dh, asked, (x, norm_weight), (r,), eps=eps)
+    assert dx is not None
+    return [dx, _nothing(norm_weight) if dw is None else dw, *of_weights]
+
+
+_norm_linears_op = torch.library.custom_op(
+    "nanovision::norm_linears_backward", _norm_linears_gradients, mutates_args=()
+)
+
+
+@fake("norm_linears_backward")
+def _(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    norm_weight: Tensor,
+    weights: Sequence[Tensor],
+    r: Tensor,
+    eps: float,
+    triton: bool,
+    needs_input: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    leaves = zip((norm_weight, *weights), needs, strict=True)
+    return [_like(x, needs_input or needs[0]), *(_like(leaf, need) for leaf, need in leaves)]
+
+
+def _norm_linears_backward(
+    grads: Any,
+    needs: tuple[bool, ...],
+    tensors: tuple[Tensor, ...],
+    residuals: tuple[Tensor, ...],
+    *,
+    eps: float,
+    triton: bool,
+) -> tuple[Tensor | None, ...]:
+    each = [grads] if isinstance(grads, Tensor) else list(grads)
+    (x, norm_weight, *leaves), (r,), count = tensors, residuals, len(each)
+    weights, biases = leaves[:count], leaves[count:]
+    made: list[Tensor | None] = [None] * (2 + count)
+    of_input, of_leaves, of_biases = needs[0], needs[1 : 2 + count], needs[2 + count :]
+    if of_input or any(of_leaves):
+        made = _norm_linears_op(
+            each, x, norm_weight, weights, r, eps, triton, of_input, list(of_leaves)
+        )
+    d_biases = (
+        _bias_gradient(grad, bias) if need else None
+        for grad, bias, need in zip(each, biases, of_biases, strict=True)
+    )
+    return (*(g if need else None for g, need in zip(made, needs, strict=False)), *d_biases)
+
+
+def _norm_linears_fold(batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
+    return _fold(1, batch_size, dims, tensors)
+
+
+def _norm_linears_fold_backward(
+    batch_size: int, needs: tuple[bool, ...], dims: Dims, saved: Tensors
+) -> Tensors | None:
+    """A leaf's gradient is one an example, where one call would give their sum."""
+    count = (len(needs) - 2) // 2
+    if any(needs[1:]) or any(dim is not None for dim in dims[count + 1 : -1]):
+        return None
+    folded = fold_all(batch_size, dims[: count + 1], saved[: count + 1])  # the grads and x
+    return folded + saved[count + 1 : -1] + fold_all(batch_size, dims[-1:], saved[-1:])
+
+
+NORM_LINEARS = Op(
+    "norm_linears",
+    norm_linears_reference,
+    _norm_linears_forward,
+    _norm_linears_backward,
+    fold=_norm_linears_fold,
+    fold_backward=_norm_linears_fold_backward,
+)
+
+
+@functools.cache
+def _with_outputs(op: Op, count: int) -> Op:
+    return replace(op, outputs=count)
+
+
+@allow_in_graph
+def _apply_norm_linears(
+    x: Tensor, norm_weight: Tensor, eps: float, triton: bool, *leaves: Tensor | None
+) -> Any:
+    op = _with_outputs(NORM_LINEARS, len(leaves) // 2)
+    return run(op, x, norm_weight, *leaves, eps=eps, triton=triton)
+
+
+# What FlopCounterMode cannot see, because it is inside of operators
+
+
+@register_flop_formula(torch.ops.nanovision.glu_linear_backward)
+def _glu_linear_flops(
+    grad: Shape,
+    gate: Shape,
+    up: Shape,
+    weight: Shape,
+    activation: str,
+    triton: bool,
+    needs_input: bool,
+    needs_weight: bool,
+    **_: Any,
+) -> int:
+    return 2 * math.prod(gate) * weight[0] * (needs_input + needs_weight)
+
+
+@register_flop_formula(torch.ops.nanovision.norm_linears_backward)
+def _norm_linears_flops(
+    grads: Sequence[Shape],
+    x: Shape,
+    norm_weight: Shape,
+    weights: Sequence[Shape],
+    r: Shape,
+    eps: float,
+    triton: bool,
+    needs_input: bool,
+    needs: Sequence[bool],
+    **_: Any,
+) -> int:
+    back = needs_input or needs[0]
+    pairs = zip(weights, needs[1:], strict=True)
+    return sum(2 * math.prod(x) * weight[0] * (back + need) for weight, need in pairs)
+
+
+# Public
+
+
+def glu_linear(
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "swiglu",
+) -> Tensor:
+    """linear(act(gate) * up): the GLU of arXiv 2002.05202 and the projection after it.
+
+    Kept for backward are the arguments alone: the GLU's output is made again, by the pass that
+    reads gate and up for their gradients (as arXiv 2410.10989 does for the GLU, and as
+    activation checkpointing, arXiv 1604.06174, would for both). That costs one write of [..., F]
+    where a checkpoint would cost two reads more.
+
+    Args:
+        gate, up: same shape [..., F], same floating dtype. On a GPU halves of one projection
+            [..., 2 F] are read where they lie, without a copy.
+        weight: [O, F]; the GLU's output is brought to its dtype.
+        bias: [O] or None, any floating dtype; its gradient is summed in fp32.
+        activation: "swiglu" or "geglu", as the functions of these names.
+
+    Returns:
+        [..., O] in weight.dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, an unknown activation.
+
+    >>> import torch
+    >>> glu_linear(torch.tensor([100.0, 0.0]), torch.tensor([5.0, 5.0]), torch.eye(2)).tolist()
+    [500.0, 0.0]
+    """
+    if activation not in ("swiglu", "geglu"):
+        raise ValueError(f'glu_linear: activation must be "swiglu" or "geglu", got {activation!r}.')
+    check_floating("glu_linear", gate=gate, up=up, weight=weight, bias=bias)
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(
+            f"glu_linear: gate is {gate.dtype} {tuple(gate.shape)} but up is {up.dtype} "
+            f"{tuple(up.shape)}; they must be alike."
+        )
+    _check_linear("glu_linear", "gate", gate, "weight", weight, "bias", bias)
+    triton = choose(activation, str(gate.device), gate.dtype) == "triton"
+    return _apply_glu_linear(gate, up, weight, bias, activation, triton)
+
+
+def norm_linears(
+    x: Tensor,
+    norm_weight: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, ...]:
+    """linear(rms_norm(x, norm_weight, eps), weight, bias) for each weight: q, k and v, gate and up.
+
+    RMSNorm is that of arXiv 1910.07467. Kept for backward are the arguments and one fp32 number a
+    row: the norm's output is made again, for the weights' gradients. The gradients that the linear
+    layers have for it are added up by their matmuls, in fp32, and rounded after each.
+
+    Args:
+        x: [..., D], any floating dtype; the norm is rounded to it.
+        norm_weight: [D], any floating dtype (fp32 beside a bf16 x is fine).
+        weights: one or more [O_i, D] of one dtype; the norm's output is brought to it.
+        biases: as many [O_i] or None, any floating dtype; their gradients are summed in fp32. None
+            is none at all.
+
+    Returns:
+        As many [..., O_i] in the weights' dtype.
+
+    Raises:
+        ValueError: no weights, not as many biases, weights of several dtypes; shapes or devices
+            that do not fit, dtypes that are not floating point.
+
+    >>> import torch
+    >>> weights = [torch.eye(2), torch.ones(1, 2)]
+    >>> y, z = norm_linears(torch.tensor([3.0, 3.0]), torch.ones(2), weights)
+    >>> y.round().tolist(), z.round().tolist()
+    ([1.0, 1.0], [2.0])
+    """
+    weights = tuple(weights)
+    biases = (None,) * len(weights) if biases is None else tuple(biases)
+    _check_norm_linears(x, norm_weight, weights, biases, eps)
+    triton = choose("rms_norm", str(x.device), x.dtype) == "triton"
+    out = _apply_norm_linears(x, norm_weight, eps, triton, *weights, *biases)
+    return (out,) if len(weights) == 1 else out
+
+
+def _check_norm_linears(
+    x: Tensor,
+    norm_weight: Tensor,
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    eps: float,
+) -> None:
+    where = "norm_linears"
+    if not weights or len(biases) != len(weights):
+        raise ValueError(
+            f"{where}: needs a weight at least, and a bias (or None) for each; "
+            f"got {len(weights)} weights and {len(biases)} biases."
+        )
+    check_floating(where, x=x, norm_weight=norm_weight)
+    if eps < 0.0:
+        raise ValueError(f"{where}: eps must be >= 0, got {eps}.")
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        names = f"weights[{i}]", f"biases[{i}]"
+        check_floating(where, **{"x": x, names[0]: weight, names[1]: bias})
+        _check_linear(where, "x", x, names[0], weight, names[1], bias)
+        if weight.dtype != weights[0].dtype:
+            raise ValueError(
+                f"{where}: weights must have one dtype, got {weights[0].dtype} and {weight.dtype}."
+            )
+    if tuple(norm_weight.shape) != (x.shape[-1],):
+        raise ValueError(
+            f"{where}: norm_weight must have shape [{x.shape[-1]}] to match x {tuple(x.shape)}, "
+            f"got {tuple(norm_weight.shape)}."
+        )
+
+
+def _check_linear(
+    where: str,
+    x_name: str,
+    x: Tensor,
+    weight_name: str,
+    weight: Tensor,
+    bias_name: str,
+    bias: Tensor | None,
+) -> None:
+    if x.ndim == 0 or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{where}: {weight_name} must be [O, I] for {x_name} [..., I], "
+            f"got {tuple(weight.shape)} and {tuple(x.shape)}."
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(
+            f"{where}: {bias_name} must have shape [{weight.shape[0]}], got {tuple(bias.shape)}."
+        )

@@ -1,0 +1,230 @@
+"""The rungs of `bench train`: training configs, each one flag away from the one before; their data.
+
+The first is what a plain PyTorch program does, the last of the ladder what `runners.train` does by
+default; leaves branch off from there. Attention without a kernel holds a score for every pair of
+tokens of a batch, whichever documents they are of. Rungs without flash attention therefore compute
+one row at a time, so that nothing is computed for nothing; the step is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core import Batch, Longest, VLMConfig, make_batch
+from runners.config import TrainConfig
+from runners.data.collate import collate
+from runners.data.packing import WINDOW, PackSpec, choose_row
+from runners.data.types import NO_LABEL, Document
+from runners.flops import Load
+
+PHASES = ("baseline", "phase 1", "phase 2", "phase 3", "beyond", "peers")
+PAD = 0  # the token that fills rows up; documents have none of it
+MULTIPLE = 8  # padded rows are as long as the longest document, up to a multiple of this
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A training config as a change to another rung's.
+
+    changes: fields of TrainConfig, and ``packed``: whether documents share rows.
+    parent: the key of the rung that is changed; None: the first.
+    """
+
+    key: str
+    label: str
+    phase: str
+    parent: str | None
+    changes: Mapping[str, Any]
+
+    def flags(self) -> str:
+        """As a command line has them; `packed` is no flag: the trainer always packs."""
+        rows = {True: "(packed rows)", False: "(one document a row, padded)"}
+        return " ".join(
+            rows[value] if name == "packed" else f"--{name}={_word(value)}"
+            for name, value in self.changes.items()
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A rung with all that it inherits."""
+
+    rung: Rung
+    config: TrainConfig
+    packed: bool
+
+
+def ladder(rows: int, ragged: bool) -> tuple[Rung, ...]:
+    """Every rung. rows: of a step; ragged: documents have lengths of their own, so that packing
+    them is a rung."""
+    climbed = [
+        Rung(
+            "baseline", "baseline: fp32, nothing fused", "baseline", None,
+            {
+                "dtype": "fp32", "compile": False, "compile_scope": "whole",
+                "use_flash_attn": False, "use_fused_kernels": False, "use_fused_loss": False,
+                "use_fused_adamw": False, "device_batch_size": 1, "packed": not ragged,
+            },
+        ),
+        Rung("bf16", "+ bf16 compute", "phase 1", "baseline", {"dtype": "bf16"}),
+        Rung("compile", "+ torch.compile", "phase 1", "bf16", {"compile": True}),
+        Rung("adamw", "+ fused AdamW", "phase 1", "compile", {"use_fused_adamw": True}),
+        *([Rung("packing", "+ packing", "phase 1", "adamw", {"packed": True})] if ragged else []),
+        Rung(
+            "flash", "+ flash attention", "phase 2", "packing" if ragged else "adamw",
+            {"use_flash_attn": True},
+        ),
+        Rung("rows", "+ all rows at once", "phase 2", "flash", {"device_batch_size": rows}),
+        Rung("kernels", "+ fused kernels", "phase 2", "rows", {"use_fused_kernels": True}),
+        Rung("loss", "+ fused loss", "phase 3", "kernels", {"use_fused_loss": True}),
+        Rung("blocks", "+ compile by blocks", "phase 3", "loss", {"compile_scope": "blocks"}),
+    ]  # fmt: skip
+    recompute = {"use_gradient_checkpointing": True}
+    half = {"checkpoint_every": 4, "checkpoint_policy": "attention"}
+    leaves = [
+        ("checkpoint", "checkpointing", "phase 3", "blocks", recompute),
+        ("checkpoint_dots", "checkpointing, dots and attention kept", "phase 3", "checkpoint",
+         {"checkpoint_policy": "dots+attention"}),
+        ("checkpoint_half", "checkpointing, half of the activations", "phase 3", "checkpoint",
+         half | {"checkpoint_between": "dots+attention"}),
+        ("bf16_states", "bf16 states", "phase 3", "blocks", {"state_dtype": "bf16"}),
+        ("bf16_checkpoint", "bf16 states, checkpointing", "phase 3", "bf16_states", recompute),
+        ("fp8", "fp8", "phase 3", "blocks", {"use_fp8": True}),
+        ("fp8_bf16", "fp8, bf16 states", "phase 3", "fp8", {"state_dtype": "bf16"}),
+        ("muon", "Muon", "beyond", "blocks", {"optimizer": "muon"}),
+        ("adamw8bit", "AdamW with moments of 8 bits", "beyond", "blocks",
+         {"optimizer": "adamw8bit"}),
+    ]  # fmt: skip
+    return (*climbed, *(Rung(*leaf) for leaf in leaves))  # type: ignore[arg-type]
+
+
+def _word(value: Any) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+TOP = "blocks"  # the last rung of the ladder: leaves branch off here
+
+
+def plans(rungs: Sequence[Rung], start: TrainConfig) -> dict[str, Plan]:
+    """Every rung's config, by its key; ``start``: what no rung changes."""
+    made: dict[str, Plan] = {}
+    for rung in rungs:
+        before = made[rung.parent] if rung.parent is not None else Plan(rung, start, True)
+        changes = dict(rung.changes)
+        packed = changes.pop("packed", before.packed)
+        made[rung.key] = Plan(rung, replace(before.config, **changes), packed)
+    return made
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a step by their lengths, in the rows where they lie when packed."""
+
+    rows: tuple[tuple[int, ...], ...]
+    row_len: int
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(length for row in self.rows for length in row)
+
+    @property
+    def tokens(self) -> int:
+        """Real ones: padding is none."""
+        return sum(self.lengths)
+
+    @property
+    def full(self) -> bool:
+        """Every document fills a row."""
+        return all(row == (self.row_len,) for row in self.rows)
+
+    @property
+    def load(self) -> Load:
+        return Load(torch.tensor(self.lengths), torch.zeros(0, dtype=torch.int64))
+
+    def padded_len(self) -> int:
+        """Of a row when each has one document: the longest, rounded up."""
+        return min(self.row_len, -(-max(self.lengths) // MULTIPLE) * MULTIPLE)
+
+
+def draw_documents(rows: int, row_len: int, sigma: float, seed: int = 0) -> Documents:
+    """Documents for so many rows. sigma 0: each fills a row; else their lengths are log-normal of
+    mean a quarter of a row and this sigma (of the logarithm), at most a row; they are packed as the
+    loader packs: from a window of those that wait."""
+    if sigma == 0:
+        return Documents(((row_len,),) * rows, row_len)
+    spec = PackSpec(row_len, rows, max_docs=row_len)
+    stream = _lengths(row_len, sigma, seed)
+    waiting: list[Document] = [_bare(length) for length in islice(stream, WINDOW)]
+    packed = []
+    for _ in range(rows):
+        chosen = choose_row([document.cost for document in waiting], spec)
+        packed.append(tuple(len(waiting[i].tokens) for i in chosen))
+        for i in reversed(chosen):
+            del waiting[i]
+        waiting += [_bare(length) for length in islice(stream, WINDOW - len(waiting))]
+    return Documents(tuple(packed), row_len)
+
+
+def _lengths(row_len: int, sigma: float, seed: int) -> Iterator[int]:
+    generator = np.random.default_rng(seed)
+    middle = math.log(row_len / 4) - sigma**2 / 2  # so that row_len / 4 is the mean
+    while True:
+        yield min(row_len, max(2, round(generator.lognormal(middle, sigma))))
+
+
+def _bare(length: int) -> Document:
+    return document_of(np.zeros(length, np.int64))
+
+
+def document_of(tokens: np.ndarray) -> Document:
+    """Text to learn whole."""
+    labels = np.append(tokens[1:], NO_LABEL)
+    nothing = np.zeros(0, np.int64)
+    return Document(
+        "", tokens, labels, nothing, np.zeros((0, 0), np.uint8), np.zeros((0, 2), np.int64)
+    )
+
+
+def batches_of(
+    documents: Documents, vocab: int, at_once: int, packed: bool, seed: int = 0
+) -> tuple[list[Batch], Longest]:
+    """The step's batches of ``at_once`` rows, on the CPU, and what the model may rely on. The same
+    random tokens, packed or padded: one document a row, filled up to the longest of the step."""
+    generator = np.random.default_rng(seed)
+    if documents.full:
+        size = (len(documents.rows), documents.row_len)
+        tokens = torch.from_numpy(generator.integers(1, vocab, size))
+        return [make_batch(some) for some in tokens.split(at_once)], Longest(documents.row_len)
+    rows = [
+        [document_of(generator.integers(1, vocab, length)) for length in row]
+        for row in documents.rows
+    ]
+    length = documents.row_len
+    if not packed:
+        rows, length = [[document] for row in rows for document in row], documents.padded_len()
+    spec = PackSpec(length, at_once, max_docs=max(map(len, rows)), pad_token=PAD)
+    some = [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
+    return [collate(group, spec) for group in some], Longest(length)
+
+
+def positions_of(batches: Sequence[Batch]) -> int:
+    """Tokens that are computed, padding included."""
+    return sum(len(batch["tokens"]) for batch in batches)
+
+
+def text_only(model: VLMConfig) -> VLMConfig:
+    """The decoder alone."""
+    return VLMConfig(model.text)
+
+
+def first_loss(values: Tensor) -> float:
+    """Of what a step returns: reading waits for the device."""
+    return float(values.flatten()[0])

@@ -1,0 +1,675 @@
+"""glu_linear and norm_linears on torch: derivatives under every driver, what backward keeps and
+what it leaves out, what a compiler and a checkpointing policy see of them.
+
+Their Triton paths are in test_triton_fused_linear.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import grad, hessian, jvp, vjp, vmap
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from kernels import geglu, glu_linear, norm_linears, rms_norm, swiglu
+from tests.kernels.drivers import (
+    Driver,
+    Loss,
+    by_autograd,
+    by_autograd_of_vmap,
+    by_compile,
+    by_compiled_grad,
+    by_double_backward,
+    by_func_grad,
+    by_hvp,
+    by_jvp,
+    by_jvp_jvp,
+    by_jvp_of_one,
+    by_one_leaf,
+    by_vmap_grad,
+    by_vmap_grad_shared,
+    by_vmap_hvp,
+    by_vmap_twice,
+    directions,
+    disagreement,
+    everyone,
+    examples,
+    name_of,
+    random,
+)
+
+# torch.func.jvp scripts its decompositions when first used
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+
+fused = importlib.import_module("kernels.fused_linear")
+TOLERANCE = 1e-10  # fp64: sums of a few hundred terms of order 1
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ROWS, INNER = 5, 7
+ACTIVATIONS = {"swiglu": swiglu, "geglu": geglu}
+
+
+# References: what one would write without these functions
+
+
+def exact_glu_linear(
+    gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "swiglu"
+) -> Tensor:
+    act = F.silu(gate) if name == "swiglu" else F.gelu(gate, approximate="tanh")
+    return F.linear(act * up, weight, bias)
+
+
+def exact_norm_linears(
+    x: Tensor, norm_weight: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    h = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm_weight
+    return [F.linear(h, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
+def cast(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer in the weight's dtype, as the model has it."""
+    return F.linear(h.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+
+
+def joined(outs: Sequence[Tensor]) -> Tensor:
+    return torch.cat([out.flatten() for out in outs])
+
+
+# Under every driver
+
+
+@dataclass(frozen=True)
+class Case:
+    """`fast` against `plain`, of tensors of these shapes; `op`: the attribute of the module."""
+
+    fast: Loss
+    plain: Loss
+    shapes: tuple[tuple[int, ...], ...]
+    op: str
+
+
+CASES = {
+    "glu_linear": Case(
+        glu_linear, exact_glu_linear, ((ROWS, INNER), (ROWS, INNER), (4, INNER), (4,)), "GLU_LINEAR"
+    ),
+    "glu_linear, geglu without bias": Case(
+        lambda *floats: glu_linear(*floats, activation="geglu"),
+        partial(exact_glu_linear, name="geglu"),
+        ((2, 3, INNER), (2, 3, INNER), (4, INNER)),
+        "GLU_LINEAR",
+    ),
+    "norm_linears, one": Case(
+        lambda x, n, w, b: norm_linears(x, n, [w], [b], 1e-3)[0],
+        lambda x, n, w, b: exact_norm_linears(x, n, [w], [b])[0],
+        ((2, 3, INNER), (INNER,), (4, INNER), (4,)),
+        "NORM_LINEARS",
+    ),
+    "norm_linears, three": Case(
+        lambda x, n, q, k, v, b: joined(norm_linears(x, n, [q, k, v], [None, b, None], 1e-3)),
+        lambda x, n, q, k, v, b: joined(exact_norm_linears(x, n, [q, k, v], [None, b, None])),
+        ((ROWS, INNER), (INNER,), (6, INNER), (2, INNER), (2, INNER), (2,)),
+        "NORM_LINEARS",
+    ),
+}
+
+
+def by_vjp(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    value, pull = vjp(loss, *floats)
+    return [value, *pull(torch.full_like(value, 0.7))]
+
+
+def by_vmap_jvp(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    moves = examples(directions(floats))
+    return [vmap(lambda *move: jvp(loss, floats, move)[1])(*moves)]
+
+
+def by_grad_grad(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    moves = directions(floats)
+
+    def along(*xs: Tensor) -> Tensor:
+        pairs = zip(grad(loss, everyone(floats))(*xs), moves, strict=True)
+        return torch.stack([(g * move).sum() for g, move in pairs]).sum()
+
+    return list(grad(along, everyone(floats))(*floats))
+
+
+def by_hessian(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    """With respect to everything at once: forward over reverse, the reverse under a vmap."""
+    rows = hessian(loss, everyone(floats))(*floats)
+    return [block for row in rows for block in row if block.abs().max() > 1e-6]
+
+
+FIRST: list[Driver] = [
+    by_autograd,
+    by_one_leaf,
+    by_func_grad,
+    by_vjp,
+    by_vmap_grad,
+    by_vmap_grad_shared,
+    by_vmap_twice,
+    by_autograd_of_vmap,
+    by_compile,
+    by_compiled_grad,
+]
+HIGHER: list[Driver] = [
+    by_jvp,
+    by_jvp_of_one,
+    by_vmap_jvp,
+    by_double_backward,
+    by_grad_grad,
+    by_hvp,
+    by_vmap_hvp,
+    by_hessian,
+    by_jvp_jvp,
+]
+
+
+def floats_of(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    return tuple(random(*shape, seed=i, dtype=dtype) for i, shape in enumerate(case.shapes))
+
+
+def error(case: Case, driver: Driver) -> float:
+    return disagreement(driver, case.fast, case.plain, floats_of(case))
+
+
+@pytest.mark.parametrize("driver", [*FIRST, *HIGHER], ids=name_of)
+@pytest.mark.parametrize("name", CASES)
+def test_under_driver(name: str, driver: Driver) -> None:
+    assert error(CASES[name], driver) < TOLERANCE
+
+
+def broken(case: Case, hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a function of the case's Op wrong by a factor of 3."""
+    op = getattr(fused, case.op)
+    right = getattr(op, hook)
+
+    def wrong(*args: Any, **static: Any) -> Any:
+        out = right(*args, **static)
+        if isinstance(out, Tensor):
+            return 3.0 * out
+        return tuple(None if t is None else 3.0 * t for t in out)
+
+    monkeypatch.setattr(fused, case.op, dataclasses.replace(op, **{hook: wrong}))
+
+
+@pytest.mark.parametrize("driver", FIRST, ids=name_of)
+@pytest.mark.parametrize("name", ["glu_linear", "norm_linears, three"])
+def test_a_wrong_backward_shows(name: str, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(CASES[name], "backward", monkeypatch)
+    assert error(CASES[name], driver) > 0.1
+
+
+@pytest.mark.parametrize("driver", HIGHER, ids=name_of)
+@pytest.mark.parametrize("name", ["glu_linear", "norm_linears, three"])
+def test_a_wrong_formula_shows(name: str, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(CASES[name], "formula", monkeypatch)
+    assert error(CASES[name], driver) > 0.1
+
+
+# Dtypes
+
+
+def gradients(
+    f: Callable[..., Any], grads: Sequence[Tensor], *tensors: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs, and gradients for these gradients of theirs."""
+    xs = [x.detach().clone().requires_grad_() for x in tensors]
+    outs = f(*xs)
+    outs = [outs] if isinstance(outs, Tensor) else list(outs)
+    pairs = [g.to(out.dtype) for g, out in zip(grads, outs, strict=True)]
+    return [out.detach() for out in outs], list(torch.autograd.grad(outs, xs, pairs))
+
+
+# of the activations, of the weights and their bias; of the norm's weight
+DTYPES = [(BF16, BF16, FP32), (FP16, FP16, FP32), (FP32, FP32, FP32), (BF16, FP32, BF16)]
+SHAPES = [(1, 1), (5, 123), (2, 3, 64)]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("dtype", "wide", "_"), DTYPES)
+def test_glu_linear_rounds_no_more_than_its_composition(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, wide: torch.dtype, _: torch.dtype
+) -> None:
+    gate, up = (random(*shape, seed=i, dtype=dtype) for i in range(2))
+    weight, bias = random(9, shape[-1], seed=2, dtype=wide), random(9, seed=3, dtype=wide)
+    g = [random(*shape[:-1], 9, seed=4, dtype=wide)]
+    got = gradients(partial(glu_linear, activation=name), g, gate, up, weight, bias)
+    wanted = gradients(
+        lambda a, b, w, c: cast(ACTIVATIONS[name](a, b), w, c), g, gate, up, weight, bias
+    )
+    assert torch.equal(got[0][0], wanted[0][0])
+    assert torch.equal(got[1][2], wanted[1][2])  # the weight's: h is the same h again
+    wider = (t.double() for t in (gate, up, weight, bias))
+    exact = gradients(partial(exact_glu_linear, name=name), [g[0].double()], *wider)
+    for mine, other, right in zip(got[1], wanted[1], exact[1], strict=True):
+        no_worse(mine, other, right)
+
+
+def no_worse(mine: Tensor, other: Tensor, right: Tensor) -> None:
+    """Than the composition in the same dtypes, against fp64, but for one rounding of the largest
+    entry. NaN never passes."""
+    assert mine.dtype == other.dtype
+    assert mine.shape == right.shape
+    allowed = (other.double() - right).abs().max() + torch.finfo(mine.dtype).eps * right.abs().max()
+    assert float((mine.double() - right).abs().max()) <= float(allowed)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("dtype", "wide", "norm"), DTYPES)
+def test_norm_linears_rounds_no_more_than_its_composition(
+    shape: tuple[int, ...], dtype: torch.dtype, wide: torch.dtype, norm: torch.dtype
+) -> None:
+    x, n = random(*shape, dtype=dtype), random(shape[-1], seed=1, dtype=norm)
+    sizes = (12, 5, 3)
+    weights = [random(o, shape[-1], seed=2 + o, dtype=wide) for o in sizes]
+    biases = [random(o, seed=20 + o, dtype=wide) for o in sizes]
+    g = [random(*shape[:-1], o, seed=40 + o, dtype=wide) for o in sizes]
+
+    def ours(x: Tensor, n: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        return norm_linears(x, n, leaves[:3], leaves[3:], 1e-3)
+
+    def composed(x: Tensor, n: Tensor, *leaves: Tensor) -> list[Tensor]:
+        h = rms_norm(x, n, 1e-3)
+        return [cast(h, w, b) for w, b in zip(leaves[:3], leaves[3:], strict=True)]
+
+    leaves = (x, n, *weights, *biases)
+    got, wanted = gradients(ours, g, *leaves), gradients(composed, g, *leaves)
+    exact = gradients(
+        lambda x, n, *leaves: exact_norm_linears(x, n, leaves[:3], leaves[3:]),
+        [t.double() for t in g],
+        *(t.double() for t in leaves),
+    )
+    for mine, other in zip((*got[0], *got[1][2:5]), (*wanted[0], *wanted[1][2:5]), strict=True):
+        assert torch.equal(mine, other)
+    for mine, leaf, other, right in zip(got[1], leaves, wanted[1], exact[1], strict=True):
+        assert mine.dtype == leaf.dtype
+        no_worse(mine, other, right)
+
+
+def test_bias_gradients_are_summed_in_fp32() -> None:
+    """4,097 ones: a sum in bf16 stands still at 256."""
+    rows = 4097
+    gate, weight = torch.zeros(rows, 2, dtype=BF16), torch.zeros(1, 2, dtype=BF16)
+    bias = torch.zeros(1, requires_grad=True)
+    glu_linear(gate, gate, weight, bias).sum().backward()
+    assert bias.grad is not None
+    assert (bias.grad.item(), bias.grad.dtype) == (rows, FP32)
+    other = torch.zeros(1, requires_grad=True)
+    norm_linears(gate, torch.ones(2), [weight], [other])[0].sum().backward()
+    assert other.grad is not None
+    assert other.grad.item() == rows
+
+
+# What backward keeps, and what it does
+
+
+def kept(f: Callable[[], Any], *own: Tensor) -> int:
+    """Bytes saved for backward beyond what is given."""
+    given = {x.untyped_storage()._cdata for x in own}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in given:
+            sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = f()
+    assert out is not None
+    return sum(sizes.values())
+
+
+def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = BF16) -> list[Tensor]:
+    return [random(*s, seed=i, dtype=dtype).requires_grad_() for i, s in enumerate(shapes)]
+
+
+def test_backward_keeps_what_it_is_given() -> None:
+    gate, up, weight, bias = parameters((64, 32), (64, 32), (16, 32), (16,))
+    own = (gate, up, weight, bias)
+    assert kept(lambda: glu_linear(*own), *own) == 0
+    assert kept(lambda: cast(swiglu(gate, up), weight, bias), *own) == 64 * 32 * 2  # it can tell
+
+    x, first, second = parameters((64, 32), (16, 32), (8, 32))
+    norm = torch.ones(32, requires_grad=True)
+    own, row = (x, norm, first, second), 64 * 4  # one fp32 number a row
+    assert kept(lambda: norm_linears(x, norm, [first, second]), *own) == row
+
+    def composed() -> list[Tensor]:
+        h = rms_norm(x, norm)
+        return [cast(h, weight, None) for weight in (first, second)]
+
+    assert kept(composed, *own) == row + 64 * 32 * 2
+
+
+def test_nothing_extra_lives_after_a_forward(allocations_in: Any) -> None:
+    gate, up, weight, norm = parameters((64, 32), (64, 32), (16, 32), (32,))
+    with allocations_in(gate, up, weight, norm) as allocations:
+        y = glu_linear(gate, up, weight)
+        (z,) = norm_linears(gate, norm, [weight])
+        assert allocations.living() == y.nbytes + z.nbytes + 64 * 4
+
+
+def seen_in_backward(
+    f: Callable[..., Any],
+    tensors: list[Tensor],
+    learn: str,
+    monkeypatch: pytest.MonkeyPatch,
+    allocations_in: Any,
+) -> list[str]:
+    """The operations inside our operators in a backward for the tensors with a 1 in `learn`."""
+    ops: list[str] = []
+    for name, host in (
+        ("_glu_linear_op", fused._glu_linear_gradients),
+        ("_norm_linears_op", fused._norm_linears_gradients),
+    ):
+
+        def watched(*args: Any, host: Any = host) -> Any:
+            with allocations_in() as allocations:
+                out = host(*args)
+            ops.extend(allocations.ops)
+            return out
+
+        monkeypatch.setattr(fused, name, watched)
+    leaves = [t.detach().requires_grad_(c == "1") for t, c in zip(tensors, learn, strict=True)]
+    joined(f(*leaves)).square().sum().backward()
+    for leaf, c in zip(leaves, learn, strict=True):
+        assert (leaf.grad is not None) == (c == "1")
+    return ops
+
+
+# gate, up, weight, bias -> products, activations made again, their derivatives
+GLU_WORK = {
+    "1111": (2, 2, 1),  # silu(gate) is in the gradient of up as well
+    "1100": (1, 1, 1),
+    "1000": (1, 1, 1),
+    "0010": (1, 1, 0),
+    "0011": (1, 1, 0),
+    "0001": (0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("learn", GLU_WORK)
+def test_glu_linear_leaves_out_what_is_frozen(
+    learn: str, monkeypatch: pytest.MonkeyPatch, allocations_in: Any
+) -> None:
+    tensors = parameters((6, 8), (6, 8), (3, 8), (3,))
+    ops = seen_in_backward(
+        lambda *ts: [glu_linear(*ts)], tensors, learn, monkeypatch, allocations_in
+    )
+    counts = (ops.count("aten.mm.default"), *map(ops.count, ("aten.silu.default", SILU_BACKWARD)))
+    assert counts == GLU_WORK[learn]
+
+
+SILU_BACKWARD = "aten.silu_backward.default"
+# x, norm, weights, bias -> products made anew, products added to those, norms made again
+NORM_WORK = {
+    "11" + "111" + "1": (4, 2, 1),
+    "11" + "010" + "0": (2, 2, 1),
+    "10" + "000" + "0": (1, 2, 0),
+    "01" + "000" + "0": (1, 2, 0),
+    "00" + "101" + "1": (2, 0, 1),
+    "00" + "000" + "1": (0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("learn", NORM_WORK)
+def test_norm_linears_leaves_out_what_is_frozen(
+    learn: str, monkeypatch: pytest.MonkeyPatch, allocations_in: Any
+) -> None:
+    tensors = parameters((6, 8), (8,), (5, 8), (3, 8), (3, 8), (3,))
+    ops = seen_in_backward(
+        lambda x, n, q, k, v, b: norm_linears(x, n, [q, k, v], [None, b, None]),
+        *(tensors, learn, monkeypatch, allocations_in),
+    )
+    names = ("aten.mm.default", "aten.addmm_.default", "aten.rsqrt.default")
+    assert tuple(map(ops.count, names)) == NORM_WORK[learn]
+
+
+def test_the_norm_is_gone_before_its_gradient_is_made(
+    monkeypatch: pytest.MonkeyPatch, allocations_in: Any
+) -> None:
+    """Two of [rows, D] live at a time: the gradient of the norm's output, and of x."""
+    x, norm, *weights = parameters((64, 32), (32,), (4, 32), (4, 32))
+    grads = [random(64, 4, seed=i, dtype=BF16) for i in range(2)]
+    _, r = fused._norm_linears_forward(x, norm, *weights, None, None, eps=1e-6, triton=False)
+    living: list[int] = []
+    right = fused.RMS_NORM.backward
+
+    with torch.no_grad(), allocations_in(x, norm, *weights, *grads) as allocations:
+
+        def watched(*args: Any, **static: Any) -> Any:
+            living.append(allocations.living())
+            return right(*args, **static)
+
+        monkeypatch.setattr(
+            fused, "RMS_NORM", dataclasses.replace(fused.RMS_NORM, backward=watched)
+        )
+        fused._norm_linears_gradients(
+            grads, x, norm, weights, r[0], 1e-6, False, True, [True, True, True]
+        )
+    assert living == [64 * 32 * 2 + 2 * 4 * 32 * 2]  # it, and the gradients of the weights
+
+
+def test_an_unused_output_counts_as_zero() -> None:
+    x, norm, *weights = parameters((6, 8), (8,), (5, 8), (3, 8), dtype=torch.float64)
+    leaves = (x, norm, *weights)
+    got = torch.autograd.grad(norm_linears(x, norm, weights, eps=1e-3)[1].sum(), leaves)
+    second = exact_norm_linears(x, norm, weights[1:], [None])[0]
+    wanted = torch.autograd.grad(second.sum(), leaves, materialize_grads=True)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+# What compilers and policies see
+
+
+def graphs_of(f: Callable[..., Tensor], *tensors: Tensor) -> tuple[Any, Any]:
+    """The graphs of the two directions, with what is kept between them chosen as Inductor does."""
+    graphs: dict[str, Any] = {}
+
+    def keep(name: str) -> Callable[..., Any]:
+        def compiler(graph: Any, _: Any) -> Any:
+            graphs[name] = graph.graph
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    backend = aot_autograd(
+        fw_compiler=keep("forward"),
+        bw_compiler=keep("backward"),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    torch._dynamo.reset()
+    torch.compile(f, backend=backend, fullgraph=True)(*tensors).backward()
+    return graphs["forward"], graphs["backward"]
+
+
+def calls(graph: Any) -> list[str]:
+    return [str(node.target) for node in graph.nodes if node.op == "call_function"]
+
+
+def shapes_out(graph: Any) -> list[tuple[int, ...]]:
+    """Of what a graph gives that it was not given."""
+    (out,) = (node for node in graph.nodes if node.op == "output")
+    nodes = [node for node in out.args[0] if node is not None and node.op != "placeholder"]
+    return [tuple(node.meta["val"].shape) for node in nodes]
+
+
+def test_a_compiler_sees_the_forwards_matmuls_and_keeps_no_h() -> None:
+    """Even where equal operations are merged (Inductor) and h would be cheaper to keep."""
+    gate, up, weight, bias = parameters((64, 32), (64, 32), (16, 32), (16,), dtype=FP32)
+    forward, backward = graphs_of(
+        lambda *ts: glu_linear(*ts).square().sum(), gate, up, weight, bias
+    )
+    assert [name for name in calls(forward) if "mm" in name] == ["aten.addmm.default"]
+    assert "nanovision.glu_linear_backward.default" in calls(backward)
+    assert (64, 32) not in shapes_out(forward)
+    forward, _ = graphs_of(
+        lambda *ts: cast(swiglu(*ts[:2]), *ts[2:]).square().sum(), gate, up, weight, bias
+    )
+    assert (64, 32) in shapes_out(forward)  # it can tell
+
+    norm = torch.ones(32, requires_grad=True)
+    weights = parameters((16, 32), (8, 32), (4, 32), dtype=FP32)
+
+    def ours(x: Tensor, norm: Tensor, *weights: Tensor) -> Tensor:
+        return joined(norm_linears(x, norm, weights, [None, None, bias[:4]])).square().sum()
+
+    def composed(x: Tensor, norm: Tensor, *weights: Tensor) -> Tensor:
+        h = rms_norm(x, norm)
+        return joined([cast(h, weight, None) for weight in weights]).square().sum()
+
+    forward, backward = graphs_of(ours, gate, norm, *weights)
+    products = [name for name in calls(forward) if "mm" in name]
+    assert products == ["aten.mm.default", "aten.mm.default", "aten.addmm.default"]
+    assert "nanovision.norm_linears_backward.default" in calls(backward)
+    assert (64, 32) not in shapes_out(forward)
+    assert (64, 32) in shapes_out(graphs_of(composed, gate, norm, *weights)[0])
+
+
+@pytest.mark.parametrize("lead", [(), (2, 3)], ids=str)
+def test_forward_is_one_matmul_a_weight(lead: tuple[int, ...], allocations_in: Any) -> None:
+    gate, up, norm = parameters((*lead, 4, 8), (*lead, 4, 8), (8,))
+    q, k, bias = parameters((6, 8), (3, 8), (3,))
+    with allocations_in() as allocations:
+        glu_linear(gate, up, q)
+        norm_linears(gate, norm, [q, k], [None, bias])
+    products = [name for name in allocations.ops if "mm" in name]
+    assert products == ["aten.mm.default", "aten.mm.default", "aten.addmm.default"]
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_checkpoint_may_keep_the_matmuls(keeps: bool, allocations_in: Any) -> None:
+    tensors = parameters((64, 32), (64, 32), (16, 32), dtype=FP32)
+    norm = torch.ones(32, requires_grad=True)
+
+    def f(gate: Tensor, up: Tensor, weight: Tensor, norm: Tensor) -> Tensor:
+        return joined([glu_linear(gate, up, weight), *norm_linears(up, norm, [weight])])
+
+    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        product = keeps and op == torch.ops.aten.mm.default
+        return CheckpointPolicy.MUST_SAVE if product else CheckpointPolicy.PREFER_RECOMPUTE
+
+    wanted = torch.autograd.grad(f(*tensors, norm).square().sum(), [*tensors, norm])
+    context = partial(create_selective_checkpoint_contexts, policy)
+    with allocations_in() as allocations:
+        out = checkpoint(f, *tensors, norm, use_reentrant=False, context_fn=context)
+        got = torch.autograd.grad(out.square().sum(), [*tensors, norm])
+    for mine, other in zip(got, wanted, strict=True):
+        assert torch.equal(mine, other)
+    assert allocations.ops.count("aten.mm.default") == (2 if keeps else 4)
+
+
+def test_compiled_gives_the_same_bits() -> None:
+    x, norm, bias = parameters((16, 8), (8,), (24,))
+    gate, up, down = parameters((24, 8), (24, 8), (8, 24))
+
+    def block(x: Tensor, norm: Tensor, *leaves: Tensor) -> Tensor:
+        gate, up, down, bias = leaves
+        halves = norm_linears(x, norm, [gate, up], [None, bias])
+        return x + glu_linear(*halves, down)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    leaves, g = (x, norm, gate, up, down, bias), [random(16, 8, seed=9)]
+    got, wanted = gradients(compiled, g, *leaves), gradients(block, g, *leaves)
+    for mine, other in zip((*got[0], *got[1]), (*wanted[0], *wanted[1]), strict=True):
+        assert torch.equal(mine, other)
+
+
+# Shapes, errors
+
+
+def test_dtype_and_shape_on_meta() -> None:
+    x = torch.empty(2, 4, 6, dtype=BF16, device="meta", requires_grad=True)
+    norm = torch.empty(6, device="meta", requires_grad=True)
+    weight = torch.empty(5, 6, device="meta", dtype=FP16, requires_grad=True)
+    for out in (glu_linear(x, x, weight), *norm_linears(x, norm, [weight, weight])):
+        assert (out.shape, out.dtype, out.device.type) == ((2, 4, 5), FP16, "meta")
+        grads = torch.autograd.grad(out.sum(), (x, weight), retain_graph=True)
+        for leaf, g in zip((x, weight), grads, strict=True):
+            assert (g.shape, g.dtype) == (leaf.shape, leaf.dtype)
+
+
+def test_strides_are_as_a_compiler_is_told() -> None:
+    """Of arguments that lie in any way: the results have no gaps."""
+    turned = random(8, 6, dtype=BF16).t()
+    g, weight, norm = random(6, 5, dtype=FP32), random(5, 8, dtype=FP32), torch.ones(8)
+    r = torch.ones(6, 1)
+    needs = [True, True, True]
+    for op, args in (
+        (fused._glu_linear_op, (g, turned, turned, weight, "swiglu", False, True, True)),
+        (
+            fused._norm_linears_op,
+            ([g, g], turned, norm, [weight, weight], r, 1e-6, False, True, needs),
+        ),
+    ):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            told = op(*tree_map_only(Tensor, mode.from_tensor, args))
+        for mine, fake in zip(op(*args), told, strict=True):
+            assert (mine.shape, mine.dtype) == (fake.shape, fake.dtype)
+            assert mine.stride() == fake.stride()
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (6,)], ids=str)
+def test_no_rows_and_one_row(shape: tuple[int, ...]) -> None:
+    x, norm, weight, bias = parameters(shape, (6,), (5, 6), (5,), dtype=torch.float64)
+    for ours, plain in (
+        (glu_linear(x, x, weight, bias), exact_glu_linear(x, x, weight, bias)),
+        (
+            norm_linears(x, norm, [weight], [bias], 1e-3)[0] * 1.0,
+            exact_norm_linears(x, norm, [weight], [bias])[0],
+        ),
+    ):
+        assert ours.shape == (*shape[:-1], 5)
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+        got, wanted = (
+            torch.autograd.grad(y.sum(), (x, weight, bias), retain_graph=True)
+            for y in (ours, plain)
+        )
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
+
+
+ONES = torch.ones(4, 6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda w: glu_linear(ONES, ONES[:2], w), "they must be alike"),
+        (lambda w: glu_linear(ONES, ONES.bfloat16(), w), "they must be alike"),
+        (lambda w: glu_linear(ONES, ONES, w, activation="relu"), "must be .swiglu. or .geglu."),
+        (lambda w: glu_linear(ONES[:, :5], ONES[:, :5], w), r"weight must be \[O, I\] for gate"),
+        (lambda w: glu_linear(ONES, ONES, w, torch.ones(2)), r"bias must have shape \[5\]"),
+        (lambda w: glu_linear(ONES, ONES, w.to("meta")), "weight is on meta"),
+        (lambda w: norm_linears(ONES, torch.ones(6), []), "needs a weight at least"),
+        (lambda w: norm_linears(ONES, torch.ones(6), [w], [None, None]), "1 weights and 2 biases"),
+        (lambda w: norm_linears(ONES, torch.ones(5), [w]), r"norm_weight must have shape \[6\]"),
+        (lambda w: norm_linears(ONES, torch.ones(6), [w, w.t()]), r"weights\[1\] must be \[O, I\]"),
+        (lambda w: norm_linears(ONES, torch.ones(6), [w, w.half()]), "must have one dtype"),
+        (lambda w: norm_linears(ONES, torch.ones(6), [w], [torch.ones(6)]), r"biases\[0\] must"),
+        (lambda w: norm_linears(ONES, torch.ones(6), [w.long()]), r"weights\[0\] must be floating"),
+        (lambda w: norm_linears(ONES, torch.ones(6), [w], eps=-1.0), "eps must be >= 0"),
+    ],
+)
+def test_bad_arguments_are_named(call: Callable[[Tensor], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(5, 6))

@@ -1,0 +1,456 @@
+"""glu_linear and norm_linears over their Triton kernels, in the interpreter and on a GPU: values,
+gradients, whose memory is whose, drivers.
+
+What does not depend on the backend is in test_fused_linear.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import grad, hessian
+
+from kernels import (
+    dispatch,
+    geglu,
+    glu_linear,
+    glu_triton,
+    norm_linears,
+    rms_norm,
+    rms_norm_triton,
+    swiglu,
+)
+from tests.kernels.drivers import (
+    Driver,
+    Loss,
+    by_autograd,
+    by_autograd_of_vmap,
+    by_compile,
+    by_compiled_grad,
+    by_double_backward,
+    by_func_grad,
+    by_hvp,
+    by_jvp,
+    by_jvp_jvp,
+    by_one_leaf,
+    by_vmap_grad,
+    by_vmap_grad_shared,
+    by_vmap_hvp,
+    by_vmap_twice,
+    disagreement,
+    everyone,
+    name_of,
+    random,
+)
+
+# torch.func.jvp scripts its decompositions when first used
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+
+fused = importlib.import_module("kernels.fused_linear")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+TOLERANCE = 1e-4  # fp32: sums of a few hundred numbers of order 1, a few times over
+ROWS, INNER = 5, 7
+
+
+def triton() -> Any:
+    return dispatch.override(swiglu="triton", geglu="triton", rms_norm="triton")
+
+
+def torch_only() -> Any:
+    return dispatch.override(swiglu="torch", geglu="torch", rms_norm="torch")
+
+
+# References
+
+
+def exact_glu_linear(
+    gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "swiglu"
+) -> Tensor:
+    act = F.silu(gate) if name == "swiglu" else F.gelu(gate, approximate="tanh")
+    return F.linear(act * up, weight, bias)
+
+
+def exact_norm_linears(
+    x: Tensor, norm_weight: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    h = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm_weight
+    return [F.linear(h, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
+def joined(outs: Sequence[Tensor]) -> Tensor:
+    return torch.cat([out.flatten() for out in outs])
+
+
+def gradients(
+    f: Callable[..., Any], grads: Sequence[Tensor], tensors: Sequence[Tensor]
+) -> list[Tensor]:
+    """The outputs, and then the gradients for these gradients of theirs."""
+    xs = [x.detach().clone().requires_grad_() for x in tensors]
+    outs = f(*xs)
+    outs = [outs] if isinstance(outs, Tensor) else list(outs)
+    return [*(out.detach() for out in outs), *torch.autograd.grad(outs, xs, grads)]
+
+
+def no_worse(got: list[Tensor], other: list[Tensor], right: list[Tensor]) -> None:
+    """Than plain torch in the same dtypes, against fp64, but for one rounding of the largest entry
+    (the interpreter cuts off where it should round). NaN never passes."""
+    for mine, theirs, exact in zip(got, other, right, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert mine.shape == exact.shape
+        unit = torch.finfo(mine.dtype).eps
+        allowed = (theirs.double() - exact).abs().max() + unit * exact.abs().max()
+        assert float((mine.double() - exact).abs().max()) <= float(allowed)
+
+
+# Values and gradients
+
+# of the activations, of the weights and their bias; of the norm's weight
+DTYPES = [(BF16, BF16, FP32), (FP16, FP16, FP32), (FP32, FP32, FP32), (BF16, FP32, BF16)]
+SHAPES = [(1, 1), (2, 3, 64), (5, 123)]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", ["swiglu", "geglu"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("dtype", "wide", "_"), DTYPES)
+def test_glu_linear(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    wide: torch.dtype,
+    _: torch.dtype,
+    kernel_device: str,
+) -> None:
+    inner = shape[-1]
+    tensors = [random(*shape, seed=i, dtype=dtype) for i in range(2)]
+    tensors += [random(9, inner, seed=2, dtype=wide), random(9, seed=3, dtype=wide)]
+    tensors = [t.to(kernel_device) for t in tensors]
+    g = random(*shape[:-1], 9, seed=4, dtype=wide).to(kernel_device)
+    act = {"swiglu": swiglu, "geglu": geglu}[name]
+
+    def composed(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(act(gate, up).to(wide), weight, bias)
+
+    with triton():
+        got = gradients(partial(glu_linear, activation=name), [g], tensors)
+        same = gradients(composed, [g], tensors)
+    with torch_only():
+        other = gradients(composed, [g], tensors)
+    exact = partial(exact_glu_linear, name=name)
+    right = gradients(exact, [g.double()], [t.double() for t in tensors])
+    check(got, same, other, right, [0, 3], dtype == wide)
+
+
+def check(
+    got: list[Tensor],
+    same: list[Tensor],
+    other: list[Tensor],
+    right: list[Tensor],
+    through: list[int],
+    alike: bool,
+) -> None:
+    """Against the composition of the same kernels, that of torch, and fp64.
+
+    through: the results that h was rounded for, the outputs and the weights' gradients; they have
+    the composition's bits. Where h is rounded to less than they are (not `alike`) that is all that
+    can be asked of them: how it is rounded shows.
+    """
+    for i in through:
+        assert torch.equal(got[i], same[i])
+    rest = [i for i in range(len(got)) if alike or i not in through]
+    no_worse(*([results[i] for i in rest] for results in (got, other, right)))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("dtype", "wide", "norm"), DTYPES)
+def test_norm_linears(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    wide: torch.dtype,
+    norm: torch.dtype,
+    kernel_device: str,
+) -> None:
+    sizes, inner = (12, 5, 3), shape[-1]
+    tensors = [random(*shape, dtype=dtype), random(inner, seed=1, dtype=norm)]
+    tensors += [random(o, inner, seed=2 + o, dtype=wide) for o in sizes]
+    tensors += [random(o, seed=20 + o, dtype=wide) for o in sizes]
+    tensors = [t.to(kernel_device) for t in tensors]
+    g = [random(*shape[:-1], o, seed=40 + o, dtype=wide).to(kernel_device) for o in sizes]
+
+    def ours(x: Tensor, n: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        return norm_linears(x, n, leaves[:3], leaves[3:], 1e-3)
+
+    def composed(x: Tensor, n: Tensor, *leaves: Tensor) -> list[Tensor]:
+        h = rms_norm(x, n, 1e-3).to(wide)
+        return [F.linear(h, w, b) for w, b in zip(leaves[:3], leaves[3:], strict=True)]
+
+    with triton():
+        got = gradients(ours, g, tensors)
+        same = gradients(composed, g, tensors)
+    with torch_only():
+        other = gradients(composed, g, tensors)
+    right = gradients(
+        lambda x, n, *leaves: exact_norm_linears(x, n, leaves[:3], leaves[3:]),
+        [t.double() for t in g],
+        [t.double() for t in tensors],
+    )
+    check(got, same, other, right, [0, 1, 2, 5, 6, 7], dtype == wide)
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (6,)], ids=str)
+def test_no_rows_and_one_row(shape: tuple[int, ...], kernel_device: str) -> None:
+    x, norm, weight = (
+        random(*s, seed=i, dtype=FP32).to(kernel_device)
+        for i, s in enumerate((shape, (6,), (5, 6)))
+    )
+    ones = torch.ones(*shape[:-1], 5, device=kernel_device)
+    with triton():
+        got = gradients(glu_linear, [ones], [x, x, weight])
+        got += gradients(
+            lambda x, n, w: norm_linears(x, n, [w], eps=1e-3), [ones], [x, norm, weight]
+        )
+    right = gradients(exact_glu_linear, [ones], [x, x, weight])
+    right += gradients(
+        lambda x, n, w: exact_norm_linears(x, n, [w], [None]), [ones], [x, norm, weight]
+    )
+    for mine, exact in zip(got, right, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-5, atol=1e-5)
+
+
+# The kernel that overwrites
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", ["swiglu", "geglu"])
+@pytest.mark.parametrize("shape", [(1,), (5, 123), (2, 3, 64), (3, 1030)], ids=str)
+@pytest.mark.parametrize("halves", [False, True])
+def test_overwriting_gives_the_same_bits(
+    name: str, shape: tuple[int, ...], halves: bool, kernel_device: str
+) -> None:
+    """As three kernels that do not, of rows without gaps or with NaN between them."""
+    width = shape[-1]
+    wide = torch.full((*shape[:-1], 2 * width + 8), float("nan"), dtype=BF16, device=kernel_device)
+    wide[..., : 2 * width] = random(*shape[:-1], 2 * width, dtype=BF16).to(kernel_device)
+    gate, up = wide[..., :width], wide[..., width : 2 * width]
+    if not halves:
+        gate, up = gate.contiguous(), up.contiguous()
+    g = random(*shape, seed=2, dtype=BF16).to(kernel_device)
+    wanted = (*glu_triton.glu_backward(g, gate, up, name), glu_triton.glu_forward(gate, up, name))
+    lent = g.clone()
+    got = glu_triton.glu_backward_(lent, gate, up, name)
+    for mine, other in zip(got, wanted, strict=True):
+        assert mine is not None
+        assert torch.equal(mine, other)
+    assert got[1] is lent
+    assert not torch.equal(lent, g)
+    less = glu_triton.glu_backward_(g.clone(), gate, up, name, needs_value=False)
+    assert less[2] is None
+    assert torch.equal(less[0], wanted[0])
+    assert torch.equal(less[1], wanted[1])
+
+
+def test_what_cannot_be_overwritten_is_left_alone(kernel_device: str) -> None:
+    gate, up = (random(6, 8, seed=i, dtype=BF16).to(kernel_device) for i in range(2))
+    wider = random(6, 8, seed=2, dtype=FP32).to(kernel_device)
+    turned = random(8, 6, seed=3, dtype=BF16).to(kernel_device).t()
+    for g in (wider, turned):
+        before = g.clone()
+        got = glu_triton.glu_backward_(g, gate, up, "swiglu")
+        assert torch.equal(g, before)
+        assert got[1].data_ptr() != g.data_ptr()
+        wanted = glu_triton.glu_backward(g, gate, up, "swiglu")
+        assert torch.equal(got[0], wanted[0])
+        assert torch.equal(got[1], wanted[1])
+
+
+def test_the_gradient_of_the_output_is_not_overwritten(kernel_device: str) -> None:
+    """Nor are the arguments: what is overwritten was made inside."""
+    tensors = [random(*s, seed=i, dtype=FP32) for i, s in enumerate(((8, 8), (8, 8), (8, 8)))]
+    tensors = [t.to(kernel_device) for t in tensors]
+    g, norm = (
+        random(8, 8, seed=5, dtype=FP32).to(kernel_device),
+        torch.ones(8, device=kernel_device),
+    )
+    before = [t.clone() for t in (*tensors, g, norm)]
+    with triton():
+        fused._glu_linear_op(g, *tensors, "swiglu", True, True, True)
+        r = torch.ones(8, 1, device=kernel_device)
+        fused._norm_linears_op(
+            [g, g], tensors[0], norm, tensors[1:], r, 1e-6, True, True, [True] * 3
+        )
+    for mine, other in zip((*tensors, g, norm), before, strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize(("needs", "wide"), [((True, True), 3), ((True, False), 2)], ids=str)
+def test_glu_linear_allocates_no_more_than_it_says(
+    needs: tuple[bool, bool], wide: int, allocations_in: Any, kernel_device: str
+) -> None:
+    gate, up = (random(64, 32, seed=i, dtype=BF16).to(kernel_device) for i in range(2))
+    weight, g = (random(*s, dtype=BF16).to(kernel_device) for s in ((4, 32), (64, 4)))
+    with allocations_in(gate, up, weight, g) as allocations:
+        out = fused._glu_linear_gradients(g, gate, up, weight, "swiglu", True, *needs)
+        gc.collect()  # the interpreter's frames hold each other
+        assert allocations.living() == sum(t.nbytes for t in out)
+    storages = {ref.cdata for ref, size, _ in allocations.made if size == gate.nbytes}
+    assert len(storages) == wide
+
+
+def launched(
+    monkeypatch: pytest.MonkeyPatch, f: Callable[..., Any], tensors: Sequence[Tensor], learn: str
+) -> list[tuple[str, int]]:
+    """The kernels of a step for the tensors with a 1 in `learn`, and how many tensors each took."""
+    seen: list[tuple[str, int]] = []
+    for module in (glu_triton, rms_norm_triton):
+        right = module.launch
+
+        def counted(kernel: Any, grid: Any, *args: Any, right: Any = right, **rest: Any) -> None:
+            count = sum(isinstance(a, Tensor) for a in args)
+            seen.append((kernel.fn.__name__.removesuffix("_kernel"), count))
+            right(kernel, grid, *args, **rest)
+
+        monkeypatch.setattr(module, "launch", counted)
+    leaves = [t.detach().requires_grad_(c == "1") for t, c in zip(tensors, learn, strict=True)]
+    with triton():
+        joined(f(*leaves)).square().sum().backward()
+    for leaf, c in zip(leaves, learn, strict=True):
+        assert (leaf.grad is not None) == (c == "1")
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("learn", "backward"),
+    [
+        ("111", [("swiglu_backward", 6)]),
+        ("110", [("swiglu_backward", 5)]),
+        ("001", [("swiglu_forward", 3)]),
+    ],
+)
+def test_glu_linear_launches(
+    learn: str,
+    backward: list[tuple[str, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    kernel_device: str,
+) -> None:
+    """One kernel each way; what it reads and writes."""
+    shapes = ((6, 8), (6, 8), (3, 8))
+    tensors = [random(*s, seed=i, dtype=BF16).to(kernel_device) for i, s in enumerate(shapes)]
+    seen = launched(monkeypatch, lambda *ts: [glu_linear(*ts)], tensors, learn)
+    assert seen == [("swiglu_forward", 3), *backward]
+
+
+@pytest.mark.parametrize(
+    ("learn", "backward"),
+    [
+        ("1111", ["rms_norm_forward", "rms_norm_backward", "rms_norm_sum"]),
+        ("1000", ["rms_norm_backward"]),
+        ("0011", ["rms_norm_forward"]),
+    ],
+)
+def test_norm_linears_launches(
+    learn: str, backward: list[str], monkeypatch: pytest.MonkeyPatch, kernel_device: str
+) -> None:
+    shapes = ((6, 8), (8,), (3, 8), (2, 8))
+    tensors = [random(*s, seed=i, dtype=BF16).to(kernel_device) for i, s in enumerate(shapes)]
+    seen = launched(monkeypatch, lambda x, n, a, b: norm_linears(x, n, [a, b]), tensors, learn)
+    assert [name for name, _ in seen] == ["rms_norm_forward", *backward]
+
+
+# Drivers
+
+
+@dataclass(frozen=True)
+class Case:
+    """`fast` against `plain`, of tensors of these shapes; `op`: the attribute of the module."""
+
+    fast: Loss
+    plain: Loss
+    shapes: tuple[tuple[int, ...], ...]
+    op: str
+
+
+CASES = {
+    "glu_linear": Case(
+        glu_linear, exact_glu_linear, ((ROWS, INNER), (ROWS, INNER), (4, INNER), (4,)), "GLU_LINEAR"
+    ),
+    "norm_linears": Case(
+        lambda x, n, q, k, b: joined(norm_linears(x, n, [q, k], [None, b], 1e-3)),
+        lambda x, n, q, k, b: joined(exact_norm_linears(x, n, [q, k], [None, b])),
+        ((ROWS, INNER), (INNER,), (6, INNER), (2, INNER), (2,)),
+        "NORM_LINEARS",
+    ),
+}
+
+
+def by_hessian(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    """With respect to the first two."""
+    rows = hessian(loss, (0, 1))(*floats)
+    return [block for row in rows for block in row]
+
+
+def by_grad_grad(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    def size(*xs: Tensor) -> Tensor:
+        return torch.stack([g.square().sum() for g in grad(loss, everyone(floats))(*xs)]).sum()
+
+    return list(grad(size, everyone(floats))(*floats))
+
+
+FIRST: list[Driver] = [
+    by_autograd,
+    by_one_leaf,
+    by_func_grad,
+    by_vmap_grad,
+    by_vmap_grad_shared,
+    by_vmap_twice,
+    by_autograd_of_vmap,
+    by_compile,
+    by_compiled_grad,
+]
+HIGHER: list[Driver] = [
+    by_jvp,
+    by_double_backward,
+    by_grad_grad,
+    by_hvp,
+    by_vmap_hvp,
+    by_hessian,
+    by_jvp_jvp,
+]
+
+
+def error(case: Case, driver: Driver, device: str) -> float:
+    floats = tuple(random(*s, seed=i).to(device, FP32) for i, s in enumerate(case.shapes))
+    with triton():
+        return disagreement(driver, case.fast, case.plain, floats)
+
+
+@pytest.mark.parametrize("driver", [*FIRST, *HIGHER], ids=name_of)
+@pytest.mark.parametrize("name", CASES)
+def test_under_driver(name: str, driver: Driver, kernel_device: str) -> None:
+    assert error(CASES[name], driver, kernel_device) < TOLERANCE
+
+
+@pytest.mark.parametrize("driver", FIRST, ids=name_of)
+@pytest.mark.parametrize("name", CASES)
+def test_a_wrong_backward_shows(
+    name: str, driver: Driver, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[name]
+    op = getattr(fused, case.op)
+
+    def wrong(*args: Any, **static: Any) -> Any:
+        out = op.backward(*args, **static)
+        return tuple(None if t is None else 3.0 * t for t in out)
+
+    monkeypatch.setattr(fused, case.op, dataclasses.replace(op, backward=wrong))
+    assert error(case, driver, kernel_device) > 0.1

@@ -1,0 +1,417 @@
+"""`bench train`, on a CPU: rungs, documents, figures, and what happens where a rung fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import textwrap
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import runners.compose
+import transforms
+from core import PRESETS
+from core.batch import IGNORE
+from core.config import TextConfig, VLMConfig
+from runners.bench import run
+from runners.benchmarks import cold_start, entries, peers, training
+from runners.benchmarks.clock import CpuClock, DeviceLostError
+from runners.benchmarks.entries import Entry, Measured, Pace, measure_round
+from runners.benchmarks.ladder import (
+    PAD,
+    TOP,
+    Documents,
+    batches_of,
+    draw_documents,
+    ladder,
+    plans,
+    positions_of,
+    text_only,
+)
+from runners.benchmarks.roofline import optimizer_bytes, pairs, training_step
+from runners.benchmarks.training import Programs, TrainBenchConfig, bench, check
+from runners.cli import UsageError
+from runners.config import TrainConfig
+from runners.errors import UserError
+from runners.flops import measure_load
+
+MICRO = (
+    "text.dim=32", "text.layers=2", "text.heads=4", "text.kv_heads=2", "text.mlp_dim=48",
+    "text.vocab_size=128", "text.qkv_bias=true", "text.qk_norm=false",
+)  # fmt: skip
+SMALL = TrainBenchConfig(
+    preset="tiny", override=MICRO, rows=2, length=32, steps=2, warmup=1, rounds=2
+)
+QUIET = Console(quiet=True)
+
+
+def no_ceilings(clock: object) -> dict:
+    return {"copy": 1e12, "bf16": 1e14, "int8": 1e14}
+
+
+@pytest.fixture
+def uncompiled(monkeypatch) -> None:
+    """torch.compile takes seconds a rung: here its forwards stay as they are."""
+    monkeypatch.setattr(runners.compose, "compile", lambda forward, **_: forward)
+
+
+def measured(config: TrainBenchConfig) -> list[dict]:
+    assert bench(config, CpuClock(), "bench train", QUIET, no_ceilings) == 0
+    lines = (Path(config.out) / "train.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+# -- rungs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_rungs_differ_by_the_flags_they_name_and_by_nothing_else(ragged: bool) -> None:
+    start = TrainConfig()
+    made = plans(ladder(8, ragged), start)
+    for plan in made.values():
+        rung = plan.rung
+        named = {name for name in rung.changes if name != "packed"}
+        if rung.parent is None:
+            before, packed = start, True
+        else:
+            before, packed = made[rung.parent].config, made[rung.parent].packed
+        differing = {
+            field.name
+            for field in dataclasses.fields(TrainConfig)
+            if getattr(before, field.name) != getattr(plan.config, field.name)
+        }
+        assert differing <= named, rung.key
+        assert {name: getattr(plan.config, name) for name in named} == {
+            name: rung.changes[name] for name in named
+        }
+        if rung.parent is not None:
+            assert differing == named, f"{rung.key} names what it does not change"
+            assert (plan.packed != packed) == ("packed" in rung.changes)
+            assert len(rung.changes) == 1 or rung.key == "checkpoint_half"
+    assert ("packing" in made) == ragged
+
+
+def test_the_top_of_the_ladder_is_what_the_trainer_does_by_default() -> None:
+    plan = plans(ladder(8, True), TrainConfig())[TOP]
+    bf16_on_a_gpu = replace(TrainConfig(), dtype="bf16", compile=True, device_batch_size=8)
+    assert plan.config == bf16_on_a_gpu
+    assert plan.packed
+
+
+def test_phases_come_in_order_and_every_parent_before_its_child() -> None:
+    seen: set[str | None] = {None}
+    for rung in ladder(8, True):
+        assert rung.parent in seen
+        seen.add(rung.key)
+    phases = [rung.phase for rung in ladder(8, True)]
+    assert list(dict.fromkeys(phases)) == ["baseline", "phase 1", "phase 2", "phase 3", "beyond"]
+
+
+def test_rungs_share_programs_where_only_the_optimizer_differs() -> None:
+    model = text_only(PRESETS["tiny"])
+    programs = Programs(model, torch.device("cpu"))
+    made = plans(ladder(2, False), training.starting_config(SMALL))
+    shared = {key: programs.shared(key, plan) for key, plan in made.items()}
+    assert {key: owner for key, owner in shared.items() if owner} == {
+        "adamw": "compile", "bf16_states": "blocks", "bf16_checkpoint": "checkpoint",
+        "fp8_bf16": "fp8", "muon": "blocks", "adamw8bit": "blocks",
+    }  # fmt: skip
+
+
+# -- documents ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("packed", "at_once"), [(True, 1), (True, 4), (False, 1), (False, 4)])
+def test_real_tokens_are_counted_right_whether_padded_or_packed(packed: bool, at_once: int) -> None:
+    documents = draw_documents(4, 256, 0.7)
+    batches, longest = batches_of(documents, 97, at_once, packed)
+    naive = sum(int((batch["tokens"] != PAD).sum()) for batch in batches)
+    assert naive == documents.tokens == documents.load.tokens
+    labels = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
+    assert labels == sum(length - 1 for length in documents.lengths)
+    loads = [measure_load(text_only(PRESETS["tiny"]), batch, PAD) for batch in batches]
+    found = sorted(int(length) for load in loads for length in load.documents)
+    assert found == sorted(documents.lengths)  # attention sees each document alone
+    rows = len(documents.rows) if packed else len(documents.lengths)
+    per_row = documents.row_len if packed else documents.padded_len()
+    assert longest.document == per_row
+    assert positions_of(batches) == -(-rows // at_once) * at_once * per_row
+
+
+def test_padded_and_packed_hold_the_same_tokens() -> None:
+    documents = draw_documents(3, 128, 1.0)
+    words = []
+    for packed in (False, True):
+        batches, _ = batches_of(documents, 1000, 2, packed)
+        tokens = torch.cat([batch["tokens"] for batch in batches])
+        words.append(tokens[tokens != PAD])
+    assert torch.equal(*words)
+
+
+def test_lengths_are_drawn_as_said() -> None:
+    documents = draw_documents(64, 2048, 0.7)
+    assert documents == draw_documents(64, 2048, 0.7)
+    assert max(documents.lengths) <= 2048
+    mean = documents.tokens / len(documents.lengths)
+    assert 0.85 < mean / 512 < 1.1  # the mean of about 256 draws, each with a deviation of 0.8 mean
+    assert documents.tokens / (64 * 2048) > 0.98  # packed nearly full
+    assert max(documents.lengths) <= documents.padded_len() < max(documents.lengths) + 8
+
+
+def test_full_rows_are_one_document_each() -> None:
+    documents = draw_documents(3, 40, 0.0)
+    assert documents == Documents(((40,),) * 3, 40)
+    (batch,), longest = batches_of(documents, 50, 3, True)
+    assert batch["cu_seqlens"].tolist() == [0, 40, 80, 120]
+    assert longest.document == 40
+    assert documents.tokens == int((batch["tokens"] != PAD).sum()) == 120
+
+
+# -- the floor ------------------------------------------------------------------------------------
+
+
+def test_the_floor_of_a_step_against_numbers_written_out() -> None:
+    model = VLMConfig(TextConfig(vocab_size=10, dim=4, layers=2, heads=2, kv_heads=1, mlp_dim=6))
+    works = {work.part: work for work in training_step(model, [3, 2])}
+    weights = 2 * (4 * 4 + 2 * 2 * 4 + 4 * 4 + 3 * 4 * 6) + 10 * 4  # q, k and v, o, MLP; head
+    assert works["matrix products"].operations == 6 * weights * 5
+    assert pairs([3, 2]) == 1 + 2 + 3 + 1 + 2
+    assert works["attention"].operations == 2 * 7 * 2 * 4 * pairs([3, 2])
+    a_layer = 2 * 5 * 5 * 4 + 2 * 6 * 5 * 4 + 8 * 5 * 6 + 4 * 5 * 3 * 2
+    final_norm, embedding = 5 * 5 * 4, 4 * 5 * 4
+    elementwise = works["norms, SwiGLU, RoPE, residuals"].moved
+    assert elementwise == 2 * (2 * a_layer + final_norm + embedding)
+    assert works["cross-entropy"].moved == 2 * 3 * 5 * 10
+    assert works["optimizer"].moved == 30 * model.num_params()
+    assert optimizer_bytes(7, bf16_states=True) == 16 * 7
+
+
+# -- figures --------------------------------------------------------------------------------------
+
+
+def test_every_rung_is_measured_and_written(tmp_path: Path, uncompiled: None) -> None:
+    rows = measured(replace(SMALL, out=str(tmp_path), lengths=0.6))
+    assert [row["key"] for row in rows] == [rung.key for rung in ladder(2, True)]
+    by_key = {row["key"]: row for row in rows}
+    optional = {"fp8", "fp8_bf16", "adamw8bit"}  # a CPU has no fp8, and few have bitsandbytes
+    for key, row in by_key.items():
+        assert row["status"] == "ok" or key in optional, row["reason"]
+        if row["status"] == "ok":
+            assert len(row["samples"]) == 4
+            assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["ms"] * 1e3)
+            assert row["times_baseline"] == pytest.approx(by_key["baseline"]["ms"] / row["ms"])
+    documents = draw_documents(2, 32, 0.6)
+    assert {row["tokens"] for row in rows} == {documents.tokens}
+    # the same function of the same weights and tokens: bf16 rounds to 2^-9, the loss is about 5
+    losses = [row["loss"] for row in rows if row["status"] == "ok"]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=2**-7)
+    page = (tmp_path / "train.md").read_text()
+    assert "![tokens a second and memory, by rung](train.png)" in page
+    assert all(rung.label in page for rung in ladder(2, True))
+    assert "`--use_fused_loss=1`" in page
+    assert "The floor of '+ compile by blocks'" in page
+    assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo looks at it
+def test_compiled_rungs_run_through_the_compiler(tmp_path: Path, monkeypatch) -> None:
+    scopes: list[bool] = []
+
+    def through_dynamo(forward, *, blocks: bool):
+        scopes.append(blocks)
+        return transforms.compile(forward, blocks=blocks, backend="eager")
+
+    monkeypatch.setattr(runners.compose, "compile", through_dynamo)
+    only = ("compile", "adamw", "blocks")
+    rows = measured(replace(SMALL, out=str(tmp_path), only=only, rounds=1, steps=1))
+    assert [row["reason"] for row in rows] == [None] * 3
+    # a loss for training and one for validation each; adamw runs the programs of compile
+    assert scopes == [False, False, True, True]
+    assert [row["warm_up"] is None for row in rows] == [False, True, False]
+
+
+def test_running_out_of_memory_is_a_row(tmp_path: Path, uncompiled: None, monkeypatch) -> None:
+    class Full(training.Learner):
+        def train_step(self, grad_fn, batches):
+            if self.config.dtype == "fp32":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+            return super().train_step(grad_fn, batches)
+
+    monkeypatch.setattr(training, "Learner", Full)
+    rows = measured(replace(SMALL, out=str(tmp_path), only=("baseline", "bf16")))
+    assert (rows[0]["status"], rows[0]["samples"]) == ("out of memory", [])
+    assert rows[0]["reason"] == "CUDA out of memory. Tried to allocate"
+    assert rows[1]["status"] == "ok"
+    assert rows[1]["times_baseline"] is None
+    page = (tmp_path / "train.md").read_text()
+    assert "- baseline: fp32, nothing fused: out of memory: CUDA out of memory." in page
+
+
+def entry(step, **options) -> Entry:
+    @contextmanager
+    def start():
+        yield step
+
+    return Entry("key", "label", "phase", "", start, **options)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("full"), "out of memory"),
+        (UserError("pip install it"), "missing"),
+        (ModuleNotFoundError("No module named 'x'"), "missing"),
+        (RuntimeError("it broke\nhere"), "error"),
+    ],
+)
+def test_what_fails_is_a_result_and_is_not_tried_again(error: Exception, status: str) -> None:
+    tries = []
+
+    def step():
+        tries.append(1)
+        raise error
+
+    row = Measured("key", "label", "phase", "", 10, 1.0)
+    for _ in range(2):
+        measure_round(entry(step), row, CpuClock(), Pace(1, 1))
+    assert (row.status, row.samples, len(tries)) == (status, [], 1)
+
+
+def test_a_lost_device_ends_the_run() -> None:
+    def step():
+        raise DeviceLostError("an illegal memory access")
+
+    row = Measured("key", "label", "phase", "", 10, 1.0)
+    with pytest.raises(DeviceLostError):
+        measure_round(entry(step), row, CpuClock(), Pace(1, 1))
+
+
+def test_a_slow_rung_takes_fewer_steps_and_one_is_measured_once(monkeypatch) -> None:
+    monkeypatch.setattr(entries, "LONGEST", 0.0)
+    row = Measured("key", "label", "phase", "", 10, 1.0)
+    for _ in range(2):
+        measure_round(entry(lambda: torch.ones(2), once=True), row, CpuClock(), Pace(5, 2))
+    assert (len(row.samples), len(row.walls), row.loss) == (1, 2, 1.0)
+
+
+def test_no_rung_is_begun_after_the_time_is_up(tmp_path: Path, uncompiled: None) -> None:
+    rows = measured(replace(SMALL, out=str(tmp_path), only=("baseline",), minutes=0.0))
+    assert rows[0]["status"] == "not begun"
+
+
+# -- peers ----------------------------------------------------------------------------------------
+
+
+def test_peers_that_are_not_installed_are_rows_with_the_reason(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # importing it raises
+    only = ("hf", "hf_liger")
+    rows = measured(replace(SMALL, out=str(tmp_path), peers=True, only=only))
+    assert [row["status"] for row in rows] == ["missing", "missing"]
+    assert rows[0]["reason"] == "transformers is not installed"
+
+
+def test_hugging_face_takes_the_same_step(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    only = ("hf", "hf_checkpoint")
+    rows = measured(replace(SMALL, out=str(tmp_path), peers=True, only=only, rounds=1))
+    assert [row["status"] for row in rows] == ["ok", "ok"], rows
+    # recomputation changes no number
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-6)
+    assert rows[0]["tokens"] == 64
+
+
+def test_a_shape_that_qwen2_has_no_place_for_is_said(monkeypatch) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(peers.MissingError, match="no QK-norm"):
+        peers.build_model(text_only(PRESETS["tiny"]), torch.device("cpu"), 8)
+
+
+def test_what_liger_replaces_is_put_back() -> None:
+    modeling = pytest.importorskip(peers.MODULE)
+    norm, forward = modeling.Qwen2RMSNorm, modeling.Qwen2ForCausalLM.forward
+    turn = modeling.apply_rotary_pos_emb
+    with peers._unpatched():
+        modeling.Qwen2RMSNorm = modeling.apply_rotary_pos_emb = object()
+        modeling.Qwen2ForCausalLM.forward = None
+    assert (modeling.Qwen2RMSNorm, modeling.apply_rotary_pos_emb) == (norm, turn)
+    assert modeling.Qwen2ForCausalLM.forward is forward
+
+
+# -- the program's start --------------------------------------------------------------------------
+
+
+def program(tmp_path: Path, monkeypatch, body: str) -> None:
+    """Puts a program in the place of `runners.train`."""
+    package = tmp_path / "runners"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "train.py").write_text(textwrap.dedent(body))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_stages_of_a_start_are_told_apart(tmp_path: Path, monkeypatch) -> None:
+    body = """
+        import os, sys, time
+        def main():
+            assert os.environ["TRITON_CACHE_DIR"] != os.environ["TORCHINDUCTOR_CACHE_DIR"]
+            assert "--override" in sys.argv and "vision=none" in sys.argv
+            time.sleep(0.3)
+            print("Run runs/cold (new), CPU, torch")
+            for step in range(1, 100):
+                time.sleep(0.6 if step == 1 else 0.1)
+                print(f"step {step}/1000  loss 1.0")
+            time.sleep(60)
+    """
+    program(tmp_path, monkeypatch, body)
+    said: list[str] = []
+    cold, warm = cold_start.measure("tiny", (), 1, 8, said.append)
+    assert (cold.caches, warm.caches, cold.error) == ("cold", "warm", None)
+    assert 0.25 < cold.prepared < 0.55 < cold.first_step < 5
+    assert len(cold.later_steps) == 3
+    assert cold.total == pytest.approx(
+        cold.imports + cold.prepared + cold.first_step + cold.later_steps[0]
+    )
+    assert len(said) == 2
+
+
+def test_a_start_that_fails_says_its_last_words(tmp_path: Path, monkeypatch) -> None:
+    body = """
+        def main():
+            print("error: no room")
+    """
+    program(tmp_path, monkeypatch, body)
+    monkeypatch.setattr(cold_start, "make_data", lambda folder, size: (folder, folder))
+    starts = cold_start.measure("tiny", (), 1, 8, lambda line: None)
+    assert [start.error for start in starts] == ["it ended early: error: no room"] * 2
+
+
+# -- flags ----------------------------------------------------------------------------------------
+
+
+def test_bad_flags(monkeypatch) -> None:
+    for change, message in (
+        ({"preset": "tini"}, "no preset 'tini'"),
+        ({"only": ("flsh",)}, "--only flsh: .*did you mean flash"),
+        ({"only": ("hf",)}, "--only hf: there are"),
+        ({"rows": 0}, "--rows must be 1 or more, not 0"),
+        ({"lengths": -1.0}, "--lengths must lie in"),
+        ({"lengths": 0.5, "peers": True}, "--peers measures full rows"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            check(replace(SMALL, **change))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="PyTorch sees none here"):
+        run(["train"])
+
+
+def test_the_keys_are_listed(capsys) -> None:
+    assert run(["train", "--list", "--peers"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == [*(rung.key for rung in ladder(8, False)), *peers.PEERS]
