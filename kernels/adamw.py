@@ -94,7 +94,15 @@ def adamw_(
         of_group = [decays[i] for i in chosen]
         own = key + number * 0x01000193 & _LOW  # leaves are counted anew in every group
         if not triton:
-            _step_torch(p, m, v, given, theirs, of_group, scale, numbers, beta1, beta2, eps, own)
+            if param == moment == torch.float32:
+                _step_fused(p, m, v, given, of_group, scale, step, lr, beta1, beta2, eps)
+                for leaf, twin in zip(p, theirs, strict=True):
+                    if twin is not None:
+                        twin.copy_(leaf)
+            else:
+                _step_torch(
+                    p, m, v, given, theirs, of_group, scale, numbers, beta1, beta2, eps, own
+                )
             continue
         adamw_launch(
             _plan(p, m, v, theirs, of_group), step_table(given, numbers, own), scale,
@@ -146,7 +154,35 @@ def _plan(
     return _plans[key]
 
 
-# Torch: the same arithmetic, leaf by leaf
+# Torch: its own fused step where all states are fp32, else the same arithmetic leaf by leaf
+
+
+def _step_fused(
+    params: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grads: list[Tensor],
+    decays: list[float],
+    scale: Tensor | None,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    wide = [g.float() for g in grads]
+    if scale is not None:
+        wide = list(torch._foreach_mul(wide, scale))
+    number = torch.tensor(float(step), device=params[0].device)
+    for decay in dict.fromkeys(decays):
+        chosen = [i for i, own in enumerate(decays) if own == decay]
+        p, g, m, v = (
+            [leaves[i] for i in chosen] for leaves in (params, wide, exp_avgs, exp_avg_sqs)
+        )
+        torch._fused_adamw_(
+            p, g, m, v, [], [number] * len(p), lr=lr, beta1=beta1, beta2=beta2,
+            weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
 
 
 def _step_torch(

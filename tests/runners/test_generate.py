@@ -16,13 +16,13 @@ from params.tree import Tree
 from runners import generate
 from runners.config import TrainConfig, model_config
 from runners.data.types import IMAGE, Conversation, Turn
-from runners.decoding import KVCache, Sampler, attend_last, cast_matrices, decode, with_cache
+from runners.decoding import KVCache, Sampler, attend_last, decode, with_cache
 from runners.errors import UserError
 from runners.generate import pieces, prompt_batch
 from runners.metrics import Display
 from runners.setup import prepare
 from runners.train import train
-from transforms import mixed_precision
+from transforms import cast_matrices, mixed_precision
 
 Micro = Callable[..., TrainConfig]
 
