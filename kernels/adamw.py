@@ -16,12 +16,14 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from kernels.adamw_triton import Plan, adamw_launch, make_plan, step_table
 from kernels.dispatch import choose
+from kernels.operators import fake
 
 _STATES = (torch.float32, torch.bfloat16)
 _GRADS = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,6 +31,7 @@ _KEPT = 16  # plans: a training run has one a group
 _plans: OrderedDict[tuple[object, ...], Plan] = OrderedDict()
 
 
+@torch.no_grad()
 def adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -45,10 +48,14 @@ def adamw_(
     copies: Sequence[Tensor | None] | None = None,
     seed: int = 0,
 ) -> None:
-    """A step of AdamW (arXiv 1711.05101), in place, computed in fp32.
+    """A step of AdamW (arXiv 1711.05101), in place, computed in fp32, not differentiable.
+
+    m' = beta1 m + (1 - beta1) g; v' = beta2 v + (1 - beta2) g^2;
+    p' = p - lr (weight_decay p + m' / (1 - beta1^step) / (sqrt(v' / (1 - beta2^step)) + eps))
 
     Args:
-        params: leaves of any shape, contiguous, fp32 or bf16, all on one device.
+        params: leaves of any shape, contiguous, fp32 or bf16, all on one device. Leaves that begin
+            at a multiple of 16 bytes are the fast case, as all are that are not views.
         grads: of the same shapes, fp32, bf16 or fp16, whatever the params are; one that is not
             contiguous is copied first.
         exp_avgs, exp_avg_sqs: the moments, contiguous, fp32 or bf16, both of a leaf alike.
@@ -57,8 +64,8 @@ def adamw_(
         scale: fp32 scalar tensor on that device that multiplies all gradients; nothing waits for
             it.
         copies: bf16 twins of fp32 leaves, or None, that get the new params, rounded to the nearest.
-        seed: of the stochastic rounding of bf16 params and moments: a hash of seed, step, leaf and
-            place, the same on every device.
+        seed: of the stochastic rounding of bf16 params and moments: a hash of seed, step, number of
+            the leaf in the list and place in the leaf, the same on every device.
 
     Raises:
         ValueError: lists of different lengths, shapes or dtypes or devices that do not fit, a leaf
@@ -67,7 +74,7 @@ def adamw_(
     >>> import torch
     >>> p, g, m, v = torch.ones(2), torch.tensor([1.0, -1.0]), torch.zeros(2), torch.zeros(2)
     >>> adamw_([p], [g], [m], [v], step=1, lr=0.5, weight_decay=0.0)
-    >>> p.tolist()
+    >>> [round(x, 6) for x in p.tolist()]
     [0.5, 1.5]
     """
     if not params:
@@ -76,41 +83,89 @@ def adamw_(
     decays = (
         [float(weight_decay)] * len(params)
         if isinstance(weight_decay, int | float)
-        else list(weight_decay)
+        else [float(decay) for decay in weight_decay]
     )
     _check(params, grads, exp_avgs, exp_avg_sqs, twins, decays, scale, step)
-    numbers = (lr, 1 / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step))
+    given = [c for c in twins if c is not None]
+    copied = [i for i, c in enumerate(twins) if c is not None]
+    _op(
+        list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), given, copied, decays, scale,
+        step, lr, beta1, beta2, eps, seed,
+    )  # fmt: skip
+
+
+def _adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    copied: Sequence[int],
+    decays: Sequence[float],
+    scale: Tensor | None,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    seed: int,
+) -> None:
+    """`adamw_`, of arguments that fit; copies: those of the leaves in `copied`."""
+    twins = dict(zip(copied, copies, strict=True))
+    triton = choose("adamw", str(params[0].device), params[0].dtype) == "triton"
     key = _key(seed, step)
-    triton = choose("adamw", str(params[0].device), torch.float32) == "triton"
     groups: dict[tuple[torch.dtype, torch.dtype, torch.dtype, bool], list[int]] = {}
-    for i, (leaf, g, mean, c) in enumerate(zip(params, grads, exp_avgs, twins, strict=True)):
-        if leaf.numel():
-            kind = (leaf.dtype, g.dtype, mean.dtype, c is not None)
-            groups.setdefault(kind, []).append(i)
-    for number, ((param, grad, moment, copy), chosen) in enumerate(groups.items()):
-        p, m, v = ([leaves[i] for i in chosen] for leaves in (params, exp_avgs, exp_avg_sqs))
-        theirs = [twins[i] for i in chosen]
-        given = [grads[i].contiguous() for i in chosen]
-        of_group = [decays[i] for i in chosen]
-        own = key + number * 0x01000193 & _LOW  # leaves are counted anew in every group
-        if not triton:
-            if param == moment == torch.float32:
-                _step_fused(p, m, v, given, of_group, scale, step, lr, beta1, beta2, eps)
-                for leaf, twin in zip(p, theirs, strict=True):
-                    if twin is not None:
-                        twin.copy_(leaf)
-            else:
-                _step_torch(
-                    p, m, v, given, theirs, of_group, scale, numbers, beta1, beta2, eps, own
-                )
+    for i, (p, g, m) in enumerate(zip(params, grads, exp_avgs, strict=True)):
+        if not p.numel():
             continue
+        if triton:
+            groups.setdefault((p.dtype, g.dtype, m.dtype, i in twins), []).append(i)
+        else:
+            _step_torch(
+                p, g, m, exp_avg_sqs[i], twins.get(i), decays[i], scale, step, lr, beta1, beta2,
+                eps, key + i,
+            )  # fmt: skip
+    numbers = _numbers(step, lr, beta1, beta2)
+    for (param, grad, moment, copy), chosen in groups.items():
+        plan = _plan(params, exp_avgs, exp_avg_sqs, twins, decays, chosen)
+        given = [grads[i].contiguous() for i in chosen]  # alive until the launch
         adamw_launch(
-            _plan(p, m, v, theirs, of_group), step_table(given, numbers, own), scale,
+            plan, step_table(given, numbers, key), scale,
             beta1=beta1, beta2=beta2, eps=eps, param=param, grad=grad, moment=moment, copy=copy,
-            aligned=all(g.data_ptr() % 16 == 0 for g in given),
         )  # fmt: skip
 
 
+_op = torch.library.custom_op(
+    "nanovision::adamw_", _adamw, mutates_args=("params", "exp_avgs", "exp_avg_sqs", "copies")
+)
+
+
+@fake("adamw_")
+def _(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    copied: Sequence[int],
+    decays: Sequence[float],
+    scale: Tensor | None,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    seed: int,
+) -> None:
+    return None
+
+
+def _numbers(step: int, lr: float, beta1: float, beta2: float) -> tuple[float, float, float]:
+    """The rate, and what corrects the bias of m and of sqrt(v)."""
+    return lr, 1 / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
+
+
+@torch.no_grad()
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients together: an fp32 scalar on their device, summed in fp32 whatever
     they are, in the order given. That of none is 0, on the CPU.
@@ -121,140 +176,160 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     """
     if not grads:
         return torch.zeros(())
-    norms = torch._foreach_norm(list(grads), 2, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack(norms))
+    if grads[0].device.type == "cpu":
+        return torch.linalg.vector_norm(torch.stack([_norm_in_rows(grad) for grad in grads]))
+    by_dtype: dict[torch.dtype, list[int]] = {}  # few launches for many leaves, if they are alike
+    for i, grad in enumerate(grads):
+        by_dtype.setdefault(grad.dtype, []).append(i)
+    norms = dict[int, Tensor]()
+    for chosen in by_dtype.values():
+        alike = torch._foreach_norm([grads[i] for i in chosen], 2, dtype=torch.float32)
+        norms.update(zip(chosen, alike, strict=True))
+    return torch.linalg.vector_norm(torch.stack([norms[i] for i in range(len(grads))]))
+
+
+_ROW = 1024
+
+
+def _norm_in_rows(x: Tensor) -> Tensor:
+    """The norm of rows, the norm of their norms, and so on.
+
+    On a CPU, PyTorch adds the squares of a tensor one after the other: of 3e7 normal numbers the
+    norm is off by 2e-3. On a GPU it adds in a tree, as here.
+    """
+    x = x.flatten()
+    while x.numel() > _ROW:
+        rows, rest = x[: x.numel() // _ROW * _ROW].view(-1, _ROW), x[x.numel() // _ROW * _ROW :]
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+        x = torch.cat([norms, rest.float()])
+    return torch.linalg.vector_norm(x, dtype=torch.float32)
 
 
 # Plans
 
 
 def _plan(
-    params: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    copies: list[Tensor | None],
-    decays: list[float],
+    params: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    twins: dict[int, Tensor],
+    decays: Sequence[float],
+    chosen: list[int],
 ) -> Plan:
-    """The tables of these leaves. All that a plan is made of is in its key, so that memory which
-    was freed and taken for something else gets tables of its own."""
+    """The tables of the chosen leaves. All that a plan is made of is in its key, so that memory
+    which was freed and taken for something else gets tables of its own."""
     key = (
         params[0].device,
-        tuple(p.data_ptr() for p in params),
-        tuple(p.numel() for p in params),
-        tuple(m.data_ptr() for m in exp_avgs),
-        tuple(v.data_ptr() for v in exp_avg_sqs),
-        tuple(0 if c is None else c.data_ptr() for c in copies),
-        tuple(decays),
+        *chosen,
+        *(params[i].data_ptr() for i in chosen),
+        *(params[i].numel() for i in chosen),
+        *(exp_avgs[i].data_ptr() for i in chosen),
+        *(exp_avg_sqs[i].data_ptr() for i in chosen),
+        *(twins[i].data_ptr() for i in chosen if i in twins),  # of a group: all or none
+        *(decays[i] for i in chosen),
     )
     if key not in _plans:
-        _plans[key] = make_plan(params, exp_avgs, exp_avg_sqs, copies, decays)
+        _plans[key] = make_plan(
+            [params[i] for i in chosen],
+            [exp_avgs[i] for i in chosen],
+            [exp_avg_sqs[i] for i in chosen],
+            [twins.get(i) for i in chosen],
+            [decays[i] for i in chosen],
+            chosen,
+        )
         if len(_plans) > _KEPT:
             _plans.popitem(last=False)
     _plans.move_to_end(key)
     return _plans[key]
 
 
-# Torch: its own fused step where all states are fp32, else the same arithmetic leaf by leaf
+# Torch, leaf by leaf
 
 
-def _step_fused(
-    params: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    grads: list[Tensor],
-    decays: list[float],
+def _step_torch(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    copy: Tensor | None,
+    decay: float,
     scale: Tensor | None,
     step: int,
     lr: float,
     beta1: float,
     beta2: float,
     eps: float,
-) -> None:
-    wide = [g.float() for g in grads]
-    if scale is not None:
-        wide = list(torch._foreach_mul(wide, scale))
-    number = torch.tensor(float(step), device=params[0].device)
-    for decay in dict.fromkeys(decays):
-        chosen = [i for i, own in enumerate(decays) if own == decay]
-        p, g, m, v = (
-            [leaves[i] for i in chosen] for leaves in (params, wide, exp_avgs, exp_avg_sqs)
-        )
-        torch._fused_adamw_(
-            p, g, m, v, [], [number] * len(p), lr=lr, beta1=beta1, beta2=beta2,
-            weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
-        )  # fmt: skip
-
-
-def _step_torch(
-    params: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    grads: list[Tensor],
-    copies: list[Tensor | None],
-    decays: list[float],
-    scale: Tensor | None,
-    numbers: tuple[float, float, float],
-    beta1: float,
-    beta2: float,
-    eps: float,
     key: int,
 ) -> None:
-    rate, first, second = numbers
-    for leaf, (p, m, v, g, copy, decay) in enumerate(
-        zip(params, exp_avgs, exp_avg_sqs, grads, copies, decays, strict=True)
-    ):
-        g = g.float() if scale is None else g.float() * scale
-        wide_m = (
-            m.float().lerp_(g, 1 - beta1) if m.dtype != torch.float32 else m.lerp_(g, 1 - beta1)
-        )
-        wide_v = v.float() if v.dtype != torch.float32 else v
-        wide_v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        wide_p = p.float() if p.dtype != torch.float32 else p
-        wide_p.mul_(1 - rate * decay)
-        wide_p.addcdiv_(wide_m, (wide_v.sqrt() * second).add_(eps), value=-rate * first)
-        if torch.bfloat16 in (p.dtype, m.dtype):
-            one, two = _noise(p.numel(), leaf, key, p.device)
-            for narrow, wide, noise in (
-                (p, wide_p, one & 0xFFFF), (m, wide_m, one >> 16), (v, wide_v, two & 0xFFFF),
-            ):  # fmt: skip
-                if narrow.dtype == torch.bfloat16:
-                    narrow.copy_(_stochastic(wide, noise.view(p.shape)))
-        if copy is not None:
-            copy.copy_(wide_p)
+    """One leaf: PyTorch's fused AdamW if all is fp32, else the kernel's arithmetic, in its order,
+    so that the same bits come out."""
+    g = g.float().contiguous()
+    if scale is not None:
+        g = g * scale
+    if p.dtype == m.dtype == torch.float32:
+        count = torch.tensor(float(step), device=p.device)
+        torch._fused_adamw_(
+            [p], [g], [m], [v], [], [count],
+            lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False,
+            maximize=False,
+        )  # fmt: skip
+    else:
+        numbers = [*_numbers(step, lr, beta1, beta2), decay]
+        rate, first, second, shrink = torch.tensor(numbers, dtype=torch.float32, device=p.device)
+        x, mean, square = p.float(), m.float(), v.float()
+        mean = mean + (1 - beta1) * (g - mean)
+        square = beta2 * square + (1 - beta2) * g * g
+        x = x - rate * shrink * x
+        root = square.double().sqrt().float()  # PyTorch's fp32 root may be off by the last bit
+        x = x - rate * first * mean / (root * second + eps)
+        one, two = _noise(p.shape, key, p.device)
+        _round_into(p, x, one & 0xFFFF)
+        _round_into(m, mean, one >> 16)
+        _round_into(v, square, two & 0xFFFF)
+    if copy is not None:
+        copy.copy_(p)
 
 
 # Stochastic rounding
 
 _LOW = 0xFFFFFFFF
+Word = TypeVar("Word", int, Tensor)
 
 
 def _key(seed: int, step: int) -> int:
     """32 bits of a seed and a step."""
-    mixed = _mix(torch.tensor([seed & _LOW, step & _LOW]))
-    return int(_mix(mixed[0] * 31 + mixed[1] & _LOW))
+    return _mix(_mix(_mix(seed & _LOW) + (seed >> 32 & _LOW) & _LOW) + step & _LOW)
 
 
-def _mix(h: Tensor) -> Tensor:
-    """lowbias32 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/), of int64 below 2^32."""
+def _mix(h: Word) -> Word:
+    """lowbias32 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/), of numbers below 2^32,
+    as int or as int64, whose overflow leaves the lower bits right."""
     h = (h ^ (h >> 16)) * 0x7FEB352D & _LOW
     h = (h ^ (h >> 15)) * 0x846CA68B & _LOW
     return h ^ (h >> 16)
 
 
-def _noise(elements: int, leaf: int, key: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two words of 32 random bits an element, int64."""
-    at = torch.arange(elements, device=device)
-    here = _mix(_mix(torch.tensor(key + leaf & _LOW, device=device)) + (at >> 32) & _LOW)
+def _noise(shape: torch.Size, key: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two words of 32 random bits an element, int64; key: of seed and step, and the leaf's number
+    added."""
+    at = torch.arange(shape.numel(), device=device).view(shape)
+    here = _mix(_mix(key & _LOW) + (at >> 32) & _LOW)
     one = _mix((at & _LOW) ^ here)
     return one, _mix(one + 0x9E3779B9 & _LOW)
 
 
+def _round_into(leaf: Tensor, x: Tensor, noise: Tensor) -> None:
+    leaf.copy_(_stochastic(x, noise) if leaf.dtype == torch.bfloat16 else x)
+
+
 def _stochastic(x: Tensor, noise: Tensor) -> Tensor:
-    """fp32 x to bf16: up with the probability of what is cut off; noise: 16 random bits each."""
-    bits = x.view(torch.int32).long() & _LOW
-    bits = torch.where(x.isnan(), bits, bits + noise)
-    high = (bits >> 16) & 0xFFFF
-    return torch.where(high >= 2**15, high - 2**16, high).to(torch.int16).view(torch.bfloat16)
+    """fp32 x to bf16: up with the probability of what is cut off; noise: 16 random bits each.
+
+    From the largest number of bf16 on, and for NaN, to the nearest: what is finite there stays so.
+    """
+    bits = x.view(torch.int32).long() + noise  # a sign bit is kept: it only grows in magnitude
+    drawn = (bits >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(x.abs() < torch.finfo(torch.bfloat16).max, drawn, x.to(torch.bfloat16))
 
 
 def _check(

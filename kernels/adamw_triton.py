@@ -1,4 +1,5 @@
 # ruff: noqa: N803 -- constexprs are upper case, as everywhere in Triton
+# ruff: noqa: SIM300 -- which it takes for Yoda's
 # mypy: allow-untyped-defs
 """The Triton kernel of `adamw_`: one launch for many leaves, each number moved once.
 
@@ -6,6 +7,11 @@ A program takes `BLOCK` elements of one leaf. Where the leaves lie is read from 
 device: what stays from step to step is uploaded once (`Plan`), the gradients' addresses and the
 step's numbers with one small copy a step. Nothing is compiled again when the learning rate changes,
 and nothing waits.
+
+Addresses that come out of a table tell the compiler nothing. A program therefore looks at them: if
+all are multiples of 16 bytes and its block is full, it moves `VECTOR` elements at once, with no
+mask (a mask that may end anywhere makes loads of single elements); else it goes through its block
+in small pieces.
 """
 
 from __future__ import annotations
@@ -17,11 +23,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.launch import constant, jit, launch, tl
+from kernels.launch import IN_INTERPRETER, constant, jit, launch, tl
 
-BLOCK, WARPS = 2048, 8  # elements a program; 8 a thread: 16 bytes of bf16
-COLUMNS = constant(5)  # of a leaf's row: param, exp_avg, exp_avg_sq, copy, elements
+BLOCK, WARPS = 2048, 8  # elements a program; 8 a thread
+COLUMNS = constant(6)  # of a leaf's row: param, exp_avg, exp_avg_sq, copy, elements, name
 HEADER = constant(4)  # before the gradients' addresses: rate, two bias corrections, key
+BF16_MAX = constant(torch.finfo(torch.bfloat16).max)
 _TYPES = {} if tl is None else {
     torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
 }  # fmt: skip
@@ -42,22 +49,64 @@ def _number(table, at):
 
 
 @jit
-def _address(table, at, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    address = tl.load(table + at)
-    if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(TYPE))
+def _pointer(address, TYPE: tl.constexpr, VECTOR: tl.constexpr):
+    """For vectors of 16 bytes of fp32, of `VECTOR` elements of 16 bits."""
+    pointer = address.to(tl.pointer_type(TYPE))
+    return tl.multiple_of(pointer, 16 if TYPE == tl.float32 else 2 * VECTOR)
 
 
 @jit
-def _write(ptr, at, inside, x, noise, STOCHASTIC: tl.constexpr):
-    """x in the dtype of ptr: to the nearest, or up with the probability of what is cut off, for
-    which noise holds 16 random bits."""
-    if STOCHASTIC:
+def _nearest(x):
+    """fp32 to bf16, ties to even."""
+    if IN_INTERPRETER:  # it cuts off
         bits = x.to(tl.uint32, bitcast=True)
-        bits = tl.where(x == x, bits + noise, bits)  # the carry would make a number of a NaN
-        x = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=inside)
+        even = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(x == x, even, bits | 0x400000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:  # noqa: RET505 -- what follows an `if` without `else` is compiled too
+        return x.to(tl.bfloat16)
+
+
+@jit
+def _rounded(x, noise, TYPE: tl.constexpr):
+    """x in TYPE; in bf16, up with the probability of what is cut off, by 16 random bits. From the
+    largest number of bf16 on, and for NaN, to the nearest: what is finite there stays finite."""
+    if TYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True) + noise
+        drawn = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return tl.where(tl.abs(x) < BF16_MAX, drawn, _nearest(x))
+    else:  # noqa: RET505
+        return x
+
+
+@jit
+def _advance(
+    p_ptr, m_ptr, v_ptr, c_ptr, g_ptr,  # where the piece begins
+    at, inside, place, key,  # offsets, their mask or None; what the noise is made of
+    scale_ptr, step_ptr, decay,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, COPY: tl.constexpr,
+):  # fmt: skip
+    """The step of one piece of a leaf."""
+    p = tl.load(p_ptr + at, mask=inside).to(tl.float32)
+    m = tl.load(m_ptr + at, mask=inside).to(tl.float32)
+    v = tl.load(v_ptr + at, mask=inside).to(tl.float32)
+    g = tl.load(g_ptr + at, mask=inside).to(tl.float32)
+    if scale_ptr is not None:
+        g *= tl.load(scale_ptr)
+    rate, first, second = _number(step_ptr, 0), _number(step_ptr, 1), _number(step_ptr, 2)
+
+    m += (1 - BETA1) * (g - m)
+    v = BETA2 * v + (1 - BETA2) * g * g
+    p -= rate * decay * p
+    p -= rate * first * m / (tl.sqrt_rn(v) * second + EPS)
+
+    one = _mix(place ^ key)  # not computed where all is fp32
+    two = _mix(one + 0x9E3779B9)
+    tl.store(p_ptr + at, _rounded(p, one & 0xFFFF, p_ptr.dtype.element_ty), mask=inside)
+    tl.store(m_ptr + at, _rounded(m, one >> 16, m_ptr.dtype.element_ty), mask=inside)
+    tl.store(v_ptr + at, _rounded(v, two & 0xFFFF, v_ptr.dtype.element_ty), mask=inside)
+    if COPY:
+        tl.store(c_ptr + at, _nearest(p), mask=inside)
 
 
 @jit
@@ -74,48 +123,44 @@ def adamw_kernel(
     GRAD: tl.constexpr,
     MOMENT: tl.constexpr,
     COPY: tl.constexpr,
-    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
+    PIECE: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     leaf = tl.load(chunks_ptr + 2 * tl.program_id(0)).to(tl.int64)
-    block = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1).to(tl.int64)
-    row = leaf * COLUMNS
-    start = block * BLOCK
-    p_ptr = _address(leaves_ptr, row, PARAM, ALIGNED) + start
-    m_ptr = _address(leaves_ptr, row + 1, MOMENT, ALIGNED) + start
-    v_ptr = _address(leaves_ptr, row + 2, MOMENT, ALIGNED) + start
-    g_ptr = _address(step_ptr, HEADER + leaf, GRAD, ALIGNED) + start
-    at = tl.arange(0, BLOCK)  # from start: offsets of 32 bits
-    inside = at < tl.load(leaves_ptr + row + 4) - start
-    p = tl.load(p_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if scale_ptr is not None:
-        g *= tl.load(scale_ptr)
-
-    rate, first, second = _number(step_ptr, 0), _number(step_ptr, 1), _number(step_ptr, 2)
-    m += (1 - BETA1) * (g - m)
-    v = BETA2 * v + (1 - BETA2) * g * g
-    p -= rate * tl.load(decays_ptr + leaf) * p
-    p -= rate * first * m / (tl.sqrt_rn(v) * second + EPS)
-
-    PARAM_BF16: tl.constexpr = PARAM.primitive_bitwidth == 16  # noqa: N806
-    MOMENT_BF16: tl.constexpr = MOMENT.primitive_bitwidth == 16  # noqa: N806
-    one = tl.zeros([BLOCK], tl.uint32)
-    two = one
-    if PARAM_BF16 or MOMENT_BF16:
-        key = tl.load(step_ptr + 3).to(tl.uint32)
-        # a leaf of more than 2^32 elements goes on with another key
-        here = _mix(_mix(key + leaf.to(tl.uint32)) + (start >> 32).to(tl.uint32))
-        one = _mix((start.to(tl.uint32) + at.to(tl.uint32)) ^ here)
-        two = _mix(one + 0x9E3779B9)
-    _write(p_ptr, at, inside, p, one & 0xFFFF, PARAM_BF16)
-    _write(m_ptr, at, inside, m, one >> 16, MOMENT_BF16)
-    _write(v_ptr, at, inside, v, two & 0xFFFF, MOMENT_BF16)
-    if COPY:
-        c_ptr = _address(leaves_ptr, row + 3, tl.bfloat16, ALIGNED) + start
-        tl.store(c_ptr + at, p.to(tl.bfloat16), mask=inside)
+    start = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * BLOCK
+    row = leaves_ptr + leaf * COLUMNS
+    p, m, v, c = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    g = tl.load(step_ptr + HEADER + leaf)
+    left = tl.load(row + 4) - start
+    decay = tl.load(decays_ptr + leaf)
+    # a leaf of more than 2^32 elements goes on with another key
+    key = _mix(tl.load(step_ptr + 3).to(tl.uint32) + tl.load(row + 5).to(tl.uint32))
+    key = _mix(key + (start >> 32).to(tl.uint32))
+    place = start.to(tl.uint32)
+    if (((p | m | v | c | g) & 15) == 0) & (left >= BLOCK):
+        at = tl.arange(0, BLOCK)
+        _advance(
+            _pointer(p, PARAM, VECTOR) + start,
+            _pointer(m, MOMENT, VECTOR) + start,
+            _pointer(v, MOMENT, VECTOR) + start,
+            _pointer(c, tl.bfloat16, VECTOR) + start,
+            _pointer(g, GRAD, VECTOR) + start,
+            at, None, place + at.to(tl.uint32), key,
+            scale_ptr, step_ptr, decay, BETA1, BETA2, EPS, COPY,
+        )  # fmt: skip
+    else:
+        for piece in range(0, tl.minimum(left, BLOCK).to(tl.int32), PIECE):
+            at = piece + tl.arange(0, PIECE)
+            _advance(
+                p.to(tl.pointer_type(PARAM)) + start,
+                m.to(tl.pointer_type(MOMENT)) + start,
+                v.to(tl.pointer_type(MOMENT)) + start,
+                c.to(tl.pointer_type(tl.bfloat16)) + start,
+                g.to(tl.pointer_type(GRAD)) + start,
+                at, at < left, place + at.to(tl.uint32), key,
+                scale_ptr, step_ptr, decay, BETA1, BETA2, EPS, COPY,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,7 +170,7 @@ class Plan:
     leaves: Tensor  # int64 [leaves, COLUMNS]
     decays: Tensor  # fp32 [leaves]
     chunks: Tensor  # int32 [programs, 2]
-    aligned: bool  # every address is a multiple of 16 bytes
+    block: int  # elements a program
 
 
 def make_plan(
@@ -134,12 +179,14 @@ def make_plan(
     exp_avg_sqs: Sequence[Tensor],
     copies: Sequence[Tensor | None],
     decays: Sequence[float],
+    names: Sequence[int],
     block: int = BLOCK,
 ) -> Plan:
+    """The tables of these leaves; names: what tells their noise apart."""
     device = params[0].device
     rows = [
-        [p.data_ptr(), m.data_ptr(), v.data_ptr(), 0 if c is None else c.data_ptr(), p.numel()]
-        for p, m, v, c in zip(params, exp_avgs, exp_avg_sqs, copies, strict=True)
+        [p.data_ptr(), m.data_ptr(), v.data_ptr(), 0 if c is None else c.data_ptr(), p.numel(), i]
+        for p, m, v, c, i in zip(params, exp_avgs, exp_avg_sqs, copies, names, strict=True)
     ]
     counts = torch.tensor([-(-p.numel() // block) for p in params])
     leaf = torch.repeat_interleave(torch.arange(len(params)), counts)
@@ -148,7 +195,7 @@ def make_plan(
         torch.tensor(rows, dtype=torch.int64).to(device),
         torch.tensor(decays, dtype=torch.float32).to(device),
         torch.stack([leaf, chunk], 1).to(torch.int32).to(device),
-        all(address % 16 == 0 for row in rows for address in row[:4]),
+        block,
     )
 
 
@@ -174,11 +221,13 @@ def adamw_launch(
     grad: torch.dtype,
     moment: torch.dtype,
     copy: bool,
-    aligned: bool,
-    block: int = BLOCK,
+    vector: int | None = None,
     num_warps: int = WARPS,
 ) -> None:
-    """One step over the leaves of a plan; aligned: the gradients too are."""
+    """One step over the leaves of a plan. vector: elements that a thread moves at once; left out,
+    what fills 16 bytes of the states' widest type."""
+    if vector is None:
+        vector = 4 if torch.float32 in (param, moment) else 8
     launch(
         adamw_kernel,
         (len(plan.chunks),),
@@ -194,7 +243,8 @@ def adamw_launch(
         GRAD=_TYPES[grad],
         MOMENT=_TYPES[moment],
         COPY=copy,
-        ALIGNED=plan.aligned and aligned,
-        BLOCK=block,
+        BLOCK=plan.block,
+        PIECE=min(plan.block, 32 * num_warps),
+        VECTOR=vector,
         num_warps=num_warps,
     )

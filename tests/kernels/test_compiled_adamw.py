@@ -1,35 +1,83 @@
-"""AdamW's kernel compiled as for real sizes, with no GPU: nothing spills."""
+"""AdamW's kernel compiled as for real sizes, with no GPU: nothing spills, loads are wide."""
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
-from kernels.adamw_triton import Plan, adamw_launch
-from kernels.compiled import resources
-from kernels.launch import recording
+from kernels import compiled
+from kernels.adamw_triton import BLOCK, COLUMNS, HEADER, WARPS, Plan, adamw_launch
+from kernels.launch import Launch, recording, triton
 
 pytestmark = pytest.mark.compiles
 
 BF16, FP32 = torch.bfloat16, torch.float32
+# params and moments, gradient, with copies; bytes an element that are read, and written
+CASES = [
+    (FP32, FP32, BF16, True, 14, 14),
+    (FP32, FP32, FP32, False, 16, 12),
+    (BF16, BF16, BF16, False, 8, 6),
+    (FP32, BF16, BF16, True, 10, 10),
+]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def launched(
+    arch: int, param: torch.dtype, moment: torch.dtype, grad: torch.dtype, copy: bool
+) -> Launch:
+    plan = Plan(
+        meta(340, int(COLUMNS)),
+        meta(340, dtype=FP32),
+        meta(750_000, 2, dtype=torch.int32),
+        BLOCK,
+    )
+    with recording(divmod(arch, 10), 132) as launches:
+        adamw_launch(
+            plan, meta(340 + int(HEADER)), meta(1, dtype=FP32)[0], beta1=0.9, beta2=0.95,
+            eps=1e-8, param=param, grad=grad, moment=moment, copy=copy,
+        )  # fmt: skip
+    return launches[0]
+
+
+def moved(ptx: str, kind: str) -> int:
+    """Bytes that a thread moves by vectors of 8 bytes or more."""
+    found = re.findall(rf"\b{kind}\.global(?:\.\w+(?:::\w+)*)*?\.v(\d)\.b(\d+)", ptx)
+    return sum(int(n) * int(bits) // 8 for n, bits in found if int(n) * int(bits) >= 64)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("aligned", [True, False])
-def test_nothing_spills(arch: int, aligned: bool) -> None:
-    def table(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
+@pytest.mark.parametrize(("param", "moment", "grad", "copy", "read", "written"), CASES)
+def test_nothing_spills_and_vectors_are_wide(
+    param: torch.dtype,
+    moment: torch.dtype,
+    grad: torch.dtype,
+    copy: bool,
+    read: int,
+    written: int,
+    arch: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """fp32 goes by 16 bytes; bf16 beside it by 8, of the same elements, alone by 16."""
+    programs: list[Any] = []
+    real = triton.compile
 
-    chunks = table(750_000, 2, dtype=torch.int32)
-    plan = Plan(table(340, 5), table(340, dtype=FP32), chunks, aligned)
-    with recording(divmod(arch, 10), 132) as launches:
-        for state, grad, copy in ((FP32, BF16, True), (FP32, FP32, False), (BF16, BF16, False)):
-            adamw_launch(
-                plan, table(344), table(1, dtype=FP32)[0], beta1=0.9, beta2=0.95, eps=1e-8,
-                param=state, grad=grad, moment=state, copy=copy, aligned=True,
-            )  # fmt: skip
-    assert len(launches) == 3
-    for launch in launches:
-        used = resources(launch, arch)
-        assert used.local == 0, (arch, used)
-        assert used.registers <= 128, (arch, used)
+    def kept(*args: Any, **options: Any) -> Any:
+        programs.append(real(*args, **options))
+        return programs[-1]
+
+    monkeypatch.setattr(triton, "compile", kept)
+    compiled._compile.cache_clear()
+    used = compiled.resources(launched(arch, param, moment, grad, copy), arch)
+    assert used.local == 0, used
+    assert used.registers <= 80, used  # three programs a processor, 24 warps
+    assert used.shared == 0, used  # nothing changes hands between threads
+    elements = BLOCK // (32 * WARPS)
+    ptx = programs[-1].asm["ptx"]
+    assert (moved(ptx, "ld"), moved(ptx, "st")) == (elements * read, elements * written)
