@@ -150,7 +150,9 @@ def adamw_kernel(
             scale_ptr, step_ptr, decay, BETA1, BETA2, EPS, COPY,
         )  # fmt: skip
     else:
-        for piece in range(0, tl.minimum(left, BLOCK).to(tl.int32), PIECE):
+        stop = tl.minimum(left, BLOCK).to(tl.int32)
+        piece = 0
+        while piece < stop:
             at = piece + tl.arange(0, PIECE)
             _advance(
                 p.to(tl.pointer_type(PARAM)) + start,
@@ -158,9 +160,10 @@ def adamw_kernel(
                 v.to(tl.pointer_type(MOMENT)) + start,
                 c.to(tl.pointer_type(tl.bfloat16)) + start,
                 g.to(tl.pointer_type(GRAD)) + start,
-                at, at < left, place + at.to(tl.uint32), key,
+                at, at < stop, place + at.to(tl.uint32), key,
                 scale_ptr, step_ptr, decay, BETA1, BETA2, EPS, COPY,
             )  # fmt: skip
+            piece += PIECE
 
 
 @dataclass(frozen=True)
