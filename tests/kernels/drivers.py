@@ -4,8 +4,12 @@ a loss and its arguments. For the tests of kernels that have a fast path and a p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
@@ -28,6 +32,56 @@ def scalar(f: Loss) -> Loss:
         return (torch.sin(out) * weights.reshape(out.shape)).sum()
 
     return loss
+
+
+def joined(outs: Sequence[Tensor]) -> Tensor:
+    """Several outputs as one, for a loss."""
+    return torch.cat([out.flatten() for out in outs])
+
+
+@dataclass(frozen=True)
+class Case:
+    """`fast` against `plain`, of tensors of these shapes; `op`: the attribute of the module."""
+
+    fast: Loss
+    plain: Loss
+    shapes: tuple[tuple[int, ...], ...]
+    module: Any
+    op: str
+
+
+def broken(case: Case, hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a function of the case's Op, or of its Function, wrong by a factor of 3."""
+    owner = getattr(case.module, case.op)
+    right = getattr(owner, hook)
+
+    def wrong(*args: Any, **static: Any) -> Any:
+        out = right(*args, **static)
+        if isinstance(out, Tensor):
+            return 3.0 * out
+        return tuple(3.0 * t if isinstance(t, Tensor) else t for t in out)
+
+    if isinstance(owner, type):
+        monkeypatch.setattr(owner, hook, staticmethod(wrong))
+    else:
+        monkeypatch.setattr(case.module, case.op, dataclasses.replace(owner, **{hook: wrong}))
+
+
+def saved_bytes(f: Callable[[], Any], *inputs: Tensor) -> int:
+    """Bytes saved for backward beyond the inputs themselves."""
+    own = {x.untyped_storage()._cdata for x in inputs}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = f()
+    assert out is not None
+    return sum(sizes.values())
 
 
 def everyone(floats: tuple[Tensor, ...]) -> tuple[int, ...]:
@@ -139,6 +193,19 @@ def by_jvp_jvp(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
         return jvp(loss, xs, tuple(torch.cos(x) for x in xs))[1]
 
     return [jvp(slope, floats, directions(floats))[1]]
+
+
+FIRST_ORDER: list[Driver] = [
+    by_autograd,
+    by_one_leaf,
+    by_func_grad,
+    by_vmap_grad,
+    by_vmap_grad_shared,
+    by_vmap_twice,
+    by_autograd_of_vmap,
+    by_compile,
+    by_compiled_grad,
+]
 
 
 def name_of(driver: Driver) -> str:

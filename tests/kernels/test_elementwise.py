@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import layer_norm, rms_norm, rope, swiglu
+from tests.kernels.drivers import saved_bytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (5, 123), (2, 3, 64)]
@@ -172,23 +173,6 @@ def test_rope_serves_per_example_positions() -> None:
 
 
 # What backward keeps
-
-
-def saved_bytes(f: Callable[[], Any], *inputs: Tensor) -> int:
-    """Bytes saved for backward beyond the inputs themselves."""
-    own = {x.untyped_storage()._cdata for x in inputs}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            sizes[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = f()
-    assert out is not None
-    return sum(sizes.values())
 
 
 def test_backwards_keep_inputs_and_row_statistics_only() -> None:

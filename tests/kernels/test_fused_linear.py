@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,29 +30,25 @@ from torch.utils.checkpoint import (
 
 from kernels import geglu, glu_linear, norm_linears, rms_norm, swiglu
 from tests.kernels.drivers import (
+    FIRST_ORDER,
+    Case,
     Driver,
     Loss,
-    by_autograd,
-    by_autograd_of_vmap,
-    by_compile,
-    by_compiled_grad,
+    broken,
     by_double_backward,
-    by_func_grad,
     by_hvp,
     by_jvp,
     by_jvp_jvp,
     by_jvp_of_one,
-    by_one_leaf,
-    by_vmap_grad,
-    by_vmap_grad_shared,
     by_vmap_hvp,
-    by_vmap_twice,
     directions,
     disagreement,
     everyone,
     examples,
+    joined,
     name_of,
     random,
+    saved_bytes,
 )
 
 # torch.func.jvp scripts its decompositions when first used
@@ -88,43 +83,36 @@ def cast(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(h.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
 
 
-def joined(outs: Sequence[Tensor]) -> Tensor:
-    return torch.cat([out.flatten() for out in outs])
-
-
 # Under every driver
-
-
-@dataclass(frozen=True)
-class Case:
-    """`fast` against `plain`, of tensors of these shapes; `op`: the attribute of the module."""
-
-    fast: Loss
-    plain: Loss
-    shapes: tuple[tuple[int, ...], ...]
-    op: str
 
 
 CASES = {
     "glu_linear": Case(
-        glu_linear, exact_glu_linear, ((ROWS, INNER), (ROWS, INNER), (4, INNER), (4,)), "GLU_LINEAR"
+        glu_linear,
+        exact_glu_linear,
+        ((ROWS, INNER), (ROWS, INNER), (4, INNER), (4,)),
+        fused,
+        "GLU_LINEAR",
     ),
     "glu_linear, geglu without bias": Case(
         lambda *floats: glu_linear(*floats, activation="geglu"),
         partial(exact_glu_linear, name="geglu"),
         ((2, 3, INNER), (2, 3, INNER), (4, INNER)),
+        fused,
         "GLU_LINEAR",
     ),
     "norm_linears, one": Case(
         lambda x, n, w, b: norm_linears(x, n, [w], [b], 1e-3)[0],
         lambda x, n, w, b: exact_norm_linears(x, n, [w], [b])[0],
         ((2, 3, INNER), (INNER,), (4, INNER), (4,)),
+        fused,
         "NORM_LINEARS",
     ),
     "norm_linears, three": Case(
         lambda x, n, q, k, v, b: joined(norm_linears(x, n, [q, k, v], [None, b, None], 1e-3)),
         lambda x, n, q, k, v, b: joined(exact_norm_linears(x, n, [q, k, v], [None, b, None])),
         ((ROWS, INNER), (INNER,), (6, INNER), (2, INNER), (2, INNER), (2,)),
+        fused,
         "NORM_LINEARS",
     ),
 }
@@ -156,18 +144,7 @@ def by_hessian(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
     return [block for row in rows for block in row if block.abs().max() > 1e-6]
 
 
-FIRST: list[Driver] = [
-    by_autograd,
-    by_one_leaf,
-    by_func_grad,
-    by_vjp,
-    by_vmap_grad,
-    by_vmap_grad_shared,
-    by_vmap_twice,
-    by_autograd_of_vmap,
-    by_compile,
-    by_compiled_grad,
-]
+FIRST: list[Driver] = [*FIRST_ORDER, by_vjp]
 HIGHER: list[Driver] = [
     by_jvp,
     by_jvp_of_one,
@@ -193,20 +170,6 @@ def error(case: Case, driver: Driver) -> float:
 @pytest.mark.parametrize("name", CASES)
 def test_under_driver(name: str, driver: Driver) -> None:
     assert error(CASES[name], driver) < TOLERANCE
-
-
-def broken(case: Case, hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes a function of the case's Op wrong by a factor of 3."""
-    op = getattr(fused, case.op)
-    right = getattr(op, hook)
-
-    def wrong(*args: Any, **static: Any) -> Any:
-        out = right(*args, **static)
-        if isinstance(out, Tensor):
-            return 3.0 * out
-        return tuple(None if t is None else 3.0 * t for t in out)
-
-    monkeypatch.setattr(fused, case.op, dataclasses.replace(op, **{hook: wrong}))
 
 
 @pytest.mark.parametrize("driver", FIRST, ids=name_of)
@@ -321,23 +284,6 @@ def test_bias_gradients_are_summed_in_fp32() -> None:
 # What backward keeps, and what it does
 
 
-def kept(f: Callable[[], Any], *own: Tensor) -> int:
-    """Bytes saved for backward beyond what is given."""
-    given = {x.untyped_storage()._cdata for x in own}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in given:
-            sizes[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = f()
-    assert out is not None
-    return sum(sizes.values())
-
-
 def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = BF16) -> list[Tensor]:
     return [random(*s, seed=i, dtype=dtype).requires_grad_() for i, s in enumerate(shapes)]
 
@@ -345,19 +291,21 @@ def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = BF16) -> list[Tens
 def test_backward_keeps_what_it_is_given() -> None:
     gate, up, weight, bias = parameters((64, 32), (64, 32), (16, 32), (16,))
     own = (gate, up, weight, bias)
-    assert kept(lambda: glu_linear(*own), *own) == 0
-    assert kept(lambda: cast(swiglu(gate, up), weight, bias), *own) == 64 * 32 * 2  # it can tell
+    assert saved_bytes(lambda: glu_linear(*own), *own) == 0
+    assert (
+        saved_bytes(lambda: cast(swiglu(gate, up), weight, bias), *own) == 64 * 32 * 2
+    )  # it can tell
 
     x, first, second = parameters((64, 32), (16, 32), (8, 32))
     norm = torch.ones(32, requires_grad=True)
     own, row = (x, norm, first, second), 64 * 4  # one fp32 number a row
-    assert kept(lambda: norm_linears(x, norm, [first, second]), *own) == row
+    assert saved_bytes(lambda: norm_linears(x, norm, [first, second]), *own) == row
 
     def composed() -> list[Tensor]:
         h = rms_norm(x, norm)
         return [cast(h, weight, None) for weight in (first, second)]
 
-    assert kept(composed, *own) == row + 64 * 32 * 2
+    assert saved_bytes(composed, *own) == row + 64 * 32 * 2
 
 
 def test_nothing_extra_lives_after_a_forward(allocations_in: Any) -> None:

@@ -7,10 +7,7 @@ drivers in test_drivers.py.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -18,23 +15,17 @@ from torch import Tensor
 
 from kernels import dispatch, geglu, relu2, rope, swiglu
 from tests.kernels.drivers import (
+    FIRST_ORDER,
+    Case,
     Driver,
-    Loss,
-    by_autograd,
-    by_autograd_of_vmap,
-    by_compile,
-    by_compiled_grad,
+    broken,
     by_double_backward,
-    by_func_grad,
     by_hvp,
     by_jvp,
     by_jvp_jvp,
-    by_one_leaf,
-    by_vmap_grad,
-    by_vmap_grad_shared,
     by_vmap_hvp,
-    by_vmap_twice,
     disagreement,
+    joined,
     name_of,
     random,
 )
@@ -54,21 +45,6 @@ POSITIONS = torch.tensor([0, 8, 3, 3, 1])
 def angles(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     cos, sin = TABLE.cos().float(), TABLE.sin().float()
     return cos.to(like.device), sin.to(like.device), POSITIONS.to(like.device)
-
-
-def joined(pair: tuple[Tensor, Tensor]) -> Tensor:
-    return torch.cat([part.flatten() for part in pair])
-
-
-@dataclass(frozen=True)
-class Case:
-    """`fast` against `plain`, of tensors of these shapes; `op`: the attribute of the module."""
-
-    fast: Loss
-    plain: Loss
-    shapes: tuple[tuple[int, ...], ...]
-    module: Any
-    op: str
 
 
 HEADS = ((ROWS, 3, 8), (ROWS, 2, 8))
@@ -97,17 +73,6 @@ CASES = {
 
 # Drivers
 
-FIRST: list[Driver] = [
-    by_autograd,
-    by_one_leaf,
-    by_func_grad,
-    by_vmap_grad,
-    by_vmap_grad_shared,
-    by_vmap_twice,
-    by_autograd_of_vmap,
-    by_compile,
-    by_compiled_grad,
-]
 HIGHER: list[Driver] = [by_jvp, by_double_backward, by_hvp, by_vmap_hvp, by_jvp_jvp]
 
 
@@ -117,30 +82,13 @@ def error(case: Case, driver: Driver, device: str) -> float:
         return disagreement(driver, case.fast, case.plain, floats)
 
 
-@pytest.mark.parametrize("driver", [*FIRST, *HIGHER], ids=name_of)
+@pytest.mark.parametrize("driver", [*FIRST_ORDER, *HIGHER], ids=name_of)
 @pytest.mark.parametrize("name", CASES)
 def test_under_driver(name: str, driver: Driver, kernel_device: str) -> None:
     assert error(CASES[name], driver, kernel_device) < TOLERANCE
 
 
-def broken(case: Case, hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes a function of the case's Op, or of its Function, wrong by a factor of 3."""
-    owner = getattr(case.module, case.op)
-    right = getattr(owner, hook)
-
-    def wrong(*args: Any, **static: Any) -> Any:
-        out = right(*args, **static)
-        if isinstance(out, Tensor):
-            return 3.0 * out
-        return tuple(3.0 * t if isinstance(t, Tensor) else t for t in out)
-
-    if isinstance(owner, type):
-        monkeypatch.setattr(owner, hook, staticmethod(wrong))
-    else:
-        monkeypatch.setattr(case.module, case.op, dataclasses.replace(owner, **{hook: wrong}))
-
-
-@pytest.mark.parametrize("driver", FIRST, ids=name_of)
+@pytest.mark.parametrize("driver", FIRST_ORDER, ids=name_of)
 @pytest.mark.parametrize("name", CASES)
 def test_a_wrong_backward_shows(
     name: str, driver: Driver, kernel_device: str, monkeypatch: pytest.MonkeyPatch

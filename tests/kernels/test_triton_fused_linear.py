@@ -6,11 +6,9 @@ What does not depend on the backend is in test_fused_linear.py.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,27 +29,23 @@ from kernels import (
     swiglu,
 )
 from tests.kernels.drivers import (
+    FIRST_ORDER,
+    Case,
     Driver,
     Loss,
-    by_autograd,
-    by_autograd_of_vmap,
-    by_compile,
-    by_compiled_grad,
+    broken,
     by_double_backward,
-    by_func_grad,
     by_hvp,
     by_jvp,
     by_jvp_jvp,
-    by_one_leaf,
-    by_vmap_grad,
-    by_vmap_grad_shared,
     by_vmap_hvp,
-    by_vmap_twice,
     disagreement,
     everyone,
+    joined,
     name_of,
     random,
 )
+from tests.kernels.test_fused_linear import exact_glu_linear, exact_norm_linears
 
 # torch.func.jvp scripts its decompositions when first used
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
@@ -68,27 +62,6 @@ def triton() -> Any:
 
 def torch_only() -> Any:
     return dispatch.override(swiglu="torch", geglu="torch", rms_norm="torch")
-
-
-# References
-
-
-def exact_glu_linear(
-    gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None = None, name: str = "swiglu"
-) -> Tensor:
-    act = F.silu(gate) if name == "swiglu" else F.gelu(gate, approximate="tanh")
-    return F.linear(act * up, weight, bias)
-
-
-def exact_norm_linears(
-    x: Tensor, norm_weight: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> list[Tensor]:
-    h = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm_weight
-    return [F.linear(h, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-
-
-def joined(outs: Sequence[Tensor]) -> Tensor:
-    return torch.cat([out.flatten() for out in outs])
 
 
 def gradients(
@@ -370,24 +343,19 @@ def test_norm_linears_launches(
 # Drivers
 
 
-@dataclass(frozen=True)
-class Case:
-    """`fast` against `plain`, of tensors of these shapes; `op`: the attribute of the module."""
-
-    fast: Loss
-    plain: Loss
-    shapes: tuple[tuple[int, ...], ...]
-    op: str
-
-
 CASES = {
     "glu_linear": Case(
-        glu_linear, exact_glu_linear, ((ROWS, INNER), (ROWS, INNER), (4, INNER), (4,)), "GLU_LINEAR"
+        glu_linear,
+        exact_glu_linear,
+        ((ROWS, INNER), (ROWS, INNER), (4, INNER), (4,)),
+        fused,
+        "GLU_LINEAR",
     ),
     "norm_linears": Case(
         lambda x, n, q, k, b: joined(norm_linears(x, n, [q, k], [None, b], 1e-3)),
         lambda x, n, q, k, b: joined(exact_norm_linears(x, n, [q, k], [None, b])),
         ((ROWS, INNER), (INNER,), (6, INNER), (2, INNER), (2,)),
+        fused,
         "NORM_LINEARS",
     ),
 }
@@ -406,17 +374,6 @@ def by_grad_grad(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
     return list(grad(size, everyone(floats))(*floats))
 
 
-FIRST: list[Driver] = [
-    by_autograd,
-    by_one_leaf,
-    by_func_grad,
-    by_vmap_grad,
-    by_vmap_grad_shared,
-    by_vmap_twice,
-    by_autograd_of_vmap,
-    by_compile,
-    by_compiled_grad,
-]
 HIGHER: list[Driver] = [
     by_jvp,
     by_double_backward,
@@ -434,23 +391,16 @@ def error(case: Case, driver: Driver, device: str) -> float:
         return disagreement(driver, case.fast, case.plain, floats)
 
 
-@pytest.mark.parametrize("driver", [*FIRST, *HIGHER], ids=name_of)
+@pytest.mark.parametrize("driver", [*FIRST_ORDER, *HIGHER], ids=name_of)
 @pytest.mark.parametrize("name", CASES)
 def test_under_driver(name: str, driver: Driver, kernel_device: str) -> None:
     assert error(CASES[name], driver, kernel_device) < TOLERANCE
 
 
-@pytest.mark.parametrize("driver", FIRST, ids=name_of)
+@pytest.mark.parametrize("driver", FIRST_ORDER, ids=name_of)
 @pytest.mark.parametrize("name", CASES)
 def test_a_wrong_backward_shows(
     name: str, driver: Driver, kernel_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = CASES[name]
-    op = getattr(fused, case.op)
-
-    def wrong(*args: Any, **static: Any) -> Any:
-        out = op.backward(*args, **static)
-        return tuple(None if t is None else 3.0 * t for t in out)
-
-    monkeypatch.setattr(fused, case.op, dataclasses.replace(op, backward=wrong))
-    assert error(case, driver, kernel_device) > 0.1
+    broken(CASES[name], "backward", monkeypatch)
+    assert error(CASES[name], driver, kernel_device) > 0.1
