@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from kernels.hashing import LOW, lowbias32
 from params.tree import Tree
 
 
@@ -155,20 +156,11 @@ def dropout(x: Tensor, rate: float, seed: Tensor | None, salt: int | Tensor) -> 
     checkpoint, mapped by ``vmap`` or compiled. x: any shape, under 2**32 elements; seed: integer
     scalar tensor, or None for no dropout; salt: a number, or an integer scalar tensor, that tells
     apart the calls that share a seed.
-    The mixing is lowbias32 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/).
+    The mixing is ``kernels.hashing.lowbias32``.
     """
     if rate == 0.0 or seed is None:
         return x
     index = torch.arange(x.numel(), device=x.device).reshape(x.shape)
-    bits = _mix(index ^ _mix(_mix(seed.to(torch.int64) & _LOW) + (salt & _LOW) & _LOW))
+    bits = lowbias32(index ^ lowbias32(lowbias32(seed.to(torch.int64) & LOW) + (salt & LOW) & LOW))
     keep = bits >= int(rate * 2**32)
     return torch.where(keep, x / (1 - rate), torch.zeros((), dtype=x.dtype, device=x.device))
-
-
-_LOW = 0xFFFFFFFF
-
-
-def _mix(h: Tensor) -> Tensor:
-    h = (h ^ (h >> 16)) * 0x7FEB352D & _LOW
-    h = (h ^ (h >> 15)) * 0x846CA68B & _LOW
-    return h ^ (h >> 16)

@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.adamw_triton import Plan, adamw_launch, make_plan, step_table
 from kernels.dispatch import choose
+from kernels.hashing import LOW, lowbias32
 from kernels.operators import fake
 
 _STATES = (torch.float32, torch.bfloat16)
@@ -141,23 +142,8 @@ _op = torch.library.custom_op(
 
 
 @fake("adamw_")
-def _(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    copies: Sequence[Tensor],
-    copied: Sequence[int],
-    decays: Sequence[float],
-    scale: Tensor | None,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    seed: int,
-) -> None:
-    return None
+def _(*_: Any) -> None:
+    """It gives nothing."""
 
 
 def _numbers(step: int, lr: float, beta1: float, beta2: float) -> tuple[float, float, float]:
@@ -292,30 +278,19 @@ def _step_torch(
 
 # Stochastic rounding
 
-_LOW = 0xFFFFFFFF
-Word = TypeVar("Word", int, Tensor)
-
 
 def _key(seed: int, step: int) -> int:
     """32 bits of a seed and a step."""
-    return _mix(_mix(_mix(seed & _LOW) + (seed >> 32 & _LOW) & _LOW) + step & _LOW)
-
-
-def _mix(h: Word) -> Word:
-    """lowbias32 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/), of numbers below 2^32,
-    as int or as int64, whose overflow leaves the lower bits right."""
-    h = (h ^ (h >> 16)) * 0x7FEB352D & _LOW
-    h = (h ^ (h >> 15)) * 0x846CA68B & _LOW
-    return h ^ (h >> 16)
+    return lowbias32(lowbias32(lowbias32(seed & LOW) + (seed >> 32 & LOW) & LOW) + step & LOW)
 
 
 def _noise(shape: torch.Size, key: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Two words of 32 random bits an element, int64; key: of seed and step, and the leaf's number
     added."""
     at = torch.arange(shape.numel(), device=device).view(shape)
-    here = _mix(_mix(key & _LOW) + (at >> 32) & _LOW)
-    one = _mix((at & _LOW) ^ here)
-    return one, _mix(one + 0x9E3779B9 & _LOW)
+    here = lowbias32(lowbias32(key & LOW) + (at >> 32) & LOW)
+    one = lowbias32((at & LOW) ^ here)
+    return one, lowbias32(one + 0x9E3779B9 & LOW)
 
 
 def _round_into(leaf: Tensor, x: Tensor, noise: Tensor) -> None:

@@ -241,12 +241,17 @@ def check(config: TrainConfig) -> None:
             raise UsageError(f"--{name} must lie in [0, 1], not {getattr(config, name)}")
     if not 0 < config.lr < float("inf"):
         raise UsageError(f"--lr must be a positive number, not {config.lr}")
-    if config.preset not in PRESETS:
-        hint = nearest(config.preset, list(PRESETS))
-        raise UsageError(f"no preset {config.preset!r}{hint} (presets: {', '.join(PRESETS)})")
+    check_preset(config.preset)
     lr_scales(config)
     if config.name is not None and (not config.name or set(config.name) & set("/\\\0")):
         raise UsageError(f"--name is the name of a folder, not a path: {config.name!r}")
+
+
+def check_preset(name: str) -> None:
+    """Raises UsageError with the nearest name for a preset that there is not."""
+    if name not in PRESETS:
+        hint = nearest(name, list(PRESETS))
+        raise UsageError(f"no preset {name!r}{hint} (presets: {', '.join(PRESETS)})")
 
 
 def lr_scales(config: TrainConfig) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import statistics
 import time
@@ -20,9 +19,10 @@ from core import PRESETS, Forward, Longest, make_batch, vlm
 from core.batch import Batch
 from params import init_params
 from params.tree import Tree, flatten, unflatten
-from runners.benchmarks.fitting import largest, limited
+from runners.benchmarks.fitting import free, largest, limited
 from runners.benchmarks.report import console
 from runners.cli import UsageError, nearest
+from runners.config import check_preset
 from runners.errors import UserError
 from transforms import checkpoint, compile, fuse_loss, mixed_precision, value_and_grad
 
@@ -97,9 +97,7 @@ def run_checkpointing(config: CheckpointingConfig, command: str) -> int:
 
 
 def check(config: CheckpointingConfig) -> None:
-    if config.preset not in PRESETS:
-        hint = nearest(config.preset, list(PRESETS))
-        raise UsageError(f"no preset {config.preset!r}{hint} (presets: {', '.join(PRESETS)})")
+    check_preset(config.preset)
     for name in ("rows", "length", "steps", "rounds"):
         if getattr(config, name) < 1:
             raise UsageError(f"--{name} must be 1 or more, not {getattr(config, name)}")
@@ -178,7 +176,7 @@ class Timer:
     def round(self) -> None:
         if self.error is not None:
             return
-        _free(self.device)
+        free(self.device)
         step = value_and_grad(self.loss)
         try:
             for i in range(2 + self.config.steps):
@@ -244,7 +242,7 @@ def row_step(
 def _fits(
     config: CheckpointingConfig, way: str, tokens: int, params: Tree, device: torch.device
 ) -> bool:
-    _free(device)
+    free(device)
     try:
         row_step(config, way, tokens, params, device)
     except torch.OutOfMemoryError:
@@ -255,12 +253,6 @@ def _fits(
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def describe(row: Measured) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import statistics
 import time
@@ -37,15 +36,15 @@ from runners.benchmarks.clock import (
     NotCapturableError,
     first_line,
 )
-from runners.benchmarks.entries import quick_collection
+from runners.benchmarks.entries import free, quick_collection
 from runners.benchmarks.harness import Ceiling, difference
 from runners.benchmarks.ladder import text_only
 from runners.benchmarks.records import environment
-from runners.benchmarks.report import console
+from runners.benchmarks.report import console, markdown_row
 from runners.benchmarks.roofline import Work
-from runners.benchmarks.training import check_preset, choose_clock, measured_ceilings, strict_fp32
+from runners.benchmarks.training import choose_clock, measured_ceilings, strict_fp32
 from runners.cli import UsageError, nearest
-from runners.config import TrainConfig
+from runners.config import TrainConfig, check_preset
 from runners.optim import build_optimizer, clipping
 from transforms import cast_matrices, compile, fuse_loss, unfused_loss
 
@@ -369,7 +368,7 @@ def measure(
                 with suppress(NotCapturableError):  # then by events: the column says so
                     timed, row.by = clock.capture(timed), "graph"
             ready.append((row, timed, variant.calls))
-        _free(clock)
+        free(clock)
     del truth
     for _ in range(rounds):
         for row, timed, calls in ready:
@@ -391,7 +390,7 @@ def measure_alone(
                     clock.sample(run, None, 2)
                     row.samples += clock.sample(run, None, SAMPLES // 2)
                     del run
-                _free(clock)
+                free(clock)
     return rows
 
 
@@ -412,11 +411,6 @@ def noted(row: Row) -> Iterator[None]:
 
 def _drop(run: Callable[[], Sequence[Tensor]]) -> None:
     run()
-
-
-def _free(clock: Clock) -> None:
-    gc.collect()
-    clock.free()
 
 
 def bench(
@@ -464,7 +458,7 @@ def _measured(
         yield measure(part.name, part.work, variants(part), clock, config.rounds)
         del part
         torch._dynamo.reset()
-        _free(clock)
+        free(clock)
     if "optimizer" in only:
         given = optimizer_variants(model, clock.device)
         count = model.num_params()
@@ -544,10 +538,10 @@ def markdown(
     out = [f"# Parts of a training step, {date}", "", f"`{command}`", "", *sources, "", LEGEND, ""]
     if picture:
         out += ["![speed over the baseline, by part](components.png)", ""]
-    out += [_line(HEADERS), _line(["---"] * 2 + ["---:"] * (len(HEADERS) - 2))]
+    out += [markdown_row(HEADERS), markdown_row(["---"] * 2 + ["---:"] * (len(HEADERS) - 2))]
     for row in rows:
         figures = cells(row, rows, ceilings) if row.samples else (row.status, *[""] * 6)
-        out.append(_line([row.part, row.rung, *figures]))
+        out.append(markdown_row([row.part, row.rung, *figures]))
     seen = {row.part: row.work for row in rows}
     out += ["", "What each part must do:", ""]
     out += [
@@ -569,7 +563,3 @@ def draw(path: Path, title: str, rows: Sequence[Row]) -> bool:
         path, title, ["speed, as a multiple of the baseline's"], bars,
         sections=[row.part for row in rows],
     )  # fmt: skip
-
-
-def _line(values: Sequence[str]) -> str:
-    return f"| {' | '.join(values)} |"

@@ -116,7 +116,7 @@ def _round(entry: Entry, measured: Measured, clock: Clock, pace: Pace) -> None:
     start = before = time.perf_counter()
     with entry.start() as step:
         for i in range(pace.warmup):
-            loss = float(step().flatten()[0])  # waits for the device
+            loss = first_loss(step())
             clock.settle()
             now = time.perf_counter()
             if first:
@@ -131,6 +131,11 @@ def _round(entry: Entry, measured: Measured, clock: Clock, pace: Pace) -> None:
         measured.samples += clock.sample(step, None, count)
         if cuda:
             measured.peak_bytes = torch.cuda.max_memory_allocated()
+
+
+def first_loss(values: Tensor) -> float:
+    """Of what a step returns: reading waits for the device."""
+    return float(values.flatten()[0])
 
 
 @contextmanager

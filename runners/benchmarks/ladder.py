@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from core import Batch, Longest, VLMConfig, make_batch
 from runners.config import TrainConfig
@@ -25,7 +24,6 @@ from runners.data.packing import WINDOW, PackSpec, choose_row
 from runners.data.types import NO_LABEL, Document
 from runners.flops import Load
 
-PHASES = ("baseline", "phase 1", "phase 2", "phase 3", "beyond", "peers")
 PAD = 0  # the token that fills rows up; documents have none of it
 MULTIPLE = 8  # padded rows are as long as the longest document, up to a multiple of this
 
@@ -215,16 +213,6 @@ def batches_of(
     return [collate(group, spec) for group in some], Longest(length)
 
 
-def positions_of(batches: Sequence[Batch]) -> int:
-    """Tokens that are computed, padding included."""
-    return sum(len(batch["tokens"]) for batch in batches)
-
-
 def text_only(model: VLMConfig) -> VLMConfig:
     """The decoder alone."""
     return VLMConfig(model.text)
-
-
-def first_loss(values: Tensor) -> float:
-    """Of what a step returns: reading waits for the device."""
-    return float(values.flatten()[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,6 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
 import kernels
 from core import PRESETS, Longest, VLMConfig, vlm
@@ -23,15 +21,15 @@ from params import init_params
 from params.tree import Tree, flatten
 from runners.benchmarks.bars import Bar, draw_bars
 from runners.benchmarks.clock import first_line
-from runners.benchmarks.entries import quick_collection
-from runners.benchmarks.fitting import largest, limited
+from runners.benchmarks.entries import first_loss, quick_collection
+from runners.benchmarks.fitting import free, largest, limited
 from runners.benchmarks.ladder import batches_of, draw_documents, text_only
 from runners.benchmarks.records import Environment, environment
-from runners.benchmarks.report import console
-from runners.benchmarks.training import check_preset, choose_clock
+from runners.benchmarks.report import console, markdown_row
+from runners.benchmarks.training import choose_clock
 from runners.cli import UsageError, nearest
 from runners.compose import choose_backends, compose
-from runners.config import TrainConfig
+from runners.config import TrainConfig, check_preset
 from runners.setup import build_params
 from runners.step import GradFn, Learner
 from transforms import cast_matrices, checkpoint, fuse_loss, lora, quantize_int8, value_and_grad
@@ -184,19 +182,14 @@ def steps(
     batches, _ = batches_of(draw_documents(rows, length, 0.0), model.text.vocab_size, rows, True)
     cuda = device.type == "cuda"
     with learner_of(way, model, rank, length, device) as (learner, grad_fn):
-        _loss(learner.train_step(grad_fn, batches))
+        first_loss(learner.train_step(grad_fn, batches))
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        _loss(learner.train_step(grad_fn, batches))
+        first_loss(learner.train_step(grad_fn, batches))
         seconds = time.perf_counter() - started
         peak = torch.cuda.max_memory_allocated() if cuda else None
         return model_bytes(learner), peak, seconds
-
-
-def _loss(values: Tensor) -> float:
-    """Reading waits for the device."""
-    return float(values[0])
 
 
 def fits(way: Way, model: VLMConfig, rank: int, tokens: int, device: torch.device) -> bool:
@@ -261,12 +254,6 @@ def longest_rows(
 
 def limit_name(limit: float) -> str:
     return f"{limit:g} GiB" if limit else "the card"
-
-
-def free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 # -- the run --------------------------------------------------------------------------------------
@@ -388,8 +375,8 @@ def markdown(rows: Sequence[Row], config: MemoryConfig, where: Environment, draw
     if drawn:
         out += ["![memory, by what is kept how](memory.png)", ""]
     names = headers(config)
-    out += [_line(names), _line(["---"] + ["---:"] * (len(names) - 1))]
-    out += [_line((row.label, *cells(row, config))) for row in rows]
+    out += [markdown_row(names), markdown_row(["---"] + ["---:"] * (len(names) - 1))]
+    out += [markdown_row((row.label, *cells(row, config))) for row in rows]
     out += ["", *(f"- {line}" for line in reasons(rows))] if reasons(rows) else []
     return "\n".join(out).rstrip() + "\n"
 
@@ -414,7 +401,3 @@ def draw(path: Path, title: str, rows: Sequence[Row], config: MemoryConfig) -> b
     panels = ["model, GiB", *(["peak of a step, GiB"] if peaks else [])]
     panels += [f"longest row in {name}, thousand tokens" for name in limits]
     return draw_bars(path, title, panels, bars)
-
-
-def _line(values: Sequence[str]) -> str:
-    return f"| {' | '.join(values)} |"

@@ -122,7 +122,7 @@ def markdown(
     if picture is not None:
         out += [f"![share of the ceiling, by kernel and provider]({picture})", ""]
     for title, shapes in groups(rows):
-        out += [f"## {title}", "", _line(HEADERS), _line(["---"] * 2 + ["---:"] * 8)]
+        out += [f"## {title}", "", markdown_row(HEADERS), markdown_row(["---"] * 2 + ["---:"] * 8)]
         for shape, some in shapes:
             first = best(some)
             for row in some:
@@ -132,11 +132,12 @@ def markdown(
                         values[0] = f"**{values[0]}**"
                 else:
                     values = [row.status, *[""] * 7]
-                out.append(_line([shape if row is some[0] else "", row.provider, *values]))
+                out.append(markdown_row([shape if row is some[0] else "", row.provider, *values]))
         out.append("")
     out += _closing(rows)
     return "\n".join(out).rstrip() + "\n"
 
 
-def _line(values: Sequence[str]) -> str:
+def markdown_row(values: Sequence[str]) -> str:
+    """A row of a table."""
     return f"| {' | '.join(values)} |"

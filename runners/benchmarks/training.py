@@ -45,11 +45,11 @@ from runners.benchmarks.ladder import (
     text_only,
 )
 from runners.benchmarks.records import Environment, environment
-from runners.benchmarks.report import console
+from runners.benchmarks.report import console, markdown_row
 from runners.benchmarks.roofline import Work, training_step
 from runners.cli import UsageError, nearest
 from runners.compose import Composed, compose
-from runners.config import TrainConfig, model_config
+from runners.config import TrainConfig, check_preset, model_config
 from runners.errors import UserError
 from runners.flops import peak_flops, training_flops
 from runners.setup import build_params
@@ -154,12 +154,6 @@ def check(config: TrainBenchConfig) -> None:
         if key not in known:
             hint = nearest(key, list(known))
             raise UsageError(f"--only {key}: there are {', '.join(known)}{hint}")
-
-
-def check_preset(preset: str) -> None:
-    if preset not in PRESETS:
-        hint = nearest(preset, list(PRESETS))
-        raise UsageError(f"no preset {preset!r}{hint} (presets: {', '.join(PRESETS)})")
 
 
 def known_keys(config: TrainBenchConfig) -> dict[str, str]:
@@ -451,11 +445,14 @@ class Report:
         ]  # fmt: skip
         if picture is not None:
             out += [f"![tokens a second and memory, by rung]({picture})", ""]
-        out += [_line(("phase", *HEADERS)), _line(["---"] * 2 + ["---:"] * (len(HEADERS) - 1))]
+        out += [
+            markdown_row(("phase", *HEADERS)),
+            markdown_row(["---"] * 2 + ["---:"] * (len(HEADERS) - 1)),
+        ]
         for i, row in enumerate(self.rows):
             phase = row.phase if i == 0 or self.rows[i - 1].phase != row.phase else ""
             cells = self.cells(row) if row.samples else (row.status, *[""] * (len(HEADERS) - 2))
-            out.append(_line([phase, row.label, *cells]))
+            out.append(markdown_row([phase, row.label, *cells]))
         out += ["", "What each rung changes of the one before, or of the one it branches off:", ""]
         out += [f"- {row.label}: `{row.changed}`" for row in self.rows]
         absent = [f"- {r.label}: {r.status}: {r.reason}" for r in self.rows if not r.samples]
@@ -480,7 +477,3 @@ class Report:
         if not with_memory:
             bars = [replace(bar, values=bar.values[:1], texts=bar.texts[:1]) for bar in bars]
         return draw_bars(self.folder / "train.png", title, panels, bars)
-
-
-def _line(values: Sequence[str]) -> str:
-    return f"| {' | '.join(values)} |"
