@@ -243,6 +243,9 @@ def check(config: TrainConfig) -> None:
         raise UsageError(f"--lr must be a positive number, not {config.lr}")
     check_preset(config.preset)
     lr_scales(config)
+    if config.state_dtype == "bf16" and (config.optimizer != "adamw" or not config.use_fused_adamw):
+        # the others round to the nearest, and small steps would be lost without a word
+        raise UsageError("--state_dtype bf16 needs --optimizer adamw with --use_fused_adamw=1")
     if config.name is not None and (not config.name or set(config.name) & set("/\\\0")):
         raise UsageError(f"--name is the name of a folder, not a path: {config.name!r}")
 

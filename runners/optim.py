@@ -78,14 +78,18 @@ def build_optimizer(
             raise UserError(
                 f"--optimizer adamw8bit needs bitsandbytes (pip install bitsandbytes): {error}"
             ) from error
-    if not config.use_fused_adamw:
-        return TorchAdamW(params, copies, rates, **betas)
+
+    def adamw(some: Mapping[str, Tensor]) -> Optimizer:
+        theirs = {path: copy for path, copy in copies.items() if path in some}
+        if config.use_fused_adamw:
+            return AdamW(some, theirs, rates, **betas, seed=config.seed)
+        return TorchAdamW(some, theirs, rates, **betas)
+
     if config.optimizer == "adamw":
-        return AdamW(params, copies, rates, **betas, seed=config.seed)
+        return adamw(params)
     turned = {path: leaf for path, leaf in params.items() if is_turned(path, leaf)}
     rest = {path: leaf for path, leaf in params.items() if path not in turned}
-    adamw = AdamW(rest, copies, rates, **betas, seed=config.seed)
-    return Muon(turned, copies, rates, adamw, momentum=config.momentum)
+    return Muon(turned, copies, rates, adamw(rest), momentum=config.momentum)
 
 
 def choose_rates(params: Mapping[str, Tensor], config: TrainConfig) -> dict[str, Rates]:

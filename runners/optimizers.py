@@ -223,14 +223,16 @@ class TorchAdamW:
         }
 
     def load(self, state: Leaves) -> None:
+        kept: dict[str, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            kind, _, path = name.partition(".")
+            kept.setdefault(path, {})[kind] = value
         for path, leaf in self.params.items():
-            mine = {n: t for n, t in state.items() if n.partition(".")[2] == path}
-            if not mine:
+            if path not in kept:
                 raise ValueError(f"the optimizer state has nothing for {path}")
-            kept = {n.partition(".")[0]: t for n, t in mine.items()}
             self.optimizer.state[leaf] = {
                 name: value if name == "step" else value.to(leaf.device)
-                for name, value in kept.items()
+                for name, value in kept[path].items()
             }
 
 

@@ -96,11 +96,11 @@ def optimizer_line(job: Job) -> str:
     config = job.config
     if config.optimizer == "adamw8bit":
         return "AdamW with moments of 8 bits (bitsandbytes)"
-    if not config.use_fused_adamw:
-        return "AdamW in a loop over the leaves (torch.optim)"
     kernel = kernels.choose("adamw", str(job.device))
-    fused = f"fused AdamW ({kernel})"
-    return fused if config.optimizer == "adamw" else f"Muon for matrices, {fused} for the rest"
+    adamw = f"fused AdamW ({kernel})"
+    if not config.use_fused_adamw:
+        adamw = "AdamW in a loop over the leaves (torch.optim)"
+    return adamw if config.optimizer == "adamw" else f"Muon for matrices, {adamw} for the rest"
 
 
 def finish(job: Job, folder: Path) -> list[str]:

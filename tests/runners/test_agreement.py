@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from params import flatten
@@ -97,22 +98,32 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+BASE = TrainConfig(
+    device="cpu", steps=300, warmup_steps=30, log_every=1, val_every=0, val_batches=1,
+    eval_examples=0, samples=0, tensorboard=False, workers=0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> list[list[float]]:
+    """Curves of the plain way, of three seeds."""
+    display = Display(1, console=Console(quiet=True))
+    folder = str(tmp_path_factory.mktemp("plain"))
+    return [
+        curve(replace(BASE, **PLAIN, seed=seed, name=str(seed), runs_dir=folder), display)
+        for seed in range(3)
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_loss_curves_agree_within_the_noise_of_the_seed(
-    way: str, quiet: Quiet, tmp_path: Path
+    way: str, plain: list[list[float]], quiet: Quiet, tmp_path: Path
 ) -> None:
     """300 steps of the tiny preset: the fast run lies as near to the plain one of the same seed as
     plain runs of other seeds lie to each other, or nearer."""
-    base = TrainConfig(
-        device="cpu", runs_dir=str(tmp_path), steps=300, warmup_steps=30, log_every=1, val_every=0,
-        val_batches=1, eval_examples=0, samples=0, tensorboard=False, workers=0,
-    )  # fmt: skip
-    plain = [
-        curve(replace(base, **PLAIN, seed=seed, name=f"plain{seed}"), quiet()) for seed in range(3)
-    ]
     noise = mean(apart(plain[i], plain[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
-    fast = curve(replace(base, **FAST | WAYS[way], name="fast"), quiet())
+    fast = curve(replace(BASE, **FAST | WAYS[way], runs_dir=str(tmp_path)), quiet())
     assert fast[-1] < 0.8 * fast[0]
     assert apart(fast, plain[0]) <= noise
 

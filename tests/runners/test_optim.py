@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from runners.optim import (
     learning_rate,
     wsd,
 )
-from runners.optimizers import Optimizer, Rates, newton_schulz, stacks_of
+from runners.optimizers import Muon, Optimizer, Rates, newton_schulz, stacks_of
 
 
 def test_cosine_warms_up_peaks_and_falls() -> None:
@@ -112,6 +113,7 @@ OPTIMIZERS = {
     "adamw": TrainConfig(),
     "adamw in a loop": TrainConfig(use_fused_adamw=False),
     "muon": TrainConfig(optimizer="muon"),
+    "muon, adamw in a loop": TrainConfig(optimizer="muon", use_fused_adamw=False),
 }
 
 
@@ -160,6 +162,14 @@ def test_clipping_brings_down_to_the_norm_and_reports_the_old_one() -> None:
     assert factor is None
 
 
+LACKING = {
+    "adamw": r"lacks exp_avg\.projector\.up\.bias",
+    "adamw in a loop": r"has nothing for projector\.up\.bias",
+    "muon": r"lacks exp_avg\.projector\.up\.bias",
+    "muon, adamw in a loop": r"has nothing for projector\.up\.bias",
+}
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_moments_come_back_and_go_on_as_before(name: str) -> None:
     def step(optimizer: Optimizer, params: dict[str, Tensor], number: int) -> None:
@@ -177,7 +187,7 @@ def test_moments_come_back_and_go_on_as_before(name: str) -> None:
     step(again, twins, 2)
     assert all(torch.equal(params[k], twins[k]) for k in params)
     lacking = {k: v for k, v in saved.items() if not k.endswith(".projector.up.bias")}
-    with pytest.raises(ValueError, match=r"projector\.up\.bias"):
+    with pytest.raises(ValueError, match=LACKING[name]):
         again.load(lacking)
 
 
@@ -217,6 +227,22 @@ def test_muon_is_torchs_in_batches() -> None:
         assert difference < 3 * 0.1 * 0.2 * 2**-8
     stacks = stacks_of(params)
     assert sorted(map(len, stacks)) == [1, 1, 2]
+
+
+def test_every_combination_is_what_was_asked_for() -> None:
+    def kinds(**flags: Any) -> list[str]:
+        optimizer = build_optimizer(_params(), {}, TrainConfig(**flags))
+        rest = [optimizer.rest] if isinstance(optimizer, Muon) else []
+        return [type(one).__name__ for one in (optimizer, *rest)]
+
+    assert kinds() == ["AdamW"]
+    assert kinds(use_fused_adamw=False) == ["TorchAdamW"]
+    assert kinds(optimizer="muon") == ["Muon", "AdamW"]
+    assert kinds(optimizer="muon", use_fused_adamw=False) == ["Muon", "TorchAdamW"]
+    for flags in ({"optimizer": "muon"}, {"optimizer": "adamw8bit"}, {"use_fused_adamw": False}):
+        with pytest.raises(UserError, match="--state_dtype bf16 needs --optimizer adamw"):
+            check(TrainConfig(state_dtype="bf16", **flags))
+    check(TrainConfig(state_dtype="bf16"))
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 40), (2, 40, 24)])
