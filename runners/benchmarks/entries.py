@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -81,10 +82,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Pace:
-    """How often."""
+    """How often. loaded: seconds that the steps before the timed ones take at least, so that a
+    card's clock has come down to what it can keep."""
 
     steps: int
     warmup: int
+    loaded: float = 0.0
 
 
 def measure_round(entry: Entry, measured: Measured, clock: Clock, pace: Pace) -> None:
@@ -115,7 +118,10 @@ def _round(entry: Entry, measured: Measured, clock: Clock, pace: Pace) -> None:
         measured.left_bytes = torch.cuda.memory_allocated()
     start = before = time.perf_counter()
     with entry.start() as step:
-        for i in range(pace.warmup):
+        busy = 0.0  # without the first step, which compiles
+        for i in itertools.count():
+            if i >= pace.warmup and busy >= pace.loaded:
+                break
             loss = first_loss(step())
             clock.settle()
             now = time.perf_counter()
@@ -125,6 +131,7 @@ def _round(entry: Entry, measured: Measured, clock: Clock, pace: Pace) -> None:
                 measured.warm_up = None if entry.shared else now - start
                 measured.loss = loss
             last, before = now - before, now
+            busy += last if i else 0.0
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         count = max(1, min(pace.steps, round(LONGEST / max(last, 1e-9))))

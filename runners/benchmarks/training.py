@@ -101,7 +101,9 @@ class TrainBenchConfig:
     steps: int = 5
     """Timed steps of a round, at most; a slow rung takes fewer."""
     warmup: int = 3
-    """Steps before those, in each round."""
+    """Steps before those, in each round, at least."""
+    loaded: float = 2.0
+    """Seconds of steps before those, in each round, at least: a card's clock falls under load."""
     rounds: int = 2
     """Rounds over all rungs: a GPU's clock changes from minute to minute."""
     minutes: float = 8.0
@@ -136,12 +138,14 @@ def choose_clock(preset: str, name: str) -> Clock:
 def measured_ceilings(clock: Clock) -> dict[Ceiling, float]:
     """Of this run; on a CPU with sizes that take no time."""
     if clock.device.type == "cuda":
-        return measure_ceilings(clock)
+        return measure_ceilings(clock, loaded=0.5)
     return measure_ceilings(clock, copied=2**20, side=64, rounds=1)
 
 
 def check(config: TrainBenchConfig) -> None:
     check_preset(config.preset)
+    if config.loaded < 0:
+        raise UsageError(f"--loaded is in seconds, 0 or more, not {config.loaded}")
     for name in ("rows", "length", "steps", "warmup", "rounds"):
         if getattr(config, name) < 1:
             raise UsageError(f"--{name} must be 1 or more, not {getattr(config, name)}")
@@ -300,7 +304,7 @@ def take_turns(
     say: Callable[[str], None],
     started: float,
 ) -> None:
-    pace = Pace(config.steps, config.warmup)
+    pace = Pace(config.steps, config.warmup, config.loaded)
     for turn in range(config.rounds):
         for entry, row in zip(entries, rows, strict=True):
             if time.perf_counter() - started > 60 * config.minutes:

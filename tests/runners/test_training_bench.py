@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 import textwrap
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +46,7 @@ MICRO = (
     "text.vocab_size=128", "text.qkv_bias=true", "text.qk_norm=false",
 )  # fmt: skip
 SMALL = TrainBenchConfig(
-    preset="tiny", override=MICRO, rows=2, length=32, steps=2, warmup=1, rounds=2
+    preset="tiny", override=MICRO, rows=2, length=32, steps=2, warmup=1, rounds=2, loaded=0.0
 )
 QUIET = Console(quiet=True)
 
@@ -415,3 +416,15 @@ def test_the_keys_are_listed(capsys) -> None:
     assert run(["train", "--list", "--peers"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert listed == [*(rung.key for rung in ladder(8, False)), *peers.PEERS]
+
+
+def test_the_device_is_under_load_before_it_is_timed() -> None:
+    def step():
+        time.sleep(0.01)
+        return torch.ones(2)
+
+    row = Measured("key", "label", "phase", "", 10, 1.0)
+    measure_round(entry(step), row, CpuClock(), Pace(2, 1, loaded=0.05))
+    assert sum(row.walls[1:]) >= 0.05  # the first compiles: it does not count
+    assert sum(row.walls[1:-1]) < 0.05
+    assert len(row.samples) == 2
