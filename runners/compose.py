@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,15 @@ from core import Forward, Longest, VLMConfig, vlm
 from core.vlm import ANY
 from runners.config import TrainConfig
 from runners.errors import UserError
-from transforms import checkpoint, compile, fp8, fuse_loss, unfused_loss
+from transforms import (
+    checkpoint,
+    compile,
+    cuda_graph,
+    fp8,
+    fuse_loss,
+    unfused_loss,
+    value_and_grad,
+)
 from transforms.fp8 import SKIPPED
 
 
@@ -28,8 +36,15 @@ class Composed:
     loss_fn: Forward  # (params, batch) -> fp32 scalar
     eval_loss: Forward  # the same without smoothing, z-loss and recomputation: for validation
     dtype: torch.dtype  # of matmuls and activations
+    graphed: bool  # gradients are a CUDA graph
     report: tuple[str, ...]  # a line for every optimisation, on or off
     backends: Mapping[str, str]  # what kernels.override takes, around every call
+
+    def gradients(self, select: Sequence[str] | None = None) -> Callable[..., Any]:
+        """``(params, batch) -> (loss, grads)``, valid until the next call."""
+        grad_fn = value_and_grad(self.loss_fn, select)
+        # Outermost: it records whatever is launched inside.
+        return cuda_graph(grad_fn) if self.graphed else grad_fn
 
 
 def compose(
@@ -41,6 +56,7 @@ def compose(
     the device cannot serve.
     """
     dtype, why = compute_dtype(config, device)
+    graphed = is_graphed(config, device)
     compiled = is_compiled(config, device)
     if config.state_dtype == "bf16" and dtype != torch.bfloat16:
         raise UserError(f"--state_dtype bf16 computes in bf16, and here it is fp32: {why}")
@@ -72,8 +88,14 @@ def compose(
         scope = "blocks: one program for all that are alike" if blocks else "the whole loss"
         report.append(f"Using torch.compile on {scope}; the first step takes longer")
     else:
-        why = "--compile=0" if config.compile is False else "on a CPU it is --compile=1"
+        why = "the CUDA graph makes up for it" if graphed else "on a CPU it is --compile=1"
+        why = "--compile=0" if config.compile is False else why
         report.append(f"torch.compile off: {why}")
+    if graphed:
+        report.append("Using a CUDA graph: gradients are recorded in the third step")
+    elif device.type == "cuda":
+        why = "--cuda_graph=0" if config.cuda_graph is False else "offloading cannot be recorded"
+        report.append(f"CUDA graph off: {why}")
     backends = choose_backends(config, device)
     with kernels.override(**backends):
         report += kernels.report(
@@ -85,7 +107,7 @@ def compose(
             fused_kernels=config.use_fused_kernels,
             compiling=compiled,
         )
-    return Composed(bare, loss_fn, eval_loss, dtype, tuple(report), backends)
+    return Composed(bare, loss_fn, eval_loss, dtype, graphed, tuple(report), backends)
 
 
 def _checkpointed(forward: Forward, config: TrainConfig, compiled: bool) -> tuple[Forward, str]:
@@ -122,8 +144,21 @@ def _policy(name: str) -> str | tuple[str, ...]:
 
 
 def is_compiled(config: TrainConfig, device: torch.device) -> bool:
-    """Whether torch.compile is used: on a GPU, unless --compile says otherwise."""
-    return device.type == "cuda" if config.compile is None else config.compile
+    """Whether torch.compile is used: what --compile says, else on a GPU where launching from Python
+    costs time, or where it saves passes (fp8 rounds an input once for all its products)."""
+    if config.compile is not None:
+        return config.compile
+    return device.type == "cuda" and (config.use_fp8 or not is_graphed(config, device))
+
+
+def is_graphed(config: TrainConfig, device: torch.device) -> bool:
+    """Whether gradients become a CUDA graph: on a GPU, unless --cuda_graph says otherwise. Raises
+    UserError where they are to and cannot."""
+    offloading = config.use_gradient_checkpointing and config.checkpoint_policy == "offload"
+    if config.cuda_graph and (offloading or device.type != "cuda"):
+        why = "--checkpoint_policy=offload cannot be recorded" if offloading else "needs a GPU"
+        raise UserError(f"--cuda_graph: {why}")
+    return device.type == "cuda" and not offloading and config.cuda_graph is not False
 
 
 def _attentions(model: VLMConfig, longest: Longest) -> dict[str, dict[str, Any]]:

@@ -141,10 +141,13 @@ class TrainConfig:
     use_fused_adamw: bool = True
     """One kernel for the whole update, instead of PyTorch's loop over the leaves."""
     compile: bool | None = None
-    """torch.compile. Default: on a GPU."""
+    """torch.compile. Default: on a GPU, with fp8 or without --cuda_graph."""
     compile_scope: Literal["blocks", "whole"] = "blocks"
     """What is compiled: one block that serves all layers, or the whole loss at once, which takes
     four times as long to start."""
+    cuda_graph: bool | None = None
+    """Record the gradients of a batch once and start them by one call from then on: small models
+    train 1.3 to 3 times as fast. Default: on a GPU."""
 
     profile: bool = False
     """Write trace.json (for chrome://tracing, Perfetto) and profile.txt of three steps."""

@@ -24,7 +24,6 @@ from runners.optim import learning_rate
 from runners.profiling import Profiler
 from runners.setup import Job
 from runners.step import Learner, mean_loss
-from transforms import value_and_grad
 
 
 class Late:
@@ -94,7 +93,7 @@ class Training:
     ) -> None:
         self.job, self.learner, self.folder = job, learner, folder
         self.metrics, self.display, self.config = metrics, display, job.config
-        self.grad_fn = value_and_grad(job.composed.loss_fn, job.select)
+        self.grad_fn = job.composed.gradients(job.select)
         self.late, self.pace = Late(job.device), Pace()
         self.peak = peak_flops(job.device, job.composed.dtype)
         self.saved = learner.step

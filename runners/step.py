@@ -87,7 +87,7 @@ def accumulate(
     total: dict[str, Tensor] = {}
     for batch, count in zip(batches, counts, strict=True):
         loss, tree = grad_fn(params, to_device(batch, device))
-        losses.append(loss)
+        losses.append(loss.clone())  # a CUDA graph writes the next one in its place
         grads, weight = flatten(tree), count / max(1, sum(counts))
         if len(batches) == 1:
             return loss, losses, grads

@@ -3,6 +3,7 @@
 from transforms.accumulate import accumulate
 from transforms.checkpoint import checkpoint, rematerialize
 from transforms.compile import compile
+from transforms.cuda_graph import cuda_graph
 from transforms.fp8 import fp8
 from transforms.fuse_kernels import fuse_kernels
 from transforms.fuse_loss import fuse_loss, unfused_loss
@@ -16,6 +17,7 @@ __all__ = [
     "cast_matrices",
     "checkpoint",
     "compile",
+    "cuda_graph",
     "fake_quant",
     "fp8",
     "fuse_kernels",

@@ -132,8 +132,10 @@ def _round(entry: Entry, measured: Measured, clock: Clock, pace: Pace) -> None:
                 measured.loss = loss
             last, before = now - before, now
             busy += last if i else 0.0
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
+            if i == 0 and cuda:
+                # From the second step on, not the timed ones alone: a CUDA graph allocates nothing
+                # any more when it runs.
+                torch.cuda.reset_peak_memory_stats()
         count = max(1, min(pace.steps, round(LONGEST / max(last, 1e-9))))
         measured.samples += clock.sample(step, None, count)
         if cuda:

@@ -25,6 +25,8 @@ from runners.data.types import NO_LABEL, Document
 from runners.flops import Load
 
 PAD = 0  # the token that fills rows up; documents have none of it
+# The last rung of the ladder, from which leaves branch off: the first of these that there is.
+TOPS = ("graph", "blocks")
 MULTIPLE = 8  # padded rows are as long as the longest document, up to a multiple of this
 
 
@@ -60,14 +62,14 @@ class Plan:
     packed: bool
 
 
-def ladder(rows: int, ragged: bool) -> tuple[Rung, ...]:
+def ladder(rows: int, ragged: bool, graphs: bool = True) -> tuple[Rung, ...]:
     """Every rung. rows: of a step; ragged: documents have lengths of their own, so that packing
-    them is a rung."""
+    them is a rung; graphs: there is a GPU that can record them."""
     climbed = [
         Rung(
             "baseline", "baseline: fp32, nothing fused", "baseline", None,
             {
-                "dtype": "fp32", "compile": False, "compile_scope": "whole",
+                "dtype": "fp32", "compile": False, "compile_scope": "whole", "cuda_graph": False,
                 "use_flash_attn": False, "use_fused_kernels": False, "use_fused_loss": False,
                 "use_fused_adamw": False, "device_batch_size": 1, "packed": not ragged,
             },
@@ -85,20 +87,26 @@ def ladder(rows: int, ragged: bool) -> tuple[Rung, ...]:
         Rung("loss", "+ fused loss", "phase 3", "kernels", {"use_fused_loss": True}),
         Rung("blocks", "+ compile by blocks", "phase 3", "loss", {"compile_scope": "blocks"}),
     ]  # fmt: skip
+    if graphs:
+        instead = {"cuda_graph": True, "compile": False}
+        label = "+ CUDA graph instead of compiling"
+        climbed.append(Rung("graph", label, "phase 3", "blocks", instead))
+    top = climbed[-1].key
+    rounding = {"use_fp8": True} | ({"compile": True} if graphs else {})
     recompute = {"use_gradient_checkpointing": True}
     half = {"checkpoint_every": 4, "checkpoint_policy": "attention"}
     leaves = [
-        ("checkpoint", "checkpointing", "phase 3", "blocks", recompute),
+        ("checkpoint", "checkpointing", "phase 3", top, recompute),
         ("checkpoint_dots", "checkpointing, dots and attention kept", "phase 3", "checkpoint",
          {"checkpoint_policy": "dots+attention"}),
         ("checkpoint_half", "checkpointing, half of the activations", "phase 3", "checkpoint",
          half | {"checkpoint_between": "dots+attention"}),
-        ("bf16_states", "bf16 states", "phase 3", "blocks", {"state_dtype": "bf16"}),
+        ("bf16_states", "bf16 states", "phase 3", top, {"state_dtype": "bf16"}),
         ("bf16_checkpoint", "bf16 states, checkpointing", "phase 3", "bf16_states", recompute),
-        ("fp8", "fp8", "phase 3", "blocks", {"use_fp8": True}),
+        ("fp8", "fp8, compiled by blocks", "phase 3", top, rounding),
         ("fp8_bf16", "fp8, bf16 states", "phase 3", "fp8", {"state_dtype": "bf16"}),
-        ("muon", "Muon", "beyond", "blocks", {"optimizer": "muon"}),
-        ("adamw8bit", "AdamW with moments of 8 bits", "beyond", "blocks",
+        ("muon", "Muon", "beyond", top, {"optimizer": "muon"}),
+        ("adamw8bit", "AdamW with moments of 8 bits", "beyond", top,
          {"optimizer": "adamw8bit"}),
     ]  # fmt: skip
     return (*climbed, *(Rung(*leaf) for leaf in leaves))  # type: ignore[arg-type]
@@ -106,9 +114,6 @@ def ladder(rows: int, ragged: bool) -> tuple[Rung, ...]:
 
 def _word(value: Any) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
-
-
-TOP = "blocks"  # the last rung of the ladder: leaves branch off here
 
 
 def plans(rungs: Sequence[Rung], start: TrainConfig) -> dict[str, Plan]:

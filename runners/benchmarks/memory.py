@@ -57,7 +57,8 @@ class Way:
 
 def _ways() -> dict[str, Way]:
     plain = TrainConfig(
-        device="auto", compile=False, lr=1e-4, schedule="constant", warmup_steps=0
+        device="auto", compile=False, cuda_graph=False, lr=1e-4, schedule="constant",
+        warmup_steps=0,
     )  # fmt: skip
     dtypes = {
         "fp32": ("fp32", replace(plain, dtype="fp32"), False),

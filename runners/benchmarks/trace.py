@@ -26,7 +26,6 @@ from runners.config import TrainConfig, parse_config
 from runners.errors import UserError
 from runners.setup import Job, prepare
 from runners.step import Learner
-from transforms import value_and_grad
 
 # Kernels of attention libraries, as the profiler names them: flash-attn and torch's copy of it say
 # flash, cuDNN sdpa or fmha.
@@ -98,7 +97,7 @@ def trace(config: TraceConfig, training: TrainConfig, command: str, output: Cons
 def profile_step(job: Job, warmup: int) -> profile:
     """One training step after some others, made of the runners' own pieces."""
     learner = Learner(job.params, job.config, job.select, job.composed.dtype)
-    grad_fn = value_and_grad(job.composed.loss_fn, job.select)
+    grad_fn = job.composed.gradients(job.select)
     batches = iter(job.loader)
     cuda = job.device.type == "cuda"
 

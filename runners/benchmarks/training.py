@@ -35,9 +35,10 @@ from runners.benchmarks.entries import (
 )
 from runners.benchmarks.harness import Ceiling
 from runners.benchmarks.ladder import (
-    TOP,
+    TOPS,
     Documents,
     Plan,
+    Rung,
     batches_of,
     draw_documents,
     ladder,
@@ -54,7 +55,6 @@ from runners.errors import UserError
 from runners.flops import peak_flops, training_flops
 from runners.setup import build_params
 from runners.step import Learner
-from transforms import value_and_grad
 
 HEADERS = ("rung", "tok/s", "x baseline", "MFU", "ms", "min - max", "peak GiB", "first step s",
            "steps", "loss")  # fmt: skip
@@ -64,10 +64,10 @@ LEGEND = (
     "but its compiled programs; peers that compile take their steps in one round. With "
     "--device_batch_size=1 rows are computed one after the other and their gradients added up. "
     "MFU: 6 operations a weight and token and those of attention, recomputation not counted, over "
-    "the data sheet's bf16 figure. peak: memory held at the worst moment of a timed step. first "
-    "step: from building to its end, with whatever the rungs before left in the compilers' caches; "
-    "-: it runs the programs of a rung before it. steps: until one came within 5% of the median. "
-    "loss: of the first step, from the same weights and tokens."
+    "the data sheet's bf16 figure. peak: memory held at the worst moment from the second step on. "
+    "first step: from building to its end, with whatever the rungs before left in the compilers' "
+    "caches; -: it runs the programs of a rung before it. steps: until one came within 5% of the "
+    "median. loss: of the first step, from the same weights and tokens."
 )
 # What a config may change of without another program being traced.
 SAME_PROGRAM = {
@@ -161,8 +161,12 @@ def check(config: TrainBenchConfig) -> None:
 
 
 def known_keys(config: TrainBenchConfig) -> dict[str, str]:
-    known = {rung.key: rung.label for rung in ladder(config.rows, config.lengths > 0)}
+    known = {rung.key: rung.label for rung in rungs_of(config, torch.cuda.is_available())}
     return known | ({key: peer.label for key, peer in peers.PEERS.items()} if config.peers else {})
+
+
+def rungs_of(config: TrainBenchConfig, graphs: bool) -> tuple[Rung, ...]:
+    return ladder(config.rows, config.lengths > 0, graphs)
 
 
 def starting_config(config: TrainBenchConfig) -> TrainConfig:
@@ -208,7 +212,7 @@ def training(plan: Plan, documents: Documents, programs: Programs) -> Iterator[S
         params, _ = build_params(config, model, programs.device, None)
         learner = Learner(params, config, None, composed.dtype)
         del params
-        yield partial(learner.train_step, value_and_grad(composed.loss_fn), batches)
+        yield partial(learner.train_step, composed.gradients(), batches)
 
 
 @contextmanager
@@ -229,7 +233,7 @@ def entries_of(
     programs = Programs(model, device)
     made = []
     for key, plan in plans(
-        ladder(config.rows, config.lengths > 0), starting_config(config)
+        rungs_of(config, device.type == "cuda"), starting_config(config)
     ).items():
         if config.only and key not in config.only:
             continue
@@ -346,8 +350,9 @@ def report_floor(
     model: VLMConfig, documents: Documents, rows: Sequence[Measured], where: Environment
 ) -> list[str]:
     """The least time of the top rung's step by this run's ceilings, and the share reached."""
-    top = find(rows, TOP)
-    if top is None or not top.samples:
+    there = (row for key in TOPS if (row := find(rows, key)) is not None and row.samples)
+    top = next(there, None)
+    if top is None:
         return []
     ceilings: Mapping[Ceiling, float] = where.ceilings  # type: ignore[assignment]
     works = training_step(model, documents.lengths)

@@ -26,7 +26,7 @@ from runners.benchmarks.clock import CpuClock, DeviceLostError
 from runners.benchmarks.entries import Entry, Measured, Pace, measure_round
 from runners.benchmarks.ladder import (
     PAD,
-    TOP,
+    TOPS,
     Documents,
     batches_of,
     draw_documents,
@@ -37,6 +37,7 @@ from runners.benchmarks.ladder import (
 from runners.benchmarks.roofline import optimizer_bytes, pairs, training_step
 from runners.benchmarks.training import Programs, TrainBenchConfig, bench, check
 from runners.cli import UsageError
+from runners.compose import is_compiled, is_graphed
 from runners.config import TrainConfig
 from runners.errors import UserError
 from runners.flops import measure_load
@@ -93,15 +94,19 @@ def test_rungs_differ_by_the_flags_they_name_and_by_nothing_else(ragged: bool) -
         if rung.parent is not None:
             assert differing == named, f"{rung.key} names what it does not change"
             assert (plan.packed != packed) == ("packed" in rung.changes)
-            assert len(rung.changes) == 1 or rung.key == "checkpoint_half"
+            assert len(rung.changes) == 1 or rung.key in ("checkpoint_half", "graph", "fp8")
     assert ("packing" in made) == ragged
 
 
 def test_the_top_of_the_ladder_is_what_the_trainer_does_by_default() -> None:
-    plan = plans(ladder(8, True), TrainConfig())[TOP]
-    bf16_on_a_gpu = replace(TrainConfig(), dtype="bf16", compile=True, device_batch_size=8)
-    assert plan.config == bf16_on_a_gpu
+    """On a GPU: what is None there by default."""
+    plan = plans(ladder(8, True), TrainConfig())[TOPS[0]]
+    gpu, default = torch.device("cuda"), replace(TrainConfig(), dtype="bf16", device_batch_size=8)
+    chosen = {"compile": is_compiled(default, gpu), "cuda_graph": is_graphed(default, gpu)}
+    assert plan.config == replace(default, **chosen)
     assert plan.packed
+    fp8 = plans(ladder(8, True), TrainConfig())["fp8"].config
+    assert fp8.compile == is_compiled(replace(fp8, compile=None), gpu)
 
 
 def test_phases_come_in_order_and_every_parent_before_its_child() -> None:
@@ -116,7 +121,7 @@ def test_phases_come_in_order_and_every_parent_before_its_child() -> None:
 def test_rungs_share_programs_where_only_the_optimizer_differs() -> None:
     model = text_only(PRESETS["tiny"])
     programs = Programs(model, torch.device("cpu"))
-    made = plans(ladder(2, False), training.starting_config(SMALL))
+    made = plans(ladder(2, False, graphs=False), training.starting_config(SMALL))
     shared = {key: programs.shared(key, plan) for key, plan in made.items()}
     assert {key: owner for key, owner in shared.items() if owner} == {
         "adamw": "compile", "bf16_states": "blocks", "bf16_checkpoint": "checkpoint",
@@ -198,7 +203,7 @@ def test_the_floor_of_a_step_against_numbers_written_out() -> None:
 
 def test_every_rung_is_measured_and_written(tmp_path: Path, uncompiled: None) -> None:
     rows = measured(replace(SMALL, out=str(tmp_path), lengths=0.6))
-    assert [row["key"] for row in rows] == [rung.key for rung in ladder(2, True)]
+    assert [row["key"] for row in rows] == [rung.key for rung in ladder(2, True, graphs=False)]
     by_key = {row["key"]: row for row in rows}
     optional = {"fp8", "fp8_bf16", "adamw8bit"}  # a CPU has no fp8, and few have bitsandbytes
     for key, row in by_key.items():
@@ -214,7 +219,7 @@ def test_every_rung_is_measured_and_written(tmp_path: Path, uncompiled: None) ->
     assert losses == pytest.approx([losses[0]] * len(losses), rel=2**-7)
     page = (tmp_path / "train.md").read_text()
     assert "![tokens a second and memory, by rung](train.png)" in page
-    assert all(rung.label in page for rung in ladder(2, True))
+    assert all(rung.label in page for rung in ladder(2, True, graphs=False))
     assert "`--use_fused_loss=1`" in page
     assert "The floor of '+ compile by blocks'" in page
     assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
@@ -414,8 +419,9 @@ def test_bad_flags(monkeypatch) -> None:
 
 def test_the_keys_are_listed(capsys) -> None:
     assert run(["train", "--list", "--peers"]) == 0
+    rungs = ladder(8, False, torch.cuda.is_available())
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed == [*(rung.key for rung in ladder(8, False)), *peers.PEERS]
+    assert listed == [*(rung.key for rung in rungs), *peers.PEERS]
 
 
 def test_the_device_is_under_load_before_it_is_timed() -> None:
