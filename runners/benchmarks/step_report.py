@@ -53,6 +53,16 @@ RUNGS = Layout(
     LEGEND, "What each rung changes of the one before, or of the one it branches off:",
 )  # fmt: skip
 
+PICTURED = replace(
+    RUNGS,
+    headers=("rung", "tok/s", "pictures/s", *RUNGS.headers[2:]),
+    legend=(
+        f"{LEGEND} Tokens are those that the decoder computes, pictures' included; MFU counts the "
+        "vision tower and the projector on the patches of real pictures, forward and both "
+        "gradients, each patch seeing all of its picture."
+    ),
+)
+
 
 def describe(row: Measured, peak: float | None) -> str:
     if not row.samples:
@@ -77,7 +87,9 @@ def report_floor(
     if top is None or not top.samples:
         return []
     ceilings: Mapping[Ceiling, float] = where.ceilings  # type: ignore[assignment]
-    works = training_step(model, documents.lengths)
+    if model.projector is not None and model.projector.kind == "resampler":
+        return ["No floor: the work of a resampler is not counted by parts."]
+    works = training_step(model, documents.lengths, documents.load.pictures.tolist())
     floor = sum(work.floor(ceilings) for work in works)
     parts = [floor_line(work, ceilings) for work in works]
     return [

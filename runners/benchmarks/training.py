@@ -31,16 +31,18 @@ from runners.benchmarks.harness import Ceiling
 from runners.benchmarks.ladder import (
     Documents,
     Plan,
+    Rung,
     batches_of,
     draw_documents,
     ladder,
     plans,
     text_only,
 )
+from runners.benchmarks.pictures import pictures_of
 from runners.benchmarks.records import environment
 from runners.benchmarks.report import console
-from runners.benchmarks.step_report import Report, describe, report_floor
-from runners.cli import UsageError, nearest
+from runners.benchmarks.step_report import PICTURED, RUNGS, Report, describe, report_floor
+from runners.cli import UsageError, explained, nearest
 from runners.compose import Composed, compose
 from runners.config import TrainConfig, check_preset, model_config
 from runners.errors import UserError
@@ -57,12 +59,14 @@ SAME_PROGRAM = {
 
 @dataclass(frozen=True)
 class TrainBenchConfig:
-    """Measures whole training steps of a preset's decoder, rung by rung, from plain PyTorch in fp32
-    to everything that `python -m runners.train` does; and what branches off from there."""
+    """Measures whole training steps of a preset's decoder (with --pictures, of the whole model),
+    rung by rung, from plain PyTorch in fp32 to everything that `python -m runners.train` does; and
+    what branches off from there."""
 
     preset: str = "vlm_1.5b"
     override: tuple[str, ...] = ()
-    """Changes to the preset, such as text.layers=6. Its vision tower is left out."""
+    """Changes to the preset, such as text.layers=6. Its vision tower is left out unless there are
+    --pictures."""
     rows: int = 8
     """Rows of a step."""
     length: int = 2048
@@ -70,6 +74,10 @@ class TrainBenchConfig:
     lengths: float = 0.0
     """Documents of log-normal length with this sigma, a quarter of a row in the mean; the rungs
     before packing pad each to the longest. 0: each fills a row."""
+    pictures: int = 0
+    """Pictures at the head of each document, random, of the preset's size: the whole model trains.
+    --lengths is then of the text behind them, in the mean as many tokens as the pictures; 0: each
+    has just as many. Rows have room for as many pictures as `runners.train` would plan."""
     only: tuple[str, ...] = ()
     """Rungs and peers to measure, by the keys that --list prints. Default: all."""
     list: bool = False
@@ -129,6 +137,7 @@ def check(config: TrainBenchConfig) -> None:
         raise UsageError(f"--lengths must lie in [0, 10), not {config.lengths}")
     if config.peers and config.lengths:
         raise UsageError("--peers measures full rows: leave --lengths out")
+    check_pictures(config)
     known = known_keys(config)
     for key in config.only:
         if key not in known:
@@ -136,15 +145,37 @@ def check(config: TrainBenchConfig) -> None:
             raise UsageError(f"--only {key}: there are {', '.join(known)}{hint}")
 
 
+def check_pictures(config: TrainBenchConfig) -> None:
+    if config.pictures < 0:
+        raise UsageError(f"--pictures must be 0 or more, not {config.pictures}")
+    if not config.pictures:
+        return
+    for name in ("peers", "cold_start"):
+        if getattr(config, name):
+            raise UsageError(f"--{name} measures text alone: leave --pictures out")
+    with explained(f"--pictures {config.pictures} with --preset {config.preset}"):
+        pictures = pictures_of(model_config(starting_config(config)), config.pictures)
+    if pictures is not None and pictures.tokens >= config.length:
+        raise UsageError(
+            f"--pictures {config.pictures} take {pictures.tokens} tokens, and text comes behind "
+            f"them: --length must be more than {config.length}"
+        )
+
+
+def rungs_of(config: TrainBenchConfig) -> tuple[Rung, ...]:
+    return ladder(config.rows, config.lengths > 0 or config.pictures > 0)
+
+
 def known_keys(config: TrainBenchConfig) -> dict[str, str]:
-    known = {rung.key: rung.label for rung in ladder(config.rows, config.lengths > 0)}
+    known = {rung.key: rung.label for rung in rungs_of(config)}
     return known | ({key: peer.label for key, peer in peers.PEERS.items()} if config.peers else {})
 
 
 def starting_config(config: TrainBenchConfig) -> TrainConfig:
     """What no rung changes. The rate is small: the numbers must stay ordinary ones."""
+    without = () if config.pictures else ("vision=none",)
     return TrainConfig(
-        preset=config.preset, override=(*config.override, "vision=none"), device="auto",
+        preset=config.preset, override=(*config.override, *without), device="auto",
         sequence_len=config.length, lr=1e-4, schedule="constant", warmup_steps=0,
     )  # fmt: skip
 
@@ -204,9 +235,7 @@ def entries_of(
     """The rungs and peers that --only leaves."""
     programs = Programs(model, device)
     made = []
-    for key, plan in plans(
-        ladder(config.rows, config.lengths > 0), starting_config(config)
-    ).items():
+    for key, plan in plans(rungs_of(config), starting_config(config)).items():
         if config.only and key not in config.only:
             continue
         rung = plan.rung
@@ -242,8 +271,9 @@ def bench(
         line = f"{time.perf_counter() - started:6.1f} s  {line}"
         output.print(escape(line), highlight=False, soft_wrap=True)
 
-    model = text_only(model_config(starting_config(config)))
-    documents = draw_documents(config.rows, config.length, config.lengths)
+    model = model_config(starting_config(config))
+    pictures = pictures_of(model, config.pictures)
+    documents = draw_documents(config.rows, config.length, config.lengths, pictures=pictures)
     lost: str | None = None
     with clock.session(), strict_fp32(), quick_collection():
         where = environment(clock.device, command, ceilings(clock))
@@ -251,11 +281,14 @@ def bench(
             say(line)
         clock.free()
         entries = entries_of(config, model, documents, clock.device)
-        flops = training_flops(model, documents.load, {"text"})
+        flops = training_flops(model, documents.load, {"text", "vision", "projector"})
+        shown = documents.shown
         rows = [
-            Measured(e.key, e.label, e.phase, e.changed, documents.tokens, flops) for e in entries
+            Measured(e.key, e.label, e.phase, e.changed, documents.tokens, flops, pictures=shown)
+            for e in entries
         ]
-        report = Report(folder, rows, where, peak_flops(clock.device, torch.bfloat16), output)
+        peak = peak_flops(clock.device, torch.bfloat16)
+        report = Report(folder, rows, where, peak, output, PICTURED if shown else RUNGS)
         try:
             take_turns(config, entries, rows, clock, report, say, started)
         except DeviceLostError as error:
@@ -301,4 +334,18 @@ def about(model: VLMConfig, documents: Documents) -> str:
         f"{model.num_params():,} parameters; a step: {documents.tokens:,} tokens in "
         f"{count} documents ({kind}), {len(documents.rows)} rows of {documents.row_len:,} packed"
         + ("" if documents.full else f", {count} of {documents.padded_len():,} padded")
+        + about_pictures(documents)
+    )
+
+
+def about_pictures(documents: Documents) -> str:
+    pictures, spec = documents.pictures, documents.spec
+    if pictures is None or spec is None:
+        return ""
+    images = pictures.images
+    patches = images.square_patches
+    return (
+        f"; {documents.shown} pictures of {images.image_size} px ({patches:,} patches, "
+        f"{images.tokens(patches)} tokens), packed rows having room for "
+        f"{len(documents.rows) * spec.max_images}"
     )
