@@ -3,6 +3,7 @@
 python -m runners.bench train                # whole training steps, from plain PyTorch to ours
     --peers                                  #     and Hugging Face on the same shape
     --lengths 0.7                            #     and documents of many lengths
+    --pictures 1 --lengths 0.7               #     and the whole model, a picture in each document
     --cold_start                             #     and from the program's start to full speed
 python -m runners.bench components           # attention, MLP, norms, loss, optimizer: each alone
 python -m runners.bench memory               # fp32, bf16, int8: what a step holds, what fits

@@ -162,6 +162,11 @@ def plan(encoder: Encoder, documents: Sequence[Document], rows: int, model: VLMC
         pad_token=encoder.tokenizer.pad,
         vocab_size=model.text.vocab_size,
     )
+    return whole_pictures(spec)
+
+
+def whole_pictures(spec: PackSpec) -> PackSpec:
+    """The spec with room for as many patches as its pictures have, where all are of one size."""
     if spec.images is None or spec.images.fit != "square":
         return spec
     # All pictures are of one size: then no run of unused patches is longer than a picture either.

@@ -54,6 +54,7 @@ class Measured:
     peak_bytes: int | None = None
     left_bytes: int | None = None  # held before it began, by what came earlier
     loss: float | None = None  # of the first step: all rungs begin at the same params
+    pictures: int = 0  # of a step
 
     @property
     def ms(self) -> float:
@@ -62,6 +63,10 @@ class Measured:
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / (1e-3 * self.ms)
+
+    @property
+    def pictures_per_second(self) -> float:
+        return self.pictures / (1e-3 * self.ms)
 
     @property
     def warm_steps(self) -> int:
@@ -171,6 +176,7 @@ def as_record(measured: Measured, peak: float | None, baseline: Measured | None)
         known |= {
             "ms": measured.ms, "min": min(measured.samples), "max": max(measured.samples),
             "tokens_per_second": measured.tokens_per_second, "mfu": measured.mfu(peak),
+            "pictures_per_second": measured.pictures_per_second,
             "warm_steps": measured.warm_steps, "times_baseline": times(measured, baseline),
         }  # fmt: skip
     return known

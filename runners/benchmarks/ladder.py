@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -18,11 +19,13 @@ import numpy as np
 import torch
 
 from core import Batch, Longest, VLMConfig, make_batch
+from runners.benchmarks.pictures import MARK, Pictures
 from runners.config import TrainConfig
 from runners.data.collate import collate
-from runners.data.packing import WINDOW, PackSpec, choose_row
+from runners.data.packing import WINDOW, PackSpec, choose_row, plan_spec
 from runners.data.types import NO_LABEL, Document
 from runners.flops import Load
+from runners.setup import bounds, whole_pictures
 
 PAD = 0  # the token that fills rows up; documents have none of it
 # The last rung of the ladder, from which leaves branch off: the first of these that there is.
@@ -96,6 +99,7 @@ def ladder(rows: int, ragged: bool, graphs: bool = True) -> tuple[Rung, ...]:
     recompute = {"use_gradient_checkpointing": True}
     half = {"checkpoint_every": 4, "checkpoint_policy": "attention"}
     leaves = [
+        ("eager", "eager", "phase 3", top, {"cuda_graph" if graphs else "compile": False}),
         ("checkpoint", "checkpointing", "phase 3", top, recompute),
         ("checkpoint_dots", "checkpointing, dots and attention kept", "phase 3", "checkpoint",
          {"checkpoint_policy": "dots+attention"}),
@@ -129,10 +133,16 @@ def plans(rungs: Sequence[Rung], start: TrainConfig) -> dict[str, Plan]:
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a step by their lengths, in the rows where they lie when packed."""
+    """The documents of a step by their lengths, in the rows where they lie when packed.
+
+    pictures: what each begins with, its tokens counted in the lengths; spec: what packed rows then
+    have room for.
+    """
 
     rows: tuple[tuple[int, ...], ...]
     row_len: int
+    pictures: Pictures | None = None
+    spec: PackSpec | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -145,42 +155,61 @@ class Documents:
 
     @property
     def full(self) -> bool:
-        """Every document fills a row."""
-        return all(row == (self.row_len,) for row in self.rows)
+        """Every document is text and fills a row."""
+        return self.pictures is None and all(row == (self.row_len,) for row in self.rows)
 
     @property
     def load(self) -> Load:
-        return Load(torch.tensor(self.lengths), torch.zeros(0, dtype=torch.int64))
+        patches = 0 if self.pictures is None else self.pictures.images.square_patches
+        return Load(torch.tensor(self.lengths), torch.full((self.shown,), patches))
+
+    @property
+    def shown(self) -> int:
+        """Pictures of the step."""
+        return len(self.lengths) * (0 if self.pictures is None else self.pictures.count)
 
     def padded_len(self) -> int:
         """Of a row when each has one document: the longest, rounded up."""
         return min(self.row_len, -(-max(self.lengths) // MULTIPLE) * MULTIPLE)
 
 
-def draw_documents(rows: int, row_len: int, sigma: float, seed: int = 0) -> Documents:
+def draw_documents(
+    rows: int, row_len: int, sigma: float, seed: int = 0, pictures: Pictures | None = None
+) -> Documents:
     """Documents for so many rows. sigma 0: each fills a row; else their lengths are log-normal of
     mean a quarter of a row and this sigma (of the logarithm), at most a row; they are packed as the
-    loader packs: from a window of those that wait."""
-    if sigma == 0:
+    loader packs: from a window of those that wait. With pictures it is the text behind them whose
+    length is drawn, in the mean as many tokens as the pictures take, and rows have room for as many
+    pictures as the trainer would plan for such documents."""
+    if sigma == 0 and pictures is None:
         return Documents(((row_len,),) * rows, row_len)
-    spec = PackSpec(row_len, rows, max_docs=row_len)
-    stream = _lengths(row_len, sigma, seed)
-    waiting: list[Document] = [_bare(length) for length in islice(stream, WINDOW)]
+    if pictures is None:
+        bare, spec = _bare, PackSpec(row_len, rows, max_docs=row_len)
+        stream = _lengths(row_len / 4, 2, row_len, sigma, seed)
+    else:
+        bare, shown = pictures.bare, pictures.tokens
+        texts = partial(_lengths, shown, 1, row_len - shown, sigma, seed)
+        stream = (shown + length for length in texts())
+        sample = [bare(shown + length) for length in islice(texts(), WINDOW)]
+        spec = whole_pictures(
+            plan_spec(sample, row_len=row_len, rows=rows, images=pictures.images, pad_token=PAD)
+        )
+    waiting: list[Document] = [bare(length) for length in islice(stream, WINDOW)]
     packed = []
     for _ in range(rows):
         chosen = choose_row([document.cost for document in waiting], spec)
         packed.append(tuple(len(waiting[i].tokens) for i in chosen))
         for i in reversed(chosen):
             del waiting[i]
-        waiting += [_bare(length) for length in islice(stream, WINDOW - len(waiting))]
-    return Documents(tuple(packed), row_len)
+        waiting += [bare(length) for length in islice(stream, WINDOW - len(waiting))]
+    return Documents(tuple(packed), row_len, pictures, None if pictures is None else spec)
 
 
-def _lengths(row_len: int, sigma: float, seed: int) -> Iterator[int]:
+def _lengths(mean: float, least: int, most: int, sigma: float, seed: int) -> Iterator[int]:
     generator = np.random.default_rng(seed)
-    middle = math.log(row_len / 4) - sigma**2 / 2  # so that row_len / 4 is the mean
+    middle = math.log(mean) - sigma**2 / 2  # so that it is the mean
     while True:
-        yield min(row_len, max(2, round(generator.lognormal(middle, sigma))))
+        yield min(most, max(least, round(generator.lognormal(middle, sigma))))
 
 
 def _bare(length: int) -> Document:
@@ -200,22 +229,34 @@ def batches_of(
     documents: Documents, vocab: int, at_once: int, packed: bool, seed: int = 0
 ) -> tuple[list[Batch], Longest]:
     """The step's batches of ``at_once`` rows, on the CPU, and what the model may rely on. The same
-    random tokens, packed or padded: one document a row, filled up to the longest of the step."""
+    random tokens and pictures, packed or padded: one document a row, filled up to the longest of
+    the step."""
     generator = np.random.default_rng(seed)
     if documents.full:
         size = (len(documents.rows), documents.row_len)
         tokens = torch.from_numpy(generator.integers(1, vocab, size))
         return [make_batch(some) for some in tokens.split(at_once)], Longest(documents.row_len)
-    rows = [
-        [document_of(generator.integers(1, vocab, length)) for length in row]
-        for row in documents.rows
-    ]
+    pictures = documents.pictures
+
+    def drawn(length: int) -> Document:
+        if pictures is None:
+            return document_of(generator.integers(1, vocab, length))
+        return pictures.document(
+            generator.integers(MARK + 1, vocab, length - pictures.tokens), generator
+        )
+
+    rows = [[drawn(length) for length in row] for row in documents.rows]
     length = documents.row_len
     if not packed:
         rows, length = [[document] for row in rows for document in row], documents.padded_len()
     spec = PackSpec(length, at_once, max_docs=max(map(len, rows)), pad_token=PAD)
+    if pictures is not None and documents.spec is not None:
+        images, room = pictures.images, documents.spec.max_images if packed else pictures.count
+        spec = whole_pictures(
+            replace(spec, images=images, max_images=room, max_patches=images.merge**2)
+        )
     some = [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
-    return [collate(group, spec) for group in some], Longest(length)
+    return [collate(group, spec) for group in some], bounds(spec)
 
 
 def text_only(model: VLMConfig) -> VLMConfig:

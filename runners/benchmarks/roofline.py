@@ -77,6 +77,11 @@ def loss_bytes(tokens: int, vocab: int, size: int = HALF) -> float:
     return 3.0 * tokens * vocab * size
 
 
+def gelu_bytes(tokens: int, width: int, size: int = HALF) -> float:
+    """Forward: read, written; backward: the gradient and the input read, a gradient written."""
+    return 5.0 * tokens * width * size
+
+
 def optimizer_bytes(params: int, *, bf16_states: bool) -> float:
     """AdamW: param and two moments read and written, a bf16 gradient read for its norm and again;
     fp32 params are written once more as the copies that compute."""
@@ -85,9 +90,14 @@ def optimizer_bytes(params: int, *, bf16_states: bool) -> float:
 
 
 def training_step(
-    model: VLMConfig, lengths: Sequence[int], *, bf16_states: bool = False
+    model: VLMConfig,
+    lengths: Sequence[int],
+    pictures: Sequence[int] = (),
+    *,
+    bf16_states: bool = False,
 ) -> tuple[Work, ...]:
-    """The parts of one step in bf16 on documents of these lengths, without recomputation."""
+    """The parts of one step in bf16 on documents of these lengths and pictures of so many patches,
+    without recomputation."""
     text, tokens = model.text, sum(lengths)
     products = model.flops_per_token(0) * tokens
     layer = (
@@ -104,8 +114,34 @@ def training_step(
         Work("attention", operations=text.layers * attention_operations(model, lengths)),
         Work("norms, SwiGLU, RoPE, residuals", moved=elementwise + embedding),
         Work("cross-entropy", moved=loss_bytes(tokens, text.vocab_size)),
+        *(vision_step(model, pictures) if pictures else ()),
         Work(
             "optimizer",
             moved=optimizer_bytes(count_leaves(model.param_spec()), bf16_states=bf16_states),
+        ),
+    )
+
+
+def vision_step(model: VLMConfig, pictures: Sequence[int]) -> tuple[Work, ...]:
+    """The vision tower's and an MLP projector's parts, each patch seeing all of its picture. Biases
+    are left out, as parts of the products before them, and so are positions: they are added once.
+    Raises ValueError for a model without the two."""
+    vision, projector = model.vision, model.projector
+    if vision is None or projector is None or projector.kind != "mlp":
+        raise ValueError("the work of a vision tower is counted with an MLP projector")
+    patches, hidden = sum(pictures), projector.hidden or model.text.dim
+    seen = sum(count**2 for count in pictures)
+    layer = (
+        2 * norm_bytes(patches, vision.dim)
+        + 2 * residual_bytes(patches, vision.dim)
+        + gelu_bytes(patches, vision.mlp_dim)
+    )
+    bridge = gelu_bytes(patches // vision.merge**2, hidden)
+    return (
+        Work("vision: matrix products", operations=model.flops_per_patch(0) * patches),
+        Work("vision: attention", operations=vision.layers * 7 * 2.0 * vision.dim * seen),
+        Work(
+            "vision: norms, GELU, residuals",
+            moved=vision.layers * layer + norm_bytes(patches, vision.dim) + bridge,
         ),
     )

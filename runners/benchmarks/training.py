@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,12 +13,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 import kernels
 from core import PRESETS, Longest, VLMConfig
 from runners.benchmarks import cold_start, peers
-from runners.benchmarks.bars import Bar, draw_bars
 from runners.benchmarks.ceilings import measure_ceilings
 from runners.benchmarks.clock import Clock, CpuClock, CudaClock, DeviceLostError
 from runners.benchmarks.entries import (
@@ -27,15 +24,11 @@ from runners.benchmarks.entries import (
     Measured,
     Pace,
     Step,
-    as_record,
-    find,
     measure_round,
     quick_collection,
-    times,
 )
 from runners.benchmarks.harness import Ceiling
 from runners.benchmarks.ladder import (
-    TOPS,
     Documents,
     Plan,
     Rung,
@@ -45,10 +38,11 @@ from runners.benchmarks.ladder import (
     plans,
     text_only,
 )
-from runners.benchmarks.records import Environment, environment
-from runners.benchmarks.report import console, markdown_row
-from runners.benchmarks.roofline import Work, training_step
-from runners.cli import UsageError, nearest
+from runners.benchmarks.pictures import pictures_of
+from runners.benchmarks.records import environment
+from runners.benchmarks.report import console
+from runners.benchmarks.step_report import PICTURED, RUNGS, Report, describe, report_floor
+from runners.cli import UsageError, explained, nearest
 from runners.compose import Composed, compose
 from runners.config import TrainConfig, check_preset, model_config
 from runners.errors import UserError
@@ -56,19 +50,6 @@ from runners.flops import peak_flops, training_flops
 from runners.setup import build_params
 from runners.step import Learner
 
-HEADERS = ("rung", "tok/s", "x baseline", "MFU", "ms", "min - max", "peak GiB", "first step s",
-           "steps", "loss")  # fmt: skip
-LEGEND = (
-    "tok/s: real tokens over the median time of a whole step (forward, backward, clipping, "
-    "optimizer), rounds over all rungs taking turns, everything of a rung freed before the next "
-    "but its compiled programs; peers that compile take their steps in one round. With "
-    "--device_batch_size=1 rows are computed one after the other and their gradients added up. "
-    "MFU: 6 operations a weight and token and those of attention, recomputation not counted, over "
-    "the data sheet's bf16 figure. peak: memory held at the worst moment from the second step on. "
-    "first step: from building to its end, with whatever the rungs before left in the compilers' "
-    "caches; -: it runs the programs of a rung before it. steps: until one came within 5% of the "
-    "median. loss: of the first step, from the same weights and tokens."
-)
 # What a config may change of without another program being traced.
 SAME_PROGRAM = {
     "optimizer": "adamw", "use_fused_adamw": True, "state_dtype": "fp32", "device_batch_size": 1,
@@ -77,12 +58,14 @@ SAME_PROGRAM = {
 
 @dataclass(frozen=True)
 class TrainBenchConfig:
-    """Measures whole training steps of a preset's decoder, rung by rung, from plain PyTorch in fp32
-    to everything that `python -m runners.train` does; and what branches off from there."""
+    """Measures whole training steps of a preset's decoder (with --pictures, of the whole model),
+    rung by rung, from plain PyTorch in fp32 to everything that `python -m runners.train` does; and
+    what branches off from there."""
 
     preset: str = "vlm_1.5b"
     override: tuple[str, ...] = ()
-    """Changes to the preset, such as text.layers=6. Its vision tower is left out."""
+    """Changes to the preset, such as text.layers=6. Its vision tower is left out unless there are
+    --pictures."""
     rows: int = 8
     """Rows of a step."""
     length: int = 2048
@@ -90,6 +73,10 @@ class TrainBenchConfig:
     lengths: float = 0.0
     """Documents of log-normal length with this sigma, a quarter of a row in the mean; the rungs
     before packing pad each to the longest. 0: each fills a row."""
+    pictures: int = 0
+    """Pictures at the head of each document, random, of the preset's size: the whole model trains.
+    --lengths is then of the text behind them, in the mean as many tokens as the pictures; 0: each
+    has just as many. Rows have room for as many pictures as `runners.train` would plan."""
     only: tuple[str, ...] = ()
     """Rungs and peers to measure, by the keys that --list prints. Default: all."""
     list: bool = False
@@ -153,6 +140,7 @@ def check(config: TrainBenchConfig) -> None:
         raise UsageError(f"--lengths must lie in [0, 10), not {config.lengths}")
     if config.peers and config.lengths:
         raise UsageError("--peers measures full rows: leave --lengths out")
+    check_pictures(config)
     known = known_keys(config)
     for key in config.only:
         if key not in known:
@@ -160,19 +148,37 @@ def check(config: TrainBenchConfig) -> None:
             raise UsageError(f"--only {key}: there are {', '.join(known)}{hint}")
 
 
+def check_pictures(config: TrainBenchConfig) -> None:
+    if config.pictures < 0:
+        raise UsageError(f"--pictures must be 0 or more, not {config.pictures}")
+    if not config.pictures:
+        return
+    for name in ("peers", "cold_start"):
+        if getattr(config, name):
+            raise UsageError(f"--{name} measures text alone: leave --pictures out")
+    with explained(f"--pictures {config.pictures} with --preset {config.preset}"):
+        pictures = pictures_of(model_config(starting_config(config)), config.pictures)
+    if pictures is not None and pictures.tokens >= config.length:
+        raise UsageError(
+            f"--pictures {config.pictures} take {pictures.tokens} tokens, and text comes behind "
+            f"them: --length must be more than {config.length}"
+        )
+
+
+def rungs_of(config: TrainBenchConfig, graphs: bool) -> tuple[Rung, ...]:
+    return ladder(config.rows, config.lengths > 0 or config.pictures > 0, graphs)
+
+
 def known_keys(config: TrainBenchConfig) -> dict[str, str]:
     known = {rung.key: rung.label for rung in rungs_of(config, torch.cuda.is_available())}
     return known | ({key: peer.label for key, peer in peers.PEERS.items()} if config.peers else {})
 
 
-def rungs_of(config: TrainBenchConfig, graphs: bool) -> tuple[Rung, ...]:
-    return ladder(config.rows, config.lengths > 0, graphs)
-
-
 def starting_config(config: TrainBenchConfig) -> TrainConfig:
     """What no rung changes. The rate is small: the numbers must stay ordinary ones."""
+    without = () if config.pictures else ("vision=none",)
     return TrainConfig(
-        preset=config.preset, override=(*config.override, "vision=none"), device="auto",
+        preset=config.preset, override=(*config.override, *without), device="auto",
         sequence_len=config.length, lr=1e-4, schedule="constant", warmup_steps=0,
     )  # fmt: skip
 
@@ -232,9 +238,8 @@ def entries_of(
     """The rungs and peers that --only leaves."""
     programs = Programs(model, device)
     made = []
-    for key, plan in plans(
-        rungs_of(config, device.type == "cuda"), starting_config(config)
-    ).items():
+    rungs = rungs_of(config, device.type == "cuda")
+    for key, plan in plans(rungs, starting_config(config)).items():
         if config.only and key not in config.only:
             continue
         rung = plan.rung
@@ -270,8 +275,9 @@ def bench(
         line = f"{time.perf_counter() - started:6.1f} s  {line}"
         output.print(escape(line), highlight=False, soft_wrap=True)
 
-    model = text_only(model_config(starting_config(config)))
-    documents = draw_documents(config.rows, config.length, config.lengths)
+    model = model_config(starting_config(config))
+    pictures = pictures_of(model, config.pictures)
+    documents = draw_documents(config.rows, config.length, config.lengths, pictures=pictures)
     lost: str | None = None
     with clock.session(), strict_fp32(), quick_collection():
         where = environment(clock.device, command, ceilings(clock))
@@ -279,11 +285,14 @@ def bench(
             say(line)
         clock.free()
         entries = entries_of(config, model, documents, clock.device)
-        flops = training_flops(model, documents.load, {"text"})
+        flops = training_flops(model, documents.load, {"text", "vision", "projector"})
+        shown = documents.shown
         rows = [
-            Measured(e.key, e.label, e.phase, e.changed, documents.tokens, flops) for e in entries
+            Measured(e.key, e.label, e.phase, e.changed, documents.tokens, flops, pictures=shown)
+            for e in entries
         ]
-        report = Report(folder, rows, where, peak_flops(clock.device, torch.bfloat16), output)
+        peak = peak_flops(clock.device, torch.bfloat16)
+        report = Report(folder, rows, where, peak, output, PICTURED if shown else RUNGS)
         try:
             take_turns(config, entries, rows, clock, report, say, started)
         except DeviceLostError as error:
@@ -329,160 +338,18 @@ def about(model: VLMConfig, documents: Documents) -> str:
         f"{model.num_params():,} parameters; a step: {documents.tokens:,} tokens in "
         f"{count} documents ({kind}), {len(documents.rows)} rows of {documents.row_len:,} packed"
         + ("" if documents.full else f", {count} of {documents.padded_len():,} padded")
+        + about_pictures(documents)
     )
 
 
-def describe(row: Measured, peak: float | None) -> str:
-    if not row.samples:
-        return f"{row.label}: {row.status}: {row.reason}"
-    mfu, first, held = row.mfu(peak), row.warm_up, row.left_bytes or 0
+def about_pictures(documents: Documents) -> str:
+    pictures, spec = documents.pictures, documents.spec
+    if pictures is None or spec is None:
+        return ""
+    images = pictures.images
+    patches = images.square_patches
     return (
-        f"{row.label}: {row.tokens_per_second:,.0f} tokens/s, {row.ms:,.1f} ms"
-        + (f", {mfu:.1%} MFU" if mfu else "")
-        + (f", peak {row.peak_bytes / 2**30:.1f} GiB" if row.peak_bytes else "")
-        + (f", first step {first:.0f} s" if first else "")
-        + f", loss {row.loss:.4f}"
-        + (f" ({held / 2**30:.1f} GiB were left by those before)" if held > 2**30 else "")
+        f"; {documents.shown} pictures of {images.image_size} px ({patches:,} patches, "
+        f"{images.tokens(patches)} tokens), packed rows having room for "
+        f"{len(documents.rows) * spec.max_images}"
     )
-
-
-def report_floor(
-    model: VLMConfig, documents: Documents, rows: Sequence[Measured], where: Environment
-) -> list[str]:
-    """The least time of the top rung's step by this run's ceilings, and the share reached."""
-    there = (row for key in TOPS if (row := find(rows, key)) is not None and row.samples)
-    top = next(there, None)
-    if top is None:
-        return []
-    ceilings: Mapping[Ceiling, float] = where.ceilings  # type: ignore[assignment]
-    works = training_step(model, documents.lengths)
-    floor = sum(work.floor(ceilings) for work in works)
-    parts = [floor_line(work, ceilings) for work in works]
-    return [
-        f"The floor of '{top.label}', by the ceilings of this run:",
-        *parts,
-        f"- together {floor:.1f} ms; measured {top.ms:.1f} ms: {floor / top.ms:.0%} of the way",
-    ]
-
-
-def floor_line(work: Work, ceilings: Mapping[Ceiling, float]) -> str:
-    amounts = [
-        *([f"{work.operations / 1e12:,.3g} TFLOP"] if work.operations else []),
-        *([f"{work.moved / 1e9:,.3g} GB"] if work.moved else []),
-    ]
-    return f"- {work.part}: {', '.join(amounts)}, {work.floor(ceilings):.3g} ms"
-
-
-class Report:
-    """Writes what is measured."""
-
-    def __init__(
-        self,
-        folder: Path,
-        rows: Sequence[Measured],
-        where: Environment,
-        peak: float | None,
-        output: Console,
-    ) -> None:
-        self.folder, self.rows, self.where = folder, rows, where
-        self.peak, self.output = peak, output
-        self.path = folder / "train.jsonl"
-        self.path.write_text("")
-
-    def json(self, row: Measured) -> str:
-        known = as_record(row, self.peak, find(self.rows, "baseline"))
-        return json.dumps(known | vars(self.where)) + "\n"
-
-    def line(self, row: Measured) -> None:
-        """What is known so far; `finish` replaces these lines."""
-        with self.path.open("a") as lines:
-            lines.write(self.json(row))
-
-    def cells(self, row: Measured) -> tuple[str, ...]:
-        """The columns after the name, for a row with figures."""
-        factor, mfu = times(row, find(self.rows, "baseline")), row.mfu(self.peak)
-        return (
-            f"{row.tokens_per_second:,.0f}",
-            f"{factor:.2f}x" if factor else "",
-            f"{mfu:.1%}" if mfu else "",
-            f"{row.ms:,.1f}",
-            f"{min(row.samples):,.1f} - {max(row.samples):,.1f}",
-            f"{row.peak_bytes / 2**30:.1f}" if row.peak_bytes else "",
-            "-" if row.warm_up is None else f"{row.warm_up:.1f}",
-            str(row.warm_steps),
-            f"{row.loss:.4f}",
-        )
-
-    def finish(self, what: str, closing: Sequence[str], starts: Sequence[Any]) -> None:
-        """train.jsonl, train.md, train.png, and the table in the terminal."""
-        records = [self.json(row) for row in self.rows]
-        records += [json.dumps(vars(start) | vars(self.where)) + "\n" for start in starts]
-        self.path.write_text("".join(records))
-        title = f"training step, {self.where.device}, {self.where.date[:10]}"
-        drawn = self.draw(title)
-        page = self.markdown(what, closing, "train.png" if drawn else None)
-        (self.folder / "train.md").write_text(page)
-        self.show()
-        for line in closing:
-            self.output.print(escape(line), highlight=False, soft_wrap=True)
-        written = ", ".join(sorted(p.name for p in self.folder.glob("train.*")))
-        self.output.print(escape(f"In {self.folder}: {written}"), highlight=False)
-
-    def show(self) -> None:
-        table = Table(title="training step", title_justify="left", title_style="bold")
-        for header in HEADERS:
-            table.add_column(header, justify="left" if header == "rung" else "right")
-        phase = None
-        for row in self.rows:
-            if phase is not None and row.phase != phase:
-                table.add_section()
-            phase = row.phase
-            if row.samples:
-                table.add_row(escape(row.label), *self.cells(row))
-            else:
-                table.add_row(escape(row.label), row.status, style="red")
-        self.output.print(table)
-        for row in self.rows:
-            if not row.samples:
-                line = f"{row.label}: {row.status}: {row.reason}"
-                self.output.print(escape(line), highlight=False, soft_wrap=True)
-
-    def markdown(self, what: str, closing: Sequence[str], picture: str | None) -> str:
-        out = [
-            f"# Training steps, {self.where.date[:10]}", "", f"`{self.where.command}`", "",
-            *self.where.lines(), "", f"{what}.", "", LEGEND, "",
-        ]  # fmt: skip
-        if picture is not None:
-            out += [f"![tokens a second and memory, by rung]({picture})", ""]
-        out += [
-            markdown_row(("phase", *HEADERS)),
-            markdown_row(["---"] * 2 + ["---:"] * (len(HEADERS) - 1)),
-        ]
-        for i, row in enumerate(self.rows):
-            phase = row.phase if i == 0 or self.rows[i - 1].phase != row.phase else ""
-            cells = self.cells(row) if row.samples else (row.status, *[""] * (len(HEADERS) - 2))
-            out.append(markdown_row([phase, row.label, *cells]))
-        out += ["", "What each rung changes of the one before, or of the one it branches off:", ""]
-        out += [f"- {row.label}: `{row.changed}`" for row in self.rows]
-        absent = [f"- {r.label}: {r.status}: {r.reason}" for r in self.rows if not r.samples]
-        out += ["", "Not measured:", "", *absent] if absent else []
-        out += ["", *closing] if closing else []
-        return "\n".join(out).rstrip() + "\n"
-
-    def draw(self, title: str) -> bool:
-        baseline = find(self.rows, "baseline")
-        bars = []
-        for row in self.rows:
-            if not row.samples:
-                bars.append(Bar(row.label, row.phase, (None, None), (row.status, "")))
-                continue
-            factor = times(row, baseline)
-            speed = f"{row.tokens_per_second:,.0f}" + (f" ({factor:.1f}x)" if factor else "")
-            gib = None if row.peak_bytes is None else row.peak_bytes / 2**30
-            memory = "" if gib is None else f"{gib:.1f}"
-            bars.append(Bar(row.label, row.phase, (row.tokens_per_second, gib), (speed, memory)))
-        with_memory = any(bar.values[1] is not None for bar in bars)
-        panels = ("tokens a second", "peak memory, GiB") if with_memory else ("tokens a second",)
-        if not with_memory:
-            bars = [replace(bar, values=bar.values[:1], texts=bar.texts[:1]) for bar in bars]
-        return draw_bars(self.folder / "train.png", title, panels, bars)

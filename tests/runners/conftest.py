@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import runners.compose
 from runners.config import TrainConfig
 from runners.metrics import Display
 from runners.train import train
@@ -38,6 +39,12 @@ def micro(tmp_path: Path) -> Callable[..., TrainConfig]:
 def quiet() -> Callable[[], Display]:
     """A display that keeps its lines to itself."""
     return lambda: Display(1, console=Console(quiet=True))
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile takes seconds a program: here forwards stay as they are."""
+    monkeypatch.setattr(runners.compose, "compile", lambda forward, **_: forward)
 
 
 @pytest.fixture(scope="session")

@@ -56,12 +56,6 @@ def no_ceilings(clock: object) -> dict:
     return {"copy": 1e12, "bf16": 1e14, "int8": 1e14}
 
 
-@pytest.fixture
-def uncompiled(monkeypatch) -> None:
-    """torch.compile takes seconds a rung: here its forwards stay as they are."""
-    monkeypatch.setattr(runners.compose, "compile", lambda forward, **_: forward)
-
-
 def measured(config: TrainBenchConfig) -> list[dict]:
     assert bench(config, CpuClock(), "bench train", QUIET, no_ceilings) == 0
     lines = (Path(config.out) / "train.jsonl").read_text().splitlines()
