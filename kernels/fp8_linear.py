@@ -77,7 +77,7 @@ def scale_of(x: Tensor, dtype: torch.dtype, dims: int | None) -> Tensor:
     size = x.detach().abs().float()
     amax = size.amax() if dims is None else size.amax(dims, keepdim=True)
     # By a tensor: by a number, a GPU multiplies by its reciprocal, and a scale that is off by its
-    # last bit rounds ties the other way (5.25 / 448 has but two bits, so that 1 entry in 16 is one).
+    # last bit rounds ties the other way (5.25 / 448 has two bits: there ties are frequent).
     scale = amax / amax.new_full((), fp8_triton.LARGEST[dtype])
     scale = torch.where(scale < SMALLEST, SMALLEST, scale)  # NaN is not less
     return torch.where(amax == 0, 1.0, scale)
