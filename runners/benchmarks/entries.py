@@ -86,7 +86,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class Pace:
-    """How often."""
+    """How often. warmup: steps of a round before those that are timed; 0: none, and every step is
+    timed, however slow."""
 
     steps: int
     warmup: int
@@ -119,6 +120,7 @@ def _round(entry: Entry, measured: Measured, clock: Clock, pace: Pace) -> None:
     if first and cuda:
         measured.left_bytes = torch.cuda.memory_allocated()
     start = before = time.perf_counter()
+    last = 0.0
     with entry.start() as step:
         for i in range(pace.warmup):
             loss = first_loss(step())
@@ -133,7 +135,10 @@ def _round(entry: Entry, measured: Measured, clock: Clock, pace: Pace) -> None:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         count = max(1, min(pace.steps, round(LONGEST / max(last, 1e-9))))
-        measured.samples += clock.sample(step, None, count)
+        taken: list[Tensor] = []
+        measured.samples += clock.sample(lambda: taken.append(step()), None, count)
+        if measured.loss is None:
+            measured.loss = first_loss(taken[0])
         if cuda:
             measured.peak_bytes = torch.cuda.max_memory_allocated()
 
