@@ -5,6 +5,7 @@ python -m runners.bench train                # whole training steps, from plain 
     --lengths 0.7                            #     and documents of many lengths
     --pictures 1 --lengths 0.7               #     and the whole model, a picture in each document
     --cold_start                             #     and from the program's start to full speed
+python -m runners.bench lengths              # whole steps on rows of 2,048 to 131,072 tokens
 python -m runners.bench components           # attention, MLP, norms, loss, optimizer: each alone
 python -m runners.bench memory               # fp32, bf16, int8: what a step holds, what fits
 python -m runners.bench kernels --peers      # every kernel beside torch and other libraries
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 from runners.benchmarks.checkpointing import CheckpointingConfig, run_checkpointing
 from runners.benchmarks.components import ComponentsConfig, run_components
 from runners.benchmarks.kernels import KernelsConfig, TableConfig, run_kernels, run_table
+from runners.benchmarks.lengths import LengthsConfig, run_lengths
 from runners.benchmarks.memory import MemoryConfig, run_memory
 from runners.benchmarks.overhead import OverheadConfig, run_overhead
 from runners.benchmarks.trace import TraceConfig, run_trace
@@ -37,6 +39,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(TrainBenchConfig, run_train_bench),
+    "lengths": Command(LengthsConfig, run_lengths),
     "components": Command(ComponentsConfig, run_components),
     "memory": Command(MemoryConfig, run_memory),
     "kernels": Command(KernelsConfig, run_kernels),

@@ -87,8 +87,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class Pace:
-    """How often. loaded: seconds that the steps before the timed ones take at least, so that a
-    card's clock has come down to what it can keep."""
+    """How often. warmup: steps of a round before those that are timed; 0: none, and every step is
+    timed, however slow. loaded: seconds that they take at least, so that a card's clock has come
+    down to what it can keep."""
 
     steps: int
     warmup: int
@@ -121,7 +122,10 @@ def _round(entry: Entry, measured: Measured, clock: Clock, pace: Pace) -> None:
     first = not measured.samples
     if first and cuda:
         measured.left_bytes = torch.cuda.memory_allocated()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     start = before = time.perf_counter()
+    last = 0.0
     with entry.start() as step:
         busy = 0.0  # without the first step, which compiles
         for i in itertools.count():
@@ -142,7 +146,10 @@ def _round(entry: Entry, measured: Measured, clock: Clock, pace: Pace) -> None:
                 # any more when it runs.
                 torch.cuda.reset_peak_memory_stats()
         count = max(1, min(pace.steps, round(LONGEST / max(last, 1e-9))))
-        measured.samples += clock.sample(step, None, count)
+        taken: list[Tensor] = []
+        measured.samples += clock.sample(lambda: taken.append(step()), None, count)
+        if measured.loss is None:
+            measured.loss = first_loss(taken[0])
         if cuda:
             measured.peak_bytes = torch.cuda.max_memory_allocated()
 

@@ -146,6 +146,7 @@ class Report:
             "peak GiB": f"{row.peak_bytes / 2**30:.1f}" if row.peak_bytes else "",
             "first step s": "-" if row.warm_up is None else f"{row.warm_up:.1f}",
             "steps": str(row.warm_steps),
+            "timed": str(len(row.samples)),
             "loss": f"{row.loss:.4f}",
         }
         return tuple(known[header] for header in self.layout.headers[1:])

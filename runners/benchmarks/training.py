@@ -48,7 +48,7 @@ from runners.config import TrainConfig, check_preset, model_config
 from runners.errors import UserError
 from runners.flops import peak_flops, training_flops
 from runners.setup import build_params
-from runners.step import Learner
+from runners.step import GradFn, Learner
 
 # What a config may change of without another program being traced.
 SAME_PROGRAM = {
@@ -210,15 +210,22 @@ class Programs:
 @contextmanager
 def training(plan: Plan, documents: Documents, programs: Programs) -> Iterator[Step]:
     """A rung's step, as `runners.train` takes it: params, optimizer and gradients of its own."""
-    config, model = plan.config, programs.model
-    at_once = config.device_batch_size
-    batches, longest = batches_of(documents, model.text.vocab_size, at_once, plan.packed)
+    at_once = plan.config.device_batch_size
+    vocab = programs.model.text.vocab_size
+    batches, longest = batches_of(documents, vocab, at_once, plan.packed)
+    with learning(plan, longest, programs) as (learner, grad_fn):
+        yield partial(learner.train_step, grad_fn, batches)
+
+
+@contextmanager
+def learning(plan: Plan, longest: Longest, programs: Programs) -> Iterator[tuple[Learner, GradFn]]:
+    """What a rung trains, and its gradients, for batches that keep these bounds."""
     composed = programs.get(plan, longest)
     with kernels.override(**composed.backends):
-        params, _ = build_params(config, model, programs.device, None)
-        learner = Learner(params, config, None, composed.dtype)
+        params, _ = build_params(plan.config, programs.model, programs.device, None)
+        learner = Learner(params, plan.config, None, composed.dtype)
         del params
-        yield partial(learner.train_step, composed.gradients(), batches)
+        yield learner, composed.gradients()
 
 
 @contextmanager

@@ -174,10 +174,12 @@ def test_every_rung_trains_the_whole_model(tmp_path: Path, uncompiled: None, mon
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert [row["key"] for row in rows] == [rung.key for rung in ladder(2, True, graphs=False)]
     documents = drawn(2, 48)
+    everything = training_flops(MODEL, documents.load, {"text", "vision", "projector"})
     optional = {"fp8", "fp8_bf16", "adamw8bit"}  # a CPU has no fp8, and few have bitsandbytes
     for row in rows:
         assert row["status"] == "ok" or row["key"] in optional, row["reason"]
         assert (row["tokens"], row["pictures"]) == (documents.tokens, documents.shown)
+        assert row["operations"] == pytest.approx(everything, rel=1e-12)
         if row["status"] == "ok":
             assert row["pictures_per_second"] == pytest.approx(1e3 * documents.shown / row["ms"])
     # the same function of the same weights, words and pixels: bf16 rounds to 2^-9
