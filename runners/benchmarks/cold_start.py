@@ -7,6 +7,7 @@ import os
 import queue
 import random
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,8 @@ from runners.data.tokenizer import train_tokenizer
 # `python -m runners.train` that says when its modules are there
 IMPORTED = "imported"
 PROGRAM = f"import runners.train as t; print({IMPORTED!r}, flush=True); raise SystemExit(t.main())"
-STEPS = 4  # lines of the log that are waited for
+STEPS = 14  # lines of the log that are waited for
+STEADY = 8  # the last of them, which say what the trainer reaches
 PATIENCE = 300.0  # seconds without a line: something hangs
 BEGUN, STEP = re.compile(r"^Run "), re.compile(r"^step (\d+)")
 
@@ -36,11 +38,17 @@ class Start:
     prepared: float  # data, tokenizer, params, optimizer: up to the report
     first_step: float
     later_steps: tuple[float, ...]
+    tokens: int = 0  # of a step
     error: str | None = None
 
     @property
     def total(self) -> float:
         return self.imports + self.prepared + self.first_step + sum(self.later_steps[:1])
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Once it runs: by the median of the last steps."""
+        return self.tokens / statistics.median(self.later_steps[-STEADY:])
 
 
 def measure(
@@ -68,7 +76,7 @@ def measure(
                 "--device_batch_size", str(rows), "--steps", "1000", "--log_every", "1",
                 "--val_fraction", "0", "--val_every", "0", "--tensorboard", "0", *extra,
             ]  # fmt: skip
-            starts.append(_start(caches_are, flags, environment))
+            starts.append(_start(caches_are, flags, environment, rows * length))
             say(describe(starts[-1]))
     return starts
 
@@ -85,7 +93,7 @@ def make_data(folder: Path, size: int) -> tuple[Path, Path]:
     return data, tokenizer
 
 
-def _start(caches: str, flags: Sequence[str], environment: dict[str, str]) -> Start:
+def _start(caches: str, flags: Sequence[str], environment: dict[str, str], tokens: int) -> Start:
     """Reads the program's output line by line, and ends it once it has shown what is wanted: it
     would go on to write a state."""
     command = [sys.executable, "-c", PROGRAM, *flags]
@@ -123,9 +131,9 @@ def _start(caches: str, flags: Sequence[str], environment: dict[str, str]) -> St
         reader.join()
         process.stdout.close()
     if imported is None or begun is None or len(steps) < STEPS:
-        return Start(caches, 0.0, 0.0, 0.0, (), f"it ended early: {last}")
+        return Start(caches, 0.0, 0.0, 0.0, (), tokens, f"it ended early: {last}")
     later = tuple(b - a for a, b in itertools.pairwise(steps))
-    return Start(caches, imported - started, begun - imported, steps[0] - begun, later)
+    return Start(caches, imported - started, begun - imported, steps[0] - begun, later, tokens)
 
 
 def _read(stream: object, lines: queue.Queue[tuple[float, str] | None]) -> None:
@@ -137,11 +145,12 @@ def _read(stream: object, lines: queue.Queue[tuple[float, str] | None]) -> None:
 def describe(start: Start) -> str:
     if start.error is not None:
         return f"start with {start.caches} caches: {start.error}"
-    later = ", ".join(f"{seconds:.2f}" for seconds in start.later_steps)
+    later = ", ".join(f"{seconds:.2f}" for seconds in start.later_steps[:3])
     return (
         f"start with {start.caches} caches: imports {start.imports:.1f} s, data and params "
         f"{start.prepared:.1f} s, first step {start.first_step:.1f} s, the next {later} s; "
-        f"{start.total:.1f} s to the end of the second step"
+        f"{start.total:.1f} s to the end of the second step; then {start.tokens_per_second:,.0f} "
+        "tokens/s"
     )
 
 

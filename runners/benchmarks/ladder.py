@@ -101,6 +101,8 @@ def ladder(rows: int, ragged: bool, graphs: bool = True) -> tuple[Rung, ...]:
     leaves = [
         ("eager", "eager", "phase 3", top, {"cuda_graph" if graphs else "compile": False}),
         ("checkpoint", "checkpointing", "phase 3", top, recompute),
+        ("checkpoint_attention", "checkpointing, attention kept", "phase 3", "checkpoint",
+         {"checkpoint_policy": "attention"}),
         ("checkpoint_dots", "checkpointing, dots and attention kept", "phase 3", "checkpoint",
          {"checkpoint_policy": "dots+attention"}),
         ("checkpoint_half", "checkpointing, half of the activations", "phase 3", "checkpoint",
