@@ -47,8 +47,8 @@ from kernels.functions import (
 from kernels.operators import fake
 
 _CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}  # torch, fp32 logits at a time: 4 MB, 512 MB
-# Triton: `linear_cross_entropy` says what other sizes cost. Of a 1.5B training step's 306 ms (151,936
-# words, 16,384 tokens, one H200) 2^29 took 4 more.
+# Triton: `linear_cross_entropy` says what other sizes cost. In a step of 302 ms (1.5B parameters,
+# 151,936 words, 16,384 tokens, one H200) 2^29 took 4 ms more.
 _CHUNK_BYTES = 2**30
 
 
@@ -420,9 +420,9 @@ def linear_cross_entropy(
         memory: bytes that a chunk's logits may take, instead of `chunk`. They have the dtype of
             hidden in the Triton path (V rounded up to a multiple of 64), fp32 and two more copies
             in the torch path. With neither given: 1 GiB, in the torch path 512 MiB, on a CPU 4 MiB.
-            The smaller, the more often the sum of the unembedding's gradient is read and written: 16,384 tokens of
-            2,048 over 131,072 words on an H200, with 1 GB 43.2 ms, 512 MB 46.2, 256 MB 50.0; with
-            a bf16 sum 42.1, 43.2, 47.3.
+            The smaller, the more often the sum of the unembedding's gradient is read and written:
+            16,384 tokens of 2,048 over 131,072 words on an H200, with 1 GB 43.2 ms, 512 MB 46.2,
+            256 MB 50.0; with a bf16 sum 42.1, 43.2, 47.3.
         accumulate: what that sum is kept in. "fp32" takes another V * D * 4 bytes until the loss
             is computed; "bf16" (for bf16 weights) takes none, the sum being the gradient itself,
             and rounds once a chunk: relative error of that gradient 3.7e-3 in 4 chunks and 4.1e-3
