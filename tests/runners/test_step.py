@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from core import Batch
 from core.batch import IGNORE
 from params import flatten, init_params
-from runners.compose import choose_backends, compose
+from params.tree import Tree
+from runners.compose import choose_backends, compose, is_compiled, is_graphed
 from runners.config import TrainConfig, model_config
 from runners.data.collate import collate
 from runners.errors import UserError
@@ -153,6 +155,43 @@ def test_offload_needs_eager_mode(micro: Micro) -> None:
     config = micro(use_gradient_checkpointing=True, checkpoint_policy="offload", compile=True)
     with pytest.raises(UserError, match="needs --compile=0"):
         compose(config, model_config(config), CPU)
+
+
+def test_who_records_and_who_compiles(micro: Micro) -> None:
+    gpu = torch.device("cuda")
+    offload = {"use_gradient_checkpointing": True, "checkpoint_policy": "offload"}
+    for flags, device, graphed, compiled in (
+        ({}, gpu, True, False),
+        ({}, CPU, False, False),
+        ({"cuda_graph": False}, gpu, False, True),
+        ({"compile": True}, gpu, True, True),
+        ({"use_fp8": True}, gpu, True, True),
+        ({"compile": False, **offload}, gpu, False, False),
+    ):
+        config = micro(**{"compile": None, **flags})
+        assert (is_graphed(config, device), is_compiled(config, device)) == (graphed, compiled)
+    for flags, device in (({}, CPU), (offload, gpu)):
+        with pytest.raises(UserError, match="--cuda_graph: "):
+            is_graphed(micro(cuda_graph=True, **flags), device)
+
+
+def test_gradients_may_lie_where_the_last_ones_lay(job: Job) -> None:
+    """As those of a CUDA graph do."""
+    _, apart = _rows(job)
+    grad_fn = value_and_grad(job.composed.loss_fn)
+    kept = grad_fn(job.params, apart[0])
+
+    def overwriting(params: Tree, batch: Batch) -> tuple[torch.Tensor, Tree]:
+        for old, new in zip(tree_leaves(kept), tree_leaves(grad_fn(params, batch)), strict=True):
+            old.copy_(new)
+        return kept
+
+    loss, losses, grads = accumulate(grad_fn, job.params, apart)
+    again, each, same = accumulate(overwriting, job.params, apart)
+    assert losses[0] != losses[1]
+    assert torch.equal(torch.stack(each), torch.stack(losses))
+    assert torch.equal(again, loss)
+    assert all(torch.equal(same[path], grad) for path, grad in grads.items())
 
 
 def test_values_come_in_order_and_none_is_lost() -> None:
