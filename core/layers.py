@@ -35,8 +35,7 @@ def dense_weight(p: Tree, dtype: torch.dtype) -> Tensor:
 
 def linear(p: Tree, x: Tensor) -> Tensor:
     """``x [..., I] @ weight[O, I].T + bias[O]``, in the weight's dtype."""
-    weight, bias = weight_of(p), p.get("bias")
-    return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+    return kernels.linear(x, weight_of(p), p.get("bias"))
 
 
 def embed(p: Tree, ids: Tensor, *, padding_idx: int | None = None) -> Tensor:

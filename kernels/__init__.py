@@ -8,6 +8,7 @@ from kernels.fp8_linear import fp8_linear
 from kernels.fused_linear import glu_linear, norm_linears
 from kernels.glu import geglu, relu2, swiglu
 from kernels.int8_linear import int8_linear
+from kernels.linear import linear
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.rms_norm import add_rms_norm, layer_norm, rms_norm
 from kernels.rope import rope
@@ -23,6 +24,7 @@ __all__ = [
     "glu_linear",
     "int8_linear",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "norm_linears",
     "override",

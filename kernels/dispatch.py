@@ -38,6 +38,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "linear_cross_entropy": ("triton", "torch"),
     "rms_norm": ("triton", "torch"),
     "layer_norm": ("triton", "torch"),
+    "linear": ("triton", "torch"),
     "swiglu": ("triton", "torch"),
     "geglu": ("triton", "torch"),
     "relu2": ("triton", "torch"),

@@ -186,7 +186,7 @@ def choose_backends(config: TrainConfig, device: torch.device) -> dict[str, str]
     if not config.use_flash_attn and device.type == "cuda":
         chosen["attention"] = "plain"
     if not config.use_fused_kernels:
-        chosen |= dict.fromkeys(("rms_norm", "layer_norm", "swiglu", "rope"), "torch")
+        chosen |= dict.fromkeys(("linear", "rms_norm", "layer_norm", "swiglu", "rope"), "torch")
     return chosen
 
 

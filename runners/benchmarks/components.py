@@ -49,7 +49,7 @@ from runners.optim import build_optimizer, clipping
 from transforms import cast_matrices, compile, fuse_loss, unfused_loss
 
 PARTS = ("attention", "mlp", "norms", "loss", "optimizer")
-PLAIN = {"attention": "plain", **dict.fromkeys(("rms_norm", "swiglu", "rope"), "torch")}
+PLAIN = {"attention": "plain", **dict.fromkeys(("linear", "rms_norm", "swiglu", "rope"), "torch")}
 SAMPLES = 10  # a rung and round
 SETS = 8  # inputs that a norm goes through in turn, more than the L2 cache holds
 LEGEND = (

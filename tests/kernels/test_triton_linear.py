@@ -1,0 +1,81 @@
+"""A linear layer whose bias's gradient a kernel sums, in the interpreter and on a GPU."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import dispatch
+from kernels.linear import linear
+from tests.kernels.drivers import (
+    FIRST_ORDER,
+    Case,
+    Driver,
+    broken,
+    by_double_backward,
+    by_hvp,
+    by_jvp,
+    by_jvp_jvp,
+    by_vmap_hvp,
+    disagreement,
+    name_of,
+    random,
+)
+
+# torch.func.jvp scripts its decompositions when first used
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+
+BF16, FP32 = torch.bfloat16, torch.float32
+CASE = Case(
+    linear, F.linear, ((5, 7), (3, 7), (3,)), importlib.import_module("kernels.linear"), "LINEAR"
+)
+HIGHER = [by_jvp, by_double_backward, by_hvp, by_vmap_hvp, by_jvp_jvp]
+
+
+def error(driver: Driver, device: str) -> float:
+    floats = tuple(random(*s, seed=i).to(device, FP32) for i, s in enumerate(CASE.shapes))
+    with dispatch.override(linear="triton"):
+        return disagreement(driver, CASE.fast, CASE.plain, floats)
+
+
+@pytest.mark.parametrize("driver", [*FIRST_ORDER, *HIGHER], ids=name_of)
+def test_under_driver(driver: Driver, kernel_device: str) -> None:
+    """fp32: sums of a few dozen numbers of order 1, a few times over."""
+    assert error(driver, kernel_device) < 1e-4
+
+
+@pytest.mark.parametrize("driver", FIRST_ORDER, ids=name_of)
+def test_a_wrong_backward_shows(
+    driver: Driver, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken(CASE, "backward", monkeypatch)
+    assert error(driver, kernel_device) > 0.1
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 16), (0, 16), (1, 16), (300, 16)])
+@pytest.mark.parametrize("needs", ["111", "100", "011", "001"])
+def test_no_worse_than_torch(shape: tuple[int, ...], needs: str, kernel_device: str) -> None:
+    """Against fp64; the bias is fp32 beside weights of bf16, and so is its gradient: torch's is
+    rounded to bf16 on the way."""
+    x, weight = random(*shape, dtype=BF16), random(24, 16, seed=1, dtype=BF16)
+    bias, g = random(24, seed=2, dtype=FP32), random(*shape[:-1], 24, seed=3, dtype=BF16)
+    results = {}
+    for name, dtype in (("fast", None), ("torch", None), ("exact", torch.float64)):
+        leaves = [
+            t.to(kernel_device, dtype or t.dtype).requires_grad_(need == "1")
+            for t, need in zip((x, weight, bias), needs, strict=True)
+        ]
+        with dispatch.override(linear="triton" if name == "fast" else "torch"):
+            y = linear(*leaves)
+        learning = [leaf for leaf in leaves if leaf.requires_grad]
+        grads = torch.autograd.grad(y, learning, g.to(y.device, y.dtype))
+        results[name] = (y, *grads)
+    for mine, theirs, exact in zip(*results.values(), strict=True):
+        assert mine.dtype == theirs.dtype
+        assert mine.shape == exact.shape
+        if exact.numel():
+            off, other = ((got.double() - exact).abs().max() for got in (mine, theirs))
+            assert off <= other + torch.finfo(mine.dtype).eps * exact.abs().max()
