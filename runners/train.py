@@ -103,9 +103,7 @@ def optimizer_line(job: Job) -> str:
     if config.optimizer == "adamw":
         return adamw
     muon = kernels.choose("muon", str(job.device))
-    return (
-        f"Muon for matrices (products by torch, the rest by {muon}), {adamw} for what is no matrix"
-    )
+    return f"Muon for matrices ({muon} beside its products), {adamw} for the rest"
 
 
 def finish(job: Job, folder: Path) -> list[str]:
