@@ -29,7 +29,7 @@ BLOCK, WARPS = 2048, 8  # elements a program; 8 a thread
 COLUMNS = constant(6)  # of a leaf's row: param, exp_avg, exp_avg_sq, copy, elements, name
 HEADER = constant(4)  # before the gradients' addresses: rate, two bias corrections, key
 BF16_MAX = constant(torch.finfo(torch.bfloat16).max)
-_TYPES = {} if tl is None else {
+TYPES = {} if tl is None else {
     torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
 }  # fmt: skip
 
@@ -43,20 +43,20 @@ def _mix(h):
 
 
 @jit
-def _number(table, at):
+def number(table, at):
     """An fp32 number that lies in the low half of an int64."""
     return tl.load(table + at).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @jit
-def _pointer(address, TYPE: tl.constexpr, VECTOR: tl.constexpr):
+def pointer_to(address, TYPE: tl.constexpr, VECTOR: tl.constexpr):
     """For vectors of 16 bytes of fp32, of `VECTOR` elements of 16 bits."""
     pointer = address.to(tl.pointer_type(TYPE))
     return tl.multiple_of(pointer, 16 if TYPE == tl.float32 else 2 * VECTOR)
 
 
 @jit
-def _nearest(x):
+def nearest(x):
     """fp32 to bf16, ties to even."""
     if IN_INTERPRETER:  # it cuts off
         bits = x.to(tl.uint32, bitcast=True)
@@ -74,7 +74,7 @@ def _rounded(x, noise, TYPE: tl.constexpr):
     if TYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True) + noise
         drawn = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-        return tl.where(tl.abs(x) < BF16_MAX, drawn, _nearest(x))
+        return tl.where(tl.abs(x) < BF16_MAX, drawn, nearest(x))
     else:  # noqa: RET505
         return x
 
@@ -93,7 +93,7 @@ def _advance(
     g = tl.load(g_ptr + at, mask=inside).to(tl.float32)
     if scale_ptr is not None:
         g *= tl.load(scale_ptr)
-    rate, first, second = _number(step_ptr, 0), _number(step_ptr, 1), _number(step_ptr, 2)
+    rate, first, second = number(step_ptr, 0), number(step_ptr, 1), number(step_ptr, 2)
 
     m += (1 - BETA1) * (g - m)
     v = BETA2 * v + (1 - BETA2) * g * g
@@ -106,7 +106,7 @@ def _advance(
     tl.store(m_ptr + at, _rounded(m, one >> 16, m_ptr.dtype.element_ty), mask=inside)
     tl.store(v_ptr + at, _rounded(v, two & 0xFFFF, v_ptr.dtype.element_ty), mask=inside)
     if COPY:
-        tl.store(c_ptr + at, _nearest(p), mask=inside)
+        tl.store(c_ptr + at, nearest(p), mask=inside)
 
 
 @jit
@@ -141,11 +141,11 @@ def adamw_kernel(
     if (((p | m | v | c | g) & 15) == 0) & (left >= BLOCK):
         at = tl.arange(0, BLOCK)
         _advance(
-            _pointer(p, PARAM, VECTOR) + start,
-            _pointer(m, MOMENT, VECTOR) + start,
-            _pointer(v, MOMENT, VECTOR) + start,
-            _pointer(c, tl.bfloat16, VECTOR) + start,
-            _pointer(g, GRAD, VECTOR) + start,
+            pointer_to(p, PARAM, VECTOR) + start,
+            pointer_to(m, MOMENT, VECTOR) + start,
+            pointer_to(v, MOMENT, VECTOR) + start,
+            pointer_to(c, tl.bfloat16, VECTOR) + start,
+            pointer_to(g, GRAD, VECTOR) + start,
             at, None, place + at.to(tl.uint32), key,
             scale_ptr, step_ptr, decay, BETA1, BETA2, EPS, COPY,
         )  # fmt: skip
@@ -242,9 +242,9 @@ def adamw_launch(
         BETA1=beta1,
         BETA2=beta2,
         EPS=eps,
-        PARAM=_TYPES[param],
-        GRAD=_TYPES[grad],
-        MOMENT=_TYPES[moment],
+        PARAM=TYPES[param],
+        GRAD=TYPES[grad],
+        MOMENT=TYPES[moment],
         COPY=copy,
         BLOCK=plan.block,
         PIECE=min(plan.block, 32 * num_warps),

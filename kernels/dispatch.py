@@ -45,6 +45,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "rope": ("triton", "torch"),
     "int8_linear": ("triton", "torch"),
     "adamw": ("triton", "torch"),
+    "muon": ("triton", "torch"),
     "fp8_linear": ("triton", "torch"),
 }
 

@@ -7,7 +7,7 @@ dtype, and a factor for all of them on the device (the clipping), so that nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.adamw import adamw_
+from kernels.muon import gather_momenta, move_
 
 Leaves = Mapping[str, Tensor]
 
@@ -115,7 +116,7 @@ class Muon:
         self.matrices, self.copies, self.rates = matrices, copies, rates
         self.rest, self.momentum = rest, momentum
         self.moments = {"momentum": {path: torch.zeros_like(m) for path, m in matrices.items()}}
-        self.stacks = stacks_of(matrices)
+        self.stacks = stacks_of(matrices, copies)
 
     def step(self, grads: Leaves, *, number: int, lr: float, factor: Tensor | None) -> None:
         for paths in self.stacks:
@@ -125,21 +126,27 @@ class Muon:
             self.rest.step(rest, number=number, lr=lr, factor=factor)
 
     def _turn(self, paths: Sequence[str], grads: Leaves, lr: float, factor: Tensor | None) -> None:
-        """Moves matrices of one shape and dtype."""
-        momenta = [self.moments["momentum"][path] for path in paths]
-        here = [grads[path].to(m.dtype) for path, m in zip(paths, momenta, strict=True)]
-        if factor is not None:
-            here = list(torch._foreach_mul(here, factor))
-        torch._foreach_lerp_(momenta, here, 1 - self.momentum)
-        ahead = torch._foreach_lerp(here, momenta, self.momentum)  # Nesterov's
-        turned = newton_schulz(torch.stack([g.bfloat16() for g in ahead])).unbind()
-        rows, cols = momenta[0].shape
-        for path, update in zip(paths, turned, strict=True):
-            matrix, rate = self.matrices[path], lr * self.rates[path].scale
-            matrix.mul_(1 - rate * self.rates[path].decay)
-            matrix.add_(update, alpha=-rate * 0.2 * max(rows, cols) ** 0.5)
-            if path in self.copies:
-                self.copies[path].copy_(matrix)
+        """Moves matrices of one stack.
+
+        The floor for a decoder of 1.31e9 entries in matrices (28 layers of 1,536, MLP of 8,960) on
+        an H200: 44.5 TFLOP at 670 TFLOP/s, 66 ms, and 24 bytes an entry at 4,300 GB/s, 7.3 ms.
+        """
+        stack = gather_momenta(
+            [self.moments["momentum"][path] for path in paths],
+            [grads[path] for path in paths],
+            momentum=self.momentum,
+            scale=factor,
+        )
+        matrices = [self.matrices[path] for path in paths]
+        rates = [lr * self.rates[path].scale for path in paths]
+        length = 0.2 * max(matrices[0].shape) ** 0.5
+        move_(
+            matrices,
+            newton_schulz(stack),
+            keeps=[1 - r * self.rates[p].decay for r, p in zip(rates, paths, strict=True)],
+            lengths=[rate * length for rate in rates],
+            copies=[self.copies[p] for p in paths] if paths[0] in self.copies else None,
+        )
 
     def state(self) -> dict[str, Tensor]:
         return named(self.moments) | self.rest.state()
@@ -152,13 +159,14 @@ class Muon:
 STACK = 2**28  # entries: 0.5 GB in bf16, and three times that while it is turned
 
 
-def stacks_of(matrices: Leaves) -> list[list[str]]:
-    """Paths of matrices of one shape together, as many as ``STACK`` admits."""
-    by_shape: dict[torch.Size, list[str]] = {}
+def stacks_of(matrices: Leaves, copies: Container[str] = ()) -> list[list[str]]:
+    """Paths of matrices of one shape together, with copies or without, as many as ``STACK``
+    admits."""
+    alike: dict[tuple[torch.Size, bool], list[str]] = {}
     for path, matrix in matrices.items():
-        by_shape.setdefault(matrix.shape, []).append(path)
+        alike.setdefault((matrix.shape, path in copies), []).append(path)
     stacks = []
-    for shape, paths in by_shape.items():
+    for (shape, _), paths in alike.items():
         length = max(1, STACK // shape.numel())
         stacks += [paths[i : i + length] for i in range(0, len(paths), length)]
     return stacks
@@ -167,18 +175,22 @@ def stacks_of(matrices: Leaves) -> list[list[str]]:
 def newton_schulz(g: Tensor, eps: float = 1e-7) -> Tensor:
     """Singular values of ``g [n, A, B]`` to about 1 (0.7 to 1.2), singular vectors as they are.
 
-    Five steps of the quintic iteration x -> a x + b x x' x + c (x x')^2 x, in g's dtype; the
-    coefficients are the source's, for the steepest start at 0. All is in batched products, whose
-    sums are fused into them: nothing is left that a compiler could fuse.
+    Five steps of the quintic iteration x -> a x + (b x x' + c (x x')^2) x, in g's dtype; the
+    coefficients are the source's, for the steepest start at 0. With s the short side and l the long
+    one a step takes s^2 (4 l + 2 s) FLOPs a matrix: the polynomial is [s, s], multiplied from the
+    side that is short, so that no transposed copy of x is ever made. baddbmm copies x before it
+    adds to it, 4 bytes an entry; with ``a`` on the polynomial's diagonal it would not, but rounded
+    to bf16 that leaks large singular values into small ones, which grow: updates are off by 2%.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[-2] > g.shape[-1]
-    x = g.mT if tall else g
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    x = g / g.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+        gram = x.mT @ x if tall else x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        left, right = (x, polynomial) if tall else (polynomial, x)
+        x = torch.baddbmm(x, left, right, beta=a)
+    return x
 
 
 class TorchAdamW:

@@ -100,7 +100,10 @@ def optimizer_line(job: Job) -> str:
     adamw = f"fused AdamW ({kernel})"
     if not config.use_fused_adamw:
         adamw = "AdamW in a loop over the leaves (torch.optim)"
-    return adamw if config.optimizer == "adamw" else f"Muon for matrices, {adamw} for the rest"
+    if config.optimizer == "adamw":
+        return adamw
+    muon = kernels.choose("muon", str(job.device))
+    return f"Muon for matrices ({muon} beside its products), {adamw} for the rest"
 
 
 def finish(job: Job, folder: Path) -> list[str]:

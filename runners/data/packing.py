@@ -91,11 +91,19 @@ def choose_row(costs: Sequence[Cost], spec: PackSpec) -> list[int]:
 
 def _largest_first(costs: Sequence[Cost], spec: PackSpec) -> list[int]:
     chosen = [0]
-    budget = _minus(spec.budget, costs[0])
+    # Numbers of their own: of small pictures every row is chosen here, 256 looks each.
+    tokens, documents, images, patches = _minus(spec.budget, costs[0])
     for i in sorted(range(1, len(costs)), key=lambda i: (-costs[i].tokens, i)):
-        if _fits(budget, costs[i]):
+        needs = costs[i]
+        if (
+            needs.tokens <= tokens
+            and documents
+            and needs.images <= images
+            and needs.patches <= patches
+        ):
             chosen.append(i)
-            budget = _minus(budget, costs[i])
+            tokens, documents = tokens - needs.tokens, documents - 1
+            images, patches = images - needs.images, patches - needs.patches
     return sorted(chosen)
 
 

@@ -97,3 +97,43 @@ def test_top_eigenvalue_is_that_of_the_whole_hessian(capsys: pytest.CaptureFixtu
     assert quotients[-1] == pytest.approx(float(values[top]), rel=1e-6)
     row = torch.cat([leaf.flatten() for leaf in flatten(vector).values()])
     assert abs(float(row @ vectors[:, top])) == pytest.approx(1, rel=1e-4)
+
+
+def test_muon_against_adamw(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The whole way with a tiny model; a training that is stopped goes on to the same losses."""
+    script = load("muon_against_adamw")
+    for i in range(12):
+        words = " ".join(f"word{k % (i + 3)} = {k * i % 7}" for k in range(120))
+        (tmp_path / f"{i}.py").write_text(words)
+        (tmp_path / f"again{i}.py").write_text(words)
+    (tmp_path / "broken.py").write_bytes(b"\xff\xfe\xff")
+    work = str(tmp_path / "work")
+    script.main(["prepare", "--sources", str(tmp_path), "--vocab_size", "300", work])
+    assert "12 files, 0.0 MB" in capfd.readouterr().out
+
+    small = ["--tokens", "512", "--preset", "tiny", "--rows", "1", "--sequence_len", "64"]
+    sizes = ["text.layers=1", "text.dim=32", "text.heads=1", "text.kv_heads=1", "text.mlp_dim=32"]
+    small += ["--points", "2", "--override", *sizes]
+    last = ["--", "--val_batches=1", "--val_fraction=0.3", "--device=cpu", "--dtype=fp32"]
+    command = ["run", work, *small]
+    script.main([*command, "--optimizers", "adamw", *last])
+    script.main([*command, "--optimizers", "muon", *last, "--stop_at=3"])
+    said = capfd.readouterr().out
+    assert "Stopped after step 3 of 8" in said
+    assert "Using Muon for matrices" in said
+    assert "Using Muon" in (tmp_path / "work" / "logs" / "muon-0.002-512.log").read_text()
+    script.main([*command, "--seconds=0.3", "--least=0", *last])
+    assert "out of time" in capfd.readouterr().out
+    script.main([*command, *last])
+    said = capfd.readouterr().out
+    assert "adamw-0.002-512 is there already" in said
+    assert "continued after step 3" in said
+
+    curves = script.main(["show", work, "--tokens", "512"])
+    assert {name: [t for t, _ in curve] for name, curve in curves.items()} == {
+        "adamw-0.002-512": [256, 512],
+        "muon-0.002-512": [256, 512],
+    }
+    assert (tmp_path / "work" / "muon_against_adamw.png").stat().st_size > 10_000
+    assert script.reached([(0.0, 4.0), (10.0, 2.0)], 3.0) == 5.0
+    assert script.reached([(0.0, 4.0), (10.0, 2.0)], 1.0) is None
