@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 
 from runners.data.encode import item_seed
 from runners.data.types import BadRecordError, Conversation, Document, Source
+from runners.data.wire import send
 from runners.errors import UserError
 
 Encode = Callable[[Conversation, int | None], list[Document]]
@@ -38,10 +39,10 @@ def serve(fd: int) -> None:
         source, encode, seed = pickle.loads(connection.recv_bytes())  # sent by our own trainer
         while True:
             requests: list[Request] = connection.recv()
-            connection.send([encode_item(source, encode, seed, *r) for r in requests])
+            send(connection, [encode_item(source, encode, seed, *r) for r in requests])
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the trainer has closed, or is gone
     except UserError as error:
-        connection.send(error)
+        send(connection, error)
     except Exception:
-        connection.send(RuntimeError("in a data worker:\n" + traceback.format_exc()))
+        send(connection, RuntimeError("in a data worker:\n" + traceback.format_exc()))

@@ -14,6 +14,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
 from runners.data.types import Source
+from runners.data.wire import receive
 from runners.data.worker import Encode, Request, Result, encode_item
 from runners.errors import UserError
 
@@ -81,7 +82,7 @@ class Workers:
 
     def _receive(self, worker: int) -> list[Result]:
         try:
-            answer = self._connections[worker].recv()
+            answer = receive(self._connections[worker])
         except (EOFError, ConnectionResetError) as error:
             status = self._processes[worker].wait()
             raise UserError(
