@@ -381,6 +381,14 @@ def test_backward_keeps_what_it_is_given() -> None:
 
     assert saved_bytes(composed, *own) == row + 64 * 32 * 2
 
+    # of a sum the sum alone, which the caller gets; of a stream handed on nothing more
+    more = parameters((64, 32), (64, 32))[1]
+    kept = saved_bytes(lambda: add_norm_linears(x, more, norm, [first, second]), *own, more)
+    assert kept == row + x.nbytes
+    kept = saved_bytes(lambda: add_norm_linears(x + more, None, norm, [first]), *own, more)
+    assert kept == row + x.nbytes
+    assert saved_bytes(lambda: add_norm_linears(x, None, norm, [first, second]), *own) == row
+
 
 def test_nothing_extra_lives_after_a_forward(allocations_in: Any) -> None:
     gate, up, weight, norm = parameters((64, 32), (64, 32), (16, 32), (32,))
@@ -388,6 +396,13 @@ def test_nothing_extra_lives_after_a_forward(allocations_in: Any) -> None:
         y = glu_linear(gate, up, weight)
         (z,) = norm_linears(gate, norm, [weight])
         assert allocations.living() == y.nbytes + z.nbytes + 64 * 4
+    with allocations_in(gate, up, weight, norm) as allocations:
+        (y,), total = add_norm_linears(gate, None, norm, [weight])
+        assert allocations.living() == y.nbytes + 64 * 4
+        assert total.data_ptr() == gate.data_ptr()
+    with allocations_in(gate, up, weight, norm) as allocations:
+        (y,), total = add_norm_linears(gate, up, norm, [weight])
+        assert allocations.living() == y.nbytes + total.nbytes + 64 * 4
 
 
 def seen_in_backward(
@@ -501,6 +516,58 @@ def test_an_unused_output_counts_as_zero() -> None:
     got = torch.autograd.grad(norm_linears(x, norm, weights, eps=1e-3)[1].sum(), leaves)
     second = exact_norm_linears(x, norm, weights[1:], [None])[0]
     wanted = torch.autograd.grad(second.sum(), leaves, materialize_grads=True)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("summed", [True, False])
+@pytest.mark.parametrize("used", [[0], [1], [2], [0, 2]], ids=str)
+def test_unused_outputs_beside_a_sum_count_as_zero(used: list[int], summed: bool) -> None:
+    x, more, norm, *weights = parameters((6, 8), (6, 8), (8,), (5, 8), (3, 8), dtype=torch.float64)
+    leaves = (x, more, norm, *weights) if summed else (x, norm, *weights)
+    given = more if summed else None
+    outs = all_of(add_norm_linears(x, given, norm, weights, eps=1e-3))
+    plain = exact_add_norm_linears(x, given, norm, weights, [None, None])
+    got, wanted = (
+        torch.autograd.grad(sum(ys[i].sin().sum() for i in used), leaves, materialize_grads=True)
+        for ys in (outs, plain)
+    )
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("learn", ["1000", "0100", "0010", "0001", "1001", "0110"])
+@pytest.mark.parametrize("summed", [True, False])
+def test_gradients_of_some_beside_a_sum(learn: str, summed: bool) -> None:
+    tensors = parameters((6, 8), (6, 8), (8,), (5, 8), dtype=torch.float64)
+    if not summed and learn == "0100":
+        pytest.skip("there is nothing to add")
+    x, more, norm, weight = (
+        t.detach().requires_grad_(c == "1") for t, c in zip(tensors, learn, strict=True)
+    )
+    given = more if summed else None
+    outs = all_of(add_norm_linears(x, given, norm, [weight], eps=1e-3))
+    plain = exact_add_norm_linears(x, given, norm, [weight], [None])
+    leaves = [t for t in (x, given, norm, weight) if t is not None and t.requires_grad]
+    got, wanted = (torch.autograd.grad(joined(ys).sin().sum(), leaves) for ys in (outs, plain))
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("summed", [True, False])
+def test_a_compiled_region_may_end_with_the_sum(summed: bool, backend: str) -> None:
+    """Handed on it is a view of what came in, which compilers treat apart."""
+    x, more, norm, weight = parameters((6, 8), (6, 8), (8,), (5, 8), dtype=torch.float64)
+    given = more if summed else None
+
+    def region(x: Tensor, norm: Tensor, weight: Tensor) -> list[Tensor]:
+        return all_of(add_norm_linears(x, given, norm, [weight], eps=1e-3))
+
+    def loss(f: Callable[..., list[Tensor]]) -> Tensor:
+        return joined(f(x, norm, weight)).sin().sum()
+
+    torch._dynamo.reset()
+    leaves = (x, norm, weight)
+    got = torch.autograd.grad(loss(torch.compile(region, backend=backend, fullgraph=True)), leaves)
+    wanted = torch.autograd.grad(loss(region), leaves)
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
@@ -675,6 +742,11 @@ def test_strides_are_as_a_compiler_is_told() -> None:
 def test_no_rows_and_one_row(shape: tuple[int, ...]) -> None:
     x, norm, weight, bias = parameters(shape, (6,), (5, 6), (5,), dtype=torch.float64)
     for ours, plain in (
+        *(
+            (add_norm_linears(x, more, norm, [weight], [bias], 1e-3)[0][0] * 1.0, y)
+            for more in (x, None)
+            for y in exact_add_norm_linears(x, more, norm, [weight], [bias])[:1]
+        ),
         (glu_linear(x, x, weight, bias), exact_glu_linear(x, x, weight, bias)),
         (
             norm_linears(x, norm, [weight], [bias], 1e-3)[0] * 1.0,
@@ -710,6 +782,13 @@ ONES = torch.ones(4, 6)
         (lambda w: norm_linears(ONES, torch.ones(6), [w], [torch.ones(6)]), r"biases\[0\] must"),
         (lambda w: norm_linears(ONES, torch.ones(6), [w.long()]), r"weights\[0\] must be floating"),
         (lambda w: norm_linears(ONES, torch.ones(6), [w], eps=-1.0), "eps must be >= 0"),
+        (
+            lambda w: add_norm_linears(ONES, ONES[:2], torch.ones(6), [w]),
+            r"add_norm_linears: x is .* must be alike",
+        ),
+        (lambda w: add_norm_linears(ONES, ONES.half(), torch.ones(6), [w]), "must be alike"),
+        (lambda w: add_norm_linears(ONES, ONES.to("meta"), torch.ones(6), [w]), "is on meta"),
+        (lambda w: add_norm_linears(ONES, None, torch.ones(6), []), "add_norm_linears: needs a"),
     ],
 )
 def test_bad_arguments_are_named(call: Callable[[Tensor], Any], message: str) -> None:
