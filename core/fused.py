@@ -18,19 +18,31 @@ from params.tree import Tree
 
 
 def normed_linears(
-    site: Site, norm: str, p: Tree, linears: Mapping[str, Tree], x: Tensor, *, eps: float
-) -> tuple[Tensor, ...]:
-    """RMS norm, then several linears of the result: x ``[N, D]`` -> ``[N, O]`` each.
+    site: Site,
+    norm: str,
+    p: Tree,
+    linears: Mapping[str, Tree],
+    x: Tensor,
+    residual: Tensor | None = None,
+    *,
+    eps: float,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """x + residual, RMS norm, then several linears of the result: x ``[N, D]`` -> ``[N, O]`` each,
+    and the sum (x itself if there is no residual), from which the residual stream is to go on.
 
     norm, and the keys of linears: where the sites are; p: the norm's params. As one function it
-    keeps x alone, not the normed x: by count 1.3 GiB less twice, for a 1.5B model at 16,384 tokens.
+    keeps the sum alone, not the normed one: by count 1.3 GiB less twice, for a 1.5B model at 16,384
+    tokens. And the additions, of the residual and of both branches' gradients, are the norm's.
     """
+    if residual is not None and residual.dtype != x.dtype:
+        x, residual = x + residual, None  # in the wider dtype
     if site.free(("norm", norm), *(("linear", at) for at in linears)):
         weights = [weight_of(leaves) for leaves in linears.values()]
         biases = [leaves.get("bias") for leaves in linears.values()]
-        return kernels.norm_linears(x, p["weight"], weights, biases, eps)
+        return kernels.add_norm_linears(x, residual, p["weight"], weights, biases, eps)
+    x = x if residual is None else x + residual
     h = site("norm", partial(rms_norm, eps=eps), p, x, at=norm)
-    return tuple(site("linear", linear, leaves, h, at=at) for at, leaves in linears.items())
+    return tuple(site("linear", linear, leaves, h, at=at) for at, leaves in linears.items()), x
 
 
 def gated_linear(site: Site, glu: str, down: str, p: Tree, gate: Tensor, up: Tensor) -> Tensor:

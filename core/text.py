@@ -65,7 +65,7 @@ def block(
     attn, mlp = p["attn"], p["mlp"]
 
     projections = {f"attn.{name}": attn[name] for name in "qkv"}
-    q, k, v = normed("attn_norm", p["attn_norm"], projections, x)
+    (q, k, v), x = normed("attn_norm", p["attn_norm"], projections, x)
     q, k, v = split(q), split(k), split(v)  # [N, H, Dh], [N, Hk, Dh] twice
     turn = partial(rope, eps=config.norm_eps)
     qk_norms = {name: attn[name] for name in ("q_norm", "k_norm") if config.qk_norm}
@@ -73,10 +73,10 @@ def block(
     attention = partial(attend, window=window, longest=longest)
     o = site("attention", attention, {}, q, k, v, ctx["cu_seqlens"], at="attn")
     o = site("linear", linear, attn["o"], rearrange(o, "n h d -> n (h d)"), at="attn.o")
-    x = x + drop(o, salt=salt)
 
     projections = {f"mlp.{name}": mlp[name] for name in ("gate", "up")}
-    gate, up = normed("mlp_norm", p["mlp_norm"], projections, x)  # [N, F]
+    o = drop(o, salt=salt)
+    (gate, up), x = normed("mlp_norm", p["mlp_norm"], projections, x, o)  # [N, F], x + o
     h = gated_linear(site, "mlp", "mlp.down", mlp["down"], gate, up)
     return x + drop(h, salt=salt + 1)
 

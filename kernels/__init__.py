@@ -5,7 +5,7 @@ from kernels.attention import attention
 from kernels.cross_entropy import cross_entropy
 from kernels.dispatch import choose, override, report
 from kernels.fp8_linear import fp8_linear
-from kernels.fused_linear import glu_linear, norm_linears
+from kernels.fused_linear import add_norm_linears, glu_linear, norm_linears
 from kernels.glu import geglu, relu2, swiglu
 from kernels.int8_linear import int8_linear
 from kernels.linear import linear
@@ -15,6 +15,7 @@ from kernels.rope import rope
 
 __all__ = [
     "adamw_",
+    "add_norm_linears",
     "add_rms_norm",
     "attention",
     "choose",

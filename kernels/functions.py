@@ -84,6 +84,19 @@ def run(op: Op, *tensors: Tensor | None, **static: Any) -> Any:
     return call.pack(ForwardFunction.apply(call, *tensors)[: op.outputs])
 
 
+def run_of_sum(
+    op: Op, x: Tensor, residual: Tensor | None, *leaves: Tensor | None, **static: Any
+) -> Any:
+    """`op.formula(x + residual, *leaves, **static)`, whose last output is that sum; None adds 0.
+
+    Of such an op `forward` takes x and residual, `formula` and `backward` their sum.
+    """
+    if nested_forward_mode():
+        return op.formula(x if residual is None else x + residual, *leaves, **static)
+    call = Call(op, static)
+    return call.pack(SumFunction.apply(call, x, residual, *leaves)[: op.outputs])
+
+
 def nested_forward_mode() -> bool:
     """Whether two or more `torch.func.jvp` levels are active (a jvp of a jvp, jacfwd of jacfwd).
 
@@ -176,6 +189,20 @@ def with_signature(function: type[torch.autograd.Function]) -> type[torch.autogr
     return function
 
 
+def _materialized(
+    cotangents: Sequence[Tensor | None],
+    outs: Sequence[tuple[torch.Size, torch.dtype, torch.device]],
+) -> list[Tensor] | None:
+    """Zeros for the outputs that have no gradient; None if none has one."""
+    given = cotangents[: len(outs)]
+    if all(cotangent is None for cotangent in given):
+        return None
+    return [
+        torch.zeros(shape, dtype=dtype, device=device) if cotangent is None else cotangent
+        for cotangent, (shape, dtype, device) in zip(given, outs, strict=True)
+    ]
+
+
 @with_signature
 class ForwardFunction(torch.autograd.Function):
     """(call, *tensors) -> (*outs, *residuals)."""
@@ -199,13 +226,9 @@ class ForwardFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         needs = tuple(ctx.needs_input_grad[1:])
-        given = cotangents[: len(ctx.outs)]
-        if not any(needs) or all(c is None for c in given):
+        full = _materialized(cotangents, ctx.outs)
+        if full is None or not any(needs):
             return (None,) * (1 + ctx.count)
-        full = [
-            torch.zeros(shape, dtype=dtype, device=device) if c is None else c
-            for c, (shape, dtype, device) in zip(given, ctx.outs, strict=True)
-        ]
         grads = iter(BackwardFunction.apply(ctx.call, needs, *full, *ctx.saved_tensors))
         return (None, *(next(grads) if need else None for need in needs))
 
@@ -229,6 +252,79 @@ class ForwardFunction(torch.autograd.Function):
                 info.batch_size,
                 dims,
                 tensors,
+            )
+        return outs, (0,) * len(outs)
+
+
+@with_signature
+class SumFunction(torch.autograd.Function):
+    """(call, x, residual, *leaves) -> (*outs, total, *statistics) with total = x + residual.
+
+    Derivatives depend on x and residual through total alone: the op's formula and backward are of
+    (total, *leaves), and total is kept where `ForwardFunction` would keep x and residual. Without
+    a residual total is x, handed on: a gradient of it is then one that backward adds to that of x.
+    """
+
+    @staticmethod
+    def forward(
+        call: Call, x: Tensor, residual: Tensor | None, *leaves: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        outs, statistics = call.op.forward(x, residual, *leaves, **call.static)
+        return (*outs, *statistics)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call, x, residual, *leaves = inputs
+        outs, statistics = output[: ctx.call.op.outputs], output[ctx.call.op.outputs :]
+        total = x if residual is None else outs[-1]
+        ctx.count = len(leaves)
+        ctx.outs = [(out.shape, out.dtype, out.device) for out in outs]
+        ctx.save_for_backward(total, *leaves, *statistics)
+        ctx.save_for_forward(total, *leaves, *statistics)
+        ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        of_x, of_residual, *of_leaves = ctx.needs_input_grad[1:]
+        needs = (of_x or of_residual, *of_leaves)
+        full = _materialized(cotangents, ctx.outs)
+        if full is None or not any(needs):
+            return (None,) * (3 + ctx.count)
+        grads = iter(BackwardFunction.apply(ctx.call, needs, *full, *ctx.saved_tensors))
+        of_total, *rest = (next(grads) if need else None for need in needs)
+        return (None, of_total if of_x else None, of_total if of_residual else None, *rest)
+
+    @staticmethod
+    def jvp(
+        ctx: Any,
+        _call: None,
+        dx: Tensor | None,
+        dresidual: Tensor | None,
+        *dleaves: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        moves = [t for t in (dx, dresidual) if t is not None]
+        dtotal = None if not moves else moves[0] if len(moves) == 1 else moves[0] + moves[1]
+        primals = ctx.saved_tensors[: 1 + ctx.count]
+        outs = push(ctx.call.formula, primals, (dtotal, *dleaves))
+        return (*outs, *(None for _ in ctx.saved_tensors[1 + ctx.count :]))
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        call: Call,
+        x: Tensor,
+        residual: Tensor | None,
+        *leaves: Tensor | None,
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        dims, size, tensors = in_dims[1:], info.batch_size, (x, residual, *leaves)
+        if all(dim is None for dim in dims[2:]):  # examples are more rows
+            pair = fold_all(size, dims[:2], tensors[:2])
+            outs = SumFunction.apply(call, *pair, *leaves)
+        else:
+            outs = each_example(
+                lambda *example: SumFunction.apply(call, *example), size, dims, tensors
             )
         return outs, (0,) * len(outs)
 

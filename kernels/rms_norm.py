@@ -7,8 +7,6 @@ sum alone) and one statistic (two for LayerNorm) a row, never an fp32 copy of x.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch._dynamo import allow_in_graph
@@ -16,19 +14,13 @@ from torch._dynamo import allow_in_graph
 from kernels import layer_norm_triton, rms_norm_triton
 from kernels.dispatch import choose
 from kernels.functions import (
-    BackwardFunction,
-    Call,
     Dims,
     Op,
     Tensors,
     accumulation_dtype,
-    batch_first,
     check_floating,
-    each_example,
-    nested_forward_mode,
-    push,
     run,
-    with_signature,
+    run_of_sum,
 )
 from kernels.operators import fake
 
@@ -265,79 +257,12 @@ ADD_RMS_NORM_TRITON = Op(
 )
 
 
-@with_signature
-class _AddNorm(torch.autograd.Function):
-    """(call, x, residual, weight) -> (normed, total, r)."""
-
-    @staticmethod
-    def forward(
-        call: Call, x: Tensor, residual: Tensor, weight: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        outs, statistics = call.op.forward(x, residual, weight, **call.static)
-        return (*outs, *statistics)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.call, weight = inputs[0], inputs[-1]
-        _, total, r = output
-        ctx.save_for_backward(total, weight, r)
-        ctx.save_for_forward(total, weight, r)
-        ctx.mark_non_differentiable(r)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad: Tensor | None, grad_total: Tensor | None, _r: None
-    ) -> tuple[Tensor | None, ...]:
-        of_x, of_residual, of_weight = ctx.needs_input_grad[1:]
-        total, weight, r = ctx.saved_tensors
-        if grad is None and grad_total is None:
-            return None, None, None, None
-        grad = torch.zeros_like(total) if grad is None else grad
-        grad_total = torch.zeros_like(total) if grad_total is None else grad_total
-        needs = (of_x or of_residual, of_weight)
-        grads = iter(BackwardFunction.apply(ctx.call, needs, grad, grad_total, total, weight, r))
-        dx = next(grads) if needs[0] else None
-        dw = next(grads) if needs[1] else None
-        return None, dx if of_x else None, dx if of_residual else None, dw
-
-    @staticmethod
-    def jvp(
-        ctx: Any, _call: None, dx: Tensor | None, dresidual: Tensor | None, dw: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        total, weight, _ = ctx.saved_tensors
-        moves = [t for t in (dx, dresidual) if t is not None]
-        dtotal = None if not moves else moves[0] if len(moves) == 1 else moves[0] + moves[1]
-        return (*push(ctx.call.formula, (total, weight), (dtotal, dw)), None)
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[Any, ...],
-        call: Call,
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor | None,
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        dims, size = in_dims[1:], info.batch_size
-        if dims[2] is None:  # examples are more rows
-            pair = (batch_first(t, dim, size) for t, dim in zip((x, residual), dims, strict=False))
-            return _AddNorm.apply(call, *pair, weight), (0, 0, 0)
-        outs = each_example(
-            lambda *example: _AddNorm.apply(call, *example), size, dims, (x, residual, weight)
-        )
-        return outs, (0, 0, 0)
-
-
 @allow_in_graph
 def _apply_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, triton: bool
 ) -> tuple[Tensor, Tensor]:
-    if nested_forward_mode():
-        return add_rms_norm_reference(x, residual, weight, eps=eps)
-    call = Call(ADD_RMS_NORM_TRITON if triton else ADD_RMS_NORM, {"eps": eps})
-    normed, total, _ = _AddNorm.apply(call, x, residual, weight)
-    return normed, total
+    op = ADD_RMS_NORM_TRITON if triton else ADD_RMS_NORM
+    return run_of_sum(op, x, residual, weight, eps=eps)
 
 
 # LayerNorm: y = c r w + b with c = x - mean x, r = (mean c^2 + eps)^-1/2

@@ -139,6 +139,7 @@ def rms_norm_backward_kernel(
     r_ptr,
     dx_ptr,
     dw_ptr,
+    y_ptr,
     rows,
     GRAD_STRIDE: tl.constexpr,
     GRAD_TOTAL_STRIDE: tl.constexpr,
@@ -151,7 +152,8 @@ def rms_norm_backward_kernel(
 ):
     """With u = x r and v = g w: dx = r (v - u mean(v u)), plus the total's own gradient.
 
-    dw_ptr: partial sums of g u, or None.
+    dw_ptr: partial sums of g u, or None. y_ptr: what forward wrote, or None. dx may lie where grad
+    does: a row's dx comes from a mean over its whole gradient, and so after every read of it.
     """
     cols = tl.arange(0, BLOCK)
     if weight_ptr is not None:
@@ -176,6 +178,11 @@ def rms_norm_backward_kernel(
         if grad_total_ptr is not None:
             dx += more
         write(dx_ptr, row, cols, rows, dx, DIM, WHOLE)
+        if y_ptr is not None:  # by the same products as in forward
+            y = u
+            if weight_ptr is not None:
+                y = u * w
+            write(y_ptr, row, cols, rows, y, DIM, WHOLE)
         if dw_ptr is not None:
             dw += g * u
     if dw_ptr is not None:
@@ -232,6 +239,7 @@ def rms_norm_long_backward_kernel(
     r_ptr,
     dx_ptr,
     dw_ptr,
+    y_ptr,
     rows,
     GRAD_STRIDE: tl.constexpr,
     GRAD_TOTAL_STRIDE: tl.constexpr,
@@ -251,9 +259,14 @@ def rms_norm_long_backward_kernel(
             cols = start + tl.arange(0, BLOCK)
             u = _piece(x_ptr + row * X_STRIDE, cols, DIM, "evict_last") * r
             v = _piece(grad_ptr + row * GRAD_STRIDE, cols, DIM, "evict_last")
+            y = u
             if weight_ptr is not None:
-                v *= _piece(weight_ptr, cols, DIM, "evict_last")
+                w = _piece(weight_ptr, cols, DIM, "evict_last")
+                v *= w
+                y = u * w
             products += v * u
+            if y_ptr is not None:
+                tl.store(y_ptr + row * DIM + cols, y.to(y_ptr.dtype.element_ty), mask=cols < DIM)
         mean = tl.sum(products, 0) * (1.0 / DIM)
         for start in range(0, DIM, BLOCK):
             cols = start + tl.arange(0, BLOCK)
@@ -367,9 +380,9 @@ def tile_constants(x: Tensor, config: Config) -> dict[str, Any]:
     }
 
 
-def _long(x: Tensor) -> dict[str, Any]:
+def _long(x: Tensor, block: int = 4096) -> dict[str, Any]:
     """Constants of a kernel that takes a row in pieces. Of 8192, fp32 rows would spill."""
-    return {"DIM": x.shape[1], "BLOCK": 4096, "num_warps": 16}
+    return {"DIM": x.shape[1], "BLOCK": block, "num_warps": 16}
 
 
 def programs_for(x: Tensor, config: Config) -> int:
@@ -430,14 +443,53 @@ def rms_norm_backward(
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """dx [..., D] in x.dtype, dw [D] in weight.dtype."""
-    config = config or backward_config(x)
     dx = x.new_empty(x.shape)
+    return dx, _backward(grad, grad_total, x, weight, r, dx, None, needs_weight, config)
+
+
+def rms_norm_backward_(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    r: Tensor,
+    needs_weight: bool,
+    needs_value: bool = True,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `rms_norm_backward`, and what forward gave, to the bit, if it is asked for.
+
+    grad's memory becomes dx where it can: contiguous, of x's dtype.
+    """
+    own = grad.is_contiguous() and grad.dtype == x.dtype
+    dx = grad if own else x.new_empty(x.shape)
+    y = x.new_empty(x.shape) if needs_value else None
+    return dx, _backward(grad, grad_total, x, weight, r, dx, y, needs_weight, config), y
+
+
+def _backward(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    r: Tensor,
+    dx: Tensor,
+    y: Tensor | None,
+    needs_weight: bool,
+    config: Config | None,
+) -> Tensor | None:
+    """Writes dx and y; gives dw."""
+    config = config or backward_config(x)
     flat, grads = flatten(x), flatten(grad)
     more = None if grad_total is None else flatten(grad_total)
     programs = programs_for(flat, config)
     leaves = 1 if needs_weight and weight is not None else 0
     partials = x.new_empty((leaves, programs, x.shape[-1]), dtype=torch.float32)
     long = x.shape[-1] > MAX_DIM
+    if long:  # pieces of 4,096 would spill with another output
+        constants = _long(flat, 4096 if y is None else 2048)
+    else:
+        constants = {"num_warps": config.warps, **tile_constants(flat, config)}
     launch(
         rms_norm_long_backward_kernel if long else rms_norm_backward_kernel,
         (programs,),
@@ -448,13 +500,14 @@ def rms_norm_backward(
         r,
         dx,
         partials[0] if leaves else None,
+        y,
         flat.shape[0],
         GRAD_STRIDE=grads.stride(0),
         GRAD_TOTAL_STRIDE=0 if more is None else more.stride(0),
         X_STRIDE=flat.stride(0),
-        **(_long(flat) if long else {"num_warps": config.warps, **tile_constants(flat, config)}),
+        **constants,
     )
-    return dx, sums(partials, weight)[0] if leaves and weight is not None else None
+    return sums(partials, weight)[0] if leaves and weight is not None else None
 
 
 def sums(

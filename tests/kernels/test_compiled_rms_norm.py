@@ -33,12 +33,14 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def launches_of(dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> list[Launch]:
-    """Both directions of the norm of a sum, and of layer_norm where it serves such rows."""
+    """Both directions of the norm of a sum, the backward with and without what forward gave, and
+    both of layer_norm where it serves such rows."""
     x, r = meta(16384, dim, dtype=dtype), meta(16384, 1, dtype=torch.float32)
     w = meta(dim, dtype=torch.float32)
     with recording(capability, 132) as launches:
         rms_norm_triton.rms_norm_forward(x, x, w, 1e-6)
         rms_norm_triton.rms_norm_backward(x, x, x, w, r, True)
+        rms_norm_triton.rms_norm_backward_(x, x, x, w, r, True)
         if dim <= layer_norm_triton.MAX_DIM:
             layer_norm_triton.layer_norm_forward(x, w, w, 1e-6)
             layer_norm_triton.layer_norm_backward(x, x, w, w, r, r, True, True)
@@ -55,7 +57,7 @@ def check(launch: Launch, arch: int) -> None:
 @pytest.mark.parametrize(("dim", "dtype"), CASES, ids=str)
 def test_nothing_spills(dim: int, dtype: torch.dtype, arch: int) -> None:
     launches = launches_of(dim, dtype, divmod(arch, 10))
-    assert len(launches) == (6 if dim <= 8192 else 3)
+    assert len(launches) == (8 if dim <= 8192 else 5)
     for launch in launches[: None if dtype == torch.bfloat16 or arch == 90 else -3]:
         check(launch, arch)
 
@@ -65,8 +67,9 @@ def test_nothing_spills_without_weight_or_residual() -> None:
     with recording() as launches:
         rms_norm_triton.rms_norm_forward(x, None, None, 1e-6)
         rms_norm_triton.rms_norm_backward(x, None, x, None, r, False)
+        rms_norm_triton.rms_norm_backward_(x, None, x, None, r, False)
         layer_norm_triton.layer_norm_forward(x, None, None, 1e-6)
         layer_norm_triton.layer_norm_backward(x, x, None, None, r, r, False, False)
-    assert len(launches) == 4  # no weight, so no sums of its gradient
+    assert len(launches) == 5  # no weight, so no sums of its gradient
     for launch in launches:
         check(launch, 90)

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from kernels import geglu, glu_linear, norm_linears, rms_norm, swiglu
+from kernels import add_norm_linears, geglu, glu_linear, norm_linears, rms_norm, swiglu
 from tests.kernels.drivers import (
     FIRST_ORDER,
     Case,
@@ -78,6 +78,22 @@ def exact_norm_linears(
     return [F.linear(h, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
+def exact_add_norm_linears(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+) -> list[Tensor]:
+    total = x * 1.0 if residual is None else x + residual
+    return [*exact_norm_linears(total, norm_weight, weights, biases), total]
+
+
+def all_of(out: tuple[tuple[Tensor, ...], Tensor]) -> list[Tensor]:
+    """The outputs of add_norm_linears, and the sum."""
+    return [*out[0], out[1]]
+
+
 def cast(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer in the weight's dtype, as the model has it."""
     return F.linear(h.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
@@ -115,6 +131,24 @@ CASES = {
         fused,
         "NORM_LINEARS",
     ),
+    "add_norm_linears": Case(
+        lambda x, more, n, q, k, v, b: joined(
+            all_of(add_norm_linears(x, more, n, [q, k, v], [None, b, None], 1e-3))
+        ),
+        lambda x, more, n, q, k, v, b: joined(
+            exact_add_norm_linears(x, more, n, [q, k, v], [None, b, None])
+        ),
+        ((ROWS, INNER), (ROWS, INNER), (INNER,), (6, INNER), (2, INNER), (2, INNER), (2,)),
+        fused,
+        "ADD_NORM_LINEARS",
+    ),
+    "add_norm_linears, nothing added": Case(
+        lambda x, n, w, b: joined(all_of(add_norm_linears(x, None, n, [w], [b], 1e-3))),
+        lambda x, n, w, b: joined(exact_add_norm_linears(x, None, n, [w], [b])),
+        ((2, 3, INNER), (INNER,), (4, INNER), (4,)),
+        fused,
+        "ADD_NORM_LINEARS",
+    ),
 }
 
 
@@ -144,6 +178,7 @@ def by_hessian(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
     return [block for row in rows for block in row if block.abs().max() > 1e-6]
 
 
+BREAKABLE = ["glu_linear", "norm_linears, three", *(name for name in CASES if "add" in name)]
 FIRST: list[Driver] = [*FIRST_ORDER, by_vjp]
 HIGHER: list[Driver] = [
     by_jvp,
@@ -173,14 +208,14 @@ def test_under_driver(name: str, driver: Driver) -> None:
 
 
 @pytest.mark.parametrize("driver", FIRST, ids=name_of)
-@pytest.mark.parametrize("name", ["glu_linear", "norm_linears, three"])
+@pytest.mark.parametrize("name", BREAKABLE)
 def test_a_wrong_backward_shows(name: str, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(CASES[name], "backward", monkeypatch)
     assert error(CASES[name], driver) > 0.1
 
 
 @pytest.mark.parametrize("driver", HIGHER, ids=name_of)
-@pytest.mark.parametrize("name", ["glu_linear", "norm_linears, three"])
+@pytest.mark.parametrize("name", BREAKABLE)
 def test_a_wrong_formula_shows(name: str, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(CASES[name], "formula", monkeypatch)
     assert error(CASES[name], driver) > 0.1
@@ -226,13 +261,39 @@ def test_glu_linear_rounds_no_more_than_its_composition(
         no_worse(mine, other, right)
 
 
-def no_worse(mine: Tensor, other: Tensor, right: Tensor) -> None:
+def no_worse(mine: Tensor, other: Tensor, right: Tensor, more: float = 0.0) -> None:
     """Than the composition in the same dtypes, against fp64, but for one rounding of the largest
-    entry. NaN never passes."""
+    entry, and `more`. NaN never passes."""
     assert mine.dtype == other.dtype
     assert mine.shape == right.shape
     allowed = (other.double() - right).abs().max() + torch.finfo(mine.dtype).eps * right.abs().max()
-    assert float((mine.double() - right).abs().max()) <= float(allowed)
+    assert float((mine.double() - right).abs().max()) <= float(allowed) + more
+
+
+def roundings(
+    x: Tensor,
+    norm_weight: Tensor,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    unit: float,
+    eps: float = 1e-3,
+) -> tuple[float, float]:
+    """How far rounding moves the gradients of x and of norm_weight before their terms cancel.
+
+    The gradient of h is rounded after each of two products, to half a unit each, and is made of
+    sums in fp32 over all outputs, in any order. In dx = r (v - u mean(v u)), with u = x r and
+    v = dh w, the terms cancel: all but entirely if D = 1.
+    """
+    x, w = x.double(), norm_weight.double()
+    pairs = [(g.double(), weight.double()) for g, weight in zip(grads, weights, strict=True)]
+    of_dh = unit * torch.stack([(g @ weight).abs() for g, weight in pairs]).sum(0)
+    terms = torch.stack([g.abs() @ weight.abs() for g, weight in pairs]).sum(0)
+    of_dh += torch.finfo(FP32).eps / 2 * sum(len(weight) for weight in weights) * terms
+    r = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    u, v = (x * r).abs(), of_dh * w.abs()
+    of_x = r * (v + u * (v * u).mean(-1, keepdim=True))
+    of_weight = (of_dh * u).flatten(0, -2).sum(0)
+    return float(of_x.max()), float(of_weight.max())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -241,7 +302,7 @@ def test_norm_linears_rounds_no_more_than_its_composition(
     shape: tuple[int, ...], dtype: torch.dtype, wide: torch.dtype, norm: torch.dtype
 ) -> None:
     x, n = random(*shape, dtype=dtype), random(shape[-1], seed=1, dtype=norm)
-    sizes = (12, 5, 3)
+    sizes = (70, 5, 3)
     weights = [random(o, shape[-1], seed=2 + o, dtype=wide) for o in sizes]
     biases = [random(o, seed=20 + o, dtype=wide) for o in sizes]
     g = [random(*shape[:-1], o, seed=40 + o, dtype=wide) for o in sizes]
@@ -255,16 +316,29 @@ def test_norm_linears_rounds_no_more_than_its_composition(
 
     leaves = (x, n, *weights, *biases)
     got, wanted = gradients(ours, g, *leaves), gradients(composed, g, *leaves)
+    joined = gradients(partial(composed_joined, wide=wide), g, *leaves)
     exact = gradients(
         lambda x, n, *leaves: exact_norm_linears(x, n, leaves[:3], leaves[3:]),
         [t.double() for t in g],
         *(t.double() for t in leaves),
     )
-    for mine, other in zip((*got[0], *got[1][2:5]), (*wanted[0], *wanted[1][2:5]), strict=True):
+    for mine, other in zip((*got[0], *got[1][2:5]), (*wanted[0], *joined[1][2:5]), strict=True):
         assert torch.equal(mine, other)
-    for mine, leaf, other, right in zip(got[1], leaves, wanted[1], exact[1], strict=True):
+    more = (*roundings(x, n, weights, g, torch.finfo(wide).eps), *(0.0,) * 3, *(0.0,) * 3)
+    for i, (mine, leaf) in enumerate(zip(got[1], leaves, strict=True)):
         assert mine.dtype == leaf.dtype
-        no_worse(mine, other, right)
+        other = joined[1][i] if 2 <= i < 5 else wanted[1][i]
+        no_worse(mine, other, exact[1][i], more[i])
+
+
+def composed_joined(x: Tensor, n: Tensor, *leaves: Tensor, wide: torch.dtype) -> list[Tensor]:
+    """Three linear layers as above; the last two as one where they are narrow."""
+    h = rms_norm(x, n, 1e-3).to(wide)
+    if 2 * leaves[1].shape[0] > x.shape[-1]:
+        return [F.linear(h, w, b) for w, b in zip(leaves[:3], leaves[3:], strict=True)]
+    pair = F.linear(h, torch.cat(leaves[1:3]), torch.cat(leaves[4:6]))
+    first = leaves[1].shape[0]
+    return [F.linear(h, leaves[0], leaves[3]), pair[..., :first], pair[..., first:]]
 
 
 def test_bias_gradients_are_summed_in_fp32() -> None:
@@ -307,6 +381,14 @@ def test_backward_keeps_what_it_is_given() -> None:
 
     assert saved_bytes(composed, *own) == row + 64 * 32 * 2
 
+    # of a sum the sum alone, which the caller gets; of a stream handed on nothing more
+    more = parameters((64, 32), (64, 32))[1]
+    kept = saved_bytes(lambda: add_norm_linears(x, more, norm, [first, second]), *own, more)
+    assert kept == row + x.nbytes
+    kept = saved_bytes(lambda: add_norm_linears(x + more, None, norm, [first]), *own, more)
+    assert kept == row + x.nbytes
+    assert saved_bytes(lambda: add_norm_linears(x, None, norm, [first, second]), *own) == row
+
 
 def test_nothing_extra_lives_after_a_forward(allocations_in: Any) -> None:
     gate, up, weight, norm = parameters((64, 32), (64, 32), (16, 32), (32,))
@@ -314,6 +396,13 @@ def test_nothing_extra_lives_after_a_forward(allocations_in: Any) -> None:
         y = glu_linear(gate, up, weight)
         (z,) = norm_linears(gate, norm, [weight])
         assert allocations.living() == y.nbytes + z.nbytes + 64 * 4
+    with allocations_in(gate, up, weight, norm) as allocations:
+        (y,), total = add_norm_linears(gate, None, norm, [weight])
+        assert allocations.living() == y.nbytes + 64 * 4
+        assert total.data_ptr() == gate.data_ptr()
+    with allocations_in(gate, up, weight, norm) as allocations:
+        (y,), total = add_norm_linears(gate, up, norm, [weight])
+        assert allocations.living() == y.nbytes + total.nbytes + 64 * 4
 
 
 def seen_in_backward(
@@ -368,13 +457,16 @@ def test_glu_linear_leaves_out_what_is_frozen(
 
 
 SILU_BACKWARD = "aten.silu_backward.default"
-# x, norm, weights, bias -> products made anew, products added to those, norms made again
+# x, norm, weights, bias -> products made anew, products added to those, norms made again. Of the
+# weights the first is alone, the other two, narrow, share a product where both learn
 NORM_WORK = {
-    "11" + "111" + "1": (4, 2, 1),
-    "11" + "010" + "0": (2, 2, 1),
-    "10" + "000" + "0": (1, 2, 0),
-    "01" + "000" + "0": (1, 2, 0),
+    "11" + "111" + "1": (3, 1, 1),
+    "11" + "010" + "0": (2, 1, 1),
+    "11" + "011" + "0": (2, 1, 1),
+    "10" + "000" + "0": (1, 1, 0),
+    "01" + "000" + "0": (1, 1, 0),
     "00" + "101" + "1": (2, 0, 1),
+    "00" + "111" + "1": (2, 0, 1),
     "00" + "000" + "1": (0, 0, 0),
 }
 
@@ -412,9 +504,10 @@ def test_the_norm_is_gone_before_its_gradient_is_made(
             fused, "RMS_NORM", dataclasses.replace(fused.RMS_NORM, backward=watched)
         )
         fused._norm_linears_gradients(
-            grads, x, norm, weights, r[0], 1e-6, False, True, [True, True, True]
+            grads, None, x, norm, weights, r[0], 1e-6, False, True, [True, True, True]
         )
-    assert living == [64 * 32 * 2 + 2 * 4 * 32 * 2]  # it, and the gradients of the weights
+    # it, the gradients of the weights, and the two that it is made of, joined
+    assert living == [64 * 32 * 2 + 2 * 4 * 32 * 2 + 64 * 8 * 2]
 
 
 def test_an_unused_output_counts_as_zero() -> None:
@@ -423,6 +516,58 @@ def test_an_unused_output_counts_as_zero() -> None:
     got = torch.autograd.grad(norm_linears(x, norm, weights, eps=1e-3)[1].sum(), leaves)
     second = exact_norm_linears(x, norm, weights[1:], [None])[0]
     wanted = torch.autograd.grad(second.sum(), leaves, materialize_grads=True)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("summed", [True, False])
+@pytest.mark.parametrize("used", [[0], [1], [2], [0, 2]], ids=str)
+def test_unused_outputs_beside_a_sum_count_as_zero(used: list[int], summed: bool) -> None:
+    x, more, norm, *weights = parameters((6, 8), (6, 8), (8,), (5, 8), (3, 8), dtype=torch.float64)
+    leaves = (x, more, norm, *weights) if summed else (x, norm, *weights)
+    given = more if summed else None
+    outs = all_of(add_norm_linears(x, given, norm, weights, eps=1e-3))
+    plain = exact_add_norm_linears(x, given, norm, weights, [None, None])
+    got, wanted = (
+        torch.autograd.grad(sum(ys[i].sin().sum() for i in used), leaves, materialize_grads=True)
+        for ys in (outs, plain)
+    )
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("learn", ["1000", "0100", "0010", "0001", "1001", "0110"])
+@pytest.mark.parametrize("summed", [True, False])
+def test_gradients_of_some_beside_a_sum(learn: str, summed: bool) -> None:
+    tensors = parameters((6, 8), (6, 8), (8,), (5, 8), dtype=torch.float64)
+    if not summed and learn == "0100":
+        pytest.skip("there is nothing to add")
+    x, more, norm, weight = (
+        t.detach().requires_grad_(c == "1") for t, c in zip(tensors, learn, strict=True)
+    )
+    given = more if summed else None
+    outs = all_of(add_norm_linears(x, given, norm, [weight], eps=1e-3))
+    plain = exact_add_norm_linears(x, given, norm, [weight], [None])
+    leaves = [t for t in (x, given, norm, weight) if t is not None and t.requires_grad]
+    got, wanted = (torch.autograd.grad(joined(ys).sin().sum(), leaves) for ys in (outs, plain))
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("summed", [True, False])
+def test_a_compiled_region_may_end_with_the_sum(summed: bool, backend: str) -> None:
+    """Handed on it is a view of what came in, which compilers treat apart."""
+    x, more, norm, weight = parameters((6, 8), (6, 8), (8,), (5, 8), dtype=torch.float64)
+    given = more if summed else None
+
+    def region(x: Tensor, norm: Tensor, weight: Tensor) -> list[Tensor]:
+        return all_of(add_norm_linears(x, given, norm, [weight], eps=1e-3))
+
+    def loss(f: Callable[..., list[Tensor]]) -> Tensor:
+        return joined(f(x, norm, weight)).sin().sum()
+
+    torch._dynamo.reset()
+    leaves = (x, norm, weight)
+    got = torch.autograd.grad(loss(torch.compile(region, backend=backend, fullgraph=True)), leaves)
+    wanted = torch.autograd.grad(loss(region), leaves)
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
@@ -561,13 +706,29 @@ def test_strides_are_as_a_compiler_is_told() -> None:
     """Of arguments that lie in any way: the results have no gaps."""
     turned = random(8, 6, dtype=BF16).t()
     g, weight, norm = random(6, 5, dtype=FP32), random(5, 8, dtype=FP32), torch.ones(8)
+    narrow = random(4, 8, dtype=FP32)
     r = torch.ones(6, 1)
     needs = [True, True, True]
     for op, args in (
         (fused._glu_linear_op, (g, turned, turned, weight, "swiglu", False, True, True)),
         (
             fused._norm_linears_op,
-            ([g, g], turned, norm, [weight, weight], r, 1e-6, False, True, needs),
+            ([g, g], None, turned, norm, [weight, weight], r, 1e-6, False, True, needs),
+        ),
+        (
+            fused._norm_linears_op,
+            (
+                [g[:, :4], g[:, :4]],
+                turned,
+                turned,
+                norm,
+                [narrow, narrow],
+                r,
+                1e-6,
+                False,
+                True,
+                needs,
+            ),
         ),
     ):
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -581,6 +742,11 @@ def test_strides_are_as_a_compiler_is_told() -> None:
 def test_no_rows_and_one_row(shape: tuple[int, ...]) -> None:
     x, norm, weight, bias = parameters(shape, (6,), (5, 6), (5,), dtype=torch.float64)
     for ours, plain in (
+        *(
+            (add_norm_linears(x, more, norm, [weight], [bias], 1e-3)[0][0] * 1.0, y)
+            for more in (x, None)
+            for y in exact_add_norm_linears(x, more, norm, [weight], [bias])[:1]
+        ),
         (glu_linear(x, x, weight, bias), exact_glu_linear(x, x, weight, bias)),
         (
             norm_linears(x, norm, [weight], [bias], 1e-3)[0] * 1.0,
@@ -616,6 +782,13 @@ ONES = torch.ones(4, 6)
         (lambda w: norm_linears(ONES, torch.ones(6), [w], [torch.ones(6)]), r"biases\[0\] must"),
         (lambda w: norm_linears(ONES, torch.ones(6), [w.long()]), r"weights\[0\] must be floating"),
         (lambda w: norm_linears(ONES, torch.ones(6), [w], eps=-1.0), "eps must be >= 0"),
+        (
+            lambda w: add_norm_linears(ONES, ONES[:2], torch.ones(6), [w]),
+            r"add_norm_linears: x is .* must be alike",
+        ),
+        (lambda w: add_norm_linears(ONES, ONES.half(), torch.ones(6), [w]), "must be alike"),
+        (lambda w: add_norm_linears(ONES, ONES.to("meta"), torch.ones(6), [w]), "is on meta"),
+        (lambda w: add_norm_linears(ONES, None, torch.ones(6), []), "add_norm_linears: needs a"),
     ],
 )
 def test_bad_arguments_are_named(call: Callable[[Tensor], Any], message: str) -> None:

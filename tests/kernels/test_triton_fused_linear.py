@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.func import grad, hessian
 
 from kernels import (
+    add_norm_linears,
+    add_rms_norm,
     dispatch,
     geglu,
     glu_linear,
@@ -45,7 +47,14 @@ from tests.kernels.drivers import (
     name_of,
     random,
 )
-from tests.kernels.test_fused_linear import exact_glu_linear, exact_norm_linears
+from tests.kernels.test_fused_linear import (
+    all_of,
+    composed_joined,
+    exact_add_norm_linears,
+    exact_glu_linear,
+    exact_norm_linears,
+    roundings,
+)
 
 # torch.func.jvp scripts its decompositions when first used
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
@@ -74,15 +83,17 @@ def gradients(
     return [*(out.detach() for out in outs), *torch.autograd.grad(outs, xs, grads)]
 
 
-def no_worse(got: list[Tensor], other: list[Tensor], right: list[Tensor]) -> None:
+def no_worse(
+    got: list[Tensor], other: list[Tensor], right: list[Tensor], more: Sequence[float]
+) -> None:
     """Than plain torch in the same dtypes, against fp64, but for one rounding of the largest entry
-    (the interpreter cuts off where it should round). NaN never passes."""
-    for mine, theirs, exact in zip(got, other, right, strict=True):
+    (the interpreter cuts off where it should round), and `more`. NaN never passes."""
+    for mine, theirs, exact, slack in zip(got, other, right, more, strict=True):
         assert mine.dtype == theirs.dtype
         assert mine.shape == exact.shape
         unit = torch.finfo(mine.dtype).eps
         allowed = (theirs.double() - exact).abs().max() + unit * exact.abs().max()
-        assert float((mine.double() - exact).abs().max()) <= float(allowed)
+        assert float((mine.double() - exact).abs().max()) <= float(allowed) + slack
 
 
 # Values and gradients
@@ -131,54 +142,83 @@ def check(
     right: list[Tensor],
     through: list[int],
     alike: bool,
+    more: dict[int, float] | None = None,
 ) -> None:
     """Against the composition of the same kernels, that of torch, and fp64.
 
     through: the results that h was rounded for, the outputs and the weights' gradients; they have
     the composition's bits. Where h is rounded to less than they are (not `alike`) that is all that
-    can be asked of them: how it is rounded shows.
+    can be asked of them: how it is rounded shows. more: what rounding may do to a result beyond
+    one of its largest entry.
     """
     for i in through:
         assert torch.equal(got[i], same[i])
     rest = [i for i in range(len(got)) if alike or i not in through]
-    no_worse(*([results[i] for i in rest] for results in (got, other, right)))
+    slack = [(more or {}).get(i, 0.0) for i in rest]
+    no_worse(*([results[i] for i in rest] for results in (got, other, right)), slack)
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("form", ["norm alone", "handed on", "sum"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("dtype", "wide", "norm"), DTYPES)
 def test_norm_linears(
+    form: str,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     wide: torch.dtype,
     norm: torch.dtype,
     kernel_device: str,
 ) -> None:
-    sizes, inner = (12, 5, 3), shape[-1]
+    sizes, inner = (70, 5, 3), shape[-1]
     tensors = [random(*shape, dtype=dtype), random(inner, seed=1, dtype=norm)]
     tensors += [random(o, inner, seed=2 + o, dtype=wide) for o in sizes]
     tensors += [random(o, seed=20 + o, dtype=wide) for o in sizes]
     tensors = [t.to(kernel_device) for t in tensors]
     g = [random(*shape[:-1], o, seed=40 + o, dtype=wide).to(kernel_device) for o in sizes]
+    total, more = [], None
+    if form != "norm alone":
+        total = [random(*shape, seed=60, dtype=dtype).to(kernel_device)]
+    if form == "sum":
+        more = random(*shape, seed=61, dtype=dtype).to(kernel_device)
 
-    def ours(x: Tensor, n: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-        return norm_linears(x, n, leaves[:3], leaves[3:], 1e-3)
+    def ours(x: Tensor, n: Tensor, *leaves: Tensor) -> Sequence[Tensor]:
+        if not total:
+            return norm_linears(x, n, leaves[:3], leaves[3:], 1e-3)
+        return all_of(add_norm_linears(x, more, n, leaves[:3], leaves[3:], 1e-3))
 
     def composed(x: Tensor, n: Tensor, *leaves: Tensor) -> list[Tensor]:
-        h = rms_norm(x, n, 1e-3).to(wide)
-        return [F.linear(h, w, b) for w, b in zip(leaves[:3], leaves[3:], strict=True)]
+        h, x = (rms_norm(x, n, 1e-3), x * 1.0) if more is None else add_rms_norm(x, more, n, 1e-3)
+        outs = [F.linear(h.to(wide), w, b) for w, b in zip(leaves[:3], leaves[3:], strict=True)]
+        return [*outs, x] if total else outs
 
     with triton():
-        got = gradients(ours, g, tensors)
-        same = gradients(composed, g, tensors)
+        got = gradients(ours, [*g, *total], tensors)
+        same = gradients(composed, [*g, *total], tensors)
+        normed = [got[3] if more is not None else tensors[0], *tensors[1:]]  # the rounded sum
+        joined = gradients(partial(composed_joined, wide=wide), g, normed)
+    same[-6:-3] = joined[-6:-3]
     with torch_only():
-        other = gradients(composed, g, tensors)
-    right = gradients(
-        lambda x, n, *leaves: exact_norm_linears(x, n, leaves[:3], leaves[3:]),
-        [t.double() for t in g],
-        [t.double() for t in tensors],
-    )
-    check(got, same, other, right, [0, 1, 2, 5, 6, 7], dtype == wide)
+        other = gradients(composed, [*g, *total], tensors)
+
+    def exact(x: Tensor, n: Tensor, *leaves: Tensor) -> list[Tensor]:
+        outs = exact_norm_linears(x, n, leaves[:3], leaves[3:])
+        return [*outs, x * 1.0] if total else outs
+
+    right_inputs = [t.double() for t in normed]
+    right = gradients(exact, [t.double() for t in (*g, *total)], right_inputs)
+    outs = 3 + len(total)
+    of_x, of_norm = roundings(*normed[:2], normed[2:5], g, torch.finfo(wide).eps)
+    more_of = {outs: of_x, outs + 1: of_norm}
+    h = exact_norm_linears(*right_inputs[:2], [torch.eye(inner).to(right_inputs[0])], [None])[0]
+    for i, (weight, grad_y) in enumerate(zip(normed[2:5], g, strict=True)):
+        # h may be rounded the other way than in torch
+        unit = torch.finfo(dtype).eps
+        sums = (h.abs() @ weight.double().abs().t(), grad_y.double().abs().reshape(-1, len(weight)))
+        more_of[i] = unit * float(sums[0].max())
+        more_of[outs + 2 + i] = unit * float((sums[1].t() @ h.abs().reshape(-1, inner)).max())
+    through = [*range(3), *range(outs + 2, outs + 5)]
+    check(got, same, other, right, through, dtype == wide, more_of)
 
 
 @pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (6,)], ids=str)
@@ -193,9 +233,17 @@ def test_no_rows_and_one_row(shape: tuple[int, ...], kernel_device: str) -> None
         got += gradients(
             lambda x, n, w: norm_linears(x, n, [w], eps=1e-3), [ones], [x, norm, weight]
         )
+        got += gradients(
+            lambda x, n, w: all_of(add_norm_linears(x, x, n, [w], eps=1e-3)),
+            *([ones, torch.ones_like(x)], [x, norm, weight]),
+        )
     right = gradients(exact_glu_linear, [ones], [x, x, weight])
     right += gradients(
         lambda x, n, w: exact_norm_linears(x, n, [w], [None]), [ones], [x, norm, weight]
+    )
+    right += gradients(
+        lambda x, n, w: exact_add_norm_linears(x, x, n, [w], [None]),
+        *([ones, torch.ones_like(x)], [x, norm, weight]),
     )
     for mine, exact in zip(got, right, strict=True):
         torch.testing.assert_close(mine, exact, rtol=1e-5, atol=1e-5)
@@ -260,7 +308,10 @@ def test_the_gradient_of_the_output_is_not_overwritten(kernel_device: str) -> No
         fused._glu_linear_op(g, *tensors, "swiglu", True, True, True)
         r = torch.ones(8, 1, device=kernel_device)
         fused._norm_linears_op(
-            [g, g], tensors[0], norm, tensors[1:], r, 1e-6, True, True, [True] * 3
+            [g, g], None, tensors[0], norm, tensors[1:], r, 1e-6, True, True, [True] * 3
+        )
+        fused._norm_linears_op(
+            [g], g, tensors[0], norm, tensors[1:2], r, 1e-6, True, True, [True] * 2
         )
     for mine, other in zip((*tensors, g, norm), before, strict=True):
         assert torch.equal(mine, other)
@@ -326,8 +377,9 @@ def test_glu_linear_launches(
 @pytest.mark.parametrize(
     ("learn", "backward"),
     [
-        ("1111", ["rms_norm_forward", "rms_norm_backward", "rms_norm_sum"]),
+        ("1111", ["rms_norm_backward", "rms_norm_sum"]),
         ("1000", ["rms_norm_backward"]),
+        ("1010", ["rms_norm_backward"]),
         ("0011", ["rms_norm_forward"]),
     ],
 )
@@ -338,6 +390,33 @@ def test_norm_linears_launches(
     tensors = [random(*s, seed=i, dtype=BF16).to(kernel_device) for i, s in enumerate(shapes)]
     seen = launched(monkeypatch, lambda x, n, a, b: norm_linears(x, n, [a, b]), tensors, learn)
     assert [name for name, _ in seen] == ["rms_norm_forward", *backward]
+
+    def sums(x: Tensor, n: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
+        return all_of(add_norm_linears(x, tensors[0], n, [a, b]))
+
+    monkeypatch.undo()
+    assert [name for name, _ in launched(monkeypatch, sums, tensors, learn)] == [
+        "rms_norm_forward",
+        *backward,
+    ]
+
+
+@pytest.mark.parametrize(("learns", "wide"), [(True, 2), (False, 1)])
+def test_norm_linears_allocates_no_more_than_it_says(
+    learns: bool, wide: int, allocations_in: Any, kernel_device: str
+) -> None:
+    """Of the size of x: the gradient of h, which becomes that of x, and h."""
+    x, g_total = (random(64, 32, seed=i, dtype=BF16).to(kernel_device) for i in range(2))
+    norm, weight = (random(*s, dtype=BF16).to(kernel_device) for s in ((32,), (4, 32)))
+    g, r = random(64, 4, dtype=BF16).to(kernel_device), torch.ones(64, 1, device=kernel_device)
+    with allocations_in(x, g_total, norm, weight, g, r) as allocations:
+        out = fused._norm_linears_gradients(
+            [g], g_total, x, norm, [weight], r, 1e-6, True, True, [learns, learns]
+        )
+        gc.collect()  # the interpreter's frames hold each other
+        assert allocations.living() == sum(t.nbytes for t in out)
+    storages = {ref.cdata for ref, size, _ in allocations.made if size == x.nbytes}
+    assert len(storages) == wide
 
 
 # Drivers
@@ -357,6 +436,24 @@ CASES = {
         ((ROWS, INNER), (INNER,), (6, INNER), (2, INNER), (2,)),
         fused,
         "NORM_LINEARS",
+    ),
+    "add_norm_linears": Case(
+        lambda x, more, n, q, k, v, b: joined(
+            all_of(add_norm_linears(x, more, n, [q, k, v], [None, b, None], 1e-3))
+        ),
+        lambda x, more, n, q, k, v, b: joined(
+            exact_add_norm_linears(x, more, n, [q, k, v], [None, b, None])
+        ),
+        ((ROWS, INNER), (ROWS, INNER), (INNER,), (6, INNER), (2, INNER), (2, INNER), (2,)),
+        fused,
+        "ADD_NORM_LINEARS",
+    ),
+    "add_norm_linears, nothing added": Case(
+        lambda x, n, w, b: joined(all_of(add_norm_linears(x, None, n, [w], [b], 1e-3))),
+        lambda x, n, w, b: joined(exact_add_norm_linears(x, None, n, [w], [b])),
+        ((ROWS, INNER), (INNER,), (4, INNER), (4,)),
+        fused,
+        "ADD_NORM_LINEARS",
     ),
 }
 

@@ -187,6 +187,51 @@ def test_rows_longer_than_registers(rows: int, dim: int, kernel_device: str) -> 
     check_gradients(alone[1:], [exact[2] - g_total, exact[3]], 1.0, rows, kernel_device)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 7), (6, 8193), (2, 16390)], ids=str)
+def test_backward_gives_the_norm_again(
+    shape: tuple[int, ...], dtype: torch.dtype, weighted: bool, kernel_device: str
+) -> None:
+    """In passing: forward's bits, and gradients as without it, where the lent gradient lay."""
+    x, g, g_total = (random(*shape, dtype=dtype, seed=i).to(kernel_device) for i in (0, 1, 2))
+    w = random(shape[-1], dtype=torch.float32, seed=3).to(kernel_device) if weighted else None
+    y, _, r = rms_norm_triton.rms_norm_forward(x, None, w, EPS)
+    for asked in (True, False):
+        lent = g.clone()
+        dx, dw, again = rms_norm_triton.rms_norm_backward_(lent, g_total, x, w, r, weighted, asked)
+        assert dx is lent
+        assert (again is not None) == asked
+        assert again is None or torch.equal(again, y)
+        wanted = rms_norm_triton.rms_norm_backward(g, g_total, x, w, r, weighted)
+        if shape[-1] > rms_norm_triton.MAX_DIM:  # summed in other pieces
+            one = torch.ones(shape[-1]) if w is None else w.cpu()
+            exact = outputs_and_gradients(
+                lambda t, w: (exact_rms_norm(t, w), t * 1.0),
+                (g.double().cpu(), g_total.double().cpu()),
+                *(x.double().cpu(), one.double()),
+            )
+            got = [dx.cpu()] if dw is None else [dx.cpu(), dw.cpu()]
+            check_gradients(got, exact[2 : 2 + len(got)], 1.0, shape[0], "cpu")
+            continue
+        assert torch.equal(dx, wanted[0])
+        assert (dw is None) == (wanted[1] is None)
+        assert dw is None or torch.equal(dw, wanted[1])
+
+
+def test_only_a_gradient_like_x_is_overwritten(kernel_device: str) -> None:
+    x = random(6, 8, dtype=torch.bfloat16).to(kernel_device)
+    _, _, r = rms_norm_triton.rms_norm_forward(x, None, None, EPS)
+    wider = random(6, 8, seed=1, dtype=torch.float32).to(kernel_device)
+    turned = random(8, 6, seed=2, dtype=torch.bfloat16).to(kernel_device).t()
+    for g in (wider, turned):
+        before = g.clone()
+        dx, _, _ = rms_norm_triton.rms_norm_backward_(g, None, x, None, r, False)
+        assert torch.equal(g, before)
+        assert torch.equal(dx, rms_norm_triton.rms_norm_backward(g, None, x, None, r, False)[0])
+
+
 def test_layer_norm_says_how_long_its_rows_may_be(kernel_device: str) -> None:
     assert choose("layer_norm", kernel_device, torch.float32, 8192) == "triton"
     assert choose("layer_norm", kernel_device, torch.float32, 8193) == "torch"
