@@ -30,6 +30,7 @@ from torch._dynamo import allow_in_graph
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import glu_triton, rms_norm_triton
+from kernels.column_sums import column_sums
 from kernels.dispatch import choose
 from kernels.functions import (
     Dims,
@@ -60,8 +61,10 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
+def _bias_gradient(grad: Tensor, bias: Tensor, triton: bool) -> Tensor:
     """Summed over the rows in fp32, rounded once."""
+    if triton:
+        return column_sums(_rows(grad), bias.dtype)
     return _rows(grad).sum(0, dtype=accumulation_dtype(grad.dtype)).to(bias.dtype)
 
 
@@ -177,7 +180,7 @@ def _glu_linear_backward(
         grads = _glu_linear_op(
             grad, gate, up, weight, activation, triton, of_gate or of_up, of_weight
         )
-    d_bias = _bias_gradient(grad, bias) if of_bias and bias is not None else None
+    d_bias = _bias_gradient(grad, bias, triton) if of_bias and bias is not None else None
     return (*(g if need else None for g, need in zip(grads, needs[:3], strict=True)), d_bias)
 
 
@@ -426,7 +429,7 @@ def _norm_linears_backward(
             each, total, x, norm_weight, weights, r, eps, triton, of_input, list(of_leaves)
         )
     d_biases = (
-        _bias_gradient(grad, bias) if need else None
+        _bias_gradient(grad, bias, triton) if need else None
         for grad, bias, need in zip(each, biases, of_biases, strict=True)
     )
     return (*(g if need else None for g, need in zip(made, needs, strict=False)), *d_biases)
