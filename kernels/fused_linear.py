@@ -352,8 +352,9 @@ def _norm_linears_gradients(
     """The gradients of x, norm_weight and the weights (empty where not asked for).
 
     Beside the gradients of narrow layers, joined, [..., D] is allocated twice at most. In Triton
-    that is the gradient of h, which becomes that of x, and h, which the same kernel writes. Else h
-    is made by a forward pass, and gone before the norm's backward begins.
+    that is the gradient of h, which becomes that of x, and h, which the same kernel writes (more,
+    where x and the weights differ in dtype). Else h is made by a forward pass, and gone before the
+    norm's backward begins.
     """
     flat, groups = [_rows(grad) for grad in grads], _groups(weights)
     joined = [_join(flat, group, 1) for group in groups]

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from core import Rule, Site, TextConfig, VLMConfig, preset, vlm
 from core.forward import KINDS
@@ -234,3 +235,31 @@ def test_replacing_a_rule_keeps_the_sites(micro) -> None:
 def test_asking_for_a_backend_does_not_stop_a_model_from_being_built(micro, monkeypatch) -> None:
     monkeypatch.setenv("NANOVISION_KERNELS", "attention=torch-varlen")
     assert vlm(micro["mlp"]).sites
+
+
+class Additions(TorchDispatchMode):
+    """How often two tensors of one shape are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: Counter[torch.Size] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor):
+            self.shapes[args[0].shape] += isinstance(args[1], torch.Tensor)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_residual_branch_leaves_an_addition_to_autograd(micro, rough, example) -> None:
+    """The gradients of both branches meet inside the norm's backward, as those of the linear layers
+    do; with a rule at the norms all of them are added one by one."""
+    config = micro["text"]
+    forward, batch = vlm(config), example(config)
+    params = map_leaves(lambda leaf: leaf.requires_grad_(), rough(config))
+    rule = Rule("norm", lambda f, path: lambda p, *args: f(p, *args))
+    for model, least, most in ((forward, 0, 0), (forward.with_rule(rule), 5, 10)):
+        loss = model(params, batch).square().sum()
+        with Additions() as seen:
+            loss.backward()
+        stream = torch.Size((len(batch["tokens"]), config.text.dim))
+        assert least <= seen.shapes[stream] / config.text.layers <= most

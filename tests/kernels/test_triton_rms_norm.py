@@ -213,7 +213,7 @@ def test_backward_gives_the_norm_again(
                 *(x.double().cpu(), one.double()),
             )
             got = [dx.cpu()] if dw is None else [dx.cpu(), dw.cpu()]
-            check_gradients(got, exact[2 : 2 + len(got)], 1.0, shape[0], "cpu")
+            check_gradients(got, exact[2 : 2 + len(got)], 1.0, shape[0], kernel_device)
             continue
         assert torch.equal(dx, wanted[0])
         assert (dw is None) == (wanted[1] is None)

@@ -183,7 +183,7 @@ def test_the_floor_of_a_step_against_numbers_written_out() -> None:
     assert works["matrix products"].operations == 6 * weights * 5
     assert pairs([3, 2]) == 1 + 2 + 3 + 1 + 2
     assert works["attention"].operations == 2 * 7 * 2 * 4 * pairs([3, 2])
-    a_layer = 2 * 5 * 5 * 4 + 2 * 6 * 5 * 4 + 8 * 5 * 6 + 4 * 5 * 3 * 2
+    a_layer = 2 * 5 * 5 * 4 + 7 * 5 * 4 + 8 * 5 * 6 + 4 * 5 * 3 * 2
     final_norm, embedding = 5 * 5 * 4, 4 * 5 * 4
     elementwise = works["norms, SwiGLU, RoPE, residuals"].moved
     assert elementwise == 2 * (2 * a_layer + final_norm + embedding)
