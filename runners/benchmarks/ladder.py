@@ -95,8 +95,8 @@ def ladder(rows: int, ragged: bool, graphs: bool = True) -> tuple[Rung, ...]:
         label = "+ CUDA graph instead of compiling"
         climbed.append(Rung("graph", label, "phase 3", "blocks", instead))
     top = climbed[-1].key
-    rounding = {"use_fp8": True} | ({"compile": True} if graphs else {})
-    recompute = {"use_gradient_checkpointing": True}
+    compiled = {"compile": True} if graphs else {}  # as the trainer chooses for them
+    recompute = {"use_gradient_checkpointing": True, **compiled}
     half = {"checkpoint_every": 4, "checkpoint_policy": "attention"}
     leaves = [
         ("eager", "eager", "phase 3", top, {"cuda_graph" if graphs else "compile": False}),
@@ -109,7 +109,8 @@ def ladder(rows: int, ragged: bool, graphs: bool = True) -> tuple[Rung, ...]:
          half | {"checkpoint_between": "dots+attention"}),
         ("bf16_states", "bf16 states", "phase 3", top, {"state_dtype": "bf16"}),
         ("bf16_checkpoint", "bf16 states, checkpointing", "phase 3", "bf16_states", recompute),
-        ("fp8", "fp8, compiled by blocks", "phase 3", top, rounding),
+        ("fp8", "fp8, compiled by blocks", "phase 3", top,
+         {"use_fp8": True, **compiled}),
         ("fp8_bf16", "fp8, bf16 states", "phase 3", "fp8", {"state_dtype": "bf16"}),
         ("muon", "Muon", "beyond", top, {"optimizer": "muon"}),
         ("adamw8bit", "AdamW with moments of 8 bits", "beyond", top,

@@ -166,6 +166,7 @@ def test_who_records_and_who_compiles(micro: Micro) -> None:
         ({"cuda_graph": False}, gpu, False, True),
         ({"compile": True}, gpu, True, True),
         ({"use_fp8": True}, gpu, True, True),
+        ({"use_gradient_checkpointing": True}, gpu, True, True),
         ({"compile": False, **offload}, gpu, False, False),
     ):
         config = micro(**{"compile": None, **flags})

@@ -88,7 +88,9 @@ def test_rungs_differ_by_the_flags_they_name_and_by_nothing_else(ragged: bool) -
         if rung.parent is not None:
             assert differing == named, f"{rung.key} names what it does not change"
             assert (plan.packed != packed) == ("packed" in rung.changes)
-            assert len(rung.changes) == 1 or rung.key in ("checkpoint_half", "graph", "fp8")
+            assert len(rung.changes) == 1 or rung.key in (
+                "graph", "checkpoint", "checkpoint_half", "bf16_checkpoint", "fp8",
+            )  # fmt: skip
     assert ("packing" in made) == ragged
 
 
@@ -99,8 +101,9 @@ def test_the_top_of_the_ladder_is_what_the_trainer_does_by_default() -> None:
     chosen = {"compile": is_compiled(default, gpu), "cuda_graph": is_graphed(default, gpu)}
     assert plan.config == replace(default, **chosen)
     assert plan.packed
-    fp8 = plans(ladder(8, True), TrainConfig())["fp8"].config
-    assert fp8.compile == is_compiled(replace(fp8, compile=None), gpu)
+    for key in ("fp8", "checkpoint"):
+        made = plans(ladder(8, True), TrainConfig())[key].config
+        assert made.compile == is_compiled(replace(made, compile=None), gpu)
 
 
 def test_phases_come_in_order_and_every_parent_before_its_child() -> None:
