@@ -170,7 +170,10 @@ def whole_pictures(spec: PackSpec) -> PackSpec:
     if spec.images is None or spec.images.fit != "square":
         return spec
     # All pictures are of one size: then no run of unused patches is longer than a picture either.
-    return dataclasses.replace(spec, max_patches=spec.max_images * spec.images.square_patches)
+    each = spec.images.square_patches
+    return dataclasses.replace(
+        spec, max_patches=spec.max_images * each, kept_patches=spec.kept_images * each
+    )
 
 
 def bounds(spec: PackSpec) -> Longest:

@@ -77,7 +77,7 @@ def describe(job: Job, learner: Learner, folder: Path) -> list[str]:
     learns = sum(leaf.numel() for leaf in learner.learning.values())
     device = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "CPU"
     spec = job.spec
-    pictures = f", pictures: {spec.max_images} a row" if spec.images else ""
+    pictures = f", room for {spec.max_images} pictures" if spec.images else ""
     begun = f"continued after step {learner.step}" if learner.step else "new"
     return [
         f"Run {folder} ({begun}), {device}, torch {torch.__version__}",

@@ -198,14 +198,15 @@ def draw_documents(
             plan_spec(sample, row_len=row_len, rows=rows, images=pictures.images, pad_token=PAD)
         )
     waiting: list[Document] = [bare(length) for length in islice(stream, WINDOW)]
-    packed = []
+    packed: list[list[Document]] = []
     for _ in range(rows):
-        chosen = choose_row([document.cost for document in waiting], spec)
-        packed.append(tuple(len(waiting[i].tokens) for i in chosen))
+        chosen = choose_row([document.cost for document in waiting], spec.budget(packed))
+        packed.append([waiting[i] for i in chosen])
         for i in reversed(chosen):
             del waiting[i]
         waiting += [bare(length) for length in islice(stream, WINDOW - len(waiting))]
-    return Documents(tuple(packed), row_len, pictures, None if pictures is None else spec)
+    lengths = tuple(tuple(len(document.tokens) for document in row) for row in packed)
+    return Documents(lengths, row_len, pictures, None if pictures is None else spec)
 
 
 def _lengths(mean: float, least: int, most: int, sigma: float, seed: int) -> Iterator[int]:
@@ -253,12 +254,15 @@ def batches_of(
     if not packed:
         rows, length = [[document] for row in rows for document in row], documents.padded_len()
     spec = PackSpec(length, at_once, max_docs=max(map(len, rows)), pad_token=PAD)
-    if pictures is not None and documents.spec is not None:
-        images, room = pictures.images, documents.spec.max_images if packed else pictures.count
-        spec = whole_pictures(
-            replace(spec, images=images, max_images=room, max_patches=images.merge**2)
-        )
     some = [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
+    if pictures is not None and documents.spec is not None:
+        most = max(sum(document.cost.images for row in group for document in row) for group in some)
+        room = documents.spec.max_images if packed and len(some) == 1 else most
+        spec = whole_pictures(
+            replace(
+                spec, images=pictures.images, max_images=room, max_patches=pictures.images.merge**2
+            )
+        )
     return [collate(group, spec) for group in some], bounds(spec)
 
 

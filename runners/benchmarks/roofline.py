@@ -76,6 +76,11 @@ def residual_bytes(tokens: int, width: int, size: int = HALF) -> float:
     return 7.0 * tokens * width * size
 
 
+def addition_bytes(tokens: int, width: int, size: int = HALF) -> float:
+    """One that is a kernel of its own, forward and backward: two read, one written each."""
+    return 6.0 * tokens * width * size
+
+
 def loss_bytes(tokens: int, vocab: int, size: int = HALF) -> float:
     """Logits read twice (their sum of exponentials first), their gradient written once."""
     return 3.0 * tokens * vocab * size
@@ -137,7 +142,7 @@ def vision_step(model: VLMConfig, pictures: Sequence[int]) -> tuple[Work, ...]:
     seen = sum(count**2 for count in pictures)
     layer = (
         2 * norm_bytes(patches, vision.dim)
-        + 2 * residual_bytes(patches, vision.dim)
+        + 2 * addition_bytes(patches, vision.dim)
         + gelu_bytes(patches, vision.mlp_dim)
     )
     bridge = gelu_bytes(patches // vision.merge**2, hidden)

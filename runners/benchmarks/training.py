@@ -357,6 +357,5 @@ def about_pictures(documents: Documents) -> str:
     patches = images.square_patches
     return (
         f"; {documents.shown} pictures of {images.image_size} px ({patches:,} patches, "
-        f"{images.tokens(patches)} tokens), packed rows having room for "
-        f"{len(documents.rows) * spec.max_images}"
+        f"{images.tokens(patches)} tokens), packed rows having room for {spec.max_images}"
     )

@@ -29,8 +29,8 @@ def collate(rows: Sequence[Sequence[Document]], spec: PackSpec) -> Batch:
     tokens, labels, positions [N] int64; cu_seqlens [S+1] int32, a row's padding being a document of
     its own and further entries N; with pictures also patches [P, 3*p*p] uint8, patch_positions
     [P, 2], image_cu_seqlens [M+1] int32 and image_slots [K] int64, unused slots N.
-    Fewer rows than spec.rows leave the last ones empty. Raises ValueError where a row is over a
-    budget, UserError for a token outside the vocabulary.
+    Fewer rows than spec.rows leave the last ones empty. Raises ValueError where a row or the
+    batch is over its budget, UserError for a token outside the vocabulary.
     """
     n, total = spec.row_len, spec.rows * spec.row_len
     tokens = np.full(total, spec.pad_token, np.int64)
@@ -70,7 +70,7 @@ def _image_fields(
     documents: Sequence[Document], starts: Sequence[int], total: int, spec: PackSpec
 ) -> dict[str, np.ndarray]:
     assert spec.images is not None
-    num_patches, num_images = spec.rows * spec.max_patches, spec.rows * spec.max_images + 1
+    num_patches, num_images = spec.max_patches, spec.max_images + 1
     counts = [count for d in documents for count in d.patch_counts]
     used = sum(counts)
     if used > num_patches or len(counts) >= num_images:
@@ -137,7 +137,7 @@ def batch_documents(
     batches: list[Batch] = []
     rows: list[list[Document]] = []
     while waiting:
-        chosen = choose_row([documents[i].cost for i in waiting[:WINDOW]], spec)
+        chosen = choose_row([documents[i].cost for i in waiting[:WINDOW]], spec.budget(rows))
         at = len(rows) * spec.row_len
         for k in chosen:
             length = len(documents[waiting[k]].tokens)

@@ -133,7 +133,7 @@ class Loader:
         def fill_rows(least: int) -> Iterator[tuple[Batch, State]]:
             while len(waiting) >= least:
                 costs = [document.cost for _, document in waiting[: self.window]]
-                chosen = choose_row(costs, self.spec)
+                chosen = choose_row(costs, self.spec.budget(rows))
                 rows.append([waiting[k][1] for k in chosen])
                 for k in reversed(chosen):
                     del waiting[k]
@@ -162,10 +162,11 @@ class Loader:
         """Put what an item gives among the waiting, or count why it gives nothing."""
         for piece, document in enumerate(() if isinstance(result, BadRecordError) else result):
             if not self.spec.fits(document.cost):
+                most = self.spec.budget(())
                 result = BadRecordError(
                     "over a row's budget",
                     f"record {document.id!r} takes {document.cost}, more than a row's budget of "
-                    f"{self.spec.budget[2]} pictures and {self.spec.budget[3]} patches",
+                    f"{most.images} pictures and {most.patches} patches",
                 )
                 break
             waiting.append(((epoch, index, piece), document))
@@ -218,7 +219,8 @@ class Loader:
                 "window": self.window,
                 "records": len(self.source),
                 "rows": spec.rows,
-                "row_budget": list(spec.budget),
+                "row_budget": list(spec.budget(())),
+                "room": [spec.max_images, spec.max_patches],
             },
             "epoch": epoch,
             "position": position,

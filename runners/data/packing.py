@@ -7,13 +7,19 @@ and one "or" (2 to 20 us each, window 256). Among equally full rows the one with
 documents is taken: rows stay close to a random sample of the stream and nobody waits for ever.
 Measured with this window: 100% full for conversations of 40 to 250 tokens in rows of 2,048, 99.0%
 for log-normal lengths of mean 900 and sigma 0.5 (best-fit decreasing over all 20,000: 99.2%).
+
+Only a batch's shape is static, so room for pictures is a batch's too, and its rows share it. With 8
+rows of documents of one picture (256 tokens) and about as much text, room for 1.02 times the mean
+need is 97% full, and rows are to 99.7%; a room for each row, a tenth more than its mean need and
+rounded up, was 80% full, and a vision tower computes all of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
+from typing import NamedTuple
 
 from runners.data.images import ImageSpec
 from runners.data.types import Cost, Document
@@ -21,14 +27,31 @@ from runners.data.types import Cost, Document
 WINDOW = 256
 
 
+class Budget(NamedTuple):
+    """The most that a row may take."""
+
+    tokens: int
+    documents: int
+    images: int
+    patches: int
+
+    def holds(self, *costs: Cost) -> bool:
+        return (
+            sum(c.tokens for c in costs) <= self.tokens
+            and len(costs) <= self.documents
+            and sum(c.images for c in costs) <= self.images
+            and sum(c.patches for c in costs) <= self.patches
+        )
+
+
 @dataclass(frozen=True)
 class PackSpec:
     """The static shapes of a batch: `rows` rows of `row_len` tokens.
 
-    max_docs, max_images, max_patches: the most that *one row* may hold. A batch has room for
-    `rows` times as many, wherever they are; hence
-    N = rows * row_len, S = rows * (max_docs + 1), P = rows * max_patches (a multiple of merge**2),
-    M = rows * max_images + 1. A text-only spec has images=None and no image fields.
+    max_docs: the most that *one row* may hold. max_images, max_patches: the most in *a batch*,
+    wherever they are. kept_images, kept_patches: what each row leaves of them for every row that is
+    still to be filled. Hence N = rows * row_len, S = rows * (max_docs + 1), P = max_patches (a
+    multiple of merge**2), M = max_images + 1. A text-only spec has images=None and no image fields.
     """
 
     row_len: int
@@ -39,6 +62,8 @@ class PackSpec:
     images: ImageSpec | None = None
     pad_token: int = 0
     vocab_size: int | None = None  # when given, every token is checked against it
+    kept_images: int = 0
+    kept_patches: int = 0
 
     def __post_init__(self) -> None:
         for name in ("row_len", "rows", "max_docs"):
@@ -53,47 +78,64 @@ class PackSpec:
                 f"max_patches ({self.max_patches}) must be a multiple of merge**2 "
                 f"({self.images.merge**2})"
             )
+        first = self.budget(())
+        if min(self.kept_images, self.kept_patches, first.images, first.patches) < 0:
+            raise ValueError(
+                f"{self.rows - 1} rows keep {self.kept_images} pictures and {self.kept_patches} "
+                f"patches each, of {self.max_images} and {self.max_patches}"
+            )
 
-    @property
-    def budget(self) -> tuple[int, int, int, int]:
-        """(tokens, documents, images, patches) of one row."""
-        return self.row_len, self.max_docs, self.max_images, self.max_patches
+    def budget(self, rows: Sequence[Sequence[Document]]) -> Budget:
+        """What the next row of a batch may take, after these."""
+        after = self.rows - len(rows) - 1
+        taken = [document.cost for row in rows for document in row]
+        return Budget(
+            self.row_len,
+            self.max_docs,
+            self.max_images - sum(c.images for c in taken) - after * self.kept_images,
+            self.max_patches - sum(c.patches for c in taken) - after * self.kept_patches,
+        )
 
     def fits(self, cost: Cost) -> bool:
-        """Whether a document could have a row to itself."""
-        return _fits(self.budget, cost)
+        """Whether a document could have the first row of a batch to itself."""
+        return self.budget(()).holds(cost)
 
 
-def choose_row(costs: Sequence[Cost], spec: PackSpec) -> list[int]:
-    """The indices (ascending, 0 among them) of those waiting that make the next row.
+def choose_row(costs: Sequence[Cost], budget: Budget) -> list[int]:
+    """The indices (ascending) of those waiting that make the next row: the oldest that fits its
+    budget, and with it those that leave the fewest tokens; none if none fits.
 
     Where the fullest row would break a budget of documents or pictures, the largest that still
-    fit are taken one after the other instead. Every cost must pass `spec.fits`.
+    fit are taken one after the other instead. What passes `PackSpec.fits` waits for the first row
+    of the next batch at most.
     """
-    room = spec.row_len - costs[0].tokens
+    first = next((i for i, cost in enumerate(costs) if budget.holds(cost)), None)
+    if first is None:
+        return []
+    room = budget.tokens - costs[first].tokens
     mask = (1 << (room + 1)) - 1
     # reach[k]: bit t is set if some of the k youngest have t tokens together.
     reach = [1]
-    for cost in reversed(costs[1:]):
+    for cost in reversed(costs[first + 1 :]):
         reach.append((reach[-1] | reach[-1] << cost.tokens) & mask)
     left = reach.pop().bit_length() - 1
-    chosen = [0]
-    for i in range(1, len(costs)):  # from the oldest: take it if the rest can still be reached
+    chosen = [first]
+    for i in range(first + 1, len(costs)):  # from the oldest: if the rest can still be reached
         without = reach.pop()
         tokens = costs[i].tokens
         if tokens <= left and without >> (left - tokens) & 1:
             chosen.append(i)
             left -= tokens
-    if _fits(spec.budget, *(costs[i] for i in chosen)):
+    if budget.holds(*(costs[i] for i in chosen)):
         return chosen
-    return _largest_first(costs, spec)
+    return _largest_first(costs, first, budget)
 
 
-def _largest_first(costs: Sequence[Cost], spec: PackSpec) -> list[int]:
-    chosen = [0]
+def _largest_first(costs: Sequence[Cost], first: int, budget: Budget) -> list[int]:
+    chosen = [first]
     # Numbers of their own: of small pictures every row is chosen here, 256 looks each.
-    tokens, documents, images, patches = _minus(spec.budget, costs[0])
-    for i in sorted(range(1, len(costs)), key=lambda i: (-costs[i].tokens, i)):
+    tokens, documents, images, patches = _minus(budget, costs[first])
+    for i in sorted(range(first + 1, len(costs)), key=lambda i: (-costs[i].tokens, i)):
         needs = costs[i]
         if (
             needs.tokens <= tokens
@@ -107,19 +149,9 @@ def _largest_first(costs: Sequence[Cost], spec: PackSpec) -> list[int]:
     return sorted(chosen)
 
 
-def _fits(budget: tuple[int, int, int, int], *costs: Cost) -> bool:
+def _minus(budget: Budget, cost: Cost) -> Budget:
     tokens, documents, images, patches = budget
-    return (
-        sum(c.tokens for c in costs) <= tokens
-        and len(costs) <= documents
-        and sum(c.images for c in costs) <= images
-        and sum(c.patches for c in costs) <= patches
-    )
-
-
-def _minus(budget: tuple[int, int, int, int], cost: Cost) -> tuple[int, int, int, int]:
-    tokens, documents, images, patches = budget
-    return tokens - cost.tokens, documents - 1, images - cost.images, patches - cost.patches
+    return Budget(tokens - cost.tokens, documents - 1, images - cost.images, patches - cost.patches)
 
 
 def plan_spec(
@@ -128,34 +160,47 @@ def plan_spec(
     row_len: int,
     rows: int,
     images: ImageSpec | None = None,
-    margin: float = 1.1,
+    margin: float = 1.02,
     pad_token: int = 0,
     vocab_size: int | None = None,
 ) -> PackSpec:
-    """A spec whose budgets suit a sample of documents: `margin` times the average row's need.
+    """A spec whose room suits a sample of documents: for pictures, `margin` times a batch's mean
+    need; for documents, of which empty ones cost nothing, a tenth more than a row's.
 
-    Tight budgets keep the unused room of a batch small, and with it the work done for nothing;
-    every document of the sample has room. Raises ValueError if there are no documents.
+    Tight room keeps the work done for nothing small; every document of the sample fits. Raises
+    ValueError if there are no documents.
     """
     costs = [document.cost for document in documents]
     if not costs:
         raise ValueError("plan_spec needs at least one document")
     full_rows = sum(cost.tokens for cost in costs) / row_len
-
-    def budget(needs: list[int]) -> int:
-        return max(ceil(margin * sum(needs) / full_rows), max(needs))
-
     cell = images.merge**2 if images else 1
-    max_images = budget([cost.images for cost in costs])
-    max_patches = ceil(budget([cost.patches for cost in costs]) / cell) * cell
-    return PackSpec(
+
+    def room(needs: list[int], unit: int) -> tuple[int, int]:
+        """For a batch; and what is kept of it for each row to come, the mean need if the largest
+        document leaves so much."""
+        mean, most = sum(needs) / full_rows, max(needs)
+        whole = max(ceil(margin * mean * rows / unit), ceil(most / unit), 1)
+        spare = (whole - ceil(most / unit)) // max(1, rows - 1)
+        return unit * whole, unit * min(int(mean / unit), spare)
+
+    max_images, kept_images = room([cost.images for cost in costs], 1)
+    max_patches, kept_patches = room([cost.patches for cost in costs], cell)
+    spec = PackSpec(
         row_len=row_len,
         rows=rows,
-        max_docs=budget([1] * len(costs)),
-        # A model with vision has image fields, even for a sample without pictures.
-        max_images=max(max_images, 1) if images else 0,
-        max_patches=max(max_patches, cell) if images else 0,
-        images=images,
+        max_docs=ceil(max(1.1 * len(costs) / full_rows, 1)),
         pad_token=pad_token,
         vocab_size=vocab_size,
+    )
+    if images is None:
+        return spec
+    # A model with vision has image fields, even for a sample without pictures.
+    return replace(
+        spec,
+        images=images,
+        max_images=max_images,
+        max_patches=max_patches,
+        kept_images=kept_images,
+        kept_patches=kept_patches,
     )

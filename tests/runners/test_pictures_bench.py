@@ -98,7 +98,7 @@ def test_rows_are_nearly_full_and_texts_as_long_as_pictures() -> None:
     # a packer of full rows prefers no length: about 35 draws, each with a deviation of 0.8 mean
     assert 0.6 < documents.tokens / len(documents.lengths) / 512 < 1.4
     assert documents.spec is not None
-    assert documents.shown <= 8 * documents.spec.max_images <= 1.5 * documents.shown
+    assert documents.shown <= documents.spec.max_images <= 1.1 * documents.shown
     alike = draw_documents(8, 2048, 0.0, pictures=pictures_of(PRESETS["vlm_1.5b"], 1))
     assert alike.rows == ((512,) * 4,) * 8
 
@@ -119,6 +119,8 @@ def micro_model() -> VLMConfig:
 def test_operations_equal_a_count_by_hand() -> None:
     model = micro_model()  # a picture: 16 patches, 4 tokens
     documents = draw_documents(2, 64, 0.5, pictures=pictures_of(model, 1))
+    one, other = documents.rows
+    documents = replace(documents, rows=(one, other[:-1]))  # a place and part of a row stay empty
     shown, lengths = documents.shown, documents.lengths
     # forward, each 2 operations a weight; attention: scores and weighted sums, 2 a query, key and
     # feature each
@@ -134,7 +136,8 @@ def test_operations_equal_a_count_by_hand() -> None:
     assert found == pytest.approx(3 * (tower + text), rel=1e-12)  # both gradients cost as much
     # padding is none of it: the batch has room for more patches, and its last row is not full
     batches, _ = batches_of(documents, 10, 2, True)
-    assert len(batches[0]["patches"]) > 16 * shown or documents.tokens < 128
+    assert len(batches[0]["patches"]) > 16 * shown
+    assert documents.tokens < 128
     loads = [measure_load(model, batch, PAD) for batch in batches]
     counted = [training_flops(model, load, {"text", "vision", "projector"}) for load in loads]
     assert sum(counted) == pytest.approx(found, rel=1e-12)

@@ -37,8 +37,8 @@ def spec(images: ImageSpec, tokenizer: ChatTokenizer) -> PackSpec:
         row_len=256,
         rows=2,
         max_docs=8,
-        max_images=8,
-        max_patches=128,
+        max_images=16,
+        max_patches=256,
         images=images,
         vocab_size=tokenizer.vocab_size,
     )

@@ -10,10 +10,11 @@ import torch
 from runners.data.collate import batch_documents, collate
 from runners.data.encode import Encoder
 from runners.data.images import ImageSpec
-from runners.data.packing import PackSpec, choose_row, plan_spec
+from runners.data.packing import Budget, PackSpec, choose_row, plan_spec
 from runners.data.shapes import Shapes
 from runners.data.types import Cost, Document
 from runners.errors import UserError
+from runners.setup import whole_pictures
 
 CELLS = ImageSpec(patch_size=2, image_size=8, merge=2)
 QUERIES = ImageSpec(patch_size=2, image_size=8, merge=2, projector="resampler", queries=3)
@@ -40,7 +41,7 @@ def test_rows_are_as_full_as_any_choice_makes_them():
     spec = PackSpec(row_len=50, rows=1, max_docs=99)
     for _ in range(200):
         costs = [Cost(rng.randint(1, 40), 0, 0) for _ in range(rng.randint(1, 9))]
-        chosen = choose_row(costs, spec)
+        chosen = choose_row(costs, spec.budget(()))
         assert chosen == sorted(set(chosen))
         assert chosen[0] == 0
         rest = range(1, len(costs))
@@ -53,10 +54,10 @@ def test_rows_are_as_full_as_any_choice_makes_them():
 
 
 def test_the_oldest_are_preferred_among_equals():
-    spec = PackSpec(row_len=10, rows=1, max_docs=9)
-    assert choose_row([Cost(n, 0, 0) for n in (4, 3, 3, 6, 3)], spec) == [0, 1, 2]
-    assert choose_row([Cost(n, 0, 0) for n in (4, 5, 6, 6)], spec) == [0, 2]
-    assert choose_row([Cost(10, 0, 0), Cost(1, 0, 0)], spec) == [0]
+    budget = PackSpec(row_len=10, rows=1, max_docs=9).budget(())
+    assert choose_row([Cost(n, 0, 0) for n in (4, 3, 3, 6, 3)], budget) == [0, 1, 2]
+    assert choose_row([Cost(n, 0, 0) for n in (4, 5, 6, 6)], budget) == [0, 2]
+    assert choose_row([Cost(10, 0, 0), Cost(1, 0, 0)], budget) == [0]
 
 
 def test_budgets_of_documents_and_pictures_hold():
@@ -66,7 +67,7 @@ def test_budgets_of_documents_and_pictures_hold():
         costs = [
             Cost(rng.randint(1, 30), images := rng.randint(0, 2), 8 * images) for _ in range(20)
         ]
-        chosen = choose_row(costs, spec)
+        chosen = choose_row(costs, spec.budget(()))
         assert chosen[0] == 0
         assert len(chosen) <= 4
         for field, limit in ((0, 60), (1, 3), (2, 24)):
@@ -82,7 +83,7 @@ def test_ragged_lengths_fill_rows(sigma: float):
     spec = PackSpec(row_len=2048, rows=1, max_docs=999)
     rows = []
     while len(waiting) > 256:
-        chosen = choose_row(waiting[:256], spec)
+        chosen = choose_row(waiting[:256], spec.budget(()))
         rows.append(sum(waiting[i].tokens for i in chosen))
         for i in reversed(chosen):
             del waiting[i]
@@ -113,8 +114,9 @@ def test_planned_budgets_are_tight_and_fill_shapes_rows(encoder: Encoder, images
 @pytest.mark.parametrize("images", [CELLS, QUERIES])
 def test_a_batch_holds_each_document_where_it_says(images: ImageSpec):
     spec = PackSpec(
-        row_len=40, rows=3, max_docs=6, max_images=4, max_patches=40, images=images, pad_token=999
-    )
+        row_len=40, rows=3, max_docs=6, max_images=12, max_patches=120, images=images,
+        pad_token=999, kept_images=2, kept_patches=24,
+    )  # fmt: skip
     rng = random.Random(2)
     documents = [document(n, rng.randint(12, 30), rng.randint(0, 2), images) for n in range(1, 26)]
     batches, places = batch_documents(documents, spec)
@@ -133,7 +135,7 @@ def test_a_batch_holds_each_document_where_it_says(images: ImageSpec):
             assert len(set(batch["tokens"][start:end].tolist())) <= 1
         padding = batch["tokens"] == 999
         assert (batch["labels"][padding] == -100).all()
-        num_images = 3 * 4 + 1
+        num_images = 12 + 1
         assert batch["patches"].shape == (120, 12)
         assert batch["patches"].dtype == torch.uint8
         assert batch["image_cu_seqlens"].shape == (num_images + 1,)
@@ -191,12 +193,14 @@ def test_impossible_specs_are_refused():
         PackSpec(8, 1, 1, max_images=1)
     with pytest.raises(ValueError, match=r"max_patches \(6\)"):
         PackSpec(8, 1, 1, max_images=1, max_patches=6, images=CELLS)
+    with pytest.raises(ValueError, match="3 rows keep 2 pictures and 4 patches each, of 5 and 16"):
+        PackSpec(8, 4, 1, 5, 16, CELLS, kept_images=2, kept_patches=4)
 
 
 @pytest.mark.parametrize("pictures", [0, 1, 5, 8])
 def test_pictures_of_a_batch_are_equal_where_all_are_square(pictures: int):
     spec = PackSpec(
-        row_len=40, rows=2, max_docs=8, max_images=4, max_patches=64, images=CELLS, pad_token=0
+        row_len=40, rows=2, max_docs=8, max_images=8, max_patches=128, images=CELLS, pad_token=0
     )
     documents = [
         Document(
@@ -214,3 +218,50 @@ def test_pictures_of_a_batch_are_equal_where_all_are_square(pictures: int):
     for batch in batches:
         assert batch["image_cu_seqlens"][-1] == 128
         assert set(batch["image_cu_seqlens"].diff().tolist()) == {0, 16}
+
+
+def test_rows_share_the_room_of_a_batch_and_none_is_left_without():
+    """A document of more pictures than a row's share waits for the first row at most."""
+    spec = PackSpec(60, 3, 9, 7, 56, CELLS, kept_images=2, kept_patches=16)
+    large, small, text = Cost(30, 3, 24), Cost(20, 1, 8), Cost(10, 0, 0)
+    assert spec.budget(()) == (60, 9, 3, 24)
+    assert spec.fits(large)
+    assert not spec.fits(Cost(30, 4, 24))
+    first = [document(1, 30, pictures=1), document(2, 30, pictures=1)]  # a cell each
+    assert spec.budget([first]) == (60, 9, 3, 56 - 8 - 16)
+    assert spec.budget([first, first]) == (60, 9, 3, 56 - 16)
+    assert choose_row([large, small, text], Budget(60, 9, 2, 24)) == [1, 2]
+    assert choose_row([large, large], Budget(60, 9, 2, 24)) == []
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("sigma", [0.0, 0.7])
+def test_planned_room_is_nearly_full_and_so_are_rows(sigma: float, rows: int):
+    """Pictures of 256 tokens and as much text."""
+    images = ImageSpec(patch_size=14, image_size=448, merge=2)
+    rng = np.random.default_rng(0)
+    texts = (256 * np.exp(sigma * rng.normal(size=3000) - sigma**2 / 2)).clip(1, 1792).astype(int)
+    documents = [
+        Document(
+            "", np.zeros(256 + text, np.int64), np.zeros(0), np.zeros(0),
+            np.zeros((1024, 0), np.uint8), np.zeros(0), (1024,),
+        )
+        for text in texts
+    ]  # fmt: skip
+    spec = plan_spec(documents[:256], row_len=2048, rows=rows, images=images)
+    spec = whole_pictures(spec)
+    assert spec.max_patches == 1024 * spec.max_images
+    waiting, tokens, pictures, batches = list(documents), 0, 0, 0
+    while len(waiting) > 256:
+        batch: list[list[Document]] = []
+        for _ in range(rows):
+            chosen = choose_row([d.cost for d in waiting[:256]], spec.budget(batch))
+            batch.append([waiting[i] for i in chosen])
+            for i in reversed(chosen):
+                del waiting[i]
+        batches += 1
+        tokens += sum(len(d.tokens) for row in batch for d in row)
+        pictures += sum(map(len, batch))
+    assert len(waiting) + pictures == len(documents)  # once each
+    assert tokens / (2048 * rows * batches) > 0.99
+    assert pictures / (spec.max_images * batches) > (0.95 if rows == 8 else 0.79)
