@@ -40,8 +40,9 @@ def column_sums_kernel(
 def launch_column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x [N, C] summed over its rows: [C] in ``dtype``, added up in fp32 and rounded once.
 
-    Two launches, the second over at most 528 partial sums; the same bits each time. PyTorch's own
-    reduction of 16,384 x 1,536 in bf16 takes some 50 us of an H200, where reading takes 12.
+    Two launches, the second over at most 528 partial sums; the same bits each time. For q, k and v
+    of a layer (16,384 rows of 1,536, 256 and 256 in bf16, an H200, in a training step's profile)
+    the first launches take 33 us together, PyTorch's reductions took 87.
     """
     if x.stride(-1) != 1:
         x = x.contiguous()

@@ -146,8 +146,9 @@ def _policy(name: str) -> str | tuple[str, ...]:
 def is_compiled(config: TrainConfig, device: torch.device) -> bool:
     """Whether torch.compile is used: what --compile says, else on a GPU where launching from Python
     costs time, or where it saves work. fp8 rounds an input once for all its products. A block that
-    is recomputed leaves out what no gradient needs, its last product above all: a checkpointed step
-    of a 1.5B decoder takes 350 ms of an H200 instead of 372."""
+    is recomputed leaves out what no gradient needs, its last product above all: of a 1.5B decoder
+    at 16,384 tokens 28 products of 0.66 ms on an H200, where a checkpointed step took 372 ms eager
+    (the bench) and some 350 compiled (12 steps in a row, right afterwards)."""
     if config.compile is not None:
         return config.compile
     saves = config.use_fp8 or config.use_gradient_checkpointing

@@ -21,10 +21,11 @@ SHAPES = 4  # graphs of one function: each holds the memory of a whole call
 def cuda_graph(function: Callable[[Tree, Any], Result]) -> Callable[[Tree, Any], Result]:
     """The same function ``(params, batch) -> tensors``, as a CUDA graph from its third call on.
 
-    Launching some 2,000 kernels from Python takes 130 to 200 ms, whatever a GPU makes of them; a
-    graph takes none of it. One H200, a 0.12B model, 16,384 tokens: a training step of 176 ms eager,
-    138 ms compiled as a whole, 53 ms as a graph, compiled or not. Where the GPU needs longer than
-    Python nothing is gained.
+    Launching some 2,000 kernels from Python takes 140 to 230 ms, whatever a GPU makes of them; a
+    graph takes none of it. One H200, the `small` preset's decoder, 16,384 tokens: a training step
+    of 176 ms eager, 138 ms compiled as a whole, 53 ms as one graph, its optimizer included. (This
+    function around the gradients alone was timed at 1.5B only: 291 ms, as eager and as compiled,
+    because there the GPU needs longer than Python.)
 
     Put it around the gradients: ``cuda_graph(value_and_grad(loss_fn))``. A graph reads and writes
     fixed addresses, so
