@@ -204,10 +204,18 @@ def make_plan(
 
 def step_table(grads: Sequence[Tensor], numbers: Sequence[float], key: int) -> Tensor:
     """What changes: fp32 numbers as bits, the key of the rounding, the gradients' addresses."""
-    bits = struct.unpack(f"<{len(numbers)}i", struct.pack(f"<{len(numbers)}f", *numbers))
-    words = [*bits, key, *(grad.data_ptr() for grad in grads)]
+    words = [*bits_of(*numbers), key, *(grad.data_ptr() for grad in grads)]
+    return upload(words, grads[0].device)
+
+
+def bits_of(*numbers: float) -> tuple[int, ...]:
+    """fp32 numbers as what `number` reads."""
+    return struct.unpack(f"<{len(numbers)}i", struct.pack(f"<{len(numbers)}f", *numbers))
+
+
+def upload(words: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """int64 on the device, without waiting."""
     table = torch.tensor(words, dtype=torch.int64)
-    device = grads[0].device
     # The allocator of pinned memory hands a block out again only when its copy has been made.
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 

@@ -37,6 +37,7 @@ from kernels.functions import (
     nested_forward_mode,
     pull,
     push,
+    rows_of,
     with_signature,
 )
 from kernels.operators import fake
@@ -277,11 +278,6 @@ class Call:
     keep: bool
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[..., D] as [rows, D]; the number of rows is said, since D may be 0."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
 @with_signature
 class _Shadow(torch.autograd.Function):
     """x -> zeros of its shape that take one number of memory, with the derivative of x.
@@ -327,7 +323,7 @@ class _Linear(torch.autograd.Function):
         call: Call, x: Tensor, shadow: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         turned = call.keep and call.scaling == "tensor"
-        codes, across, scale = _quantize_op(_rows(x), call.scaling, turned, call.triton)
+        codes, across, scale = _quantize_op(rows_of(x), call.scaling, turned, call.triton)
         weights, _, weight_scale = _quantize_op(weight, call.scaling, False, call.triton)
         y = _product(codes, weights, scale, weight_scale.t(), x.dtype, True, call.triton, bias)
         return y.view(*x.shape[:-1], weight.shape[0]), across, scale, weight_scale
@@ -355,7 +351,7 @@ class _Linear(torch.autograd.Function):
             dx = next(grads) if for_x else None
             dw = next(grads) if for_weight else None
         if grad is not None and for_bias:
-            db = _rows(grad).sum(0, dtype=accumulation_dtype(grad.dtype)).to(ctx.bias)
+            db = rows_of(grad).sum(0, dtype=accumulation_dtype(grad.dtype)).to(ctx.bias)
         return None, None, dx, dw, db
 
     @staticmethod
@@ -414,7 +410,7 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, needs: tuple[bool, bool], *saved: Tensor) -> tuple[Tensor, ...]:
         grad, shadow, weight, kept, scale, weight_scale = saved
-        rows = _rows(grad)
+        rows = rows_of(grad)
         for_weight = needs[1] and call.scaling == "tensor"
         codes, across, grad_scale, weights, weight_scales = _quantize_backward_op(
             rows, weight, weight_scale, call.scaling, needs[0], for_weight, call.triton
@@ -428,7 +424,7 @@ class _Backward(torch.autograd.Function):
             out.append(_product(across, kept, grad_scale, scale, weight.dtype, False, call.triton))
         elif needs[1]:
             # its sums run over the rows, whose scales differ: no product of float8 can know them
-            out.append((rows.t() @ _rows(kept).to(grad.dtype)).to(weight.dtype))
+            out.append((rows.t() @ rows_of(kept).to(grad.dtype)).to(weight.dtype))
         return tuple(out)
 
     @staticmethod
@@ -477,7 +473,7 @@ def _gradient(
             out.append(grad @ _straight_through(weight, dims).to(grad.dtype))
         if needs[1]:
             x = _seen(call, shadow, kept, scale)
-            out.append((_rows(grad).mT @ _rows(x)).to(weight.dtype))
+            out.append((rows_of(grad).mT @ rows_of(x)).to(weight.dtype))
         return tuple(out)
 
     return gradient

@@ -17,6 +17,7 @@ calls `run` from one module-level function marked with `torch._dynamo.allow_in_g
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -173,6 +174,13 @@ def fold_all(batch_size: int, in_dims: Dims, tensors: Tensors) -> Tensors:
     """The `fold` of an op that takes all its tensors with the examples' dimension in front."""
     pairs = zip(tensors, in_dims, strict=True)
     return tuple(t if t is None else batch_first(t, dim, batch_size) for t, dim in pairs)
+
+
+def fold_rows(inputs: int, batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
+    """Examples are more rows of the first tensors, if they share all others (weights, biases)."""
+    if any(dim is not None for dim in dims[inputs:]):
+        return None
+    return fold_all(batch_size, dims[:inputs], tensors[:inputs]) + tensors[inputs:]
 
 
 def fold_all_backward(
@@ -447,6 +455,11 @@ def can_read(tensor: Tensor) -> bool:
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         and not any(torch._C._get_dispatch_mode(mode) for mode in _TRACING_MODES)
     )
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[..., D] as [rows, D]; the number of rows is said, since D may be 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -24,48 +24,31 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo import allow_in_graph
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import glu_triton, rms_norm_triton
-from kernels.column_sums import column_sums
 from kernels.dispatch import choose
 from kernels.functions import (
     Dims,
     Op,
     Tensors,
-    accumulation_dtype,
     check_floating,
     fold_all,
+    fold_rows,
+    rows_of,
     run,
     run_of_sum,
 )
 from kernels.glu import GEGLU, GEGLU_TRITON, SWIGLU, SWIGLU_TRITON
+from kernels.linear import bias_gradient, linear_reference
 from kernels.operators import fake
 from kernels.rms_norm import ADD_RMS_NORM, ADD_RMS_NORM_TRITON, RMS_NORM, RMS_NORM_TRITON
 
 Shape = Sequence[int]
 
 # Pieces
-
-
-def _linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """In the weight's dtype."""
-    return F.linear(h.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., D] as [rows, D]; the number of rows is said, since D may be 0."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def _bias_gradient(grad: Tensor, bias: Tensor, triton: bool) -> Tensor:
-    """Summed over the rows in fp32, rounded once."""
-    if triton:
-        return column_sums(_rows(grad), bias.dtype)
-    return _rows(grad).sum(0, dtype=accumulation_dtype(grad.dtype)).to(bias.dtype)
 
 
 def _nothing(like: Tensor) -> Tensor:
@@ -92,14 +75,14 @@ def glu_linear_reference(
     gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str, triton: bool
 ) -> Tensor:
     """What `glu_linear` computes; plain torch, differentiable to any order."""
-    return _linear(_GATED[activation, triton].formula(gate, up), weight, bias)
+    return linear_reference(_GATED[activation, triton].formula(gate, up), weight, bias)
 
 
 def _glu_linear_forward(
     gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str, triton: bool
 ) -> tuple[Tensor, tuple[()]]:
     h, _ = _GATED[activation, triton].forward(gate, up)
-    return _linear(h, weight, bias), ()
+    return linear_reference(h, weight, bias), ()
 
 
 def _glu_linear_gradients(
@@ -119,7 +102,7 @@ def _glu_linear_gradients(
     """
     d_gate, d_up, h = _nothing(gate), _nothing(up), None
     if needs_input:
-        dh = torch.mm(_rows(grad), weight).view(gate.shape)
+        dh = torch.mm(rows_of(grad), weight).view(gate.shape)
         if triton:
             d_gate, d_up, h = glu_triton.glu_backward_(dh, gate, up, activation, needs_weight)
         else:
@@ -129,7 +112,7 @@ def _glu_linear_gradients(
         return d_gate, d_up, _nothing(weight)
     if h is None:
         h = _glu(gate, up, activation, triton)
-    return d_gate, d_up, torch.mm(_rows(grad).t(), _rows(h).to(weight.dtype))
+    return d_gate, d_up, torch.mm(rows_of(grad).t(), rows_of(h).to(weight.dtype))
 
 
 def _glu(gate: Tensor, up: Tensor, activation: str, triton: bool) -> Tensor:
@@ -180,26 +163,19 @@ def _glu_linear_backward(
         grads = _glu_linear_op(
             grad, gate, up, weight, activation, triton, of_gate or of_up, of_weight
         )
-    d_bias = _bias_gradient(grad, bias, triton) if of_bias and bias is not None else None
+    d_bias = bias_gradient(grad, bias, triton) if of_bias and bias is not None else None
     return (*(g if need else None for g, need in zip(grads, needs[:3], strict=True)), d_bias)
 
 
-def _fold(inputs: int, batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
-    """Examples are more rows of the first tensors, if they share all weights and biases."""
-    if any(dim is not None for dim in dims[inputs:]):
-        return None
-    return fold_all(batch_size, dims[:inputs], tensors[:inputs]) + tensors[inputs:]
-
-
 def _glu_linear_fold(batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
-    return _fold(2, batch_size, dims, tensors)
+    return fold_rows(2, batch_size, dims, tensors)
 
 
 def _glu_linear_fold_backward(
     batch_size: int, needs: tuple[bool, ...], dims: Dims, saved: Tensors
 ) -> Tensors | None:
     """A weight's gradient is one an example, where one call would give their sum."""
-    return None if any(needs[2:]) else _fold(3, batch_size, dims, saved)
+    return None if any(needs[2:]) else fold_rows(3, batch_size, dims, saved)
 
 
 GLU_LINEAR = Op(
@@ -228,7 +204,7 @@ def _apply_glu_linear(
 def _linears(h: Tensor, leaves: Sequence[Any]) -> list[Tensor]:
     count = len(leaves) // 2
     pairs = zip(leaves[:count], leaves[count:], strict=True)
-    return [_linear(h, weight, bias) for weight, bias in pairs]
+    return [linear_reference(h, weight, bias) for weight, bias in pairs]
 
 
 def _outputs(outs: list[Tensor]) -> Any:
@@ -356,13 +332,13 @@ def _norm_linears_gradients(
     where x and the weights differ in dtype). Else h is made by a forward pass, and gone before the
     norm's backward begins.
     """
-    flat, groups = [_rows(grad) for grad in grads], _groups(weights)
+    flat, groups = [rows_of(grad) for grad in grads], _groups(weights)
     joined = [_join(flat, group, 1) for group in groups]
     of_weights = [_nothing(weight) for weight in weights]
     back, forth = needs_input or needs[0], any(needs[1:])
 
     def learn(h: Tensor) -> None:
-        h = _rows(h).to(weights[0].dtype)
+        h = rows_of(h).to(weights[0].dtype)
         _weight_gradients(groups, joined, flat, h, needs[1:], of_weights)
 
     dx: Tensor | None = None
@@ -430,14 +406,14 @@ def _norm_linears_backward(
             each, total, x, norm_weight, weights, r, eps, triton, of_input, list(of_leaves)
         )
     d_biases = (
-        _bias_gradient(grad, bias, triton) if need else None
+        bias_gradient(grad, bias, triton) if need else None
         for grad, bias, need in zip(each, biases, of_biases, strict=True)
     )
     return (*(g if need else None for g, need in zip(made, needs, strict=False)), *d_biases)
 
 
 def _norm_linears_fold(batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
-    return _fold(1, batch_size, dims, tensors)
+    return fold_rows(1, batch_size, dims, tensors)
 
 
 def _norm_linears_fold_backward(

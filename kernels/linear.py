@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from typing import Any
 
 import torch
@@ -12,21 +12,24 @@ from torch._dynamo import allow_in_graph
 
 from kernels.column_sums import column_sums
 from kernels.dispatch import choose
-from kernels.functions import Dims, Op, Tensors, fold_all, run
+from kernels.functions import Dims, Op, Tensors, accumulation_dtype, fold_rows, rows_of, run
 
 
-def linear_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What `linear` computes; plain torch, differentiable to any order."""
-    return F.linear(x.to(weight.dtype), weight, bias.to(weight.dtype))
+    return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+
+
+def bias_gradient(grad: Tensor, bias: Tensor, triton: bool) -> Tensor:
+    """grad [..., O] summed over its rows, in fp32 at least, and rounded once to bias's dtype."""
+    wide = accumulation_dtype(grad.dtype)
+    if triton and wide == torch.float32:
+        return column_sums(rows_of(grad), bias.dtype)
+    return rows_of(grad).sum(0, dtype=wide).to(bias.dtype)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, tuple[()]]:
     return linear_reference(x, weight, bias), ()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., D] as [rows, D]; the number of rows is said, since D may be 0."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _backward(
@@ -35,30 +38,28 @@ def _backward(
     tensors: tuple[Tensor, Tensor, Tensor],
     _: tuple[()],
 ) -> tuple[Tensor | None, ...]:
-    (x, weight, bias), rows = tensors, _rows(grad)
+    (x, weight, bias), rows = tensors, rows_of(grad)
     return (
         torch.mm(rows, weight).view(x.shape).to(x.dtype) if needs[0] else None,
-        torch.mm(rows.t(), _rows(x).to(weight.dtype)) if needs[1] else None,
-        column_sums(rows, bias.dtype) if needs[2] else None,
+        torch.mm(rows.t(), rows_of(x).to(weight.dtype)) if needs[1] else None,
+        bias_gradient(grad, bias, True) if needs[2] else None,
     )
-
-
-def _fold(batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
-    """Examples are more rows, if they share weight and bias."""
-    if any(dim is not None for dim in dims[-2:]):
-        return None
-    return fold_all(batch_size, dims[:-2], tensors[:-2]) + tensors[-2:]
 
 
 def _fold_backward(
     batch_size: int, needs: tuple[bool, ...], dims: Dims, saved: Tensors
 ) -> Tensors | None:
     """Of grad, x, weight, bias. A weight's gradient is one an example, not their sum."""
-    return None if any(needs[1:]) else _fold(batch_size, dims, saved)
+    return None if any(needs[1:]) else fold_rows(2, batch_size, dims, saved)
 
 
 LINEAR = Op(
-    "linear", linear_reference, _forward, _backward, fold=_fold, fold_backward=_fold_backward
+    "linear",
+    linear_reference,
+    _forward,
+    _backward,
+    fold=functools.partial(fold_rows, 1),
+    fold_backward=_fold_backward,
 )
 
 
@@ -85,8 +86,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     >>> linear(torch.ones(1, 2), torch.tensor([[1.0, 2.0]]), torch.tensor([0.5])).tolist()
     [[3.5]]
     """
-    if bias is None:
-        return F.linear(x.to(weight.dtype), weight)
-    if choose("linear", str(x.device), weight.dtype) == "torch":
+    if bias is None or choose("linear", str(x.device), weight.dtype) == "torch":
         return linear_reference(x, weight, bias)
     return _apply(x, weight, bias)

@@ -10,13 +10,20 @@ once a launch without waiting. Addresses that 16 divides are moved 16 bytes at a
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from kernels.adamw_triton import BLOCK, TYPES, WARPS, nearest, number, pointer_to
+from kernels.adamw_triton import (
+    BLOCK,
+    TYPES,
+    WARPS,
+    bits_of,
+    nearest,
+    number,
+    pointer_to,
+    upload,
+)
 from kernels.launch import constant, jit, launch, tl
 
 GATHERED = constant(3)  # of a leaf's row: momentum, gradient, place in the stack
@@ -132,7 +139,7 @@ def gather_launch(
     size = momenta[0].numel()
     launch(
         gather_kernel, (-(-size // BLOCK), len(rows)),
-        _table(rows, stack.device), scale, size,
+        upload(rows, stack.device), scale, size,
         NEW=1 - momentum, GRAD=TYPES[grads[0].dtype],
         BLOCK=BLOCK, PIECE=32 * WARPS, VECTOR=VECTOR, num_warps=WARPS,
     )  # fmt: skip
@@ -148,23 +155,12 @@ def move_launch(
     """fp32 params; stack: bf16 [leaves, ...], contiguous."""
     twins = [0] * len(params) if copies is None else [c.data_ptr() for c in copies]
     rows = [
-        [p.data_ptr(), x.data_ptr(), c, *_bits(keep, length)]
+        [p.data_ptr(), x.data_ptr(), c, *bits_of(keep, length)]
         for p, x, c, keep, length in zip(params, stack, twins, keeps, lengths, strict=True)
     ]
     size = params[0].numel()
     launch(
-        move_kernel, (-(-size // BLOCK), len(rows)), _table(rows, stack.device), size,
+        move_kernel, (-(-size // BLOCK), len(rows)), upload(rows, stack.device), size,
         COPY=copies is not None,
         BLOCK=BLOCK, PIECE=32 * WARPS, VECTOR=VECTOR, num_warps=WARPS,
     )  # fmt: skip
-
-
-def _bits(*numbers: float) -> tuple[int, ...]:
-    """fp32 numbers as what `number` reads."""
-    return struct.unpack(f"<{len(numbers)}i", struct.pack(f"<{len(numbers)}f", *numbers))
-
-
-def _table(rows: list[list[int]], device: torch.device) -> Tensor:
-    table = torch.tensor(rows, dtype=torch.int64)
-    # The allocator of pinned memory hands a block out again only when its copy has been made.
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table

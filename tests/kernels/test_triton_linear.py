@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import dispatch
-from kernels.linear import linear
+from kernels.linear import bias_gradient, linear
 from tests.kernels.drivers import (
     FIRST_ORDER,
     Case,
@@ -79,3 +79,10 @@ def test_no_worse_than_torch(shape: tuple[int, ...], needs: str, kernel_device: 
         if exact.numel():
             off, other = ((got.double() - exact).abs().max() for got in (mine, theirs))
             assert off <= other + torch.finfo(mine.dtype).eps * exact.abs().max()
+
+
+def test_fp64_is_summed_in_fp64(kernel_device: str) -> None:
+    g = random(100, 3).to(kernel_device) + 1e8
+    got = bias_gradient(g, g[0], True)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, g.sum(0), rtol=1e-14, atol=0)
