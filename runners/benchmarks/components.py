@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -40,7 +39,7 @@ from runners.benchmarks.entries import free, quick_collection
 from runners.benchmarks.harness import Ceiling, difference
 from runners.benchmarks.ladder import text_only
 from runners.benchmarks.records import environment
-from runners.benchmarks.report import console, markdown_row
+from runners.benchmarks.report import console, markdown_row, teller
 from runners.benchmarks.roofline import Work
 from runners.benchmarks.training import choose_clock, measured_ceilings, strict_fp32
 from runners.cli import UsageError, nearest
@@ -425,7 +424,7 @@ def bench(
     folder.mkdir(parents=True, exist_ok=True)
     only = config.only or PARTS
     model = text_only(PRESETS[config.preset])
-    started = time.perf_counter()
+    say = teller(output)
     rows: list[Row] = []
     with clock.session(), strict_fp32(), quick_collection():
         reached = ceilings(clock)
@@ -437,8 +436,7 @@ def bench(
                 for row in found:
                     record = as_record(row, baseline_of(rows, row.part), reached) | vars(where)
                     print(json.dumps(record), file=lines, flush=True)
-                    seconds = f"{time.perf_counter() - started:6.1f} s  "
-                    output.print(escape(seconds + describe(row)), highlight=False, soft_wrap=True)
+                    say(describe(row))
     title = f"parts of a training step, {where.device}, {where.date[:10]}"
     drawn = draw(folder / "components.png", title, rows)
     page = markdown(rows, reached, where.lines(), command, where.date[:10], drawn)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 
 from runners.benchmarks import attention, elementwise, int8, losses, optimizers
 from runners.benchmarks.ceilings import measure_ceilings
 from runners.benchmarks.clock import Clock, CudaClock, DeviceLostError
 from runners.benchmarks.harness import UNITS, Case, Ceiling, Row, Settings, measure
 from runners.benchmarks.records import environment, plain, read_jsonl, write_jsonl
-from runners.benchmarks.report import console, write_report
+from runners.benchmarks.report import console, teller, write_report
 from runners.cli import UsageError, nearest
 from runners.errors import UserError
 
@@ -127,14 +125,7 @@ def bench(
     """Measures the cases and writes everything into the folder, figures after every case, so that
     what ends a run early takes nothing along. 1 if the device was lost on the way."""
     folder.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-
-    def say(line: str) -> None:
-        output.print(
-            escape(f"{time.perf_counter() - started:6.1f} s  {line}"),
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
-
+    say = teller(output)
     rows: list[Row] = []
     lost: str | None = None
     gc.collect()

@@ -12,7 +12,6 @@ from typing import Any, get_args
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 
 from core import VLMConfig
 from runners.benchmarks.clock import Clock, DeviceLostError
@@ -39,7 +38,7 @@ from runners.benchmarks.ladder import (
     text_only,
 )
 from runners.benchmarks.records import environment
-from runners.benchmarks.report import console
+from runners.benchmarks.report import console, teller
 from runners.benchmarks.step_report import Layout, Report, describe
 from runners.benchmarks.training import (
     Programs,
@@ -241,10 +240,7 @@ def bench(
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
 
-    def say(line: str) -> None:
-        line = f"{time.perf_counter() - started:6.1f} s  {line}"
-        output.print(escape(line), highlight=False, soft_wrap=True)
-
+    say = teller(output)
     lines = lines_of(config)
     model = text_only(model_config(starting_config(config, config.lengths[0], "nothing")))
     rows = [line.measured(model) for line in lines]

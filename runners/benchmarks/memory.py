@@ -25,7 +25,7 @@ from runners.benchmarks.entries import first_loss, quick_collection
 from runners.benchmarks.fitting import free, largest, limited
 from runners.benchmarks.ladder import batches_of, draw_documents, text_only
 from runners.benchmarks.records import Environment, environment
-from runners.benchmarks.report import console, markdown_row
+from runners.benchmarks.report import console, markdown_row, teller
 from runners.benchmarks.training import choose_clock
 from runners.cli import UsageError, nearest
 from runners.compose import choose_backends, compose
@@ -268,9 +268,7 @@ def bench(config: MemoryConfig, device: torch.device, command: str, output: Cons
     where = environment(device, command, {})
     started = time.perf_counter()
 
-    def say(line: str) -> None:
-        line = f"{time.perf_counter() - started:6.1f} s  {line}"
-        output.print(escape(line), highlight=False, soft_wrap=True)
+    say = teller(output)
 
     def late() -> bool:
         return time.perf_counter() - started > 60 * config.minutes

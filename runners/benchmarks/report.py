@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -29,6 +30,17 @@ LEGEND = (
 def console() -> Console:
     """As wide as the terminal, or as the tables where there is none."""
     return Console() if sys.stdout.isatty() else Console(width=150)
+
+
+def teller(output: Console) -> Callable[[str], None]:
+    """Prints lines as they come, each behind the seconds since it was made."""
+    started = time.perf_counter()
+
+    def say(line: str) -> None:
+        line = f"{time.perf_counter() - started:6.1f} s  {line}"
+        output.print(escape(line), highlight=False, soft_wrap=True)
+
+    return say
 
 
 def write_report(

@@ -40,7 +40,7 @@ from runners.benchmarks.ladder import (
 )
 from runners.benchmarks.pictures import pictures_of
 from runners.benchmarks.records import environment
-from runners.benchmarks.report import console
+from runners.benchmarks.report import console, teller
 from runners.benchmarks.step_report import PICTURED, RUNGS, Report, describe, report_floor
 from runners.cli import UsageError, explained, nearest
 from runners.compose import Composed, compose
@@ -278,10 +278,7 @@ def bench(
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
 
-    def say(line: str) -> None:
-        line = f"{time.perf_counter() - started:6.1f} s  {line}"
-        output.print(escape(line), highlight=False, soft_wrap=True)
-
+    say = teller(output)
     model = model_config(starting_config(config))
     pictures = pictures_of(model, config.pictures)
     documents = draw_documents(config.rows, config.length, config.lengths, pictures=pictures)
