@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -47,7 +48,10 @@ from tests.kernels.drivers import (
     name_of,
     random,
 )
+from tests.kernels.test_fused_linear import CASES as EVERYWHERE
 from tests.kernels.test_fused_linear import (
+    INNER,
+    ROWS,
     all_of,
     composed_joined,
     exact_add_norm_linears,
@@ -62,7 +66,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:Deprecation
 fused = importlib.import_module("kernels.fused_linear")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TOLERANCE = 1e-4  # fp32: sums of a few hundred numbers of order 1, a few times over
-ROWS, INNER = 5, 7
 
 
 def triton() -> Any:
@@ -423,13 +426,7 @@ def test_norm_linears_allocates_no_more_than_it_says(
 
 
 CASES = {
-    "glu_linear": Case(
-        glu_linear,
-        exact_glu_linear,
-        ((ROWS, INNER), (ROWS, INNER), (4, INNER), (4,)),
-        fused,
-        "GLU_LINEAR",
-    ),
+    **{name: EVERYWHERE[name] for name in ("glu_linear", "add_norm_linears")},
     "norm_linears": Case(
         lambda x, n, q, k, b: joined(norm_linears(x, n, [q, k], [None, b], 1e-3)),
         lambda x, n, q, k, b: joined(exact_norm_linears(x, n, [q, k], [None, b])),
@@ -437,23 +434,9 @@ CASES = {
         fused,
         "NORM_LINEARS",
     ),
-    "add_norm_linears": Case(
-        lambda x, more, n, q, k, v, b: joined(
-            all_of(add_norm_linears(x, more, n, [q, k, v], [None, b, None], 1e-3))
-        ),
-        lambda x, more, n, q, k, v, b: joined(
-            exact_add_norm_linears(x, more, n, [q, k, v], [None, b, None])
-        ),
-        ((ROWS, INNER), (ROWS, INNER), (INNER,), (6, INNER), (2, INNER), (2, INNER), (2,)),
-        fused,
-        "ADD_NORM_LINEARS",
-    ),
-    "add_norm_linears, nothing added": Case(
-        lambda x, n, w, b: joined(all_of(add_norm_linears(x, None, n, [w], [b], 1e-3))),
-        lambda x, n, w, b: joined(exact_add_norm_linears(x, None, n, [w], [b])),
-        ((ROWS, INNER), (INNER,), (4, INNER), (4,)),
-        fused,
-        "ADD_NORM_LINEARS",
+    "add_norm_linears, nothing added": replace(
+        EVERYWHERE["add_norm_linears, nothing added"],
+        shapes=((ROWS, INNER), (INNER,), (4, INNER), (4,)),
     ),
 }
 
