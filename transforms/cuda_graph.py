@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,13 +43,13 @@ def cuda_graph(function: Callable[[Tree, Any], Result]) -> Callable[[Tree, Any],
     the same ones as before. https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/
     """
     recorded: dict[Any, _Recording] = {}
-    calls: dict[Any, int] = {}
+    calls = Counter[Any]()
     stream: list[torch.cuda.Stream] = []
 
     def run(params: Tree, batch: Any) -> Result:
         weights, _ = tree_flatten(params)
         leaves, spec = tree_flatten(batch)
-        where = _check(weights)
+        where = _addresses(weights)
         key = (repr(spec), tuple(map(_kind, leaves)))
         if key not in calls and len(calls) == SHAPES:
             raise ValueError(
@@ -58,7 +59,7 @@ def cuda_graph(function: Callable[[Tree, Any], Result]) -> Callable[[Tree, Any],
         if not stream:
             stream.append(torch.cuda.Stream())
         if key not in recorded:
-            calls[key] = calls.get(key, 0) + 1
+            calls[key] += 1
             if calls[key] <= WARM_UP:
                 with _alongside(stream[0]):
                     return function(params, batch)
@@ -120,7 +121,7 @@ def _alongside(stream: torch.cuda.Stream) -> Iterator[None]:
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def _check(weights: list[Any]) -> tuple[int, ...]:
+def _addresses(weights: list[Any]) -> tuple[int, ...]:
     """The addresses of params. Raises ValueError if one is not on a GPU."""
     tensors = [leaf for leaf in weights if isinstance(leaf, Tensor)]
     if not all(leaf.is_cuda for leaf in tensors):
