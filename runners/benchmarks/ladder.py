@@ -98,7 +98,9 @@ def ladder(rows: int, ragged: bool, graphs: bool = True) -> tuple[Rung, ...]:
     compiled = {"compile": True} if graphs else {}  # as the trainer chooses for them
     recompute = {"use_gradient_checkpointing": True, **compiled}
     half = {"checkpoint_every": 4, "checkpoint_policy": "attention"}
+    padded = ("padded", "one document a row, padded", "phase 3", top, {"packed": False})
     leaves = [
+        *([padded] if ragged else []),  # what packing gives where all else is as fast
         ("eager", "eager", "phase 3", top, {"cuda_graph" if graphs else "compile": False}),
         ("checkpoint", "checkpointing", "phase 3", top, recompute),
         ("checkpoint_attention", "checkpointing, attention kept", "phase 3", "checkpoint",
