@@ -91,7 +91,7 @@ def test_rungs_differ_by_the_flags_they_name_and_by_nothing_else(ragged: bool) -
             assert len(rung.changes) == 1 or rung.key in (
                 "graph", "checkpoint", "checkpoint_half", "bf16_checkpoint", "fp8",
             )  # fmt: skip
-    assert ("packing" in made) == ragged
+    assert ("packing" in made) == ("padded" in made) == ragged
 
 
 def test_the_top_of_the_ladder_is_what_the_trainer_does_by_default() -> None:
