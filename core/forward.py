@@ -100,6 +100,7 @@ class Rule:
     What ``wrap`` does inside a block is the same whichever of its likes the block is
     (``SiteInfo.like``): it may look at what follows the block in a path, not at its number.
     level: rules of a higher one are outside those of a lower one, whichever came first.
+    recomputes: what the sites compute inside, products too, is computed again in backward.
     """
 
     kind: str
@@ -107,6 +108,7 @@ class Rule:
     select: Select = None
     name: str = "rule"
     level: int = 0
+    recomputes: bool = False
 
     def applies(self, site: SiteInfo) -> bool:
         if self.kind != site.kind and not (self.kind == "gather" and site.outermost):
@@ -125,6 +127,7 @@ class Site:
     inner: bool = False
     lazy: bool = False  # the head's Logits stay unevaluated, because a loss will consume them
     record: list[SiteInfo] | None = None
+    again: frozenset[str] = frozenset()  # blocks that a rule computes again in backward
 
     def at(self, name: str, *, inner: bool = False) -> Site:
         """The same rules, one level deeper."""
@@ -141,6 +144,11 @@ class Site:
         return self.record is None and not any(
             (kind, self._path(at)) in self.table for kind, at in sites
         )
+
+    @property
+    def recomputed(self) -> bool:
+        """Whether this is a block that is computed again in backward."""
+        return self.path in self.again
 
     def _path(self, at: str) -> str:
         return f"{self.path}.{at}" if self.path and at else self.path or at
@@ -187,7 +195,13 @@ class Forward:
             for site in self.sites:
                 if site.kind == "block":
                     table["block", site.path] = (*table.get(("block", site.path), ()), wrap)
-        run, finish = self.build(Site(table, lazy=self.finish is not None)), self.finish
+        again = frozenset(
+            site.path
+            for site in self.sites
+            if site.kind == "block" and any(r.recomputes and r.applies(site) for r in self.rules)
+        )
+        run = self.build(Site(table, lazy=self.finish is not None, again=again))
+        finish = self.finish
 
         def call(params: Tree, batch: Any) -> Any:
             out = run(params, batch)

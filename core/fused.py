@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
+import torch
 from torch import Tensor
 
 import kernels
@@ -43,6 +44,36 @@ def normed_linears(
     x = x if residual is None else x + residual
     h = site("norm", partial(rms_norm, eps=eps), p, x, at=norm)
     return tuple(site("linear", linear, leaves, h, at=at) for at, leaves in linears.items()), x
+
+
+def normed_mlp(
+    site: Site,
+    norm: str,
+    mlp: str,
+    p: Tree,
+    leaves: Tree,
+    x: Tensor,
+    residual: Tensor,
+    *,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """x + residual, RMS norm, then a gated MLP: x ``[N, D]`` -> ``[N, D]``, and the sum.
+
+    norm, mlp: where the sites are; p: the norm's params; leaves: gate's, up's and down's. As one
+    function the activation is computed inside the products, and one tensor is kept, what gate and
+    up gave. Where a compiled block is computed again anyway, that is left to its backward, which
+    then holds neither twice.
+    """
+    linears = {f"{mlp}.{name}": leaves[name] for name in ("gate", "up", "down")}
+    sites = (("norm", norm), ("glu", mlp), *(("linear", at) for at in linears))
+    biased = any("bias" in each for each in linears.values())
+    if site.free(*sites) and not biased and residual.dtype == x.dtype:
+        gate, up, out = (weight_of(each) for each in linears.values())
+        keep = not (site.recomputed and torch.compiler.is_compiling())
+        return kernels.add_norm_gated_mlp(x, residual, p["weight"], gate, up, out, eps, keep)
+    *into, (down, last) = linears.items()
+    (gate, up), x = normed_linears(site, norm, p, dict(into), x, residual, eps=eps)
+    return gated_linear(site, mlp, down, last, gate, up), x
 
 
 def gated_linear(site: Site, glu: str, down: str, p: Tree, gate: Tensor, up: Tensor) -> Tensor:

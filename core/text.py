@@ -15,7 +15,7 @@ from torch import Tensor
 import kernels
 from core.config import TextConfig
 from core.forward import Site
-from core.fused import gated_linear, normed_linears
+from core.fused import normed_linears, normed_mlp
 from core.layers import Logits, dropout, embed, head, linear, rms_norm, rope
 from params.tree import Tree
 
@@ -61,11 +61,12 @@ def block(
     split = partial(rearrange, pattern="n (h d) -> n h d", d=config.head_size)
     drop = partial(dropout, rate=config.dropout, seed=ctx.get("seed"))
     salt = ctx.get("salt", 0)
-    normed = partial(normed_linears, site, eps=config.norm_eps)
     attn, mlp = p["attn"], p["mlp"]
 
     projections = {f"attn.{name}": attn[name] for name in "qkv"}
-    (q, k, v), x = normed("attn_norm", p["attn_norm"], projections, x)
+    (q, k, v), x = normed_linears(
+        site, "attn_norm", p["attn_norm"], projections, x, eps=config.norm_eps
+    )
     q, k, v = split(q), split(k), split(v)  # [N, H, Dh], [N, Hk, Dh] twice
     turn = partial(rope, eps=config.norm_eps)
     qk_norms = {name: attn[name] for name in ("q_norm", "k_norm") if config.qk_norm}
@@ -74,10 +75,8 @@ def block(
     o = site("attention", attention, {}, q, k, v, ctx["cu_seqlens"], at="attn")
     o = site("linear", linear, attn["o"], rearrange(o, "n h d -> n (h d)"), at="attn.o")
 
-    projections = {f"mlp.{name}": mlp[name] for name in ("gate", "up")}
     o = drop(o, salt=salt)
-    (gate, up), x = normed("mlp_norm", p["mlp_norm"], projections, x, o)  # [N, F], x + o
-    h = gated_linear(site, "mlp", "mlp.down", mlp["down"], gate, up)
+    h, x = normed_mlp(site, "mlp_norm", "mlp", p["mlp_norm"], mlp, x, o, eps=config.norm_eps)
     return x + drop(h, salt=salt + 1)
 
 

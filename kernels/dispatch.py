@@ -47,6 +47,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "adamw": ("triton", "torch"),
     "muon": ("triton", "torch"),
     "fp8_linear": ("triton", "torch"),
+    "mlp": ("quack", "torch"),
 }
 
 _FLASH_NAMES = {
@@ -193,6 +194,8 @@ def why_not(
         has = torch.cuda.get_device_capability(device)
         if has < (9, 0):
             return f"needs compute capability 9.0, this GPU has {has[0]}.{has[1]}"
+    if backend == "quack":
+        return _quack_problem(device, dtype)
     if op != "attention":
         return launch.why_not(device, dtype) if backend == "triton" else None
     if backend == "plain":
@@ -229,6 +232,26 @@ def why_not(
     if head_dim not in PROVED[backend]:
         return f"is not proved for head size {head_dim}"
     return _library_problem(backend)
+
+
+def _mlp_line(device: str, dtype: torch.dtype) -> str:
+    if choose("mlp", device, dtype) == "quack":
+        return "Using matrix products that compute the MLPs' activations (quack)"
+    asked = requested("mlp")
+    why = f"{asked} was asked for" if asked else why_not("mlp", "quack", device, dtype)
+    return f"The MLPs' activations are passes of their own: {why}"
+
+
+def _quack_problem(device: str, dtype: torch.dtype) -> str | None:
+    """None if activations can be computed inside matrix products."""
+    if torch.device(device).type != "cuda":
+        return "needs a CUDA GPU"
+    has = torch.cuda.get_device_capability(device)
+    if has != (9, 0):
+        return f"is proved for compute capability 9.0, this GPU has {has[0]}.{has[1]}"
+    if dtype != torch.bfloat16:
+        return f"takes bfloat16, not {dtype}"
+    return import_problem("quack.epilogue", "install quack-kernels 0.6.5 or newer")
 
 
 def _library_problem(backend: str) -> str | None:
@@ -343,6 +366,8 @@ def report(
     if not fused_kernels:
         lines.append("Fused kernels off")
         return lines
+    if torch.device(device).type == "cuda":
+        lines.append(_mlp_line(device, dtype))
     served: dict[str, list[str]] = {}
     for op in _FUSED:
         served.setdefault(choose(op, device, dtype), []).append(op)

@@ -51,14 +51,14 @@ Shape = Sequence[int]
 # Pieces
 
 
-def _nothing(like: Tensor) -> Tensor:
+def nothing(like: Tensor) -> Tensor:
     """What an operator returns in the place of a gradient that nobody asked for."""
     return like.new_empty(0)
 
 
-def _like(x: Tensor, needed: bool) -> Tensor:
+def like(x: Tensor, needed: bool) -> Tensor:
     """The fake of a gradient."""
-    return x.new_empty(x.shape) if needed else _nothing(x)
+    return x.new_empty(x.shape) if needed else nothing(x)
 
 
 # GLU, then a linear layer: y = h W^T + b with h = act(gate) up
@@ -100,7 +100,7 @@ def _glu_linear_gradients(
     [..., F] is allocated three times: for dh, which becomes the gradient of up, for the gradient of
     gate, and for h, which is gone at the end.
     """
-    d_gate, d_up, h = _nothing(gate), _nothing(up), None
+    d_gate, d_up, h = nothing(gate), nothing(up), None
     if needs_input:
         dh = torch.mm(rows_of(grad), weight).view(gate.shape)
         if triton:
@@ -109,7 +109,7 @@ def _glu_linear_gradients(
             d_gate, d_up = _glu_backward(dh, gate, up, activation)
         del dh
     if not needs_weight:
-        return d_gate, d_up, _nothing(weight)
+        return d_gate, d_up, nothing(weight)
     if h is None:
         h = _glu(gate, up, activation, triton)
     return d_gate, d_up, torch.mm(rows_of(grad).t(), rows_of(h).to(weight.dtype))
@@ -144,7 +144,7 @@ def _(
     needs_input: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(gate, needs_input), _like(up, needs_input), _like(weight, needs_weight)
+    return like(gate, needs_input), like(up, needs_input), like(weight, needs_weight)
 
 
 def _glu_linear_backward(
@@ -240,34 +240,51 @@ def _add_norm_linears_forward(
     eps: float,
     triton: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    if residual is None:
-        h, (r,) = (RMS_NORM_TRITON if triton else RMS_NORM).forward(x, norm_weight, eps=eps)
-        # a view: PyTorch refuses to keep an input that is handed on as it is
-        return (*_linears(h, leaves), x.view_as(x)), (r,)
-    norm = ADD_RMS_NORM_TRITON if triton else ADD_RMS_NORM
-    (h, total), (r,) = norm.forward(x, residual, norm_weight, eps=eps)
+    h, total, r = add_norm(x, residual, norm_weight, eps, triton)
     return (*_linears(h, leaves), total), (r,)
 
 
-def _norm(x: Tensor, weight: Tensor, eps: float, triton: bool) -> Tensor:
+def add_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, triton: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm of x + residual, the sum, and r: the forward of an op of a sum."""
+    if residual is None:
+        h, (r,) = (RMS_NORM_TRITON if triton else RMS_NORM).forward(x, weight, eps=eps)
+        return h, x.view_as(x), r  # a view: PyTorch refuses to keep an input handed on as it is
+    norm = ADD_RMS_NORM_TRITON if triton else ADD_RMS_NORM
+    (h, total), (r,) = norm.forward(x, residual, weight, eps=eps)
+    return h, total, r
+
+
+def norm_again(x: Tensor, weight: Tensor, eps: float, triton: bool) -> Tensor:
+    """What forward's norm gave."""
     if triton:
         return rms_norm_triton.rms_norm_forward(x, None, weight, eps)[0]
     return RMS_NORM.forward(x, weight, eps=eps)[0]
 
 
-def _norm_backward(
-    grad: Tensor,
-    grad_total: Tensor | None,
+def norm_gradients(
+    grad: Tensor,  # [..., D]: of what the norm gave; its memory may become that of x's gradient
+    grad_total: Tensor | None,  # [..., D]: to be added to the gradient of x
     x: Tensor,
     weight: Tensor,
     r: Tensor,
     eps: float,
+    triton: bool,
     needs_weight: bool,
-) -> tuple[Tensor | None, ...]:
+    needs_value: bool,  # what the norm gave as well, where that costs no pass: in Triton
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x and weight, and perhaps what the norm gave."""
+    if triton:
+        return rms_norm_triton.rms_norm_backward_(
+            grad, grad_total, x, weight, r, needs_weight, needs_value
+        )
     needs, tensors = (True, needs_weight), (x, weight)
     if grad_total is None:
-        return tuple(RMS_NORM.backward(grad, needs, tensors, (r,), eps=eps))
-    return tuple(ADD_RMS_NORM.backward((grad, grad_total), needs, tensors, (r,), eps=eps))
+        dx, dw = RMS_NORM.backward(grad, needs, tensors, (r,), eps=eps)
+    else:
+        dx, dw = ADD_RMS_NORM.backward((grad, grad_total), needs, tensors, (r,), eps=eps)
+    return dx, dw, None
 
 
 def _groups(weights: Sequence[Tensor]) -> list[list[int]]:
@@ -334,7 +351,7 @@ def _norm_linears_gradients(
     """
     flat, groups = [rows_of(grad) for grad in grads], _groups(weights)
     joined = [_join(flat, group, 1) for group in groups]
-    of_weights = [_nothing(weight) for weight in weights]
+    of_weights = [nothing(weight) for weight in weights]
     back, forth = needs_input or needs[0], any(needs[1:])
 
     def learn(h: Tensor) -> None:
@@ -344,22 +361,17 @@ def _norm_linears_gradients(
     dx: Tensor | None = None
     dw: Tensor | None = None
     if forth and not (back and triton):
-        learn(_norm(x, norm_weight, eps, triton))
+        learn(norm_again(x, norm_weight, eps, triton))
     if back:
         dh = torch.mm(joined[0], _join(weights, groups[0], 0))
         for grad, group in zip(joined[1:], groups[1:], strict=True):
             dh.addmm_(grad, _join(weights, group, 0))  # added where the product is made, in fp32
         dh = dh.view(x.shape)
-        if triton:
-            dx, dw, h = rms_norm_triton.rms_norm_backward_(
-                dh, grad_total, x, norm_weight, r, needs[0], forth
-            )
-            del dh
-            if h is not None:
-                learn(h)
-        else:
-            dx, dw = _norm_backward(dh, grad_total, x, norm_weight, r, eps, needs[0])
-    of_norm = (_nothing(t) if g is None else g for t, g in ((x, dx), (norm_weight, dw)))
+        dx, dw, h = norm_gradients(dh, grad_total, x, norm_weight, r, eps, triton, needs[0], forth)
+        del dh
+        if h is not None:
+            learn(h)
+    of_norm = (nothing(t) if g is None else g for t, g in ((x, dx), (norm_weight, dw)))
     return [*of_norm, *of_weights]
 
 
@@ -382,7 +394,7 @@ def _(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     leaves = zip((norm_weight, *weights), needs, strict=True)
-    return [_like(x, needs_input or needs[0]), *(_like(leaf, need) for leaf, need in leaves)]
+    return [like(x, needs_input or needs[0]), *(like(leaf, need) for leaf, need in leaves)]
 
 
 def _norm_linears_backward(
@@ -591,7 +603,7 @@ def norm_linears(
     """
     weights = tuple(weights)
     biases = (None,) * len(weights) if biases is None else tuple(biases)
-    _check_norm_linears("norm_linears", x, norm_weight, weights, biases, eps)
+    check_norm_linears("norm_linears", x, norm_weight, weights, biases, eps)
     triton = choose("rms_norm", str(x.device), x.dtype) == "triton"
     out = _apply_norm_linears(x, norm_weight, eps, triton, *weights, *biases)
     return (out,) if len(weights) == 1 else out
@@ -632,7 +644,7 @@ def add_norm_linears(
     weights = tuple(weights)
     biases = (None,) * len(weights) if biases is None else tuple(biases)
     where = "add_norm_linears"
-    _check_norm_linears(where, x, norm_weight, weights, biases, eps)
+    check_norm_linears(where, x, norm_weight, weights, biases, eps)
     check_floating(where, x=x, residual=residual)
     if residual is not None and (x.shape != residual.shape or x.dtype != residual.dtype):
         raise ValueError(
@@ -644,7 +656,7 @@ def add_norm_linears(
     return tuple(outs), total
 
 
-def _check_norm_linears(
+def check_norm_linears(
     where: str,
     x: Tensor,
     norm_weight: Tensor,

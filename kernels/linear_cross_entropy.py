@@ -44,6 +44,7 @@ from kernels.functions import (
     run,
     with_signature,
 )
+from kernels.linear import add_product
 from kernels.operators import fake
 
 _CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}  # torch, fp32 logits at a time: 4 MB, 512 MB
@@ -190,7 +191,7 @@ def _fused(
             if start == 0:
                 dtype = unembed.dtype if narrow or single else torch.float32
                 d_unembed = torch.empty_like(unembed, dtype=dtype)
-            _add_product(d_unembed, z.t(), h, first=start == 0)
+            add_product(d_unembed, z.t(), h, first=start == 0)
         if need_hidden:
             torch.mm(z, unembed, out=d_hidden[here])
     if n == 0:
@@ -212,23 +213,6 @@ def _even_chunk(n: int, chunk: int) -> int:
     """The smallest chunk that needs no more chunks, in multiples of 128 if there are several."""
     even = -(-n // max(1, -(-n // chunk)))
     return max(1, n if chunk >= n else min(chunk, -(-even // 128) * 128))
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total = a @ b, or total += a @ b; an fp32 total of bf16 factors is never rounded to bf16."""
-    if total.dtype == a.dtype:
-        if first:
-            torch.mm(a, b, out=total)
-        else:
-            torch.addmm(total, a, b, out=total)
-    elif total.device.type == "cuda":
-        if first:
-            torch.mm(a, b, out_dtype=total.dtype, out=total)
-        else:
-            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:  # only CUDA has that matmul
-        product = torch.mm(a.to(total.dtype), b.to(total.dtype))
-        total.copy_(product if first else total + product)
 
 
 # Custom ops, so that the compiler sees one node and not an unrolled loop over chunks

@@ -31,7 +31,7 @@ Policy = str | Sequence[str] | Keep
 # keep [H, T, T]. Names are those that `operation` gives.
 DOTS = frozenset((
     "aten.mm", "aten.addmm", "aten._int_mm", "aten._scaled_mm",
-    "nanovision.int8_linear_forward",
+    "nanovision.int8_linear_forward", "nanovision.linear_act",
 ))  # fmt: skip
 # Outputs and statistics of flash attention: large to compute, small to keep.
 ATTENTIONS = frozenset((
@@ -87,7 +87,8 @@ def checkpoint(
         def wrap(f: Callable[..., Any], path: str) -> Callable[..., Any]:
             return rematerialize(f, ready)
 
-        return forward.with_rule(Rule("block", wrap, chosen, "checkpoint"))
+        again = keep is None or not keep("nanovision.linear_act")
+        return forward.with_rule(Rule("block", wrap, chosen, "checkpoint", recomputes=again))
 
     out = with_policy(forward, policy, chosen)
     if between is not None and every > 1:

@@ -1,0 +1,493 @@
+"""MLPs as one function each, with the activation inside their matrix products (`kernels.epilogue`).
+
+`add_norm_gated_mlp` is the MLP of a decoder's block from the residual stream on, `gelu_mlp` that of
+a vision tower. Kept for backward is what the first product gave, before the activation; what comes
+behind the activation, and the norm's output, are made again by passes that backward makes anyway.
+
+Each forward is plain operations, the two products among them, so that a compiler leaves out of a
+recomputed block what no gradient needs: the second product. Each backward is one operator, as in
+`kernels.fused_linear`. Where what is kept will not be asked for again, its memory becomes that of
+its gradient, the largest tensor of a block's backward: [N, 2 F].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo import allow_in_graph
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels.cross_entropy import is_last_backward
+from kernels.dispatch import choose
+from kernels.epilogue import MULTIPLE, apart, interleaved, linear_act, linear_act_backward
+from kernels.functions import Dims, Op, Tensors, check_floating, fold_all, rows_of, run, run_of_sum
+from kernels.fused_linear import (
+    add_norm,
+    add_norm_linears,
+    check_norm_linears,
+    glu_linear,
+    like,
+    norm_again,
+    norm_gradients,
+    nothing,
+)
+from kernels.glu import SWIGLU
+from kernels.linear import add_product, bias_gradient, linear, linear_reference
+from kernels.operators import fake
+from kernels.rms_norm import RMS_NORM
+
+LEAST_ROWS = 1024  # fewer fill no wave of the products' tiles, and decoding has products of its own
+_CHUNK_BYTES = 2**30  # of the two tensors that a recomputed chunk holds
+
+
+def _alone() -> bool:
+    """Whether no torch.func transform is active, which may ask for what is kept more than once."""
+    return not torch._C._are_functorch_transforms_active()
+
+
+# RMSNorm, gate and up, SwiGLU, down, of x + residual
+
+
+def gated_reference(
+    total: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, eps: float,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What `add_norm_gated_mlp` computes of the sum; plain torch, differentiable to any order."""
+    h = RMS_NORM.formula(total, norm_weight, eps=eps)
+    act = SWIGLU.formula(linear_reference(h, gate, None), linear_reference(h, up, None))
+    return linear_reference(act, down, None), total
+
+
+def _chunks(rows: int, width: int, size: int) -> Iterator[slice]:
+    """Rows at a time of a recomputed MLP, whose [rows, 2 F] and [rows, F] are to stay small."""
+    most = max(128, _CHUNK_BYTES // (3 * width * size) // 128 * 128)
+    for start in range(0, rows, most):
+        yield slice(start, start + most)
+
+
+def _gated_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    eps: float,
+    triton: bool,
+    backend: str,
+    keep: bool,
+    **_: Any,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+    h, total, r = add_norm(x, residual, norm_weight, eps, triton)
+    h, weight = rows_of(h).to(gate.dtype), interleaved(gate, up)
+    out = (*x.shape[:-1], down.shape[0])
+    if keep:
+        pre, act = linear_act(h, weight, None, "gated", backend)
+        y = torch.mm(act, down.t()).view(out)
+        return (y, total), (r, pre.view(*x.shape[:-1], pre.shape[1]))
+    parts = [
+        torch.mm(linear_act(h[here], weight, None, "gated", backend)[1], down.t())
+        for here in _chunks(len(h), len(gate), h.element_size())
+    ]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return (y.view(out), total), (r,)
+
+
+def _gated_gradients(
+    grad: Tensor,  # [..., O]
+    grad_total: Tensor,  # [..., D]: to be added to the gradient of x
+    x: Tensor,  # [..., D]
+    norm_weight: Tensor,  # [D]
+    gate: Tensor,  # [F, D]
+    up: Tensor,  # [F, D]
+    down: Tensor,  # [O, F]
+    r: Tensor,  # [..., 1]
+    pre: Tensor | None,  # [..., 2 F]; None: made again, some rows at a time
+    eps: float,
+    triton: bool,
+    backend: str,
+    needs_input: bool,
+    needs: Sequence[bool],  # of norm_weight, gate, up, down
+    overwrite: bool = False,
+) -> list[Tensor]:
+    """The gradients of x, norm_weight, gate, up and down (empty where not asked for).
+
+    overwrite: pre's memory becomes that of its gradient. Beside it [..., F] is allocated once.
+    """
+    dy, weight = rows_of(grad), interleaved(gate, up)
+    back, forth = needs_input or needs[0], needs[1] or needs[2]
+    h: Tensor | None = None
+    if pre is None or (forth and not (back and triton)):
+        h = rows_of(norm_again(x, norm_weight, eps, triton)).to(weight.dtype)
+    dh = dy.new_empty(len(dy), weight.shape[1]) if back else nothing(dy)
+    chunks = [slice(None)] if pre is not None else [*_chunks(len(dy), len(gate), 2)]
+    # several chunks are added up in fp32, as one product adds up its terms
+    wide = weight.dtype if len(chunks) == 1 else torch.promote_types(weight.dtype, torch.float32)
+    d_weight = torch.empty_like(weight, dtype=wide) if forth else nothing(weight)
+    d_down = torch.empty_like(down, dtype=wide) if needs[3] else nothing(down)
+    d_pre = act = None
+    for here in chunks:
+        del d_pre, act  # before the next
+        if pre is None:
+            assert h is not None
+            some = linear_act(h[here], weight, None, "gated", backend)[0]
+        else:
+            some = pre.view(-1, pre.shape[-1])
+        spend = overwrite or pre is None
+        d_pre, act = linear_act_backward(dy[here], down, some, "gated", backend, spend)
+        del some
+        first = not here.start
+        if needs[3]:
+            add_product(d_down, dy[here].t(), act, first)
+        if back:
+            torch.mm(d_pre, weight, out=dh[here])
+        if forth and h is not None:
+            add_product(d_weight, d_pre.t(), h[here], first)
+    del act
+    dx: Tensor | None = None
+    dw: Tensor | None = None
+    if back:
+        value = forth and h is None
+        dh = dh.view(x.shape)
+        dx, dw, made = norm_gradients(
+            dh, grad_total, x, norm_weight, r, eps, triton, needs[0], value
+        )
+        if made is not None:
+            assert d_pre is not None
+            torch.mm(d_pre.t(), rows_of(made).to(weight.dtype), out=d_weight)
+    of_gate, of_up = apart(d_weight.to(gate.dtype)) if forth else (d_weight, nothing(up))
+    made_all = (
+        nothing(x) if dx is None else dx, nothing(norm_weight) if dw is None else dw,
+        of_gate if needs[1] else nothing(gate), of_up if needs[2] else nothing(up),
+        d_down.to(down.dtype),
+    )  # fmt: skip
+    return list(made_all)
+
+
+_gated_op = torch.library.custom_op(
+    "nanovision::gated_mlp_backward", _gated_gradients, mutates_args=()
+)
+
+
+@fake("gated_mlp_backward")
+def _(
+    grad: Tensor, grad_total: Tensor, x: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor,
+    down: Tensor, r: Tensor, pre: Tensor | None, eps: float, triton: bool, backend: str,
+    needs_input: bool, needs: Sequence[bool], overwrite: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    leaves = zip((norm_weight, gate, up, down), needs, strict=True)
+    return [like(x, needs_input or needs[0]), *(like(leaf, need) for leaf, need in leaves)]
+
+
+def _gated_backward(
+    grads: tuple[Tensor, Tensor],
+    needs: tuple[bool, ...],
+    tensors: tuple[Tensor, ...],
+    kept: tuple[Tensor, ...],
+    *,
+    eps: float,
+    triton: bool,
+    backend: str,
+    keep: bool,
+    alone: bool,
+) -> tuple[Tensor | None, ...]:
+    r, pre = kept if keep else (kept[0], None)
+    # Eager, and for the last time: nobody sees what happens to pre, so no operator has to say it.
+    spend = alone and pre is not None and is_last_backward(grads[0])
+    call: Any = _gated_gradients if spend else _gated_op
+    made = call(*grads, *tensors, r, pre, eps, triton, backend, needs[0], list(needs[1:]), spend)
+    return tuple(g if need else None for g, need in zip(made, needs, strict=True))
+
+
+def _gated_fold_backward(
+    batch_size: int, needs: tuple[bool, ...], dims: Dims, saved: Tensors
+) -> Tensors | None:
+    """A leaf's gradient is one an example, where one call would give their sum."""
+    leaves = slice(3, 3 + len(needs) - 1)  # behind two gradients and x
+    if any(needs[1:]) or any(dim is not None for dim in dims[leaves]):
+        return None
+    front = fold_all(batch_size, dims[:3], saved[:3])
+    kept = fold_all(batch_size, dims[leaves.stop :], saved[leaves.stop :])
+    return front + saved[leaves] + kept
+
+
+GATED_MLP = Op(
+    "gated_mlp",
+    gated_reference,
+    _gated_forward,
+    _gated_backward,
+    outputs=2,
+    fold_backward=_gated_fold_backward,
+)
+
+
+@allow_in_graph
+def _apply_gated(
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, gate: Tensor, up: Tensor,
+    down: Tensor, eps: float, triton: bool, backend: str, keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return run_of_sum(
+        GATED_MLP, x, residual, norm_weight, gate, up, down,
+        eps=eps, triton=triton, backend=backend, keep=keep, alone=_alone(),
+    )  # fmt: skip
+
+
+@register_flop_formula(torch.ops.nanovision.gated_mlp_backward)
+def _gated_flops(
+    grad: Sequence[int], grad_total: Any, x: Sequence[int], norm_weight: Any,
+    gate: Sequence[int], up: Any, down: Sequence[int], r: Any, pre: Any, eps: float,
+    triton: bool, backend: str, needs_input: bool, needs: Sequence[bool], *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    rows, (width, dim), out = _count(grad[:-1]), gate, down[0]
+    back, forth, again = needs_input or needs[0], needs[1] or needs[2], pre is None
+    return 2 * rows * width * (out * (1 + needs[3]) + 2 * dim * (back + forth + again))
+
+
+def _count(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+# up, GELU, down
+
+
+def gelu_reference(
+    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, **_: Any
+) -> Tensor:
+    """What `gelu_mlp` computes; plain torch, differentiable to any order."""
+    h = linear_reference(x, up, up_bias)
+    return linear_reference(torch.nn.functional.gelu(h, approximate="tanh"), down, down_bias)
+
+
+def _gelu_forward(
+    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, *,
+    backend: str, **_: Any,
+) -> tuple[Tensor, tuple[Tensor]]:  # fmt: skip
+    bias = None if up_bias is None else up_bias.to(up.dtype)
+    pre, act = linear_act(rows_of(x).to(up.dtype), up, bias, "gelu", backend)
+    y = linear_reference(act, down, down_bias).view(*x.shape[:-1], down.shape[0])
+    return y, (pre.view(*x.shape[:-1], pre.shape[1]),)
+
+
+def _gelu_gradients(
+    grad: Tensor,  # [..., O]
+    x: Tensor,  # [..., D]
+    up: Tensor,  # [F, D]
+    down: Tensor,  # [O, F]
+    pre: Tensor,  # [..., F]
+    like_bias: Tensor | None,  # [F]
+    backend: str,
+    needs: Sequence[bool],  # of x, up, up_bias, down
+    overwrite: bool = False,
+) -> list[Tensor]:
+    """The gradients of x, up, the first bias and down (empty where not asked for)."""
+    dy = rows_of(grad)
+    d_pre, act = linear_act_backward(dy, down, rows_of(pre), "gelu", backend, overwrite)
+    d_down = torch.mm(dy.t(), act) if needs[3] else nothing(down)
+    del act
+    d_bias = nothing(up) if like_bias is None else like_bias
+    if needs[2] and like_bias is not None:
+        d_bias = bias_gradient(d_pre, like_bias, backend != "torch")
+    return [
+        torch.mm(d_pre, up).view(x.shape).to(x.dtype) if needs[0] else nothing(x),
+        torch.mm(d_pre.t(), rows_of(x).to(up.dtype)) if needs[1] else nothing(up),
+        d_bias if needs[2] else nothing(up),
+        d_down,
+    ]
+
+
+_gelu_op = torch.library.custom_op(
+    "nanovision::gelu_mlp_backward", _gelu_gradients, mutates_args=()
+)
+
+
+@fake("gelu_mlp_backward")
+def _(
+    grad: Tensor, x: Tensor, up: Tensor, down: Tensor, pre: Tensor, like_bias: Tensor | None,
+    backend: str, needs: Sequence[bool], overwrite: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    leaves = zip((x, up, up if like_bias is None else like_bias, down), needs, strict=True)
+    return [like(leaf, need) for leaf, need in leaves]
+
+
+def _gelu_backward(
+    grad: Tensor,
+    needs: tuple[bool, ...],
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None],
+    kept: tuple[Tensor],
+    *,
+    backend: str,
+    alone: bool,
+) -> tuple[Tensor | None, ...]:
+    x, up, up_bias, down, down_bias = tensors
+    made: Sequence[Tensor | None] = (None,) * 4
+    if any(needs[:4]):
+        spend = alone and is_last_backward(grad)
+        call: Any = _gelu_gradients if spend else _gelu_op
+        made = call(grad, x, up, down, kept[0], up_bias, backend, list(needs[:4]), spend)
+    d_bias = None
+    if needs[4] and down_bias is not None:
+        d_bias = bias_gradient(grad, down_bias, backend != "torch")
+    return (*(g if need else None for g, need in zip(made, needs, strict=False)), d_bias)
+
+
+def _gelu_fold(batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
+    if any(dim is not None for dim in dims[1:]):
+        return None
+    return fold_all(batch_size, dims[:1], tensors[:1]) + tensors[1:]
+
+
+def _gelu_fold_backward(
+    batch_size: int, needs: tuple[bool, ...], dims: Dims, saved: Tensors
+) -> Tensors | None:
+    if any(needs[1:]) or any(dim is not None for dim in dims[2:6]):
+        return None
+    front = fold_all(batch_size, dims[:2], saved[:2])
+    return front + saved[2:6] + fold_all(batch_size, dims[6:], saved[6:])
+
+
+GELU_MLP = Op(
+    "gelu_mlp",
+    gelu_reference,
+    _gelu_forward,
+    _gelu_backward,
+    fold=_gelu_fold,
+    fold_backward=_gelu_fold_backward,
+)
+
+
+@allow_in_graph
+def _apply_gelu(
+    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    return run(GELU_MLP, x, up, up_bias, down, down_bias, backend=backend, alone=_alone())
+
+
+@register_flop_formula(torch.ops.nanovision.gelu_mlp_backward)
+def _gelu_flops(
+    grad: Sequence[int], x: Sequence[int], up: Sequence[int], down: Sequence[int], pre: Any,
+    like_bias: Any, backend: str, needs: Sequence[bool], *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    rows, (width, dim) = _count(x[:-1]), up
+    return 2 * rows * width * (down[0] * (1 + needs[3]) + dim * (needs[0] + needs[1]))
+
+
+# Public
+
+
+def _backend(x: Tensor, *weights: Tensor) -> str:
+    """What computes an MLP of x: "quack", or "torch" for products and activation by themselves."""
+    alike = all(w.dtype == x.dtype for w in weights)
+    even = all(size % MULTIPLE == 0 for w in weights for size in w.shape)
+    backend = choose("mlp", str(x.device), x.dtype)
+    return backend if alike and even and _count(x.shape[:-1]) >= LEAST_ROWS else "torch"
+
+
+def add_norm_gated_mlp(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    eps: float = 1e-6,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The MLP of a decoder's block, and the residual stream that it begins from: (y, total).
+
+    total = x + residual; h = rms_norm(total, norm_weight, eps); y = (silu(h Wg') * h Wu') Wd'.
+    As `add_norm_linears` with gate and up, then `glu_linear`, which also serve where the library
+    that computes activations inside products is missing, or the shapes are not its kind (fewer than
+    1,024 rows, widths that are no multiples of 8, several dtypes).
+
+    Forward makes the activation from fp32 numbers, backward again from the rounded ones that it
+    kept: of the gradient of down it is a rounding more.
+
+    Args:
+        x: [..., D], any floating dtype.
+        residual: as x; or None, which adds nothing: total is x then, without a copy.
+        norm_weight: [D], any floating dtype.
+        gate, up: [F, D].
+        down: [O, F], of their dtype.
+        keep: the outputs of gate and up are kept for backward, [..., 2 F]; else only total is, and
+            they are computed again, some rows at a time, so that no tensor of [N, F] lives for long
+            rows. Inside of a compiled block that is recomputed anyway that costs nothing.
+
+    Returns:
+        y [..., O] in the weights' dtype, total [..., D] in x.dtype.
+
+    Raises:
+        ValueError: as `add_norm_linears` and `glu_linear`.
+
+    >>> import torch
+    >>> x, one, eye = torch.tensor([1.0, 2.0]), torch.ones(2), torch.eye(2)
+    >>> y, total = add_norm_gated_mlp(x, torch.tensor([2.0, 1.0]), one, 9 * eye, eye, eye)
+    >>> y.round().tolist(), total.tolist()
+    ([9.0, 9.0], [3.0, 3.0])
+    """
+    where = "add_norm_gated_mlp"
+    check_floating(where, x=x, residual=residual, down=down)
+    check_norm_linears(where, x, norm_weight, (gate, up), (None, None), eps)
+    if gate.shape != up.shape or down.ndim != 2 or down.shape[1] != len(gate):
+        raise ValueError(
+            f"{where}: gate and up must be alike, [F, D], and down [O, F]; got "
+            f"{tuple(gate.shape)}, {tuple(up.shape)} and {tuple(down.shape)}."
+        )
+    backend = _backend(x, gate, up, down)
+    if backend == "torch":
+        (a, b), total = add_norm_linears(x, residual, norm_weight, [gate, up], eps=eps)
+        return glu_linear(a, b, down), total
+    if residual is not None and (x.shape != residual.shape or x.dtype != residual.dtype):
+        raise ValueError(
+            f"{where}: x is {tuple(x.shape)} {x.dtype} but residual is "
+            f"{tuple(residual.shape)} {residual.dtype}; they must be alike."
+        )
+    triton = choose("rms_norm", str(x.device), x.dtype) == "triton"
+    return _apply_gated(x, residual, norm_weight, gate, up, down, eps, triton, backend, keep)
+
+
+def gelu_mlp(
+    x: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+) -> Tensor:
+    """linear(gelu(linear(x, up, up_bias)), down, down_bias), with the tanh approximation of GELU
+    (arXiv 1606.08415). What the first product gave is kept for backward, not its GELU.
+
+    Args:
+        x: [..., D], any floating dtype; it is brought to the weights'.
+        up: [F, D].
+        up_bias: [F] or None, any floating dtype; gradients of biases are summed in fp32.
+        down: [O, F].
+        down_bias: [O] or None.
+
+    Returns:
+        [..., O] in the weights' dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+
+    >>> import torch
+    >>> gelu_mlp(torch.tensor([100.0, 0.0]), torch.eye(2), None, torch.eye(2), None).tolist()
+    [100.0, 0.0]
+    """
+    check_floating("gelu_mlp", x=x, up=up, up_bias=up_bias, down=down, down_bias=down_bias)
+    if up.ndim != 2 or down.ndim != 2 or up.shape[1] != x.shape[-1] or down.shape[1] != len(up):
+        raise ValueError(
+            f"gelu_mlp: x [..., D] needs up [F, D] and down [O, F]; got {tuple(x.shape)}, "
+            f"{tuple(up.shape)} and {tuple(down.shape)}."
+        )
+    backend = _backend(x, up, down)
+    if backend == "torch":
+        h = torch.nn.functional.gelu(linear(x, up, up_bias), approximate="tanh")
+        return linear(h, down, down_bias)
+    return _apply_gelu(x, up, up_bias, down, down_bias, backend)
