@@ -271,7 +271,7 @@ def _step_torch(
         one, two = _noise(p.shape, key, p.device)
         _round_into(p, x, one & 0xFFFF)
         _round_into(m, mean, one >> 16)
-        _round_into(v, square, two & 0xFFFF)
+        _round_into(v, square, two >> 16)
     if copy is not None:
         copy.copy_(p)
 
@@ -290,7 +290,7 @@ def _noise(shape: torch.Size, key: int, device: torch.device) -> tuple[Tensor, T
     at = torch.arange(shape.numel(), device=device).view(shape)
     here = lowbias32(lowbias32(key & LOW) + (at >> 32) & LOW)
     one = lowbias32((at & LOW) ^ here)
-    return one, lowbias32(one + 0x9E3779B9 & LOW)
+    return one, one * 0x9E3779B1 & LOW
 
 
 def _round_into(leaf: Tensor, x: Tensor, noise: Tensor) -> None:

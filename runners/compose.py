@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,6 +79,9 @@ def compose(
         report.append("Gradient checkpointing off: --use_gradient_checkpointing=1 saves memory")
     # Last, because it turns logits into the loss: nothing can follow it but the compiler.
     ending = fuse_loss if config.use_fused_loss else unfused_loss
+    if config.use_fused_loss and config.state_dtype == "bf16":
+        # What is kept in bf16 gains nothing by a wider sum of its gradient; 1.6 ms of 290, 1.5B.
+        ending = partial(fuse_loss, accumulate="bf16")
     loss_fn = ending(forward, z_loss=config.z_loss, label_smoothing=config.label_smoothing)
     eval_loss = ending(bare)
     if compiled:

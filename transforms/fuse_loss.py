@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -13,17 +13,26 @@ from core.layers import Logits
 from transforms.legal import check_legal
 
 
-def fuse_loss(forward: Forward, *, z_loss: float = 0.0, label_smoothing: float = 0.0) -> Forward:
+def fuse_loss(
+    forward: Forward,
+    *,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    accumulate: Literal["fp32", "bf16"] = "fp32",
+) -> Forward:
     """``(params, batch) -> fp32 scalar``: cross-entropy computed together with the output head.
 
     Equals ``F.cross_entropy(logits.float(), batch["labels"])``, the mean over labelled tokens (0
     with zero gradients if there is none), but logits ``[N, V]`` never exist. z_loss adds
     ``z_loss * logsumexp(logits) ** 2`` per token (PaLM, https://arxiv.org/abs/2204.02311, section
     5). Raises ValueError if the forward has no head site.
+
+    accumulate: what the unembedding's gradient is summed in over pieces of the batch. "bf16", for
+    bf16 weights alone: rounded once a piece, for ``V * D * 4`` bytes less
+    (`kernels.linear_cross_entropy` has the errors).
     """
-    return _with_loss(
-        forward, "fuse_loss", partial(_fused, z_loss=z_loss, smoothing=label_smoothing)
-    )
+    finish = partial(_fused, z_loss=z_loss, smoothing=label_smoothing, accumulate=accumulate)
+    return _with_loss(forward, "fuse_loss", finish)
 
 
 def unfused_loss(forward: Forward, *, z_loss: float = 0.0, label_smoothing: float = 0.0) -> Forward:
@@ -52,7 +61,9 @@ def _logits(out: Any) -> Logits:
     return out
 
 
-def _fused(out: Any, batch: Any, *, z_loss: float, smoothing: float) -> Tensor:
+def _fused(
+    out: Any, batch: Any, *, z_loss: float, smoothing: float, accumulate: Literal["fp32", "bf16"]
+) -> Tensor:
     logits = _logits(out)
     return kernels.linear_cross_entropy(
         logits.hidden.flatten(0, -2),
@@ -63,6 +74,7 @@ def _fused(out: Any, batch: Any, *, z_loss: float, smoothing: float) -> Tensor:
         softcap=logits.softcap,
         z_loss=z_loss,
         label_smoothing=smoothing,
+        accumulate=accumulate,
     )
 
 

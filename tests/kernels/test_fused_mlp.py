@@ -7,6 +7,7 @@ On a CPU the products are plain operations ("torch"), and all around them is wha
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -22,8 +23,8 @@ from kernels.functions import rows_of
 from tests.kernels.drivers import Case, Driver, broken, disagreement, joined, name_of, random
 from tests.kernels.test_fused_linear import FIRST, HIGHER, parameters
 
-# torch.func.jvp scripts its decompositions when first used
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+# torch.func.jvp scripts its decompositions when first used; the libraries warn of their own
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
 fused = importlib.import_module("kernels.fused_mlp")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -266,7 +267,9 @@ def test_wrong_arguments() -> None:
 
 
 def has_quack() -> bool:
-    return torch.cuda.is_available() and dispatch.why_not("mlp", "quack", "cuda", BF16) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the library warns of when it is imported
+        return torch.cuda.is_available() and dispatch.why_not("mlp", "quack", "cuda", BF16) is None
 
 
 needs_quack = pytest.mark.skipif(not has_quack(), reason="needs quack-kernels and a Hopper GPU")

@@ -13,7 +13,8 @@ from torch.func import grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from core import Logits, Rule, VLMConfig, from_module, make_batch, vlm
+from core import Logits, Rule, VLMConfig, from_module, make_batch, preset, vlm
+from params import init_params
 from params.tree import flatten, map_leaves
 from transforms import checkpoint, fuse_loss, quantize_int8, unfused_loss, value_and_grad
 
@@ -210,3 +211,19 @@ def test_gradients_flow_to_a_tied_embedding_from_both_ends(micro, rough, example
     grads = value_and_grad(fuse_loss(vlm(split)))(apart, batch)[1]["text"]
     both = grads["embed"]["weight"] + grads["lm_head"]["weight"]
     torch.testing.assert_close(tied, both, rtol=1e-10, atol=1e-12)
+
+
+def test_the_sum_of_the_unembeddings_gradient_may_be_narrow() -> None:
+    """bf16 is refused where weights are not, so the option reaches the kernel."""
+    config = VLMConfig(preset("tiny").text)
+    loss_fn = fuse_loss(vlm(config), accumulate="bf16")
+    params = init_params(config, seed=0)
+    batch = make_batch(torch.randint(config.text.vocab_size, (2, 8)))
+    with pytest.raises(ValueError, match="accumulate='bf16' is for bf16 weights"):
+        loss_fn(params, batch)
+    half = map_leaves(lambda x: x.to(torch.bfloat16), params)
+    narrow = value_and_grad(loss_fn)(half, batch)
+    wide = value_and_grad(fuse_loss(vlm(config)))(half, batch)
+    assert torch.equal(narrow[0], wide[0])
+    for path, leaf in flatten(narrow[1]).items():  # one piece: rounded once either way
+        assert torch.equal(leaf, flatten(wide[1])[path])
