@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,7 @@ from runners.data.tokenizer import ChatTokenizer, load_tokenizer, sample_texts, 
 from runners.data.types import BadRecordError, Document, Source, spread
 from runners.errors import UserError
 from runners.sources import Sources, open_sources
+from runners.warming import warming
 from transforms import cast_matrices, trainable
 
 SAMPLE = 256  # documents looked at to size the batches
@@ -58,6 +60,16 @@ class Job:
 def prepare(config: TrainConfig, state_path: Path | None = None) -> Job:
     """Opens the data, builds tokenizer, model, loader, params. Raises UserError; writes nothing."""
     device = choose_device(config)
+    with ExitStack() as unfinished, warming(device):
+        job = _prepare(config, state_path, device, unfinished)
+        unfinished.pop_all()
+    return job
+
+
+def _prepare(
+    config: TrainConfig, state_path: Path | None, device: torch.device, unfinished: ExitStack
+) -> Job:
+    """unfinished: closes what was begun, if the rest fails."""
     sources = open_sources(config, model_config(config))
     tokenizer, model = choose_vocabulary(config, sources, state_path)
     select = choose_select(config, model)
@@ -69,6 +81,9 @@ def prepare(config: TrainConfig, state_path: Path | None = None) -> Job:
         seed=config.seed, shuffle=not sources.ordered, augment=config.augment,
         workers=choose_workers(config, device),
     )  # fmt: skip
+    unfinished.callback(loader.close)
+    if state_path is None:
+        loader.start()
     composed = compose(config, model, device, bounds(spec))
     params, state = build_params(config, model, device, state_path)
     with explained("--trainable"):
@@ -79,6 +94,7 @@ def prepare(config: TrainConfig, state_path: Path | None = None) -> Job:
             check_batch(batch, model)
     if state is not None:
         loader.load_state_dict(state.loader)
+        loader.start()
     return Job(
         config, model, device, composed, sources, tokenizer, encoder, spec, loader, validation,
         params, state, select, frozenset(path.partition(".")[0] for path in learning),
