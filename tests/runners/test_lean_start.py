@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 from tests.runners.conftest import OVERRIDE
 
 # `python -m runners.train` that ends after its first step, and says which modules are there
@@ -36,12 +39,25 @@ LATER = {
 }
 
 
-def test_the_first_step_comes_before_what_only_later_ones_need(tmp_path: Path) -> None:
-    flags = ["--device", "cpu", "--runs_dir", str(tmp_path), "--sequence_len", "96", "--override"]
+SIZES = {
+    "cpu": ("--sequence_len", "96", "--override", *OVERRIDE),
+    # so that flash-attn 4 is chosen, which itself would import Dynamo
+    "cuda": ("--sequence_len", "1024", "--override", *OVERRIDE, "text.dim=256"),
+}
+
+
+ON_GPU = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+def test_the_first_step_comes_before_what_only_later_ones_need(device: str, tmp_path: Path) -> None:
+    flags = ["--device", device, "--runs_dir", str(tmp_path), *SIZES[device]]
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *flags, *OVERRIDE],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, "-c", PROGRAM, *flags], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     imported = json.loads(done.stdout.splitlines()[-1])
     assert "runners.train" in imported
