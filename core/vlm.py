@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,11 +13,11 @@ from torch import Tensor
 import kernels
 from core.batch import Batch, make_batch
 from core.config import VLMConfig
-from core.forward import Forward, Site, record_sites
+from core.forward import Forward, Site, SiteInfo, record_sites
 from core.layers import Logits
 from core.text import decode, embed_tokens
 from core.vision import encode, resample, segment_ids, shuffle_and_project
-from params.spec import Leaf
+from kernels.dispatch import BACKENDS
 from params.tree import Tree, map_leaves
 
 
@@ -50,14 +50,10 @@ def vlm(config: VLMConfig, *, longest: Longest = ANY) -> Forward:
     raises ValueError; one without pictures is fine under either.
     """
 
-    def build(site: Site, longest: Longest = longest) -> Callable[[Tree, Any], Any]:
+    def build(site: Site) -> Callable[[Tree, Any], Any]:
         return partial(run, site, config, longest)
 
-    params = map_leaves(_meta, config.param_spec())
-    # meta tensors: whatever backend the user asks for, only the plain one takes them
-    with kernels.override(attention="plain"):
-        sites = record_sites(partial(build, longest=ANY), params, _example(config))
-    return Forward(build, sites)
+    return Forward(build, _sites(config))
 
 
 def run(
@@ -108,12 +104,32 @@ def place(x: Tensor, features: Tensor, slots: Tensor) -> Tensor:
     return spare.index_put((slots,), features.to(x.dtype))[:-1]
 
 
-def _meta(leaf: Leaf) -> Tensor:
-    return torch.empty(leaf.shape, device="meta")
+def _sites(config: VLMConfig) -> tuple[SiteInfo, ...]:
+    """The sites of a config, found by running the narrowest model that has the same ones."""
+    thin = _thin(config)
+    params = map_leaves(lambda leaf: torch.zeros(leaf.shape, device="cpu"), thin.param_spec())
+    # whatever backend the user asks for, these run anywhere
+    plain = dict.fromkeys(BACKENDS, "torch") | {"attention": "plain"}
+    with torch.no_grad(), kernels.override(**plain):
+        return record_sites(lambda site: partial(run, site, thin, ANY), params, _example(thin))
+
+
+def _thin(config: VLMConfig) -> VLMConfig:
+    """The config with every size as small as can be. Sites depend on the number of layers and on
+    what a layer is made of."""
+    text = replace(
+        config.text, vocab_size=2, dim=2, heads=1, kv_heads=1, head_dim=2, mlp_dim=1
+    )  # fmt: skip
+    if config.vision is None or config.projector is None:
+        return VLMConfig(text)
+    merge = config.vision.merge
+    vision = replace(config.vision, dim=4, heads=1, mlp_dim=1, patch_size=1, image_size=merge)
+    projector = replace(config.projector, hidden=1, queries=1, heads=1)
+    return VLMConfig(text, vision, projector)
 
 
 def _example(config: VLMConfig) -> Batch:
-    """The smallest batch that reaches every site, on the meta device."""
+    """The smallest batch that reaches every site."""
     if config.vision is None or config.projector is None:
         batch = make_batch(torch.zeros(1, 2, dtype=torch.int64))
     else:
@@ -121,4 +137,4 @@ def _example(config: VLMConfig) -> Batch:
         tokens = torch.ones(1, config.image_tokens(config.vision.merge**2), dtype=torch.int64)
         images = [torch.zeros(3, side, side, dtype=torch.uint8)]
         batch = make_batch(tokens, config=config, images=images, image_token=1)
-    return {name: tensor.to("meta") for name, tensor in batch.items()}
+    return {name: tensor.to("cpu") for name, tensor in batch.items()}

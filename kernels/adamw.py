@@ -24,7 +24,7 @@ from torch import Tensor
 from kernels.adamw_triton import Plan, adamw_launch, make_plan, step_table
 from kernels.dispatch import choose
 from kernels.hashing import LOW, lowbias32
-from kernels.operators import fake
+from kernels.operators import fake, operator
 
 _STATES = (torch.float32, torch.bfloat16)
 _GRADS = (torch.float32, torch.bfloat16, torch.float16)
@@ -136,9 +136,7 @@ def _adamw(
         )  # fmt: skip
 
 
-_op = torch.library.custom_op(
-    "nanovision::adamw_", _adamw, mutates_args=("params", "exp_avgs", "exp_avg_sqs", "copies")
-)
+_op = operator("adamw_", mutates=("params", "exp_avgs", "exp_avg_sqs", "copies"))(_adamw)
 
 
 @fake("adamw_")

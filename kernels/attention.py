@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo import allow_in_graph
 
 from kernels import attention_flash
 from kernels.attention_padded import padded_attention
 from kernels.dispatch import choose
+from kernels.dynamo import allow_in_graph
 from kernels.functions import (
     Op,
     accumulation_dtype,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kernels import attention_triton
 from kernels.functions import fold_all
-from kernels.operators import fake
+from kernels.operators import LIBRARY, fake, operator
 
 # The libraries. Each forward gives (out, lse), each backward (dq, dk, dv), in any layout: the ops
 # make them contiguous. `cu` is None for a dense batch: q, k, v are then [B, T, heads, Dh].
@@ -349,22 +349,8 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-# Made by hand: a call of a `torch.library.custom_op` costs 36 us on the host, one of these 16
-# (measured inside an autograd Function, on one slow core), and flash-attn-4 is often host-bound.
-_OPS = torch.library.Library("nanovision", "FRAGMENT")
-_OPS.define(
-    "flash_attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, str backend, "
-    "SymInt longest, SymInt? length, bool causal, int? window, float scale) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_OPS.define(
-    "flash_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor? cu_seqlens, str backend, SymInt longest, SymInt? length, bool causal, int? window, "
-    "float scale, bool deterministic) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_OPS.impl("flash_attention", flash_forward, "CompositeExplicitAutograd")
-_OPS.impl("flash_attention_backward", flash_backward, "CompositeExplicitAutograd")
+operator("flash_attention")(flash_forward)
+operator("flash_attention_backward")(flash_backward)
 fake("flash_attention")(_forward_fake)
 fake("flash_attention_backward")(_backward_fake)
 
@@ -445,4 +431,4 @@ def _backward_vmap(
     return tuple(g for g in grads if g is not None), (0, 0, 0)
 
 
-torch.library.register_vmap("nanovision::flash_attention_backward", _backward_vmap, lib=_OPS)
+torch.library.register_vmap("nanovision::flash_attention_backward", _backward_vmap, lib=LIBRARY)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo import allow_in_graph
 
+from kernels.dynamo import allow_in_graph
 from kernels.functions import Op, accumulation_dtype, run
 
 # Documents up to _SMALL tokens go through batched matmuls, longer ones through torch's CPU flash

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo import allow_in_graph
 
 from kernels import cross_entropy_triton
 from kernels.dispatch import choose
+from kernels.dynamo import allow_in_graph, check_hidden
 from kernels.functions import (
     Op,
     accumulation_dtype,
@@ -26,7 +26,7 @@ from kernels.functions import (
     run,
     with_signature,
 )
-from kernels.operators import fake
+from kernels.operators import fake, operator
 
 _CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}  # logits at a time: 1 MB, 256 MB in fp32
 
@@ -227,12 +227,8 @@ def _row_major(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
-_forward_op = torch.library.custom_op(
-    "nanovision::cross_entropy_forward", _forward_kernel, mutates_args=()
-)
-_backward_op = torch.library.custom_op(
-    "nanovision::cross_entropy_backward", _backward_kernel, mutates_args=()
-)
+_forward_op = operator("cross_entropy_forward")(_forward_kernel)
+_backward_op = operator("cross_entropy_backward")(_backward_kernel)
 
 
 @fake("cross_entropy_forward")
@@ -292,12 +288,8 @@ def _overwrite(
     return losses.sum() / count, count
 
 
-_overwrite_op = torch.library.custom_op(
-    "nanovision::cross_entropy_overwrite", _overwrite, mutates_args=("logits",)
-)
-_scale_op = torch.library.custom_op(
-    "nanovision::cross_entropy_scale", cross_entropy_triton.scale_rows, mutates_args=("x",)
-)
+_overwrite_op = operator("cross_entropy_overwrite", mutates=("logits",))(_overwrite)
+_scale_op = operator("cross_entropy_scale", mutates=("x",))(cross_entropy_triton.scale_rows)
 
 
 @fake("cross_entropy_overwrite")
@@ -439,6 +431,7 @@ def _apply(
     triton: bool,
     overwrite: bool,
 ) -> Tensor:
+    check_hidden()
     if overwrite and _may_overwrite(logits):
         options = (ignore_index, label_smoothing, z_loss, softcap)
         return _apply_overwriting(logits, labels, triton, *options)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from kernels import launch
+from kernels import dynamo, flash_cache, launch
 
 ENV = "NANOVISION_KERNELS"
 
@@ -115,7 +115,7 @@ def requested(op: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # decided while tracing, not traced itself
+@dynamo.constant_result  # decided while tracing, not traced itself
 def choose(
     op: str,
     device: str = "cpu",
@@ -298,8 +298,12 @@ def _attention_order(
 @functools.cache
 def import_problem(module: str, remedy: str) -> str | None:
     """None if the module imports; else what to do, with the import's own words if it is broken."""
+    if module == "flash_attn.cute":
+        flash_cache.keep()
     try:
-        importlib.import_module(module)
+        # quack, which flash-attn 4 is made with, imports Dynamo: 1.2 of the 1.9 s that this takes
+        with dynamo.not_yet():
+            importlib.import_module(module)
     except ModuleNotFoundError:
         return remedy
     except ImportError as error:

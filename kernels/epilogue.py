@@ -26,7 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels.functions import accumulation_dtype
 from kernels.glu import SWIGLU
-from kernels.operators import fake
+from kernels.operators import fake, operator
 
 # Of quack: rows and columns of a tile, whether two tiles take turns, the cluster. The fastest of
 # 14, each run for 0.2 s at the card's power limit; several are within 1% of these.
@@ -127,7 +127,7 @@ def _backward(
         )  # fmt: skip
 
 
-@torch.library.custom_op("nanovision::linear_act", mutates_args=())
+@operator("linear_act")
 def _linear_act(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, backend: str
 ) -> tuple[Tensor, Tensor]:

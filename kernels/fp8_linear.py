@@ -23,10 +23,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo import allow_in_graph
 
 from kernels import fp8_triton
 from kernels.dispatch import choose
+from kernels.dynamo import allow_in_graph, check_hidden
 from kernels.functions import (
     accumulation_dtype,
     batch_first,
@@ -40,7 +40,7 @@ from kernels.functions import (
     rows_of,
     with_signature,
 )
-from kernels.operators import fake
+from kernels.operators import fake, operator
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SCALINGS = ("tensor", "row")
@@ -96,13 +96,13 @@ def _widen(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 # Rounding, a custom op: what a compiler may merge. Outputs that are not asked for are empty.
 
 
-@torch.library.custom_op("nanovision::fp8_quantize", mutates_args=())
+@operator("fp8_quantize")
 def _quantize_op(x: Tensor, scaling: str, turned: bool, triton: bool) -> Triple:
     """x [R, C] in e4m3: codes [R, C], the transposed ones [C, R up to a multiple of 16], scale."""
     return _quantize(x, E4M3, scaling, True, turned, None, triton)
 
 
-@torch.library.custom_op("nanovision::fp8_quantize_backward", mutates_args=())
+@operator("fp8_quantize_backward")
 def _quantize_backward_op(
     grad: Tensor,
     weight: Tensor,
@@ -481,6 +481,7 @@ def _gradient(
 
 @allow_in_graph
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, scaling: str, triton: bool) -> Tensor:
+    check_hidden()
     if nested_forward_mode():
         return fp8_linear_reference(x, weight, bias, scaling=scaling)
     keep = differentiated((weight,)) and (torch.is_grad_enabled() or bool(func_levels()))

@@ -11,7 +11,7 @@ backward's work is one node, whose own derivatives come from the formula only wh
 
 Why `allow_in_graph`: under `torch.compile(torch.func.grad(f))` Dynamo inlines a Function's
 `forward` and differentiates that, ignoring our backward without a word. Each kernel file therefore
-calls `run` from one module-level function marked with `torch._dynamo.allow_in_graph`.
+calls `run` from one module-level function marked with `kernels.dynamo.allow_in_graph`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from kernels.dynamo import check_hidden
 
 Tensors = tuple[Tensor | None, ...]
 Dims = tuple[int | None, ...]
@@ -79,6 +81,7 @@ class Call:
 
 def run(op: Op, *tensors: Tensor | None, **static: Any) -> Any:
     """`op.formula(*tensors, **static)`, computed and differentiated by the op's fast paths."""
+    check_hidden()
     if nested_forward_mode():
         return op.formula(*tensors, **static)
     call = Call(op, static)
@@ -92,6 +95,7 @@ def run_of_sum(
 
     Of such an op `forward` takes x and residual, `formula` and `backward` their sum.
     """
+    check_hidden()
     if nested_forward_mode():
         return op.formula(x if residual is None else x + residual, *leaves, **static)
     call = Call(op, static)

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo import allow_in_graph
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import glu_triton, rms_norm_triton
 from kernels.dispatch import choose
+from kernels.dynamo import allow_in_graph
 from kernels.functions import (
     Dims,
     Op,
@@ -43,7 +43,7 @@ from kernels.functions import (
 )
 from kernels.glu import GEGLU, GEGLU_TRITON, SWIGLU, SWIGLU_TRITON
 from kernels.linear import bias_gradient, linear_reference
-from kernels.operators import fake
+from kernels.operators import fake, operator
 from kernels.rms_norm import ADD_RMS_NORM, ADD_RMS_NORM_TRITON, RMS_NORM, RMS_NORM_TRITON
 
 Shape = Sequence[int]
@@ -128,9 +128,7 @@ def _glu_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tu
     return d_gate.to(gate.dtype), d_up.to(up.dtype)
 
 
-_glu_linear_op = torch.library.custom_op(
-    "nanovision::glu_linear_backward", _glu_linear_gradients, mutates_args=()
-)
+_glu_linear_op = operator("glu_linear_backward")(_glu_linear_gradients)
 
 
 @fake("glu_linear_backward")
@@ -375,9 +373,7 @@ def _norm_linears_gradients(
     return [*of_norm, *of_weights]
 
 
-_norm_linears_op = torch.library.custom_op(
-    "nanovision::norm_linears_backward", _norm_linears_gradients, mutates_args=()
-)
+_norm_linears_op = operator("norm_linears_backward")(_norm_linears_gradients)
 
 
 @fake("norm_linears_backward")

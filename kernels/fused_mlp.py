@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo import allow_in_graph
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.cross_entropy import is_last_backward
 from kernels.dispatch import choose
+from kernels.dynamo import allow_in_graph
 from kernels.epilogue import MULTIPLE, apart, interleaved, linear_act, linear_act_backward
 from kernels.functions import Dims, Op, Tensors, check_floating, fold_all, rows_of, run, run_of_sum
 from kernels.fused_linear import (
@@ -36,7 +36,7 @@ from kernels.fused_linear import (
 )
 from kernels.glu import SWIGLU
 from kernels.linear import add_product, bias_gradient, linear, linear_reference
-from kernels.operators import fake
+from kernels.operators import fake, operator
 from kernels.rms_norm import RMS_NORM
 
 LEAST_ROWS = 1024  # fewer fill no wave of the products' tiles, and decoding has products of its own
@@ -168,9 +168,7 @@ def _gated_gradients(
     return list(made_all)
 
 
-_gated_op = torch.library.custom_op(
-    "nanovision::gated_mlp_backward", _gated_gradients, mutates_args=()
-)
+_gated_op = operator("gated_mlp_backward")(_gated_gradients)
 
 
 @fake("gated_mlp_backward")
@@ -302,9 +300,7 @@ def _gelu_gradients(
     ]
 
 
-_gelu_op = torch.library.custom_op(
-    "nanovision::gelu_mlp_backward", _gelu_gradients, mutates_args=()
-)
+_gelu_op = operator("gelu_mlp_backward")(_gelu_gradients)
 
 
 @fake("gelu_mlp_backward")

@@ -12,10 +12,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo import allow_in_graph
 
 from kernels import glu_triton
 from kernels.dispatch import choose
+from kernels.dynamo import allow_in_graph
 from kernels.functions import (
     Op,
     check_floating,
@@ -23,7 +23,7 @@ from kernels.functions import (
     fold_all_backward,
     run,
 )
-from kernels.operators import fake
+from kernels.operators import fake, operator
 
 # References: plain torch, differentiable to any order
 
@@ -47,22 +47,22 @@ def relu2_reference(x: Tensor) -> Tensor:
 # Custom operators: what a compiler sees of the launches
 
 
-@torch.library.custom_op("nanovision::glu", mutates_args=())
+@operator("glu")
 def _glu_op(gate: Tensor, up: Tensor, name: str) -> Tensor:
     return glu_triton.glu_forward(gate, up, name)
 
 
-@torch.library.custom_op("nanovision::glu_backward", mutates_args=())
+@operator("glu_backward")
 def _glu_backward_op(grad: Tensor, gate: Tensor, up: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return glu_triton.glu_backward(grad, gate, up, name)
 
 
-@torch.library.custom_op("nanovision::relu2", mutates_args=())
+@operator("relu2")
 def _relu2_op(x: Tensor) -> Tensor:
     return glu_triton.relu2_forward(x)
 
 
-@torch.library.custom_op("nanovision::relu2_backward", mutates_args=())
+@operator("relu2_backward")
 def _relu2_backward_op(grad: Tensor, x: Tensor) -> Tensor:
     return glu_triton.relu2_backward(grad, x)
 

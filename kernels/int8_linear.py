@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo import allow_in_graph
 
 from kernels import int8_few, int8_matmul
 from kernels.dispatch import choose
+from kernels.dynamo import allow_in_graph, check_hidden
 from kernels.functions import (
     accumulation_dtype,
     check_device,
@@ -25,7 +25,7 @@ from kernels.functions import (
     nested_forward_mode,
     with_signature,
 )
-from kernels.operators import fake
+from kernels.operators import fake, operator
 
 # Reference: plain torch
 
@@ -111,12 +111,8 @@ def _as_rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
-_forward_op = torch.library.custom_op(
-    "nanovision::int8_linear_forward", _forward_kernel, mutates_args=()
-)
-_transposed_op = torch.library.custom_op(
-    "nanovision::int8_linear_transposed", _transposed_kernel, mutates_args=()
-)
+_forward_op = operator("int8_linear_forward")(_forward_kernel)
+_transposed_op = operator("int8_linear_transposed")(_transposed_kernel)
 
 
 @fake("int8_linear_forward")
@@ -231,6 +227,7 @@ def _apply(
     activations: str | None,
     backend: str,
 ) -> Tensor:
+    check_hidden()
     if not nested_forward_mode():
         return _Linear.apply(x, weight, scale, bias, activations, backend)
     y = _weight_only(x, weight, scale)

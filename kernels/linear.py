@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo import allow_in_graph
 
 from kernels.column_sums import column_sums
 from kernels.dispatch import choose
+from kernels.dynamo import allow_in_graph
 from kernels.functions import Dims, Op, Tensors, accumulation_dtype, fold_rows, rows_of, run
 
 

@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._dynamo import allow_in_graph
 
 from kernels import cross_entropy_triton
 from kernels.cross_entropy import (
@@ -35,6 +34,7 @@ from kernels.cross_entropy import (
     token_losses,
 )
 from kernels.dispatch import choose
+from kernels.dynamo import allow_in_graph, check_hidden
 from kernels.functions import (
     Call,
     ForwardFunction,
@@ -45,7 +45,7 @@ from kernels.functions import (
     with_signature,
 )
 from kernels.linear import add_product
-from kernels.operators import fake
+from kernels.operators import fake, operator
 
 _CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}  # torch, fp32 logits at a time: 4 MB, 512 MB
 # Triton: `linear_cross_entropy` says what other sizes cost. A training step (1.5B parameters,
@@ -218,10 +218,8 @@ def _even_chunk(n: int, chunk: int) -> int:
 # Custom ops, so that the compiler sees one node and not an unrolled loop over chunks
 
 
-_chunked_op = torch.library.custom_op("nanovision::linear_cross_entropy", _chunked, mutates_args=())
-_fused_op = torch.library.custom_op(
-    "nanovision::linear_cross_entropy_triton", _fused, mutates_args=()
-)
+_chunked_op = operator("linear_cross_entropy")(_chunked)
+_fused_op = operator("linear_cross_entropy_triton")(_fused)
 
 
 @fake("linear_cross_entropy")
@@ -351,6 +349,7 @@ def _apply(
     triton: bool,
     eager_grads: tuple[bool, bool, bool],
 ) -> Tensor:
+    check_hidden()
     static = {  # the options in the order that the custom ops take them
         "ignore_index": ignore_index,
         "label_smoothing": label_smoothing,

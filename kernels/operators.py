@@ -2,15 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._guards import TracingContext
 
+from kernels import dynamo
+
 NAMES: list[str] = []
+LIBRARY = torch.library.Library("nanovision", "FRAGMENT")
 _told: set[str] = set()
+
+
+def operator(
+    name: str, mutates: Sequence[str] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a function the operator `nanovision::name`, called with positional arguments; its
+    annotations are the schema. mutates: the arguments (tensors, lists of them) that it changes.
+
+    As `torch.library.custom_op` does, but that one's calls import Dynamo (`kernels.dynamo`) and
+    cost 36 us on the host, one of these 16 (inside an autograd Function, on one slow core). It has
+    no gradient of its own: ours are called where nothing is recorded.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
+        LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+        op: Callable[..., Any] = getattr(torch.ops.nanovision, name).default
+        arguments = [argument.name for argument in op._schema.arguments]  # type: ignore[attr-defined]
+        changed = [arguments.index(argument) for argument in mutates]
+        kernel = function
+
+        def run(*args: Any) -> Any:
+            for index in changed:
+                _count_change(args[index])
+            return kernel(*args)
+
+        def shield(module: Any) -> None:
+            # Dynamo must not trace what the dispatcher calls after a graph break: `run` and, as it
+            # calls much else, all that is under the kernel.
+            nonlocal kernel
+            kernel = module.disable(function)
+            module.disable(run, recursive=False)
+
+        dynamo.when_imported(shield)
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        return op
+
+    return register
+
+
+def _count_change(changed: Tensor | Sequence[Tensor] | None) -> None:
+    """Autograd then notices if it needs what was there before."""
+    tensors = [changed] if isinstance(changed, Tensor) else changed or ()
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

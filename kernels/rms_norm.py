@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._dynamo import allow_in_graph
 
 from kernels import layer_norm_triton, rms_norm_triton
 from kernels.dispatch import choose
+from kernels.dynamo import allow_in_graph
 from kernels.functions import (
     Dims,
     Op,
@@ -22,7 +22,7 @@ from kernels.functions import (
     run,
     run_of_sum,
 )
-from kernels.operators import fake
+from kernels.operators import fake, operator
 
 # References: plain torch, differentiable to any order
 
@@ -136,10 +136,8 @@ def _rms_backward_kernel(
     return dx, x.new_empty(0) if dw is None else dw
 
 
-_rms_op = torch.library.custom_op("nanovision::rms_norm", _rms_kernel, mutates_args=())
-_rms_backward_op = torch.library.custom_op(
-    "nanovision::rms_norm_backward", _rms_backward_kernel, mutates_args=()
-)
+_rms_op = operator("rms_norm")(_rms_kernel)
+_rms_backward_op = operator("rms_norm_backward")(_rms_backward_kernel)
 
 
 def _fake_leaf(x: Tensor, leaf: Tensor | None, needs: bool) -> Tensor:
@@ -335,10 +333,8 @@ def _layer_kernel(
     return layer_norm_triton.layer_norm_forward(x, weight, bias, eps)
 
 
-_layer_op = torch.library.custom_op("nanovision::layer_norm", _layer_kernel, mutates_args=())
-_layer_backward_op = torch.library.custom_op(
-    "nanovision::layer_norm_backward", _layer_backward_kernel, mutates_args=()
-)
+_layer_op = operator("layer_norm")(_layer_kernel)
+_layer_backward_op = operator("layer_norm_backward")(_layer_backward_kernel)
 
 
 @fake("layer_norm")

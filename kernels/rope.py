@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo import allow_in_graph
 
 from kernels import rope_triton
 from kernels.dispatch import choose
+from kernels.dynamo import allow_in_graph, check_hidden
 from kernels.functions import (
     Dims,
     Op,
@@ -31,7 +31,7 @@ from kernels.functions import (
     run,
     with_signature,
 )
-from kernels.operators import fake
+from kernels.operators import fake, operator
 from kernels.rms_norm import rms_norm_reference
 
 # References: plain torch, differentiable to any order (in the tables too)
@@ -81,7 +81,7 @@ def rope_qk_norm_reference(
 # Custom operators: what a compiler sees of the launches
 
 
-@torch.library.custom_op("nanovision::rope", mutates_args=())
+@operator("rope")
 def _rope_op(
     q: Tensor,
     k: Tensor,
@@ -96,7 +96,7 @@ def _rope_op(
     return rope_triton.rope_turn(q, k, q_weight, k_weight, cos, sin, positions, eps, inverse)
 
 
-@torch.library.custom_op("nanovision::rope_qk_norm_backward", mutates_args=())
+@operator("rope_qk_norm_backward")
 def _backward_op(
     q_grad: Tensor,
     k_grad: Tensor,
@@ -203,6 +203,7 @@ class _Rotate(torch.autograd.Function):
 def _apply(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, triton: bool
 ) -> tuple[Tensor, Tensor]:
+    check_hidden()
     if nested_forward_mode():
         return rope_reference(q, k, cos, sin, positions)
     return _Rotate.apply(q, k, cos, sin, positions, False, triton)

@@ -41,16 +41,27 @@ def parse(
     the fields' own defaults. ``--help`` prints the fields' docstrings and exits.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if "-h" in argv or "--help" in argv:
+    if _asks_for_help(argv):
         _tyro(cls, ["--help"], defaults, prog=prog)
-    given = _group(argv, typing.get_type_hints(cls))
+    values = given(cls, argv)
     needed = {f.name for f in dataclasses.fields(cls) if _required(f)}  # type: ignore[arg-type]
-    if missing := sorted(needed - set(given)):
+    if missing := sorted(needed - set(values)):
         raise UsageError(f"--{missing[0]} is needed: see --help")
     try:
-        return _quietly(cls, _spell(given), defaults)
+        return _quietly(cls, _spell(values), defaults)
     except SystemExit:
-        raise UsageError(_culprit(cls, given, needed)) from None
+        raise UsageError(_culprit(cls, values, needed)) from None
+
+
+def given(cls: type, argv: Sequence[str] | None = None) -> dict[str, list[str]]:
+    """What the command line says of each field, as it stands there: a look before parsing, which
+    takes tyro 0.08 s (on a slow core). Nothing where it asks for help. Raises UsageError."""
+    argv = sys.argv[1:] if argv is None else argv
+    return {} if _asks_for_help(argv) else _group(argv, typing.get_type_hints(cls))
+
+
+def _asks_for_help(argv: Sequence[str]) -> bool:
+    return "-h" in argv or "--help" in argv
 
 
 def guarded(run: Callable[[], int | None]) -> int:

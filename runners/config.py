@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from core import PRESETS, VLMConfig, config_from_dict
-from runners.cli import UsageError, nearest, parse
+from runners.cli import UsageError, given, nearest, parse
 from runners.errors import UserError
 
 Policy = Literal["nothing", "dots", "attention", "dots+attention", "offload"]
@@ -212,10 +212,9 @@ def parse_config(argv: Sequence[str] | None = None, *, gpu: bool = False) -> Tra
 
     gpu: whether there is one; unless --device says otherwise, defaults are then those of ON_GPU.
     """
-    config = parse(TrainConfig, argv, prog="python -m runners.train")
-    if gpu and config.device != "cpu":
-        on_gpu = dataclasses.replace(TrainConfig(), **ON_GPU)
-        config = parse(TrainConfig, argv, prog="python -m runners.train", defaults=on_gpu)
+    on_gpu = gpu and given(TrainConfig, argv).get("device") != ["cpu"]
+    defaults = dataclasses.replace(TrainConfig(), **ON_GPU) if on_gpu else None
+    config = parse(TrainConfig, argv, prog="python -m runners.train", defaults=defaults)
     check(config)
     return config
 

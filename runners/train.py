@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -40,10 +41,11 @@ def train(config: TrainConfig, display: Display | None = None) -> Path | None:
     """Runs a config to its end. Returns the run's folder, or None if it was interrupted (then
     ``--resume`` goes on). Raises UserError; nothing is written before everything is validated."""
     display = display or Display(config.steps)
-    with display.logging("runners"), display.logging("kernels"):
+    with display.logging("runners"), display.logging("kernels"), ExitStack() as stack:
         check_wandb(config)
         folder, state_path = choose_folder(config)
         job = prepare(config, state_path)
+        stack.callback(job.loader.close)  # it runs already
         learner = Learner(job.params, config, job.select, job.composed.dtype)
         check_room(folder, learner.params, unflatten(learner.learning))
         if job.state is None:

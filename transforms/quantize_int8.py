@@ -12,6 +12,7 @@ from torch import Tensor
 import kernels
 from core.forward import Forward, Rule, SiteInfo
 from core.layers import Logits
+from kernels.dynamo import allow_in_graph, check_hidden
 from kernels.functions import nested_forward_mode
 from params.int8 import dequantize_weight, quantize_weight
 from params.tree import Tree, flatten, unflatten
@@ -185,10 +186,9 @@ class _StraightThrough(torch.autograd.Function):
 
 # Without allow_in_graph, compile(func.grad(f)) silently differentiates the rounding (gradient 0)
 # instead of calling backward.
-def _round(w: Tensor) -> Tensor:
+@allow_in_graph
+def _rounded(w: Tensor) -> Tensor:
+    check_hidden()
     if nested_forward_mode():  # where a Function's jvp would drop the outer tangent
         return _there_and_back(w.detach()) + (w - w.detach())
     return _StraightThrough.apply(w)
-
-
-_rounded = torch._dynamo.allow_in_graph(_round)

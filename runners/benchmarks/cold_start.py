@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kernels import flash_cache
 from runners.data.tokenizer import train_tokenizer
 
 # `python -m runners.train` that says when its modules are there
@@ -65,7 +66,11 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="cold_start_") as name:
         folder = Path(name)
         data, tokenizer = make_data(folder, 40 * rows * length)
-        caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+        caches = {
+            "TORCHINDUCTOR_CACHE_DIR": "inductor",
+            "TRITON_CACHE_DIR": "triton",
+            flash_cache.FOLDER: "flash",
+        }
         environment = os.environ | {k: str(folder / v) for k, v in caches.items()}
         environment["PYTHONUNBUFFERED"] = "1"
         for caches_are in ("cold", "warm"):

@@ -235,7 +235,7 @@ def parts_of(
 
 
 def forward_of(build: Callable[[Site], Any], params: Tree, batch: Mapping[str, Tensor]) -> Forward:
-    """A forward whose sites are found on meta tensors, as `core.vlm` finds them."""
+    """A forward whose sites are found on meta tensors."""
     meta = map_leaves(lambda leaf: leaf.to("meta"), params)
     with kernels.override(attention="plain"):
         sites = record_sites(build, meta, {name: t.to("meta") for name, t in batch.items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Generator, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -13,7 +13,8 @@ T = TypeVar("T")
 def in_background(iterator: Iterator[T], ahead: int) -> Generator[T, None, None]:
     """The same items in the same order; exceptions come out where the items are used.
 
-    Closing the generator (or leaving a `for` over it) ends the thread, after its current item.
+    The thread begins now. Closing the generator (or leaving a `for` over it) ends it, after its
+    current item.
     """
     ready: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(ahead)
     ended = threading.Event()
@@ -37,13 +38,23 @@ def in_background(iterator: Iterator[T], ahead: int) -> Generator[T, None, None]
         else:
             put(None)
 
-    thread = threading.Thread(target=run, name="data", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item[0]
-    finally:
-        ended.set()
-        thread.join()
+    def items() -> Generator[Any, None, None]:
+        thread = threading.Thread(target=run, name="data", daemon=True)
+        thread.start()
+        try:
+            yield None  # the thread has begun, and closing ends it
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item[0]
+        finally:
+            ended.set()
+            thread.join()
+
+    return begun(items())
+
+
+def begun(generator: Generator[Any, None, None]) -> Generator[Any, None, None]:
+    """The generator after its first yield, which gives nothing: all up to there has been done."""
+    next(generator)
+    return generator

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from runners.data.background import in_background
+from runners.data.background import begun, in_background
 from runners.data.collate import Batch, collate
 from runners.data.packing import WINDOW, PackSpec, choose_row
 from runners.data.stats import Stats
@@ -69,6 +69,7 @@ class Loader:
         self._num_items = len(range(rank, len(source), world))
         self._state = self._initial = self._snapshot(0, 0, [], Stats())
         self._running: Generator[Batch, None, None] | None = None
+        self._ahead = False  # it has been started, but not handed out
 
     @property
     def stats(self) -> Stats:
@@ -90,9 +91,17 @@ class Loader:
         self.close()
         self._state = copy.deepcopy(state)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def start(self) -> None:
+        """Begin the iteration that the next `iter` hands out: workers import for 0.3 s and more,
+        while the caller has other things to do."""
         self.close()
-        self._running = self._iterate()
+        self._running, self._ahead = begun(self._iterate()), True
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._running is None or not self._ahead:
+            self.start()
+        self._ahead = False
+        assert self._running is not None
         return self._running
 
     def close(self) -> None:
@@ -101,7 +110,7 @@ class Loader:
         if running is not None:
             running.close()
 
-    def _iterate(self) -> Generator[Batch, None, None]:
+    def _iterate(self) -> Generator[Any, None, None]:
         seed = self.seed if self.augment else None
         if self.workers:
             workers = Workers(self.workers, self.source, self.encode, seed)
@@ -111,6 +120,7 @@ class Loader:
             feed = functools.partial(feed_here, self.source, self.encode, seed)
             stream = self._stream(feed, self._state)
         try:
+            yield None  # `begun`
             for batch, state in stream:
                 self._state = state
                 yield batch

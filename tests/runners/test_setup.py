@@ -40,6 +40,35 @@ def test_batches_have_one_shape(micro: Micro) -> None:
     assert all(shape == shapes[0] for shape in shapes)
 
 
+def test_batches_made_beside_the_training_are_the_same(micro: Micro) -> None:
+    here, beside = (prepare(micro(val_batches=2, workers=workers)) for workers in (0, 1))
+    try:
+        assert len(beside.validation) == len(here.validation) == 2
+        for one, other in zip(here.validation, beside.validation, strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[name], other[name]) for name in one)
+        assert beside.validation is beside.validation
+    finally:
+        beside.loader.close()
+
+
+def test_held_out_data_that_cannot_be_used_is_said_when_asked_for(
+    micro: Micro, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("no batch of ours")
+
+    monkeypatch.setattr("runners.setup.check_batch", refuse)
+    with pytest.raises(UserError, match="no batch of ours"):
+        prepare(micro(workers=0))
+    beside = prepare(micro(workers=1))
+    try:
+        with pytest.raises(UserError, match="no batch of ours"):
+            _ = beside.validation
+    finally:
+        beside.loader.close()
+
+
 @pytest.fixture
 def llava(tmp_path: Path) -> Path:
     records = []

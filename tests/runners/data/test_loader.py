@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,33 @@ def test_an_iteration_left_goes_on_with_the_next_batch(encoder: Encoder, spec: P
         pieces = take(loader, 2) + take(loader, 3) + take(loader, 1)
         loader.close()
         assert all(same(a, b) for a, b in zip(pieces, whole, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_that_was_started_hands_out_what_it_began(
+    encoder: Encoder, spec: PackSpec, workers: int
+):
+    whole = take(Loader(Shapes(size=32), encoder, spec), 3)
+    loader = Loader(Shapes(size=32), encoder, spec, workers=workers)
+    loader.start()
+    begun = loader._running
+    before = loader.state_dict()
+    batches = iter(loader)
+    assert batches is begun
+    assert loader.state_dict() == before  # until a batch is handed out
+    pieces = [next(batches), next(batches), *take(loader, 1)]  # the second iter begins anew
+    assert loader._running is not begun
+    loader.close()
+    assert all(same(a, b) for a, b in zip(pieces, whole, strict=True))
+
+
+def test_a_loader_that_was_started_ends_unused(encoder: Encoder, spec: PackSpec):
+    loader = Loader(Shapes(size=32), encoder, spec, workers=1)
+    before = set(threading.enumerate())
+    loader.start()
+    (thread,) = set(threading.enumerate()) - before
+    loader.close()
+    assert not thread.is_alive()
 
 
 def test_a_state_of_other_settings_is_refused(encoder: Encoder, spec: PackSpec):

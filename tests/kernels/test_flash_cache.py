@@ -1,0 +1,51 @@
+"""flash-attn 4 is told to keep its kernels, in a folder of the device's, unless a user says no."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import flash_cache
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in (flash_cache.ENABLED, flash_cache.FOLDER):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_folder_for_each_kind_of_device(tmp_path: Path) -> None:
+    flash_cache.keep()
+    assert os.environ[flash_cache.ENABLED] == "1"
+    folder = Path(os.environ[flash_cache.FOLDER])
+    assert folder == tmp_path / "nanovision" / "flash-attn-4" / "nvidia-h200"
+    assert folder.is_dir()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_the_environment_says_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(flash_cache.FOLDER, str(tmp_path / "mine"))
+    flash_cache.keep()
+    assert os.environ[flash_cache.FOLDER] == str(tmp_path / "mine")
+    assert os.environ[flash_cache.ENABLED] == "1"
+    monkeypatch.setenv(flash_cache.ENABLED, "0")
+    flash_cache.keep()
+    assert os.environ[flash_cache.ENABLED] == "0"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_nothing_is_kept_where_nothing_can_be_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    flash_cache.keep()
+    assert flash_cache.ENABLED not in os.environ
