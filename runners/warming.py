@@ -15,9 +15,9 @@ from kernels import launch
 def warming(device: torch.device) -> Iterator[None]:
     """Inside, threads open the device and hash Triton's library; at its end both are done.
 
-    Both are work outside of Python, which meanwhile reads data and imports: beside the tokenizing
-    of a sample the hash cost 0.05 to 0.2 s instead of 0.33 (two slow cores). On a CPU it does
-    nothing.
+    Both are work outside of Python, which meanwhile reads data and imports. Beside the tokenizing
+    of a sample the hash added 0.2 to 0.27 s instead of 0.33 to 0.44 (two slow cores, busy); beside
+    imports, which hold Python's lock, it saves nothing. On a CPU there is nothing to do.
     """
     work = (lambda: _open(device), _hash_triton) if device.type == "cuda" else ()
     threads = [threading.Thread(target=_quietly, args=(one,), name="warming") for one in work]
