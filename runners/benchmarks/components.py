@@ -22,7 +22,7 @@ from torch import Tensor
 import kernels
 from core import PRESETS, Forward, VLMConfig, make_batch
 from core.forward import Site, record_sites
-from core.fused import gated_linear
+from core.fused import normed_mlp
 from core.layers import head, linear, rms_norm, rope, swiglu
 from core.text import attend, rope_angles
 from params import init_params
@@ -48,13 +48,17 @@ from runners.optim import build_optimizer, clipping
 from transforms import cast_matrices, compile, fuse_loss, unfused_loss
 
 PARTS = ("attention", "mlp", "norms", "loss", "optimizer")
-PLAIN = {"attention": "plain", **dict.fromkeys(("linear", "rms_norm", "swiglu", "rope"), "torch")}
+PLAIN = {
+    "attention": "plain",
+    **dict.fromkeys(("linear", "rms_norm", "swiglu", "rope", "mlp"), "torch"),
+}
 SAMPLES = 10  # a rung and round
 SETS = 8  # inputs that a norm goes through in turn, more than the L2 cache holds
 LEGEND = (
     "ms: median of one forward and backward pass (of one layer: attention with its four linears, "
-    "the MLP, one norm; of the whole model: head and loss, a step of AdamW with clipping). x: the "
-    "baseline's time over this one's. floor: the least time by this run's ceilings. error: the "
+    "the MLP with the norm before it and both additions, one norm; of the whole model: head and "
+    "loss, a step of AdamW with clipping). x: the baseline's time over this one's. floor: the "
+    "least time by this run's ceilings. error: the "
     "worst |x - y| / |y| of results and gradients against the fp32 baseline. by: a CUDA graph, or "
     "eager calls timed by events."
 )
@@ -163,13 +167,18 @@ def attention_layer(
     return site("linear", linear, p["o"], rearrange(o, "n h d -> n (h d)"), at="o")
 
 
-def mlp(site: Site, plain: bool, params: Tree, batch: Any) -> Tensor:
-    """SwiGLU between three linears: x ``[N, D]`` -> ``[N, D]``."""
-    p, x = params["mlp"], params["x"]
-    gate, up = (site("linear", linear, p[name], x, at=name) for name in ("gate", "up"))
-    if plain:
-        return site("linear", linear, p["down"], site("glu", swiglu, {}, gate, up), at="down")
-    return gated_linear(site, "", "down", p["down"], gate, up)
+def mlp(site: Site, eps: float, plain: bool, params: Tree, batch: Any) -> Tensor:
+    """The residual stream's sum and norm, then SwiGLU between three linears: ``[N, D]``, as a
+    block begins its MLP."""
+    p, x, residual = params["mlp"], params["x"], params["residual"]
+    if not plain:
+        y, total = normed_mlp(site, "norm", "mlp", params["norm"], p, x, residual, eps=eps)
+        return total + y
+    total = x + residual
+    h = site("norm", partial(rms_norm, eps=eps), params["norm"], total, at="norm")
+    gate, up = (site("linear", linear, p[name], h, at=f"mlp.{name}") for name in ("gate", "up"))
+    h = site("glu", swiglu, {}, gate, up, at="mlp")
+    return total + site("linear", linear, p["down"], h, at="mlp.down")
 
 
 def norm(site: Site, eps: float, params: Tree, batch: Any) -> Tensor:
@@ -217,10 +226,15 @@ def parts_of(
         work = Work("attention", operations, roofline.rope_bytes(model, tokens))
         yield part("attention", plain, ours, given(attn=layer["attn"]), work)
     if "mlp" in only:
-        plain, ours = (lambda site, p=p: partial(mlp, site, p) for p in (True, False))
+        plain, ours = (
+            lambda site, p=p: partial(mlp, site, text.norm_eps, p) for p in (True, False)
+        )
         operations = roofline.linear_operations(weights(layer["mlp"]), tokens)
-        work = Work("mlp", operations, roofline.glu_bytes(tokens, text.mlp_dim))
-        yield part("mlp", plain, ours, given(mlp=layer["mlp"]), work)
+        moved = roofline.norm_bytes(tokens, text.dim) + roofline.residual_bytes(tokens, text.dim)
+        if not roofline.activations_inside(device):
+            moved += roofline.glu_bytes(tokens, text.mlp_dim)
+        leaves = given(mlp=layer["mlp"], norm=layer["mlp_norm"]) | {"residual": given()["x"]}
+        yield part("mlp", plain, ours, leaves, Work("mlp", operations, moved))
     if "norms" in only:
         build = lambda site: partial(norm, site, text.norm_eps)  # noqa: E731
         work = Work("norms", moved=roofline.norm_bytes(tokens, text.dim))

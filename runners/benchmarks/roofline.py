@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
+import kernels
 from core import VLMConfig
 from params.spec import count_leaves
 from runners.benchmarks.harness import Ceiling
@@ -86,6 +89,12 @@ def loss_bytes(tokens: int, vocab: int, size: int = HALF) -> float:
     return 3.0 * tokens * vocab * size
 
 
+def activations_inside(device: torch.device) -> bool:
+    """Whether MLPs compute their activations inside matrix products there: then they are no kernels
+    of their own, and what they read and write is those products'."""
+    return kernels.choose("mlp", str(device), torch.bfloat16) == "quack"
+
+
 def gelu_bytes(tokens: int, width: int, size: int = HALF) -> float:
     """Forward: read, written; backward: the gradient and the input read, a gradient written."""
     return 5.0 * tokens * width * size
@@ -104,15 +113,16 @@ def training_step(
     pictures: Sequence[int] = (),
     *,
     bf16_states: bool = False,
+    inside: bool = False,
 ) -> tuple[Work, ...]:
     """The parts of one step in bf16 on documents of these lengths and pictures of so many patches,
-    without recomputation."""
+    without recomputation. inside: as `activations_inside` says."""
     text, tokens = model.text, sum(lengths)
     products = model.flops_per_token(0) * tokens
     layer = (
         2 * norm_bytes(tokens, text.dim)
         + residual_bytes(tokens, text.dim)
-        + glu_bytes(tokens, text.mlp_dim)
+        + (0.0 if inside else glu_bytes(tokens, text.mlp_dim))
         + rope_bytes(model, tokens)
     )
     elementwise = text.layers * layer + norm_bytes(tokens, text.dim)
@@ -121,9 +131,12 @@ def training_step(
     return (
         Work("matrix products", operations=products),
         Work("attention", operations=text.layers * attention_operations(model, lengths)),
-        Work("norms, SwiGLU, RoPE, residuals", moved=elementwise + embedding),
+        Work(
+            "norms, RoPE, residuals" if inside else "norms, SwiGLU, RoPE, residuals",
+            moved=elementwise + embedding,
+        ),
         Work("cross-entropy", moved=loss_bytes(tokens, text.vocab_size)),
-        *(vision_step(model, pictures) if pictures else ()),
+        *(vision_step(model, pictures, inside=inside) if pictures else ()),
         Work(
             "optimizer",
             moved=optimizer_bytes(count_leaves(model.param_spec()), bf16_states=bf16_states),
@@ -131,7 +144,9 @@ def training_step(
     )
 
 
-def vision_step(model: VLMConfig, pictures: Sequence[int]) -> tuple[Work, ...]:
+def vision_step(
+    model: VLMConfig, pictures: Sequence[int], *, inside: bool = False
+) -> tuple[Work, ...]:
     """The vision tower's and an MLP projector's parts, each patch seeing all of its picture. Biases
     are left out, as parts of the products before them, and so are positions: they are added once.
     Raises ValueError for a model without the two."""
@@ -143,14 +158,14 @@ def vision_step(model: VLMConfig, pictures: Sequence[int]) -> tuple[Work, ...]:
     layer = (
         2 * norm_bytes(patches, vision.dim)
         + 2 * addition_bytes(patches, vision.dim)
-        + gelu_bytes(patches, vision.mlp_dim)
+        + (0.0 if inside else gelu_bytes(patches, vision.mlp_dim))
     )
-    bridge = gelu_bytes(patches // vision.merge**2, hidden)
+    bridge = 0.0 if inside else gelu_bytes(patches // vision.merge**2, hidden)
     return (
         Work("vision: matrix products", operations=model.flops_per_patch(0) * patches),
         Work("vision: attention", operations=vision.layers * 7 * 2.0 * vision.dim * seen),
         Work(
-            "vision: norms, GELU, residuals",
+            "vision: norms, residuals" if inside else "vision: norms, GELU, residuals",
             moved=vision.layers * layer + norm_bytes(patches, vision.dim) + bridge,
         ),
     )

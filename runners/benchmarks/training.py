@@ -41,6 +41,7 @@ from runners.benchmarks.ladder import (
 from runners.benchmarks.pictures import pictures_of
 from runners.benchmarks.records import environment
 from runners.benchmarks.report import console, teller
+from runners.benchmarks.roofline import activations_inside
 from runners.benchmarks.step_report import PICTURED, RUNGS, Report, describe, report_floor
 from runners.cli import UsageError, explained, nearest
 from runners.compose import Composed, compose
@@ -301,7 +302,8 @@ def bench(
             take_turns(config, entries, rows, clock, report, say, started)
         except DeviceLostError as error:
             lost = str(error)
-    floor = report_floor(model, documents, rows, where)
+    inside = activations_inside(clock.device)
+    floor = report_floor(model, documents, rows, where, inside)
     starts = []
     if config.cold_start and lost is None:
         shape = (config.preset, config.override, config.rows, config.length)

@@ -79,16 +79,16 @@ def test_parts_compute_what_a_block_of_the_model_does() -> None:
     drawn = torch.Generator().manual_seed(0)
     batch = make_batch(torch.randint(128, (2, 24), generator=drawn))
 
-    def through(name: str, x: torch.Tensor, kind: str) -> torch.Tensor:
+    def through(name: str, kind: str, **given: torch.Tensor) -> torch.Tensor:
         part = found[name]
-        return getattr(part, kind)(part.params | {"x": x}, part.batch)
+        return getattr(part, kind)(part.params | given, part.batch)
 
     for kind in ("plain", "ours"):
         with torch.no_grad(), kernels.override(rms_norm="torch"):
             x = params["embed"]["weight"][batch["tokens"]]
-            x = x + through("attention", through("norms", x, kind), kind)
-            x = x + through("mlp", through("norms", x, kind), kind)
-            loss = through("loss", through("norms", x, kind), kind)
+            o = through("attention", kind, x=through("norms", kind, x=x))
+            x = through("mlp", kind, x=x, residual=o)
+            loss = through("loss", kind, x=through("norms", kind, x=x))
             expected = fuse_loss(vlm(model))({"text": params}, batch)
         # norms of fresh params are all ones, so one part serves for three; rounding to 2^-9
         assert float(loss) == pytest.approx(float(expected), rel=2**-9), kind
