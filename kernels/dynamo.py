@@ -8,6 +8,7 @@ here until somebody imports it, us or a user who calls torch.compile; no other f
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -63,24 +64,38 @@ def check_hidden() -> None:
 
 @contextmanager
 def not_yet() -> Iterator[None]:
-    """A library that marks functions with `torch.compiler.disable` is imported without Dynamo.
+    """A library that marks functions for Dynamo when it is imported is imported without it.
 
-    That decorator imports it at once. In here it does what PyTorch's own modules do: it waits for
-    the first call of such a function.
+    `torch.compiler.disable` and `torch.compile` import it at once (and `torch.compile` all of
+    Inductor: 2.3 s for quack-kernels 0.6.5, which compiles functions that we never call). In here
+    they do what PyTorch's own modules do: they wait for the first call of such a function.
     """
     if NAME in sys.modules:
         yield
         return
-    at_once = torch.compiler.disable
+    at_once, compiled = torch.compiler.disable, torch.compile
 
     def later(fn: Any = None, recursive: bool = True, *, reason: str | None = None) -> Any:
         return torch._disable_dynamo(fn, recursive)
 
-    torch.compiler.disable = later
+    def compile_later(model: Any = None, **options: Any) -> Any:
+        if model is None:
+            return functools.partial(compile_later, **options)
+        made: list[Any] = []
+
+        @functools.wraps(model)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not made:
+                made.append(compiled(model, **options))
+            return made[0](*args, **kwargs)
+
+        return run
+
+    torch.compiler.disable, torch.compile = later, compile_later
     try:
         yield
     finally:
-        torch.compiler.disable = at_once
+        torch.compiler.disable, torch.compile = at_once, compiled
 
 
 class _Watch(MetaPathFinder):

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels import dynamo
 from kernels.functions import accumulation_dtype
 from kernels.glu import SWIGLU
 from kernels.operators import fake, operator
@@ -87,7 +88,8 @@ def _config(name: str) -> Any:
 
 @functools.cache
 def _quack(function: str) -> Any:
-    return getattr(importlib.import_module("quack.gemm_interface"), function)
+    with dynamo.not_yet():
+        return getattr(importlib.import_module("quack.gemm_interface"), function)
 
 
 def _forward(
