@@ -12,8 +12,6 @@ from runners.data.stream import State, Stream
 from runners.data.wire import Gone
 from runners.errors import UserError
 
-KEPT = 32  # batches that may lie in shared memory at once: each takes a file descriptor
-
 
 class Packer:
     """A process that packs what `workers` processes encode. Close it when done.
@@ -53,8 +51,6 @@ class Packer:
                 elif told is None:
                     return
                 else:
-                    if link.held > KEPT:
-                        arrays = {name: array.copy() for name, array in arrays.items()}
                     link.send(None)
                     yield as_tensors(arrays), told
         except Gone as error:

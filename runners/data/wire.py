@@ -28,6 +28,7 @@ Shapes = Mapping[str, tuple[tuple[int, ...], str]]  # of each array: shape, and 
 Arrays = dict[str, np.ndarray]
 _ALIGN = 64  # bytes: where an array may begin
 _LEAST = 1 << 16
+MOST = 32
 _HEAD = struct.Struct("<QqQ")  # bytes of the message; number (-1: none) and size of its block
 
 
@@ -49,7 +50,8 @@ class Loan:
 class Link:
     """One end of a connection. Whoever receives unpickles: only for processes that we start.
 
-    `held`: blocks whose arrays were in use here when the last message was sent.
+    `most`: blocks that may be in use at this end, as each takes a file descriptor (a process has
+    1,024 of them by default). Arrays that come beyond that are copied.
     """
 
     def __init__(self, end: socket.socket) -> None:
@@ -58,7 +60,8 @@ class Link:
         self._free: list[int] = []
         self._seen: dict[int, mmap.mmap] = {}  # the other end's
         self._unused: deque[int] = deque()  # of those: to be given back
-        self.held = 0
+        self._held = 0  # of those: not given back
+        self.most = MOST
 
     def fileno(self) -> int:
         return self._end.fileno()
@@ -86,7 +89,7 @@ class Link:
     def send(self, thing: Any, loan: Loan | None = None) -> None:
         """What `receive` gives at the other end. Raises Gone where that has closed."""
         unused = [self._unused.popleft() for _ in range(len(self._unused))]
-        self.held -= len(unused)
+        self._held -= len(unused)
         body = pickle.dumps((thing, loan.shapes if loan else {}, unused), protocol=5)
         number, size = (loan.number, loan.size) if loan else (-1, 0)
         head = _HEAD.pack(len(body), number, size)
@@ -103,7 +106,7 @@ class Link:
                 os.close(loan.fd)
 
     def receive(self) -> tuple[Any, Arrays]:
-        """The next thing sent, and the arrays of its block: writable, and ours for as long as
+        """The next thing sent, and its arrays: writable, and the receiver's own for as long as
         anything refers to one of them. Raises Gone where the other end has closed."""
         try:
             head, fds, _, _ = socket.recv_fds(self._end, _HEAD.size, 1)
@@ -121,8 +124,11 @@ class Link:
         # Every view keeps this one alive, however it was cut: numpy and torch both see to that.
         whole = np.frombuffer(self._seen[number], np.uint8)
         weakref.finalize(whole, self._unused.append, number).atexit = False
-        self.held += 1
-        return thing, _arrays_in(whole, shapes)
+        arrays = _arrays_in(whole, shapes)
+        self._held += 1
+        if self._held - len(self._unused) > self.most:
+            arrays = {name: array.copy() for name, array in arrays.items()}
+        return thing, arrays
 
     def _all(self, part: bytes, size: int) -> bytes:
         """The rest of what has begun to come."""

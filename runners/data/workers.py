@@ -18,6 +18,7 @@ from runners.errors import UserError
 
 CHUNK = 16  # items a message
 AHEAD = 2  # messages a worker has before it
+BLOCKS = 512  # of results in use: 122 for batches of 580 documents, 8 rows of 4,096 tokens
 
 
 def feed_here(
@@ -51,6 +52,7 @@ class Workers:
         self.close = weakref.finalize(self, process.close, self._processes)
         for _ in range(count):
             self._processes.append(process.start("worker"))
+            self._processes[-1].link.most = max(AHEAD, BLOCKS // count)
             wait = select.poll()
             wait.register(self._processes[-1].link, select.POLLIN)
             if owner is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from runners.data import packers, process
+from runners.data import process, wire
 from runners.data.collate import Batch
 from runners.data.encode import Encoder
 from runners.data.images import Augment, ImageSpec
@@ -67,7 +67,7 @@ def augmented(tokenizer: ChatTokenizer, images: ImageSpec) -> Encoder:
 def test_workers_change_nothing(
     tokenizer: ChatTokenizer, images: ImageSpec, spec: PackSpec, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(packers, "KEPT", 7)  # some batches stay in shared memory, some do not
+    monkeypatch.setattr(wire, "MOST", 7)  # some batches stay in shared memory, some do not
     source, encode = Shapes(size=32, length=150), augmented(tokenizer, images)
     made = [
         take(Loader(source, encode, spec, seed=1, augment=True, workers=workers), 20)

@@ -63,7 +63,6 @@ def test_memory_is_used_again_when_nothing_refers_to_it(ends: tuple[Link, Link])
         held.append(arrays["two"][2:4].reshape(-1))
         del arrays, held[:-3]  # a part of the last three
         theirs.send("taken")
-        assert theirs.held == len(held)
         ours.receive()
         assert all((part == value - i).all() for i, part in enumerate(reversed(held)))
     assert len(ours._blocks) == 4
@@ -71,6 +70,19 @@ def test_memory_is_used_again_when_nothing_refers_to_it(ends: tuple[Link, Link])
     lend(ours, 8, {"one": ((10,), "int64")})
     large, small = theirs.receive()[1]["one"], theirs.receive()[1]["one"]
     assert ((large == 7).all(), (small == 8).all(), len(ours._blocks)) == (True, True, 5)
+
+
+def test_what_is_held_beyond_the_most_is_copied(ends: tuple[Link, Link]) -> None:
+    ours, theirs = ends
+    theirs.most = 3
+    held = []
+    for value in range(20):
+        lend(ours, value, {"one": ((1000,), "int64")})
+        held.append(theirs.receive()[1]["one"])
+        theirs.send("taken")
+        ours.receive()
+    assert all((array == value).all() for value, array in enumerate(held))
+    assert len(ours._blocks) == 4
 
 
 def test_another_end_that_is_gone_is_noticed(ends: tuple[Link, Link]) -> None:
