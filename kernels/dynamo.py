@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -78,7 +79,12 @@ def not_yet() -> Iterator[None]:
     def later(fn: Any = None, recursive: bool = True, *, reason: str | None = None) -> Any:
         return torch._disable_dynamo(fn, recursive)
 
-    def compile_later(model: Any = None, **options: Any) -> Any:
+    # named, because quack asks whether it can be said (from torch 2.13 on) or Dynamo must be told
+    def compile_later(
+        model: Any = None, *, recompile_limit: int | None = None, **options: Any
+    ) -> Any:
+        if "recompile_limit" in inspect.signature(compiled).parameters:
+            options["recompile_limit"] = recompile_limit
         if model is None:
             return functools.partial(compile_later, **options)
         made: list[Any] = []

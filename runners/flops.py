@@ -101,12 +101,23 @@ def training_flops(model: VLMConfig, load: Load, learns: Iterable[str]) -> float
     learns = set(learns)
     through = 2 / 3 if learns & {"vision", "projector"} else 1 / 3
     share = 1.0 if "text" in learns else through
-    flops = share * load.tokens * model.flops_per_token(round(_context(load.documents)))
+    flops = share * load.tokens * _per_token(model, round(_context(load.documents)))
     if len(load.pictures):
         share = 1.0 if "vision" in learns else 1 / 3
         patches, context = int(load.pictures.sum()), round(_context(load.pictures))
-        flops += share * patches * model.flops_per_patch(context)
+        flops += share * patches * _per_patch(model, context)
     return flops
+
+
+# Of every step again: 0.3 ms for `small`, 0.05 where they are remembered.
+@lru_cache(1024)
+def _per_token(model: VLMConfig, context: int) -> float:
+    return model.flops_per_token(context)
+
+
+@lru_cache(1024)
+def _per_patch(model: VLMConfig, context: int) -> float:
+    return model.flops_per_patch(context)
 
 
 def _context(lengths: Tensor) -> float:

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator
+import pickle
+from collections.abc import Generator, Iterator
 from typing import Any
 
-import numpy as np
-
-from runners.data.background import begun, in_background
 from runners.data.collate import Batch, collate
-from runners.data.packing import WINDOW, PackSpec, choose_row
+from runners.data.packers import Packer
+from runners.data.packing import WINDOW, PackSpec
 from runners.data.stats import Stats
-from runners.data.types import BadRecordError, Document, Source
-from runners.data.worker import Encode, Request, Result
-from runners.data.workers import Workers, feed_here
+from runners.data.stream import State, Stream
+from runners.data.types import Encode, Source
+from runners.data.workers import feed_here, pickled_job
 from runners.errors import UserError
-
-State = dict[str, Any]
-Stream = Generator[tuple[Batch, State], None, None]
-Feed = Callable[[Iterable[Request]], Iterator[tuple[Request, Result]]]
-Waiting = tuple[tuple[int, int, int], Document]  # (epoch, item, piece) and what it gives
 
 
 class Loader:
@@ -31,8 +24,9 @@ class Loader:
     Args:
         repeat: epochs without end; else one pass that drops nothing, the last batch padded.
         shuffle: a new order every epoch, a pure function of (seed, epoch).
-        workers: background processes (0: all in this process, when asked). The batches are the
-            same, bit for bit, for any number. They live as long as an iteration does.
+        workers: background processes that encode, and then one more that packs (0: all in this
+            process, when asked). The batches are the same, bit for bit, for any number. They live
+            as long as an iteration does.
         augment: give every item a seed of its own, so that the encoder may change its pictures.
         shard: (rank, world): this loader's part of the items.
         prefetch: finished batches that wait, with workers.
@@ -62,21 +56,21 @@ class Loader:
             raise ValueError(f"impossible {shard=}, {workers=}, {prefetch=} or {window=}")
         if len(source) < world:
             raise UserError(f"The data has {len(source)} records, too few for {world} process(es).")
-        self.source, self.encode, self.spec = source, encode, spec
-        self.seed, self.repeat, self.shuffle = seed, repeat, shuffle
-        self.workers, self.augment, self.shard = workers, augment, shard
-        self.prefetch, self.window = prefetch, window
-        self._num_items = len(range(rank, len(source), world))
-        self._state = self._initial = self._snapshot(0, 0, [], Stats())
-        self._running: Generator[Batch, None, None] | None = None
+        self.source, self.encode, self.workers, self.prefetch = source, encode, workers, prefetch
+        self.stream = Stream(len(source), spec, seed, repeat, shuffle, augment, shard, window)
+        self._initial = self.stream.start()
+        self._state: State | bytes = self._initial  # bytes: pickled
+        self._running: Generator[Any, None, None] | None = None
         self._ahead = False  # it has been started, but not handed out
 
     @property
     def stats(self) -> Stats:
         """Counts up to the last batch handed out."""
-        return Stats(**copy.deepcopy(self._state["stats"]))
+        return Stats(**self.state_dict()["stats"])
 
     def state_dict(self) -> State:
+        if isinstance(self._state, bytes):
+            return pickle.loads(self._state)
         return copy.deepcopy(self._state)
 
     def load_state_dict(self, state: State) -> None:
@@ -95,7 +89,8 @@ class Loader:
         """Begin the iteration that the next `iter` hands out: workers import for 0.3 s and more,
         while the caller has other things to do."""
         self.close()
-        self._running, self._ahead = begun(self._iterate()), True
+        self._running, self._ahead = self._iterate(), True
+        next(self._running)
 
     def __iter__(self) -> Iterator[Batch]:
         if self._running is None or not self._ahead:
@@ -105,135 +100,38 @@ class Loader:
         return self._running
 
     def close(self) -> None:
-        """End a running iteration, its thread and its processes. The state stays."""
+        """End a running iteration and its processes. The state stays."""
         running, self._running = self._running, None
         if running is not None:
             running.close()
 
     def _iterate(self) -> Generator[Any, None, None]:
-        seed = self.seed if self.augment else None
-        if self.workers:
-            workers = Workers(self.workers, self.source, self.encode, seed)
-            stream = in_background(self._stream(workers.feed, self._state), self.prefetch)
-        else:
-            workers = None
-            feed = functools.partial(feed_here, self.source, self.encode, seed)
-            stream = self._stream(feed, self._state)
+        batches = self._from_packer() if self.workers else self._made_here()
         try:
-            yield None  # `begun`
-            for batch, state in stream:
+            yield next(batches)  # the processes have begun, and closing ends them
+            for batch, state in batches:
                 self._state = state
                 yield batch
         finally:
-            stream.close()
-            if workers:
-                workers.close()
+            batches.close()
         self._state = self._initial  # a full pass is over: the next begins anew
 
-    def _stream(self, feed: Feed, start: State) -> Stream:
-        """Batches from the state `start` on, each with the state after it."""
-        stats = Stats(**copy.deepcopy(start["stats"]))
-        epoch, position = start["epoch"], start["position"]
-        saved = [(e, i, piece) for e, i, piece in start["waiting"]]
-        again = list(dict.fromkeys((e, i) for e, i, _ in saved))
-        results = feed(itertools.chain(again, self._requests(epoch, position)))
-        waiting = self._restore(saved, itertools.islice(results, len(again)))
-        rows: list[list[Document]] = []
+    def _made_here(self) -> Generator[Any, None, None]:
+        """Nothing, then batches, each with the state after it."""
+        yield None
+        feed = functools.partial(feed_here, self.source, self.encode, self._item_seed)
+        for rows, state in self.stream.batches(feed, self.state_dict()):
+            yield collate(rows, self.stream.spec), state
 
-        def fill_rows(least: int) -> Iterator[tuple[Batch, State]]:
-            while len(waiting) >= least:
-                costs = [document.cost for _, document in waiting[: self.window]]
-                chosen = choose_row(costs, self.spec.budget(rows))
-                rows.append([waiting[k][1] for k in chosen])
-                for k in reversed(chosen):
-                    del waiting[k]
-                stats.add_row(rows[-1], self.spec.row_len)
-                if len(rows) == self.spec.rows or (least == 1 and not waiting):
-                    batch = collate(rows, self.spec)
-                    rows.clear()
-                    refs = [ref for ref, _ in waiting]
-                    yield batch, self._snapshot(epoch, position, refs, stats)
-
-        yield from fill_rows(self.window)
-        for (item_epoch, index), result in results:
-            if item_epoch != epoch:
-                stats.end_epoch(self._num_items)
-                epoch, position = item_epoch, 0
-            position += 1
-            self._take(item_epoch, index, result, waiting, stats)
-            yield from fill_rows(self.window)
-        stats.check_epoch(self._num_items)
-        yield from fill_rows(1)
-        stats.report()
-
-    def _take(
-        self, epoch: int, index: int, result: Result, waiting: list[Waiting], stats: Stats
-    ) -> None:
-        """Put what an item gives among the waiting, or count why it gives nothing."""
-        for piece, document in enumerate(() if isinstance(result, BadRecordError) else result):
-            if not self.spec.fits(document.cost):
-                most = self.spec.budget(())
-                result = BadRecordError(
-                    "over a row's budget",
-                    f"record {document.id!r} takes {document.cost}, more than a row's budget of "
-                    f"{most.images} pictures and {most.patches} patches",
-                )
-                break
-            waiting.append(((epoch, index, piece), document))
-            stats.add_document(document)
-        if isinstance(result, BadRecordError):
-            stats.skip(result, self._num_items)
-        else:
-            stats.good += 1
-
-    def _requests(self, epoch: int, position: int) -> Iterator[Request]:
-        """Item numbers of this shard from a position on, in the order of their epochs."""
-        rank, world = self.shard
-        count = len(self.source)
-        while True:
-            if self.shuffle:
-                order = np.random.default_rng([self.seed, epoch]).permutation(count)
-            else:
-                order = np.arange(count)
-            for index in order[rank::world][position:]:
-                yield epoch, int(index)
-            if not self.repeat:
-                return
-            epoch, position = epoch + 1, 0
-
-    def _restore(
-        self, saved: list[tuple[int, int, int]], results: Iterable[tuple[Request, Result]]
-    ) -> list[Waiting]:
-        """The documents that waited when the state was saved, made again."""
-        made: dict[Request, list[Document]] = {}
-        for request, result in results:
-            if isinstance(result, BadRecordError):
-                raise UserError(f"The data has changed since the run was saved: {result}.")
-            made[request] = result
+    def _from_packer(self) -> Generator[Any, None, None]:
+        job = pickled_job(self.source, self.encode, self._item_seed)
+        packer = Packer(self.stream, job, self.state_dict(), self.workers, self.prefetch)
         try:
-            return [(ref, made[ref[0], ref[1]][ref[2]]) for ref in saved]
-        except IndexError:
-            raise UserError("The data has changed since the run was saved.") from None
+            yield None
+            yield from packer.batches()
+        finally:
+            packer.close()
 
-    def _snapshot(
-        self, epoch: int, position: int, waiting: list[tuple[int, int, int]], stats: Stats
-    ) -> State:
-        spec = self.spec
-        return {
-            "of": {
-                "seed": self.seed,
-                "shuffle": self.shuffle,
-                "repeat": self.repeat,
-                "augment": self.augment,
-                "shard": list(self.shard),
-                "window": self.window,
-                "records": len(self.source),
-                "rows": spec.rows,
-                "row_budget": list(spec.budget(())),
-                "room": [spec.max_images, spec.max_patches],
-            },
-            "epoch": epoch,
-            "position": position,
-            "waiting": [list(ref) for ref in waiting],
-            "stats": stats.to_dict(),
-        }
+    @property
+    def _item_seed(self) -> int | None:
+        return self.stream.seed if self.stream.augment else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -95,6 +95,11 @@ class BadRecordError(Exception):
 
 def _bad_record(reason: str, message: str, fatal: bool) -> BadRecordError:
     return BadRecordError(reason, message, fatal=fatal)
+
+
+Encode = Callable[[Conversation, int | None], list[Document]]
+Request = tuple[int, int]  # epoch, item
+Result = list[Document] | BadRecordError
 
 
 def questions_and_answers(turns: tuple[Turn, ...]) -> Iterator[tuple[Turn, Turn]]:

@@ -1,26 +1,13 @@
-"""The background worker: a process of its own that turns item numbers into documents.
-
-It is a fresh interpreter that talks over a pipe: nothing is forked (the trainer has threads, and
-perhaps a CUDA context), the user's script is not imported a second time, neither is torch, and when
-the trainer dies for whatever reason the pipe closes and the worker ends.
-"""
+"""The worker: a process of its own that turns item numbers into documents."""
 
 from __future__ import annotations
 
 import pickle
-import signal
-import traceback
-from collections.abc import Callable
-from multiprocessing.connection import Connection
 
+from runners.data.columns import send_results
 from runners.data.encode import item_seed
-from runners.data.types import BadRecordError, Conversation, Document, Source
-from runners.data.wire import send
-from runners.errors import UserError
-
-Encode = Callable[[Conversation, int | None], list[Document]]
-Result = list[Document] | BadRecordError
-Request = tuple[int, int]  # epoch, item
+from runners.data.types import BadRecordError, Encode, Request, Result, Source
+from runners.data.wire import Link
 
 
 def encode_item(source: Source, encode: Encode, seed: int | None, epoch: int, index: int) -> Result:
@@ -31,18 +18,9 @@ def encode_item(source: Source, encode: Encode, seed: int | None, epoch: int, in
         return error
 
 
-def serve(fd: int) -> None:
-    """Answer lists of requests with lists of results, until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
-    connection = Connection(fd)
-    try:
-        source, encode, seed = pickle.loads(connection.recv_bytes())  # sent by our own trainer
-        while True:
-            requests: list[Request] = connection.recv()
-            send(connection, [encode_item(source, encode, seed, *r) for r in requests])
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the trainer has closed, or is gone
-    except UserError as error:
-        send(connection, error)
-    except Exception:
-        send(connection, RuntimeError("in a data worker:\n" + traceback.format_exc()))
+def serve(link: Link) -> None:
+    """Answer a job, and then lists of requests with their results."""
+    source, encode, seed = pickle.loads(link.receive()[0])
+    while True:
+        requests: list[Request] = link.receive()[0]
+        send_results(link, [encode_item(source, encode, seed, *r) for r in requests])

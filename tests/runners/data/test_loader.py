@@ -1,21 +1,21 @@
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
 import subprocess
 import sys
 import textwrap
-import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from runners.data.background import in_background
+from runners.data import process, wire
 from runners.data.collate import Batch
 from runners.data.encode import Encoder
 from runners.data.images import Augment, ImageSpec
@@ -26,7 +26,7 @@ from runners.data.shapes import Shapes
 from runners.data.text import TextFiles
 from runners.data.tokenizer import ChatTokenizer
 from runners.data.types import Conversation, Turn
-from runners.data.workers import Workers
+from runners.data.workers import Workers, pickled_job
 from runners.errors import UserError
 
 WriteLlava = Callable[..., Path]
@@ -64,7 +64,10 @@ def augmented(tokenizer: ChatTokenizer, images: ImageSpec) -> Encoder:
     return Encoder(tokenizer, images, max_tokens=256, augment=Augment(crop=0.3, colour=0.2))
 
 
-def test_workers_change_nothing(tokenizer: ChatTokenizer, images: ImageSpec, spec: PackSpec):
+def test_workers_change_nothing(
+    tokenizer: ChatTokenizer, images: ImageSpec, spec: PackSpec, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(wire, "MOST", 7)  # some batches stay in shared memory, some do not
     source, encode = Shapes(size=32, length=150), augmented(tokenizer, images)
     made = [
         take(Loader(source, encode, spec, seed=1, augment=True, workers=workers), 20)
@@ -131,13 +134,15 @@ def test_a_loader_that_was_started_hands_out_what_it_began(
     assert all(same(a, b) for a, b in zip(pieces, whole, strict=True))
 
 
-def test_a_loader_that_was_started_ends_unused(encoder: Encoder, spec: PackSpec):
+def test_a_loader_that_was_started_ends_unused(
+    started: list[process.Process], encoder: Encoder, spec: PackSpec
+):
     loader = Loader(Shapes(size=32), encoder, spec, workers=1)
-    before = set(threading.enumerate())
     loader.start()
-    (thread,) = set(threading.enumerate()) - before
+    (packer,) = started
+    assert packer.popen.poll() is None
     loader.close()
-    assert not thread.is_alive()
+    assert_all_ended(packer)
 
 
 def test_a_state_of_other_settings_is_refused(encoder: Encoder, spec: PackSpec):
@@ -198,19 +203,17 @@ def test_packing_is_counted_and_logged(
 
 def test_epochs_differ_and_each_is_a_permutation(encoder: Encoder, spec: PackSpec):
     loader = Loader(Shapes(size=32, length=40), encoder, spec, seed=2)
-    order = [index for _, index in itertools.islice(loader._requests(0, 0), 120)]
+    order = [index for _, index in itertools.islice(loader.stream.requests(0, 0), 120)]
     epochs = [order[start : start + 40] for start in (0, 40, 80)]
     assert all(sorted(epoch) == list(range(40)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != sorted(epochs[0])
-    assert [i for _, i in itertools.islice(loader._requests(1, 7), 33)] == epochs[1][7:]
+    assert [i for _, i in itertools.islice(loader.stream.requests(1, 7), 33)] == epochs[1][7:]
 
 
 def test_shards_part_the_items(encoder: Encoder, spec: PackSpec):
     source = Shapes(size=32, length=31)
-    parts = [
-        [i for _, i in Loader(source, encoder, spec, repeat=False, shard=(r, 3))._requests(0, 0)]
-        for r in range(3)
-    ]
+    loaders = [Loader(source, encoder, spec, repeat=False, shard=(r, 3)) for r in range(3)]
+    parts = [[i for _, i in loader.stream.requests(0, 0)] for loader in loaders]
     assert sorted(itertools.chain(*parts)) == list(range(31))
     with pytest.raises(UserError, match=r"2 records, too few for 3 process"):
         Loader(Shapes(length=2), encoder, spec, shard=(0, 3))
@@ -222,9 +225,9 @@ def test_augmentation_changes_with_the_epoch(
     tokenizer: ChatTokenizer, images: ImageSpec, spec: PackSpec
 ):
     source = Shapes(size=32, length=8)
-    loader = Loader(source, augmented(tokenizer, images), spec, shuffle=False, augment=True)
-    plain = Loader(source, augmented(tokenizer, images), spec, shuffle=False)
-    loader.window = plain.window = 1
+    encode = augmented(tokenizer, images)
+    loader = Loader(source, encode, spec, shuffle=False, augment=True, window=1)
+    plain = Loader(source, encode, spec, shuffle=False, window=1)
     changed, unchanged = take(loader, 9), take(plain, 9)
     pictures = {batch["patches"].numpy().tobytes() for batch in changed}
     assert len(pictures) == 9
@@ -354,12 +357,12 @@ def test_sources_of_the_script_itself_need_no_workers(
 
 
 def test_a_worker_that_dies_is_reported(encoder: Encoder):
-    workers = Workers(2, Shapes(size=32), encoder, None)
+    workers = Workers(2, pickled_job(Shapes(size=32), encoder, None))
     try:
         requests = ((0, index) for index in range(1000))
         results = workers.feed(requests)
         assert next(results)[0] == (0, 0)
-        workers._processes[1].kill()
+        workers._processes[1].popen.kill()
         with pytest.raises(UserError, match="Data worker 1 ended with status -9"):
             list(results)
     finally:
@@ -367,14 +370,121 @@ def test_a_worker_that_dies_is_reported(encoder: Encoder):
 
 
 def test_workers_end_when_closed(encoder: Encoder):
-    workers = Workers(2, Shapes(size=32), encoder, None)
-    processes = workers._processes
+    workers = Workers(2, pickled_job(Shapes(size=32), encoder, None))
+    processes = [popen for _, popen in workers._processes]
     assert all(process.poll() is None for process in processes)
     workers.close()
     assert [process.returncode for process in processes] == [0, 0]
 
 
-def test_a_script_may_end_without_closing(tmp_path: Path):
+@pytest.fixture
+def deadly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Makes a source, importable by workers, whose 60th item does what it is told."""
+
+    def make(deed: str) -> Any:
+        (tmp_path / "deadly.py").write_text(
+            textwrap.dedent(f"""
+            import os, time
+            from runners.data.shapes import Shapes
+            class Deadly(Shapes):
+                def __getitem__(self, index):
+                    if index == 60:
+                        {deed}
+                    return super().__getitem__(index)
+            """)
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "deadly", raising=False)
+        return importlib.import_module("deadly").Deadly(size=32)
+
+    return make
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[process.Process]:
+    """The packers that tests start, each the leader of the group of its workers."""
+    found: list[process.Process] = []
+    start = process.start
+
+    def noted(module: str, **options: bool) -> process.Process:
+        found.append(start(module, **options))
+        return found[-1]
+
+    monkeypatch.setattr(process, "start", noted)
+    return found
+
+
+def assert_all_ended(packer: process.Process) -> None:
+    assert packer.popen.poll() is not None
+    with pytest.raises(ProcessLookupError):
+        os.killpg(packer.popen.pid, 0)
+
+
+def test_a_worker_killed_amid_a_run_is_reported(
+    deadly: Callable[[str], Any], started: list[process.Process], encoder: Encoder, spec: PackSpec
+):
+    source = deadly("os.kill(os.getpid(), 9)")
+    loader = Loader(source, encoder, spec, shuffle=False, workers=2, window=10)
+    begin = time.monotonic()
+    with pytest.raises(UserError, match="Data worker 1 ended with status -9"):
+        list(loader)
+    assert time.monotonic() - begin < 20
+    assert_all_ended(started[0])
+
+
+def test_an_ended_packer_is_reported(
+    started: list[process.Process], encoder: Encoder, spec: PackSpec
+):
+    loader = Loader(Shapes(size=32), encoder, spec, workers=1)
+    batches = iter(loader)
+    next(batches)
+    started[0].popen.kill()
+    begin = time.monotonic()
+    with pytest.raises(UserError, match="The data packer ended with status -9"):
+        list(batches)
+    assert time.monotonic() - begin < 20
+
+
+def test_nothing_is_left_after_close(
+    deadly: Callable[[str], Any], started: list[process.Process], encoder: Encoder, spec: PackSpec
+):
+    loader = Loader(Shapes(size=32), encoder, spec, workers=2)
+    kept = take(loader, 3)[0]
+    loader.close()
+    assert started[0].popen.returncode == 0
+    assert_all_ended(started[0])
+    assert same(kept, take(Loader(Shapes(size=32), encoder, spec), 1)[0])
+    # Nor when a worker does not come back from an item.
+    source = deadly("time.sleep(600)")
+    loader = Loader(source, encoder, spec, shuffle=False, workers=2, window=10)
+    take(loader, 2)
+    begin = time.monotonic()
+    loader.close()
+    assert time.monotonic() - begin < 20
+    assert_all_ended(started[1])
+
+
+def test_a_batch_stays_as_it_is_for_as_long_as_a_part_of_it_is_held(
+    encoder: Encoder, spec: PackSpec
+):
+    loader = Loader(Shapes(size=32), encoder, spec, workers=1)
+    batches = iter(loader)
+    held = next(batches)["patches"][3:90]
+    copy = held.clone()
+    addresses = {next(batches)["tokens"].data_ptr() for _ in range(12)}
+    assert torch.equal(held, copy)
+    assert len(addresses) < 6  # memory is used again
+    loader.close()
+
+
+def test_other_processes_do_without_torch():
+    code = "import sys, runners.data.packer, runners.data.worker; print('torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("False\n", "")
+
+
+@pytest.mark.parametrize(("end", "status"), [("", 0), ("import os; os.kill(os.getpid(), 9)", -9)])
+def test_a_script_may_end_without_closing(tmp_path: Path, end: str, status: int):
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent("""
@@ -388,27 +498,16 @@ def test_a_script_may_end_without_closing(tmp_path: Path):
         encode = Encoder(train_tokenizer(["words"]), images, max_tokens=512)
         spec = PackSpec(512, 1, 9, max_images=9, max_patches=144, images=images)
         batches = iter(Loader(Shapes(size=32), encode, spec, workers=2))
-        print(next(batches)["tokens"].shape)
+        print(next(batches)["tokens"].shape, flush=True)
         """)
+        + end
     )
     ended = subprocess.run(
         [sys.executable, "-W", "error", str(script)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=60,  # the output ends when the last process does that inherited it
     )
-    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (ended.returncode, ended.stderr) == (status, "")
     assert "torch.Size([512])" in ended.stdout
-
-
-def test_background_iteration_keeps_order_and_errors():
-    def numbers() -> Any:
-        yield from range(5)
-        raise KeyError("six")
-
-    assert list(itertools.islice(in_background(numbers(), 2), 5)) == list(range(5))
-    with pytest.raises(KeyError, match="six"):
-        list(in_background(numbers(), 1))
-    assert list(in_background(iter(()), 1)) == []
-    assert np.array_equal(list(in_background(iter(range(100)), 3)), range(100))

@@ -1,0 +1,56 @@
+"""The packer: a process of its own that turns workers' documents into finished batches.
+
+In the trainer's process it shared the interpreter with the training loop, and gave 0.4 to 0.6
+million tokens a second of small pictures, whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+
+from runners.data.layout import batch_shapes, lay_out
+from runners.data.stream import State, Stream
+from runners.data.wire import Link
+from runners.data.workers import Workers
+
+Job = tuple[Stream, State, bytes, int, int, int]
+
+
+def serve(link: Link) -> None:
+    """Answer a job with batches (the pickled state after each, and its arrays), LogRecords and, at
+    the end, None. Each batch is answered when it is taken."""
+    job: Job = link.receive()[0]
+    stream, state, workers_job, num_workers, prefetch, level = job
+    root = logging.getLogger()
+    root.setLevel(level)
+    root.addHandler(_Forward(link))
+    workers = Workers(num_workers, workers_job, link)
+    shapes, ahead = batch_shapes(stream.spec), 0
+    try:
+        for rows, after in stream.batches(workers.feed, state):
+            loan = link.lend(shapes)
+            lay_out(rows, stream.spec, loan.arrays)
+            # Within the message as bytes: few of the states are ever looked at.
+            link.send(pickle.dumps(after), loan)
+            ahead += 1
+            if ahead == prefetch:
+                link.receive()
+                ahead -= 1
+        link.send(None)
+    finally:
+        workers.close()
+
+
+class _Forward(logging.Handler):
+    """What is logged here is logged by the trainer, whose handlers the user knows."""
+
+    def __init__(self, link: Link) -> None:
+        super().__init__()
+        self._link = link
+
+    def emit(self, record: logging.LogRecord) -> None:
+        plain = copy.copy(record)  # without objects that could not be sent
+        plain.msg, plain.args, plain.exc_info = self.format(record), None, None
+        self._link.send(plain)
