@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from kernels import dynamo, flash_cache, launch
+from kernels import dynamo, program_cache, launch
 
 ENV = "NANOVISION_KERNELS"
 
@@ -298,8 +298,8 @@ def _attention_order(
 @functools.cache
 def import_problem(module: str, remedy: str) -> str | None:
     """None if the module imports; else what to do, with the import's own words if it is broken."""
-    if module == "flash_attn.cute":
-        flash_cache.keep()
+    if module in ("flash_attn.cute", "quack.epilogue"):
+        program_cache.keep()
     try:
         # quack, which flash-attn 4 is made with, imports Dynamo: 1.2 of the 1.9 s that this takes
         with dynamo.not_yet():

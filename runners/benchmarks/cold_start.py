@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernels import flash_cache
+from kernels import program_cache
 from runners.data.tokenizer import train_tokenizer
 
 # `python -m runners.train` that says when its modules are there
@@ -69,7 +69,8 @@ def measure(
         caches = {
             "TORCHINDUCTOR_CACHE_DIR": "inductor",
             "TRITON_CACHE_DIR": "triton",
-            flash_cache.FOLDER: "flash",
+            program_cache.FOLDER: "flash",
+            program_cache.QUACK_FOLDER: "quack",
         }
         environment = os.environ | {k: str(folder / v) for k, v in caches.items()}
         environment["PYTHONUNBUFFERED"] = "1"
