@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from kernels import dynamo, program_cache, launch
+from kernels import dynamo, launch, program_cache
 
 ENV = "NANOVISION_KERNELS"
 

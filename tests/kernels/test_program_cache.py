@@ -1,4 +1,5 @@
-"""flash-attn 4 and quack are told where to keep their kernels, in a folder of the device's, unless a user says no."""
+"""flash-attn 4 and quack are told where to keep their kernels, in a folder of the device, unless a
+user says no."""
 
 from __future__ import annotations
 

@@ -26,7 +26,10 @@ from tests.kernels.drivers import (
 )
 
 # torch.func.jvp scripts its decompositions when first used
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning"),  # fp32 products on a GPU
+]
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CASE = Case(
