@@ -60,9 +60,9 @@ def normed_mlp(
     """x + residual, RMS norm, then a gated MLP: x ``[N, D]`` -> ``[N, D]``, and the sum.
 
     norm, mlp: where the sites are; p: the norm's params; leaves: gate's, up's and down's. As one
-    function the activation is computed inside the products, and one tensor is kept, what gate and
-    up gave. Where a compiled block is computed again anyway, that is left to its backward, which
-    then holds neither twice.
+    function it keeps what gate and up gave, and its last backward writes gradients over them. Where
+    a compiled block is computed again anyway, that is left to its backward, which may do the same:
+    0.55 GiB less at the worst moment, for a 1.5B model at 16,384 tokens.
     """
     linears = {f"{mlp}.{name}": leaves[name] for name in ("gate", "up", "down")}
     sites = (("norm", norm), ("glu", mlp), *(("linear", at) for at in linears))

@@ -47,7 +47,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "adamw": ("triton", "torch"),
     "muon": ("triton", "torch"),
     "fp8_linear": ("triton", "torch"),
-    "mlp": ("quack", "torch"),
+    "gelu_mlp": ("quack", "torch"),
 }
 
 _FLASH_NAMES = {
@@ -234,16 +234,16 @@ def why_not(
     return _library_problem(backend)
 
 
-def _mlp_line(device: str, dtype: torch.dtype) -> str:
-    if choose("mlp", device, dtype) == "quack":
-        return "Using matrix products that compute the MLPs' activations (quack)"
-    asked = requested("mlp")
-    why = f"{asked} was asked for" if asked else why_not("mlp", "quack", device, dtype)
-    return f"The MLPs' activations are passes of their own: {why}"
+def _gelu_line(device: str, dtype: torch.dtype) -> str:
+    if choose("gelu_mlp", device, dtype) == "quack":
+        return "Using matrix products that compute GELUs (quack)"
+    asked = requested("gelu_mlp")
+    why = f"{asked} was asked for" if asked else why_not("gelu_mlp", "quack", device, dtype)
+    return f"GELUs are passes of their own: {why}"
 
 
 def _quack_problem(device: str, dtype: torch.dtype) -> str | None:
-    """None if activations can be computed inside matrix products."""
+    """None if GELUs can be computed inside matrix products."""
     if torch.device(device).type != "cuda":
         return "needs a CUDA GPU"
     has = torch.cuda.get_device_capability(device)
@@ -326,6 +326,7 @@ def report(
     flash_attention: bool = True,
     fused_kernels: bool = True,
     compiling: bool = False,
+    gelus: bool = False,
 ) -> list[str]:
     """What a run with these settings uses, one line an optimisation, with the reason if not.
 
@@ -335,6 +336,7 @@ def report(
         attentions: what is known of each of the model's attentions, by its name, as `choose` takes
             it (head_dim, group, max_seqlen, length); those that get the same backend share a line.
         fused_loss, flash_attention, fused_kernels: what the user asked for.
+        gelus: the model has MLPs with a GELU.
 
     >>> for line in report(flash_attention=False, fused_kernels=False): print(line)
     Using fused cross-entropy (torch, in chunks)
@@ -370,8 +372,8 @@ def report(
     if not fused_kernels:
         lines.append("Fused kernels off")
         return lines
-    if torch.device(device).type == "cuda":
-        lines.append(_mlp_line(device, dtype))
+    if gelus and torch.device(device).type == "cuda":
+        lines.append(_gelu_line(device, dtype))
     served: dict[str, list[str]] = {}
     for op in _FUSED:
         served.setdefault(choose(op, device, dtype), []).append(op)

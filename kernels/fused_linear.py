@@ -103,29 +103,36 @@ def _glu_linear_gradients(
     d_gate, d_up, h = nothing(gate), nothing(up), None
     if needs_input:
         dh = torch.mm(rows_of(grad), weight).view(gate.shape)
-        if triton:
-            d_gate, d_up, h = glu_triton.glu_backward_(dh, gate, up, activation, needs_weight)
-        else:
-            d_gate, d_up = _glu_backward(dh, gate, up, activation)
+        d_gate, d_up, h = glu_gradients(dh, gate, up, activation, triton, needs_weight)
         del dh
     if not needs_weight:
         return d_gate, d_up, nothing(weight)
     if h is None:
-        h = _glu(gate, up, activation, triton)
+        h = glu(gate, up, activation, triton)
     return d_gate, d_up, torch.mm(rows_of(grad).t(), rows_of(h).to(weight.dtype))
 
 
-def _glu(gate: Tensor, up: Tensor, activation: str, triton: bool) -> Tensor:
+def glu(gate: Tensor, up: Tensor, activation: str, triton: bool) -> Tensor:
+    """act(gate) * up; nothing is recorded."""
+    return _GATED[activation, triton].forward(gate, up)[0]
+
+
+def glu_gradients(
+    grad: Tensor,  # of what the GLU gave; its memory may become a gradient
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    triton: bool,
+    needs_value: bool,  # what the GLU gave as well, where that costs no pass: in Triton
+    overwrite: bool = False,  # gate's and up's memory may become those
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of gate and up, and perhaps what the GLU gave."""
     if triton:
-        return glu_triton.glu_forward(gate, up, activation)
-    return _GATED[activation, False].forward(gate, up)[0]
-
-
-def _glu_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+        return glu_triton.glu_backward_(grad, gate, up, activation, needs_value, overwrite)
     d_gate, d_up = _GATED[activation, False].backward(grad, (True, True), (gate, up), ())
     assert d_gate is not None
     assert d_up is not None
-    return d_gate.to(gate.dtype), d_up.to(up.dtype)
+    return d_gate.to(gate.dtype), d_up.to(up.dtype), None
 
 
 _glu_linear_op = operator("glu_linear_backward")(_glu_linear_gradients)

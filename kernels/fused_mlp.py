@@ -1,17 +1,19 @@
-"""MLPs as one function each, with the activation inside their matrix products (`kernels.epilogue`).
+"""MLPs as one function each, which keep what stands before the activation and nothing else.
 
 `add_norm_gated_mlp` is the MLP of a decoder's block from the residual stream on, `gelu_mlp` that of
-a vision tower. Kept for backward is what the first product gave, before the activation; what comes
-behind the activation, and the norm's output, are made again by passes that backward makes anyway.
+a vision tower, with the GELU inside its products where a library can (`kernels.gelu_products`).
+What comes behind the activation, and the norm's output, are made again by passes that backward
+makes anyway.
 
-Each forward is plain operations, the two products among them, so that a compiler leaves out of a
-recomputed block what no gradient needs: the second product. Each backward is one operator, as in
+Each forward is plain operations, the matrix products among them, so that a compiler leaves out of a
+recomputed block what no gradient needs: the last product. Each backward is one operator, as in
 `kernels.fused_linear`. Where what is kept will not be asked for again, its memory becomes that of
-its gradient, the largest tensor of a block's backward: [N, 2 F].
+gradients: [N, F] twice, of the most that the backward of a block holds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,25 +24,25 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels.cross_entropy import is_last_backward
 from kernels.dispatch import choose
 from kernels.dynamo import allow_in_graph
-from kernels.epilogue import MULTIPLE, apart, interleaved, linear_act, linear_act_backward
 from kernels.functions import Dims, Op, Tensors, check_floating, fold_all, rows_of, run, run_of_sum
 from kernels.fused_linear import (
     add_norm,
-    add_norm_linears,
     check_norm_linears,
-    glu_linear,
+    glu,
+    glu_gradients,
     like,
     norm_again,
     norm_gradients,
     nothing,
 )
+from kernels.gelu_products import MULTIPLE, linear_gelu, linear_gelu_backward
 from kernels.glu import SWIGLU
 from kernels.linear import add_product, bias_gradient, linear, linear_reference
 from kernels.operators import fake, operator
 from kernels.rms_norm import RMS_NORM
 
-LEAST_ROWS = 1024  # fewer fill no wave of the products' tiles, and decoding has products of its own
-_CHUNK_BYTES = 2**30  # of the two tensors that a recomputed chunk holds
+LEAST_ROWS = 1024  # fewer fill no wave of the tiles of products with activations
+_CHUNK_BYTES = 2**30  # of the three tensors that a recomputed chunk holds
 
 
 def _alone() -> bool:
@@ -52,9 +54,15 @@ def _alone() -> bool:
 
 
 def gated_reference(
-    total: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor, down: Tensor, *, eps: float,
+    total: Tensor,
+    norm_weight: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    eps: float,
     **_: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """What `add_norm_gated_mlp` computes of the sum; plain torch, differentiable to any order."""
     h = RMS_NORM.formula(total, norm_weight, eps=eps)
     act = SWIGLU.formula(linear_reference(h, gate, None), linear_reference(h, up, None))
@@ -62,7 +70,7 @@ def gated_reference(
 
 
 def _chunks(rows: int, width: int, size: int) -> Iterator[slice]:
-    """Rows at a time of a recomputed MLP, whose [rows, 2 F] and [rows, F] are to stay small."""
+    """Rows at a time of a recomputed MLP, whose three [rows, F] are to stay small."""
     most = max(128, _CHUNK_BYTES // (3 * width * size) // 128 * 128)
     for start in range(0, rows, most):
         yield slice(start, start + most)
@@ -77,24 +85,22 @@ def _gated_forward(
     down: Tensor,
     *,
     eps: float,
-    triton: bool,
-    backend: str,
+    norm_triton: bool,
+    glu_triton: bool,
     keep: bool,
     **_: Any,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
-    h, total, r = add_norm(x, residual, norm_weight, eps, triton)
-    h, weight = rows_of(h).to(gate.dtype), interleaved(gate, up)
-    out = (*x.shape[:-1], down.shape[0])
+    h, total, r = add_norm(x, residual, norm_weight, eps, norm_triton)
     if keep:
-        pre, act = linear_act(h, weight, None, "gated", backend)
-        y = torch.mm(act, down.t()).view(out)
-        return (y, total), (r, pre.view(*x.shape[:-1], pre.shape[1]))
-    parts = [
-        torch.mm(linear_act(h[here], weight, None, "gated", backend)[1], down.t())
-        for here in _chunks(len(h), len(gate), h.element_size())
-    ]
+        a, b = linear_reference(h, gate, None), linear_reference(h, up, None)
+        return (linear_reference(glu(a, b, "swiglu", glu_triton), down, None), total), (r, a, b)
+    h = rows_of(h)
+    parts = []
+    for here in _chunks(len(h), len(gate), gate.element_size()):
+        a, b = linear_reference(h[here], gate, None), linear_reference(h[here], up, None)
+        parts.append(linear_reference(glu(a, b, "swiglu", glu_triton), down, None))
     y = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return (y.view(out), total), (r,)
+    return (y.view(*x.shape[:-1], down.shape[0]), total), (r,)
 
 
 def _gated_gradients(
@@ -106,66 +112,86 @@ def _gated_gradients(
     up: Tensor,  # [F, D]
     down: Tensor,  # [O, F]
     r: Tensor,  # [..., 1]
-    pre: Tensor | None,  # [..., 2 F]; None: made again, some rows at a time
+    a: Tensor | None,  # [..., F]: what gate gave; None: made again, some rows at a time
+    b: Tensor | None,  # [..., F]: what up gave
     eps: float,
-    triton: bool,
-    backend: str,
+    norm_triton: bool,
+    glu_triton: bool,
     needs_input: bool,
     needs: Sequence[bool],  # of norm_weight, gate, up, down
     overwrite: bool = False,
 ) -> list[Tensor]:
     """The gradients of x, norm_weight, gate, up and down (empty where not asked for).
 
-    overwrite: pre's memory becomes that of its gradient. Beside it [..., F] is allocated once.
+    overwrite: the memory of a and b becomes that of gradients (in Triton). Beside them [..., F] is
+    allocated once then, else three times.
     """
-    dy, weight = rows_of(grad), interleaved(gate, up)
+    dy, dtype = rows_of(grad), gate.dtype
     back, forth = needs_input or needs[0], needs[1] or needs[2]
     h: Tensor | None = None
-    if pre is None or (forth and not (back and triton)):
-        h = rows_of(norm_again(x, norm_weight, eps, triton)).to(weight.dtype)
-    dh = dy.new_empty(len(dy), weight.shape[1]) if back else nothing(dy)
-    chunks = [slice(None)] if pre is not None else [*_chunks(len(dy), len(gate), 2)]
+    if a is None or (forth and not (back and norm_triton)):
+        h = rows_of(norm_again(x, norm_weight, eps, norm_triton)).to(dtype)
+    dh = dy.new_empty(len(dy), gate.shape[1]) if back else nothing(dy)
+    chunks = [slice(None)] if a is not None else [*_chunks(len(dy), len(gate), gate.element_size())]
     # several chunks are added up in fp32, as one product adds up its terms
-    wide = weight.dtype if len(chunks) == 1 else torch.promote_types(weight.dtype, torch.float32)
-    d_weight = torch.empty_like(weight, dtype=wide) if forth else nothing(weight)
-    d_down = torch.empty_like(down, dtype=wide) if needs[3] else nothing(down)
-    d_pre = act = None
+    wide = dtype if len(chunks) == 1 else torch.promote_types(dtype, torch.float32)
+    d_gate, d_up, d_down = (
+        torch.empty_like(weight, dtype=wide) if need else nothing(weight)
+        for weight, need in zip((gate, up, down), needs[1:], strict=True)
+    )
+    da = db = act = None
     for here in chunks:
-        del d_pre, act  # before the next
-        if pre is None:
-            assert h is not None
-            some = linear_act(h[here], weight, None, "gated", backend)[0]
+        del da, db, act  # before the next
+        if a is not None and b is not None:
+            of_gate, of_up = rows_of(a), rows_of(b)
         else:
-            some = pre.view(-1, pre.shape[-1])
-        spend = overwrite or pre is None
-        d_pre, act = linear_act_backward(dy[here], down, some, "gated", backend, spend)
-        del some
-        first = not here.start
-        if needs[3]:
-            add_product(d_down, dy[here].t(), act, first)
+            assert h is not None
+            of_gate, of_up = (linear_reference(h[here], w, None) for w in (gate, up))
+        d_act = torch.mm(dy[here], down)
+        spend, first = overwrite or a is None, not here.start
+        act = None if glu_triton or not needs[3] else glu(of_gate, of_up, "swiglu", False)
+        da, db, value = glu_gradients(d_act, of_gate, of_up, "swiglu", glu_triton, needs[3], spend)
+        act = value if act is None else act
+        del of_gate, of_up, d_act, value
+        if needs[3] and act is not None:
+            add_product(d_down, dy[here].t(), act.to(dtype), first)
         if back:
-            torch.mm(d_pre, weight, out=dh[here])
-        if forth and h is not None:
-            add_product(d_weight, d_pre.t(), h[here], first)
-    del act
+            torch.mm(da, gate, out=dh[here])
+            dh[here].addmm_(db, up)  # added where the product is made, in fp32
+        if h is not None:
+            _learn(needs, (d_gate, d_up), (da, db), h[here], first)
+    act = None
     dx: Tensor | None = None
     dw: Tensor | None = None
     if back:
-        value = forth and h is None
-        dh = dh.view(x.shape)
         dx, dw, made = norm_gradients(
-            dh, grad_total, x, norm_weight, r, eps, triton, needs[0], value
-        )
+            dh.view(x.shape), grad_total, x, norm_weight, r, eps, norm_triton, needs[0],
+            forth and h is None,
+        )  # fmt: skip
         if made is not None:
-            assert d_pre is not None
-            torch.mm(d_pre.t(), rows_of(made).to(weight.dtype), out=d_weight)
-    of_gate, of_up = apart(d_weight.to(gate.dtype)) if forth else (d_weight, nothing(up))
-    made_all = (
-        nothing(x) if dx is None else dx, nothing(norm_weight) if dw is None else dw,
-        of_gate if needs[1] else nothing(gate), of_up if needs[2] else nothing(up),
-        d_down.to(down.dtype),
-    )  # fmt: skip
-    return list(made_all)
+            assert da is not None
+            assert db is not None
+            _learn(needs, (d_gate, d_up), (da, db), rows_of(made).to(dtype), True)
+    return [
+        nothing(x) if dx is None else dx,
+        nothing(norm_weight) if dw is None else dw,
+        d_gate.to(dtype),
+        d_up.to(dtype),
+        d_down.to(dtype),
+    ]
+
+
+def _learn(
+    needs: Sequence[bool],
+    totals: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor],
+    h: Tensor,
+    first: bool,
+) -> None:
+    """Adds some rows' share to the gradients of gate and up, or writes it."""
+    for need, total, grad in zip(needs[1:3], totals, grads, strict=True):
+        if need:
+            add_product(total, grad.t(), h, first)
 
 
 _gated_op = operator("gated_mlp_backward")(_gated_gradients)
@@ -173,10 +199,23 @@ _gated_op = operator("gated_mlp_backward")(_gated_gradients)
 
 @fake("gated_mlp_backward")
 def _(
-    grad: Tensor, grad_total: Tensor, x: Tensor, norm_weight: Tensor, gate: Tensor, up: Tensor,
-    down: Tensor, r: Tensor, pre: Tensor | None, eps: float, triton: bool, backend: str,
-    needs_input: bool, needs: Sequence[bool], overwrite: bool = False,
-) -> list[Tensor]:  # fmt: skip
+    grad: Tensor,
+    grad_total: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    r: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    eps: float,
+    norm_triton: bool,
+    glu_triton: bool,
+    needs_input: bool,
+    needs: Sequence[bool],
+    overwrite: bool = False,
+) -> list[Tensor]:
     leaves = zip((norm_weight, gate, up, down), needs, strict=True)
     return [like(x, needs_input or needs[0]), *(like(leaf, need) for leaf, need in leaves)]
 
@@ -188,16 +227,18 @@ def _gated_backward(
     kept: tuple[Tensor, ...],
     *,
     eps: float,
-    triton: bool,
-    backend: str,
+    norm_triton: bool,
+    glu_triton: bool,
     keep: bool,
     alone: bool,
 ) -> tuple[Tensor | None, ...]:
-    r, pre = kept if keep else (kept[0], None)
-    # Eager, and for the last time: nobody sees what happens to pre, so no operator has to say it.
-    spend = alone and pre is not None and is_last_backward(grads[0])
+    r, a, b = kept if keep else (kept[0], None, None)
+    # Eager, and for the last time: nobody sees what happens to a and b, so no operator has to say.
+    spend = alone and keep and is_last_backward(grads[0])
     call: Any = _gated_gradients if spend else _gated_op
-    made = call(*grads, *tensors, r, pre, eps, triton, backend, needs[0], list(needs[1:]), spend)
+    made = call(
+        *grads, *tensors, r, a, b, eps, norm_triton, glu_triton, needs[0], list(needs[1:]), spend
+    )
     return tuple(g if need else None for g, need in zip(made, needs, strict=True))
 
 
@@ -225,31 +266,47 @@ GATED_MLP = Op(
 
 @allow_in_graph
 def _apply_gated(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, gate: Tensor, up: Tensor,
-    down: Tensor, eps: float, triton: bool, backend: str, keep: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    eps: float,
+    norm_triton: bool,
+    glu_triton: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     return run_of_sum(
         GATED_MLP, x, residual, norm_weight, gate, up, down,
-        eps=eps, triton=triton, backend=backend, keep=keep, alone=_alone(),
+        eps=eps, norm_triton=norm_triton, glu_triton=glu_triton, keep=keep, alone=_alone(),
     )  # fmt: skip
 
 
 @register_flop_formula(torch.ops.nanovision.gated_mlp_backward)
 def _gated_flops(
-    grad: Sequence[int], grad_total: Any, x: Sequence[int], norm_weight: Any,
-    gate: Sequence[int], up: Any, down: Sequence[int], r: Any, pre: Any, eps: float,
-    triton: bool, backend: str, needs_input: bool, needs: Sequence[bool], *_: Any, **__: Any,
-) -> int:  # fmt: skip
-    rows, (width, dim), out = _count(grad[:-1]), gate, down[0]
-    back, forth, again = needs_input or needs[0], needs[1] or needs[2], pre is None
-    return 2 * rows * width * (out * (1 + needs[3]) + 2 * dim * (back + forth + again))
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+    grad: Sequence[int],
+    grad_total: Any,
+    x: Sequence[int],
+    norm_weight: Any,
+    gate: Sequence[int],
+    up: Any,
+    down: Sequence[int],
+    r: Any,
+    a: Any,
+    b: Any,
+    eps: float,
+    norm_triton: bool,
+    glu_triton: bool,
+    needs_input: bool,
+    needs: Sequence[bool],
+    *_: Any,
+    **__: Any,
+) -> int:
+    (width, dim), out = gate, down[0]
+    products = out * (1 + needs[3])
+    products += dim * (2 * (needs_input or needs[0]) + needs[1] + needs[2] + 2 * (a is None))
+    return 2 * math.prod(grad[:-1]) * width * products
 
 
 # up, GELU, down
@@ -268,7 +325,7 @@ def _gelu_forward(
     backend: str, **_: Any,
 ) -> tuple[Tensor, tuple[Tensor]]:  # fmt: skip
     bias = None if up_bias is None else up_bias.to(up.dtype)
-    pre, act = linear_act(rows_of(x).to(up.dtype), up, bias, "gelu", backend)
+    pre, act = linear_gelu(rows_of(x).to(up.dtype), up, bias, backend)
     y = linear_reference(act, down, down_bias).view(*x.shape[:-1], down.shape[0])
     return y, (pre.view(*x.shape[:-1], pre.shape[1]),)
 
@@ -286,7 +343,7 @@ def _gelu_gradients(
 ) -> list[Tensor]:
     """The gradients of x, up, the first bias and down (empty where not asked for)."""
     dy = rows_of(grad)
-    d_pre, act = linear_act_backward(dy, down, rows_of(pre), "gelu", backend, overwrite)
+    d_pre, act = linear_gelu_backward(dy, down, rows_of(pre), backend, overwrite)
     d_down = torch.mm(dy.t(), act) if needs[3] else nothing(down)
     del act
     d_bias = nothing(up) if like_bias is None else like_bias
@@ -371,19 +428,11 @@ def _gelu_flops(
     grad: Sequence[int], x: Sequence[int], up: Sequence[int], down: Sequence[int], pre: Any,
     like_bias: Any, backend: str, needs: Sequence[bool], *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    rows, (width, dim) = _count(x[:-1]), up
+    rows, (width, dim) = math.prod(x[:-1]), up
     return 2 * rows * width * (down[0] * (1 + needs[3]) + dim * (needs[0] + needs[1]))
 
 
 # Public
-
-
-def _backend(x: Tensor, *weights: Tensor) -> str:
-    """What computes an MLP of x: "quack", or "torch" for products and activation by themselves."""
-    alike = all(w.dtype == x.dtype for w in weights)
-    even = all(size % MULTIPLE == 0 for w in weights for size in w.shape)
-    backend = choose("mlp", str(x.device), x.dtype)
-    return backend if alike and even and _count(x.shape[:-1]) >= LEAST_ROWS else "torch"
 
 
 def add_norm_gated_mlp(
@@ -398,13 +447,9 @@ def add_norm_gated_mlp(
 ) -> tuple[Tensor, Tensor]:
     """The MLP of a decoder's block, and the residual stream that it begins from: (y, total).
 
-    total = x + residual; h = rms_norm(total, norm_weight, eps); y = (silu(h Wg') * h Wu') Wd'.
-    As `add_norm_linears` with gate and up, then `glu_linear`, which also serve where the library
-    that computes activations inside products is missing, or the shapes are not its kind (fewer than
-    1,024 rows, widths that are no multiples of 8, several dtypes).
-
-    Forward makes the activation from fp32 numbers, backward again from the rounded ones that it
-    kept: of the gradient of down it is a rounding more.
+    total = x + residual; h = rms_norm(total, norm_weight, eps); y = (silu(h Wg') * h Wu') Wd'
+    (arXiv 2002.05202). To the bit what `add_norm_linears` of gate and up and then `glu_linear` of
+    down give, forward and backward, in less memory.
 
     Args:
         x: [..., D], any floating dtype.
@@ -412,15 +457,15 @@ def add_norm_gated_mlp(
         norm_weight: [D], any floating dtype.
         gate, up: [F, D].
         down: [O, F], of their dtype.
-        keep: the outputs of gate and up are kept for backward, [..., 2 F]; else only total is, and
-            they are computed again, some rows at a time, so that no tensor of [N, F] lives for long
-            rows. Inside of a compiled block that is recomputed anyway that costs nothing.
+        keep: the outputs of gate and up are kept for backward, [..., F] twice; else only total is,
+            and they are computed again, some rows at a time, so that no tensor of [N, F] lives for
+            long rows. Inside of a compiled block that is recomputed anyway that costs nothing.
 
     Returns:
         y [..., O] in the weights' dtype, total [..., D] in x.dtype.
 
     Raises:
-        ValueError: as `add_norm_linears` and `glu_linear`.
+        ValueError: shapes, dtypes or devices that do not fit.
 
     >>> import torch
     >>> x, one, eye = torch.tensor([1.0, 2.0]), torch.ones(2), torch.eye(2)
@@ -431,22 +476,25 @@ def add_norm_gated_mlp(
     where = "add_norm_gated_mlp"
     check_floating(where, x=x, residual=residual, down=down)
     check_norm_linears(where, x, norm_weight, (gate, up), (None, None), eps)
-    if gate.shape != up.shape or down.ndim != 2 or down.shape[1] != len(gate):
+    fits = down.ndim == 2 and down.shape[1] == len(gate) and down.dtype == gate.dtype
+    if gate.shape != up.shape or not fits:
         raise ValueError(
-            f"{where}: gate and up must be alike, [F, D], and down [O, F]; got "
-            f"{tuple(gate.shape)}, {tuple(up.shape)} and {tuple(down.shape)}."
+            f"{where}: gate and up must be alike, [F, D], and down [O, F] of their dtype; got "
+            f"{gate.dtype} {tuple(gate.shape)}, {tuple(up.shape)} and {down.dtype} "
+            f"{tuple(down.shape)}."
         )
-    backend = _backend(x, gate, up, down)
-    if backend == "torch":
-        (a, b), total = add_norm_linears(x, residual, norm_weight, [gate, up], eps=eps)
-        return glu_linear(a, b, down), total
     if residual is not None and (x.shape != residual.shape or x.dtype != residual.dtype):
         raise ValueError(
             f"{where}: x is {tuple(x.shape)} {x.dtype} but residual is "
             f"{tuple(residual.shape)} {residual.dtype}; they must be alike."
         )
-    triton = choose("rms_norm", str(x.device), x.dtype) == "triton"
-    return _apply_gated(x, residual, norm_weight, gate, up, down, eps, triton, backend, keep)
+    norm_triton, glu_triton = (
+        choose(op, str(x.device), dtype) == "triton"
+        for op, dtype in (("rms_norm", x.dtype), ("swiglu", gate.dtype))
+    )
+    return _apply_gated(
+        x, residual, norm_weight, gate, up, down, eps, norm_triton, glu_triton, keep
+    )
 
 
 def gelu_mlp(
@@ -457,7 +505,12 @@ def gelu_mlp(
     down_bias: Tensor | None,
 ) -> Tensor:
     """linear(gelu(linear(x, up, up_bias)), down, down_bias), with the tanh approximation of GELU
-    (arXiv 1606.08415). What the first product gave is kept for backward, not its GELU.
+    (arXiv 1606.08415).
+
+    Where a library can compute the GELU inside the products, what the first gave is kept for
+    backward, and not its GELU; not so for fewer than 1,024 rows, widths that are no multiples of 8,
+    or several dtypes. Forward makes the GELU from fp32 numbers then, backward again from the
+    rounded ones that it kept: of the gradient of down it is a rounding more.
 
     Args:
         x: [..., D], any floating dtype; it is brought to the weights'.
@@ -482,7 +535,11 @@ def gelu_mlp(
             f"gelu_mlp: x [..., D] needs up [F, D] and down [O, F]; got {tuple(x.shape)}, "
             f"{tuple(up.shape)} and {tuple(down.shape)}."
         )
-    backend = _backend(x, up, down)
+    alike = up.dtype == down.dtype == x.dtype
+    even = all(size % MULTIPLE == 0 for weight in (up, down) for size in weight.shape)
+    backend = choose("gelu_mlp", str(x.device), x.dtype)
+    if not alike or not even or math.prod(x.shape[:-1]) < LEAST_ROWS:
+        backend = "torch"
     if backend == "torch":
         h = torch.nn.functional.gelu(linear(x, up, up_bias), approximate="tanh")
         return linear(h, down, down_bias)

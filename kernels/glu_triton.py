@@ -274,15 +274,18 @@ def glu_backward_(
     up: Tensor,
     name: str,
     needs_value: bool = True,
+    overwrite: bool = False,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of gate and of up, and the activation again if asked for, in one pass.
 
     grad's memory becomes the gradient of up where it can: contiguous, of up's dtype. What is stored
-    there was computed from what lay there, so that no thread can be too early.
+    there was computed from what lay there, so that no thread can be too early. overwrite: likewise
+    the gradient of gate takes gate's place, the activation up's, if those are contiguous.
     """
-    value = gate.new_empty(gate.shape) if needs_value else None
-    d_gate = gate.new_empty(gate.shape)
+    own = overwrite and gate.is_contiguous() and up.is_contiguous()
+    value = (up if own else gate.new_empty(gate.shape)) if needs_value else None
+    d_gate = gate if own else gate.new_empty(gate.shape)
     own = grad.is_contiguous() and grad.dtype == up.dtype
     d_up = grad if own else up.new_empty(up.shape)
     inputs = {"GRAD": grad, "GATE": gate, "UP": up}

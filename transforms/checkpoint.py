@@ -31,7 +31,7 @@ Policy = str | Sequence[str] | Keep
 # keep [H, T, T]. Names are those that `operation` gives.
 DOTS = frozenset((
     "aten.mm", "aten.addmm", "aten._int_mm", "aten._scaled_mm",
-    "nanovision.int8_linear_forward", "nanovision.linear_act",
+    "nanovision.int8_linear_forward", "nanovision.linear_gelu",
 ))  # fmt: skip
 # Outputs and statistics of flash attention: large to compute, small to keep.
 ATTENTIONS = frozenset((
@@ -87,7 +87,7 @@ def checkpoint(
         def wrap(f: Callable[..., Any], path: str) -> Callable[..., Any]:
             return rematerialize(f, ready)
 
-        again = keep is None or not keep("nanovision.linear_act")
+        again = keep is None or not keep("aten.mm")
         return forward.with_rule(Rule("block", wrap, chosen, "checkpoint", recomputes=again))
 
     out = with_policy(forward, policy, chosen)

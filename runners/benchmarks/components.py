@@ -50,7 +50,7 @@ from transforms import cast_matrices, compile, fuse_loss, unfused_loss
 PARTS = ("attention", "mlp", "norms", "loss", "optimizer")
 PLAIN = {
     "attention": "plain",
-    **dict.fromkeys(("linear", "rms_norm", "swiglu", "rope", "mlp"), "torch"),
+    **dict.fromkeys(("linear", "rms_norm", "swiglu", "rope"), "torch"),
 }
 SAMPLES = 10  # a rung and round
 SETS = 8  # inputs that a norm goes through in turn, more than the L2 cache holds
@@ -231,8 +231,7 @@ def parts_of(
         )
         operations = roofline.linear_operations(weights(layer["mlp"]), tokens)
         moved = roofline.norm_bytes(tokens, text.dim) + roofline.residual_bytes(tokens, text.dim)
-        if not roofline.activations_inside(device):
-            moved += roofline.glu_bytes(tokens, text.mlp_dim)
+        moved += roofline.glu_bytes(tokens, text.mlp_dim)
         leaves = given(mlp=layer["mlp"], norm=layer["mlp_norm"]) | {"residual": given()["x"]}
         yield part("mlp", plain, ours, leaves, Work("mlp", operations, moved))
     if "norms" in only:

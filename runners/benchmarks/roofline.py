@@ -89,10 +89,10 @@ def loss_bytes(tokens: int, vocab: int, size: int = HALF) -> float:
     return 3.0 * tokens * vocab * size
 
 
-def activations_inside(device: torch.device) -> bool:
-    """Whether MLPs compute their activations inside matrix products there: then they are no kernels
-    of their own, and what they read and write is those products'."""
-    return kernels.choose("mlp", str(device), torch.bfloat16) == "quack"
+def gelus_inside(device: torch.device) -> bool:
+    """Whether GELUs are computed inside matrix products there: then they are no kernels of their
+    own, and what they read and write is those products'."""
+    return kernels.choose("gelu_mlp", str(device), torch.bfloat16) == "quack"
 
 
 def gelu_bytes(tokens: int, width: int, size: int = HALF) -> float:
@@ -116,13 +116,13 @@ def training_step(
     inside: bool = False,
 ) -> tuple[Work, ...]:
     """The parts of one step in bf16 on documents of these lengths and pictures of so many patches,
-    without recomputation. inside: as `activations_inside` says."""
+    without recomputation. inside: as `gelus_inside` says."""
     text, tokens = model.text, sum(lengths)
     products = model.flops_per_token(0) * tokens
     layer = (
         2 * norm_bytes(tokens, text.dim)
         + residual_bytes(tokens, text.dim)
-        + (0.0 if inside else glu_bytes(tokens, text.mlp_dim))
+        + glu_bytes(tokens, text.mlp_dim)
         + rope_bytes(model, tokens)
     )
     elementwise = text.layers * layer + norm_bytes(tokens, text.dim)
@@ -131,10 +131,7 @@ def training_step(
     return (
         Work("matrix products", operations=products),
         Work("attention", operations=text.layers * attention_operations(model, lengths)),
-        Work(
-            "norms, RoPE, residuals" if inside else "norms, SwiGLU, RoPE, residuals",
-            moved=elementwise + embedding,
-        ),
+        Work("norms, SwiGLU, RoPE, residuals", moved=elementwise + embedding),
         Work("cross-entropy", moved=loss_bytes(tokens, text.vocab_size)),
         *(vision_step(model, pictures, inside=inside) if pictures else ()),
         Work(

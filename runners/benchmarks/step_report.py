@@ -87,7 +87,7 @@ def report_floor(
     inside: bool,
 ) -> list[str]:
     """The least time of the top rung's step by this run's ceilings, and the share reached.
-    inside: as `roofline.activations_inside` says."""
+    inside: as `roofline.gelus_inside` says."""
     there = (row for key in TOPS if (row := find(rows, key)) is not None and row.samples)
     if (top := next(there, None)) is None:
         return []

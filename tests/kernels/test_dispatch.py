@@ -222,7 +222,7 @@ def test_fused_kernels_on_a_gpu(
 ) -> None:
     gpu(capability)
     # float8 has rules of its own, and no torch to fall back to: test_fp8_linear.py
-    others = [op for op in dispatch.BACKENDS if op not in ("attention", "fp8_linear", "mlp")]
+    others = [op for op in dispatch.BACKENDS if op not in ("attention", "fp8_linear", "gelu_mlp")]
     assert {dispatch.choose(op, "cuda", dtype) for op in others} == {chosen}
 
 
@@ -235,7 +235,7 @@ def test_fused_kernels_on_a_gpu(
         ((9, 0), torch.bfloat16, (QUACK,), "install quack-kernels 0.6.5 or newer"),
     ],
 )
-def test_activations_inside_products(
+def test_gelus_inside_products(
     capability: tuple[int, int],
     dtype: torch.dtype,
     missing: tuple[str, ...],
@@ -243,14 +243,17 @@ def test_activations_inside_products(
     gpu: Any,
 ) -> None:
     gpu(capability, missing)
-    assert dispatch.why_not("mlp", "quack", "cuda", dtype) == problem
-    chosen = dispatch.choose("mlp", "cuda", dtype)
+    assert dispatch.why_not("gelu_mlp", "quack", "cuda", dtype) == problem
+    chosen = dispatch.choose("gelu_mlp", "cuda", dtype)
     assert chosen == ("torch" if problem else "quack")
-    line = dispatch.report(device="cuda", dtype=dtype)[2]
+    line = dispatch.report(device="cuda", dtype=dtype, gelus=True)[2]
     if problem:
-        assert line == f"The MLPs' activations are passes of their own: {problem}"
+        assert line == f"GELUs are passes of their own: {problem}"
     else:
-        assert line == "Using matrix products that compute the MLPs' activations (quack)"
+        assert line == "Using matrix products that compute GELUs (quack)"
+        with kernels.override(gelu_mlp="torch"):
+            line = dispatch.report(device="cuda", dtype=dtype, gelus=True)[2]
+        assert line == "GELUs are passes of their own: torch was asked for"
 
 
 def test_triton_on_a_cpu_is_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,12 +295,10 @@ def test_report_on_a_gpu(gpu: Any) -> None:
     assert lines == [
         "Using fused cross-entropy (triton)",
         "Using flash attention (triton)",
-        "Using matrix products that compute the MLPs' activations (quack)",
         "Using fused kernels (triton): rms_norm, layer_norm, swiglu, rope",
     ]
-    with kernels.override(rope="torch", mlp="torch"):
+    with kernels.override(rope="torch"):
         assert dispatch.report(device="cuda", dtype=torch.bfloat16)[2:] == [
-            "The MLPs' activations are passes of their own: torch was asked for",
             "Using fused kernels (triton): rms_norm, layer_norm, swiglu",
             "Fused kernels requested but not available: torch was asked for (rope); using torch, "
             "with backwards that recompute: rope",
@@ -309,7 +310,7 @@ def test_report_on_a_gpu(gpu: Any) -> None:
         "Using flash attention (flash-attn 4) for text, other",
         "Using flash attention (torch varlen) for vision",
     ]
-    assert lines[4].startswith("Fused kernels requested but not available: install triton")
+    assert lines[3].startswith("Fused kernels requested but not available: install triton")
     with kernels.override(attention="plain"):
         assert dispatch.report(device="cuda", dtype=torch.bfloat16)[1] == (
             "Flash attention requested but not available: plain was asked for; "

@@ -1,7 +1,7 @@
 """add_norm_gated_mlp and gelu_mlp: derivatives under every driver, whose memory is whose, and on a
-GPU the products that compute activations against fp64.
+GPU the products that compute GELUs against fp64.
 
-On a CPU the products are plain operations ("torch"), and all around them is what a GPU runs.
+On a CPU those products are plain operations ("torch"), and all around them is what a GPU runs.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels import add_norm_gated_mlp, dispatch, epilogue, gelu_mlp
-from kernels.functions import rows_of
+from kernels import add_norm_gated_mlp, dispatch, gelu_mlp
 from tests.kernels.drivers import Case, Driver, broken, disagreement, joined, name_of, random
 from tests.kernels.test_fused_linear import FIRST, HIGHER, parameters
 
@@ -32,10 +31,9 @@ ROWS, DIM, INNER, OUT, EPS = 5, 7, 6, 3, 1e-3
 
 
 def gated(
-    x: Tensor, residual: Tensor | None, *leaves: Tensor, keep: bool = True, backend: str = "torch"
+    x: Tensor, residual: Tensor | None, *leaves: Tensor, keep: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """As add_norm_gated_mlp, whatever the shapes."""
-    return fused._apply_gated(x, residual, *leaves, EPS, backend != "torch", backend, keep)
+    return add_norm_gated_mlp(x, residual, *leaves, eps=EPS, keep=keep)
 
 
 def exact_gated(x: Tensor, residual: Tensor | None, *leaves: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,29 +130,43 @@ def last_backwards(f: Callable[[], Tensor], leaves: Sequence[Tensor]) -> list[li
     return [list(torch.autograd.grad(loss, leaves, retain_graph=keep)) for keep in (True, False)]
 
 
-@pytest.mark.parametrize("name", ["gated", "gelu"])
-def test_the_last_backward_overwrites_what_was_kept(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if name == "gated":
-        leaves = bf16_inputs()
-        run = lambda: gated(*leaves)[0].float().square().sum()  # noqa: E731
-    else:
-        leaves = parameters((64, 32), (48, 32), (48,), (32, 48), (32,))
-        run = lambda: fused._apply_gelu(*leaves, "torch").float().square().sum()  # noqa: E731
+def watch(name: str, of: int, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether what a function of the module gives first lies where its argument `of` did."""
     seen: list[bool] = []
-    right = fused.linear_act_backward
+    right = getattr(fused, name)
 
     def watched(*args: Any) -> Any:
-        d_pre, act = right(*args)
-        seen.append(d_pre.data_ptr() == args[2].data_ptr())
-        return d_pre, act
+        given = args[of].data_ptr()
+        outs = right(*args)
+        seen.append(outs[0].data_ptr() == given)
+        return outs
 
-    monkeypatch.setattr(fused, "linear_act_backward", watched)
-    first, second = last_backwards(run, leaves)
+    monkeypatch.setattr(fused, name, watched)
+    return seen
+
+
+def test_the_last_backward_overwrites_what_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaves = parameters((64, 32), (48, 32), (48,), (32, 48), (32,))
+    seen = watch("linear_gelu_backward", 2, monkeypatch)
+    first, second = last_backwards(
+        lambda: fused._apply_gelu(*leaves, "torch").float().square().sum(), leaves
+    )
     assert seen == [False, True]
-    for a, b in zip(first, second, strict=True):
+    assert all(map(torch.equal, first, second))
+
+
+def test_the_last_backward_overwrites_gate_and_up(
+    kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaves = [t.detach().to(kernel_device).requires_grad_() for t in bf16_inputs()]
+    seen = watch("glu_gradients", 1, monkeypatch)
+    with dispatch.override(rms_norm="triton", swiglu="triton"):
+        first, second = last_backwards(lambda: gated(*leaves)[0].float().square().sum(), leaves)
+        again = torch.autograd.grad(gated(*leaves, keep=False)[0].float().square().sum(), leaves)
+    assert seen == [False, True, True]
+    for a, b, c in zip(first, second, again, strict=True):
         assert torch.equal(a, b)
+        assert torch.equal(a, c)
 
 
 @pytest.mark.parametrize("rows", [1, 128, 300])
@@ -169,10 +181,14 @@ def test_rows_at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     whole = gradients()
     pieces: list[int] = []
-    right = fused.linear_act
-    monkeypatch.setattr(
-        fused, "linear_act", lambda h, *rest: pieces.append(len(h)) or right(h, *rest)
-    )
+    right = fused.linear_reference
+
+    def watched(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if weight is leaves[3]:
+            pieces.append(len(x))
+        return right(x, weight, bias)
+
+    monkeypatch.setattr(fused, "linear_reference", watched)
     monkeypatch.setattr(fused, "_CHUNK_BYTES", 1)
     cut = gradients()
     assert pieces == [n for _ in range(2) for n in (128,) * (rows // 128) + (rows % 128,) if n]
@@ -214,13 +230,24 @@ def test_gelu_gradients_of_some(learn: str) -> None:
 # What serves where
 
 
-def test_elsewhere_the_parts_serve() -> None:
-    leaves = [t.detach() for t in bf16_inputs()]
-    y, total = add_norm_gated_mlp(*leaves, eps=EPS)
-    x, residual, norm, gate, up, down = leaves
-    (a, b), wanted = kernels.add_norm_linears(x, residual, norm, [gate, up], eps=EPS)
-    assert torch.equal(total, wanted)
-    assert torch.equal(y, kernels.glu_linear(a, b, down))
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("triton", ["torch", pytest.param("triton", marks=pytest.mark.interpreter)])
+def test_gated_is_its_parts_to_the_bit(triton: str, keep: bool) -> None:
+    leaves = bf16_inputs()
+
+    def parts(x: Tensor, residual: Tensor, norm: Tensor, *more: Tensor) -> list[Tensor]:
+        (a, b), total = kernels.add_norm_linears(x, residual, norm, more[:2], eps=EPS)
+        return [kernels.glu_linear(a, b, more[2]), total]
+
+    with dispatch.override(rms_norm=triton, swiglu=triton):
+        got, wanted = (
+            [*outs, *torch.autograd.grad(joined(outs).float().sin().sum(), leaves)]
+            for outs in (gated(*leaves, keep=keep), parts(*leaves))
+        )
+    assert all(map(torch.equal, got, wanted))
+
+
+def test_elsewhere_gelu_is_its_parts() -> None:
     x, up, up_bias, down, down_bias = (
         t.detach() for t in parameters((64, 32), (48, 32), (48,), (32, 48), (32,))
     )
@@ -229,34 +256,33 @@ def test_elsewhere_the_parts_serve() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "dim", "dtype", "chosen"),
+    ("rows", "dim", "dtype", "inside"),
     [
-        (1024, 64, BF16, "quack"),
-        (1023, 64, BF16, "torch"),
-        (1024, 68, BF16, "torch"),
-        (1024, 64, FP32, "torch"),
+        (1024, 64, BF16, True),
+        (1023, 64, BF16, False),
+        (1024, 68, BF16, False),
+        (1024, 64, FP32, False),
     ],
 )
 def test_which_shapes_go_inside_products(
-    rows: int, dim: int, dtype: torch.dtype, chosen: str, monkeypatch: pytest.MonkeyPatch
+    rows: int, dim: int, dtype: torch.dtype, inside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    seen: list[str] = []
     monkeypatch.setattr(fused, "choose", lambda *_: "quack")
-    x = torch.empty(rows, dim, dtype=dtype)
-    weights = (torch.empty(32, dim, dtype=BF16), torch.empty(dim, 32, dtype=BF16))
-    assert fused._backend(x, *weights) == chosen
-
-
-def test_interleaved_weights() -> None:
-    gate, up = torch.arange(6.0).view(3, 2), -torch.arange(6.0).view(3, 2)
-    both = epilogue.interleaved(gate, up)
-    assert both.tolist() == [[0, 1], [-0.0, -1], [2, 3], [-2, -3], [4, 5], [-4, -5]]
-    assert all(map(torch.equal, epilogue.apart(both), (gate, up)))
+    monkeypatch.setattr(fused, "_apply_gelu", lambda *args: seen.append(args[-1]))
+    monkeypatch.setattr(fused, "linear", lambda x, weight, bias: F.linear(x.to(BF16), weight))
+    x = torch.zeros(rows, dim, dtype=dtype)
+    up, down = torch.zeros(32, dim, dtype=BF16), torch.zeros(dim, 32, dtype=BF16)
+    gelu_mlp(x, up, None, down, None)
+    assert seen == (["quack"] if inside else [])
 
 
 def test_wrong_arguments() -> None:
     x, residual, norm, gate, up, down = (t.detach() for t in bf16_inputs())
     with pytest.raises(ValueError, match="gate and up must be alike"):
         add_norm_gated_mlp(x, residual, norm, gate, up[:40], down)
+    with pytest.raises(ValueError, match="they must be alike"):
+        add_norm_gated_mlp(x, residual.float(), norm, gate, up, down)
     with pytest.raises(ValueError, match=r"down \[O, F\]"):
         add_norm_gated_mlp(x, residual, norm, gate, up, down.t())
     with pytest.raises(ValueError, match=r"up \[F, D\] and down"):
@@ -269,7 +295,10 @@ def test_wrong_arguments() -> None:
 def has_quack() -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the library warns of when it is imported
-        return torch.cuda.is_available() and dispatch.why_not("mlp", "quack", "cuda", BF16) is None
+        return (
+            torch.cuda.is_available()
+            and dispatch.why_not("gelu_mlp", "quack", "cuda", BF16) is None
+        )
 
 
 needs_quack = pytest.mark.skipif(not has_quack(), reason="needs quack-kernels and a Hopper GPU")
@@ -307,24 +336,6 @@ def no_worse(got: list[Tensor], other: list[Tensor], right: list[Tensor]) -> Non
 
 @pytest.mark.gpu
 @needs_quack
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize(("rows", "dim", "inner"), REAL)
-def test_gated_products_on_a_gpu(rows: int, dim: int, inner: int, keep: bool) -> None:
-    shapes = ((rows, dim), (rows, dim), (dim,), (inner, dim), (inner, dim), (dim, inner))
-    tensors, grads = on_gpu(*shapes), on_gpu((rows, dim), (rows, dim))
-    got = gradients(partial(gated, keep=keep, backend="quack"), tensors, grads)
-
-    def parts(x: Tensor, more: Tensor, norm: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor]:
-        (a, b), total = kernels.add_norm_linears(x, more, norm, leaves[:2], eps=EPS)
-        return kernels.glu_linear(a, b, leaves[2]), total
-
-    other = gradients(parts, tensors, grads)
-    right = gradients(exact_gated, [t.double() for t in tensors], grads)
-    no_worse(got, other, right)
-
-
-@pytest.mark.gpu
-@needs_quack
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(("rows", "dim", "inner"), [*REAL, (2048, 1152, 4304)])
 def test_gelu_products_on_a_gpu(rows: int, dim: int, inner: int, biased: bool) -> None:
@@ -346,43 +357,38 @@ def test_gelu_products_on_a_gpu(rows: int, dim: int, inner: int, biased: bool) -
 
 @pytest.mark.gpu
 @needs_quack
-def test_products_in_a_cuda_graph_and_compiled() -> None:
-    shapes = ((1024, 256), (1024, 256), (256,), (512, 256), (512, 256), (256, 512))
+def test_gelu_products_in_a_cuda_graph_and_compiled() -> None:
+    shapes = ((1024, 256), (512, 256), (512,), (256, 512), (256,))
     tensors = [t.requires_grad_() for t in on_gpu(*shapes)]
 
-    def work() -> list[Tensor]:
-        y, total = add_norm_gated_mlp(*tensors, eps=EPS)
-        return list(torch.autograd.grad(joined([y, total]).float().square().sum(), tensors))
+    def gradients_of(y: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(y.float().square().sum(), tensors))
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
-            wanted = work()
+            wanted = gradients_of(gelu_mlp(*tensors))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        recorded = work()
+        recorded = gradients_of(gelu_mlp(*tensors))
     for t in recorded:
         t.zero_()
     graph.replay()
-    for a, b in zip(recorded, wanted, strict=True):
-        assert torch.equal(a, b)
-    compiled = torch.compile(add_norm_gated_mlp, fullgraph=True)
-    y, total = compiled(*tensors, EPS)
-    loss = joined([y, total]).float().square().sum()
-    for a, b in zip(torch.autograd.grad(loss, tensors), wanted, strict=True):
+    assert all(map(torch.equal, recorded, wanted))
+    compiled = torch.compile(gelu_mlp, fullgraph=True)
+    for a, b in zip(gradients_of(compiled(*tensors)), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * float(b.abs().max()))
 
 
 @pytest.mark.gpu
 @needs_quack
 def test_a_row_with_nan_stays_alone() -> None:
-    shapes = ((1024, 256), (1024, 256), (256,), (512, 256), (512, 256), (256, 512))
-    tensors = on_gpu(*shapes)
-    clean = add_norm_gated_mlp(*tensors, eps=EPS)[0]
+    tensors = on_gpu((1024, 256), (512, 256), (512,), (256, 512), (256,))
+    clean = gelu_mlp(*tensors)
     tensors[0][7] = float("nan")
-    y = add_norm_gated_mlp(*tensors, eps=EPS)[0]
-    assert rows_of(y)[7].isnan().all()
+    y = gelu_mlp(*tensors)
+    assert y[7].isnan().all()
     rest = torch.arange(1024, device="cuda") != 7
     assert torch.equal(y[rest], clean[rest])
