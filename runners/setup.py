@@ -198,13 +198,20 @@ def sample_documents(source: Source, encoder: Encoder, limit: int) -> Iterable[D
 def build_validation(
     config: TrainConfig, encoder: Encoder, spec: PackSpec, sources: Sources
 ) -> list[Batch]:
-    """The first batches of the held-out data, the same ones each time; none if there is none."""
+    """The first rows of the held-out data, the same ones each time, in batches; none if there is
+    none.
+
+    They are as many as ``val_batches`` whole steps have, however a step is cut into batches, and so
+    is what lies in them if it is text: rows are filled one after the other. Pictures share the room
+    of a batch, whose rows then may hold other documents where batches are cut otherwise: the first
+    of the same stream, about as many.
+    """
     held_out = sources.held_out.get("val")
     if held_out is None:
         return []
     loader = Loader(held_out, encoder, spec, repeat=False, shuffle=False)
     try:
-        return list(islice(loader, config.val_batches))
+        return list(islice(loader, config.val_batches * config.grad_accum_steps))
     finally:
         loader.close()
 
