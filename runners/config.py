@@ -159,7 +159,8 @@ class TrainConfig:
     """Which weights the run ends with: of the lowest validation loss, or the last. Small data is
     learnt by heart: its answers can go on improving while the loss of free text rises."""
     val_batches: int = 8
-    """Batches of a validation."""
+    """Size of a validation, in whole steps: so many times --device_batch_size x --grad_accum_steps
+    rows."""
     save_every: int = 0
     """Steps between resumable states. 0: as often as validations."""
     stop_at: int | None = None

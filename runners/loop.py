@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -25,32 +25,58 @@ from runners.profiling import Profiler
 from runners.setup import Job
 from runners.step import Learner, mean_loss
 
+Read = tuple["Step", list[float], float]  # a step, its values, and the seconds that it took
+
 
 class Late:
-    """Reads values off a device one step behind, so that neither waits for the other."""
+    """Reads values off a device one step behind, so that neither waits for the other.
+
+    A step's seconds are those from the end of the one before to its own, by the device's clock: the
+    moments at which the host reads two steps can lie next to each other, whatever the steps took.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._waiting: list[tuple[Step, Tensor, torch.cuda.Event | None]] = []
+        self._waiting: list[tuple[Step, Tensor, float | torch.cuda.Event]] = []
+        self._before = self._now()
 
-    def push(self, step: Step, values: Tensor) -> Iterator[tuple[Step, list[float]]]:
+    def push(self, step: Step, values: Tensor) -> Iterator[Read]:
         """Takes a step's values; gives those that are ready (on a CPU: the same)."""
         if self._cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            event = torch.cuda.Event()
-            host.copy_(values, non_blocking=True)
-            event.record()
-            self._waiting.append((step, host, event))
-        else:
-            self._waiting.append((step, values, None))
+            values = host.copy_(values, non_blocking=True)
+        self._waiting.append((step, values, self._now()))
         yield from self.flush(keep=1 if self._cuda else 0)
 
-    def flush(self, keep: int = 0) -> Iterator[tuple[Step, list[float]]]:
+    def flush(self, keep: int = 0) -> Iterator[Read]:
         while len(self._waiting) > keep:
-            step, values, event = self._waiting.pop(0)
-            if event is not None:
-                event.synchronize()
-            yield step, values.tolist()
+            step, values, end = self._waiting.pop(0)
+            if not isinstance(end, float):
+                end.synchronize()
+            seconds, self._before = _seconds(self._before, end), end
+            yield step, values.tolist(), seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside belongs to no step. Everything pushed was read before."""
+        yield
+        self._before = self._now()
+
+    def _now(self) -> float | torch.cuda.Event:
+        """When all work given to the device so far ends."""
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _seconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    if isinstance(start, float) or isinstance(end, float):
+        assert isinstance(start, float)
+        assert isinstance(end, float)
+        return end - start
+    return start.elapsed_time(end) / 1e3
 
 
 @dataclass(frozen=True)
@@ -61,28 +87,25 @@ class Step:
     lr: float
     tokens: int
     flops: float
+    waited: float = 0.0  # seconds for its batches: the device may have had work left meanwhile
 
 
 @dataclass
 class Pace:
-    """Work done since the last line of the log, and the time it took without interruptions."""
+    """Steps since the last line of the log, what they computed and how long they took."""
 
-    since: float = field(default_factory=time.perf_counter)
     steps: int = 0
     tokens: int = 0
     flops: float = 0.0
-    waited: float = 0.0  # seconds for batches: the device may have had work left meanwhile
+    waited: float = 0.0
+    seconds: float = 0.0
 
-    def add(self, step: Step) -> None:
-        self.steps, self.tokens, self.flops = (
-            self.steps + 1, self.tokens + step.tokens, self.flops + step.flops,
-        )  # fmt: skip
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - start
+    def add(self, step: Step, seconds: float) -> None:
+        self.steps += 1
+        self.tokens += step.tokens
+        self.flops += step.flops
+        self.waited += step.waited
+        self.seconds += seconds
 
 
 class Training:
@@ -104,14 +127,14 @@ class Training:
         config, learner = self.config, self.learner
         batches = iter(self.job.loader)
         while learner.step < config.steps:
-            group = self._next(batches)
-            step = self._describe(group)
+            group, waited = self._next(batches)
+            step = self._describe(group, waited)
             values = learner.train_step(self.grad_fn, group)
             if self.profiler is not None and (written := self.profiler.after_step()):
                 self.display.say(written)
             self.display.advance(learner.step)
-            for known, numbers in self.late.push(step, values):
-                self._log(known, numbers)
+            for read in self.late.push(step, values):
+                self._log(*read)
             last, stopping = learner.step == config.steps, stop() or learner.step == config.stop_at
             if last or self._due(config.val_every):
                 self._validate()
@@ -121,44 +144,43 @@ class Training:
                 return False
         return True
 
-    def _next(self, batches: Iterator[Batch]) -> list[Batch]:
+    def _next(self, batches: Iterator[Batch]) -> tuple[list[Batch], float]:
+        """The batches of a step, and the seconds they were waited for."""
         start = time.perf_counter()
         group = [next(batches) for _ in range(self.config.grad_accum_steps)]
-        self.pace.waited += time.perf_counter() - start
-        return group
+        return group, time.perf_counter() - start
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.learner.step % every == 0
 
-    def _describe(self, group: Sequence[Batch]) -> Step:
+    def _describe(self, group: Sequence[Batch], waited: float) -> Step:
         loads = [measure_load(self.job.model, batch, self.job.pad) for batch in group]
         flops = sum(training_flops(self.job.model, load, self.job.learns) for load in loads)
         step = self.learner.step
         lr = learning_rate(self.config, step)
-        return Step(step + 1, lr, sum(load.tokens for load in loads), flops)
+        return Step(step + 1, lr, sum(load.tokens for load in loads), flops, waited)
 
-    def _log(self, step: Step, numbers: list[float]) -> None:
+    def _log(self, step: Step, numbers: list[float], seconds: float) -> None:
         loss, norm, *losses = numbers
         if not all(map(math.isfinite, numbers)):
             self._refuse(step, losses)
-        self.pace.add(step)
+        self.pace.add(step, seconds)
         if step.number % self.config.log_every and step.number != self.config.steps:
             return
-        seconds = time.perf_counter() - self.pace.since
+        pace, self.pace = self.pace, Pace()
         row: dict[str, float | int | str | None] = {
             "step": step.number,
             "loss": loss,
             "lr": step.lr,
             "grad_norm": norm,
-            "tokens_per_s": self.pace.tokens / seconds,
-            "mfu": self.pace.flops / seconds / self.peak if self.peak else None,
-            "s_per_step": seconds / self.pace.steps,
-            "data_wait": self.pace.waited / seconds,
+            "tokens_per_s": pace.tokens / pace.seconds,
+            "mfu": pace.flops / pace.seconds / self.peak if self.peak else None,
+            "s_per_step": pace.seconds / pace.steps,
+            "data_wait": pace.waited / pace.seconds,
         }
         self.metrics.write(row)
         left = self.config.steps - step.number
-        self.display.show(row, self.config.steps, left * seconds / self.pace.steps)
-        self.pace = Pace()
+        self.display.show(row, self.config.steps, left * pace.seconds / pace.steps)
 
     def _refuse(self, step: Step, losses: list[float]) -> None:
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
@@ -174,14 +196,14 @@ class Training:
 
     def _settle(self) -> None:
         """Waits for all values of the steps made, so that nothing bad is ever written."""
-        for known, numbers in self.late.flush():
-            self._log(known, numbers)
+        for read in self.late.flush():
+            self._log(*read)
 
     def _validate(self) -> None:
         """Measures the validation loss; keeps these weights if they are the best so far."""
         self._settle()
         learner = self.learner
-        with self.pace.paused():
+        with self.late.paused():
             loss = mean_loss(self.job.composed.eval_loss, learner.working, self.job.validation)
             if loss is not None and not math.isfinite(loss):
                 raise UserError(f"the validation loss is not finite at step {learner.step}")
@@ -196,7 +218,7 @@ class Training:
 
     def _save(self) -> None:
         self._settle()
-        with self.pace.paused():
+        with self.late.paused():
             save_state(self.folder, self.learner.state(self.job.loader.state_dict()), self.config)
             self.saved = self.learner.step
 

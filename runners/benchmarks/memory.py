@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,32 +16,34 @@ from rich.markup import escape
 from rich.table import Table
 
 import kernels
-from core import PRESETS, Longest, VLMConfig, vlm
+from core import PRESETS, Forward, Longest, VLMConfig, vlm
 from params import init_params
 from params.tree import Tree, flatten
 from runners.benchmarks.bars import Bar, draw_bars
 from runners.benchmarks.clock import first_line
 from runners.benchmarks.entries import first_loss, quick_collection
-from runners.benchmarks.fitting import free, largest, limited
+from runners.benchmarks.fitting import Found, Search, Try, free, limited
 from runners.benchmarks.ladder import batches_of, draw_documents, text_only
 from runners.benchmarks.records import Environment, environment
 from runners.benchmarks.report import console, markdown_row, teller
 from runners.benchmarks.training import choose_clock
 from runners.cli import UsageError, nearest
-from runners.compose import choose_backends, compose
+from runners.compose import choose_backends, compose, compute_dtype
 from runners.config import TrainConfig, check_preset
 from runners.setup import build_params
 from runners.step import GradFn, Learner
 from transforms import cast_matrices, checkpoint, fuse_loss, lora, quantize_int8, value_and_grad
 
 SMALLEST, GRID = 1024, 128  # tokens: the shortest row that is tried, and the search's grid
-MARGIN = 0.97  # of what two short rows foretell: fragments take some
+QUICK = 2.0  # seconds of a step that is taken twice
+ATTENTION = 2  # times the operations of attention: it runs at half of matmuls' speed or better
 LEGEND = (
     "model: weights as they are kept and as they compute, adapters included. peak: the most that a "
-    "training step holds, optimizer included, after one that made its states; steps are eager, in "
+    "training step holds, optimizer and its states included; steps are eager, in "
     "which the peaks are those of compiled blocks within 1%. tok/s: of that step. longest row: one "
     "row, a whole step within so much memory; the next longer one tried, at most 1/16 more, did "
-    "not fit."
+    "not fit, or was known to hold more; or more: longer ones were not asked for; at least: a step "
+    "of longer ones would have taken too long."
 )
 
 
@@ -97,8 +99,10 @@ class MemoryConfig:
     """Search for the longest rows (on a GPU)."""
     most: int = 131_072
     """Tokens of the longest row that is tried: attention's time grows with their square."""
+    slowest: float = 25.0
+    """Seconds of a step on the longest row that is tried, at most, going by those before it."""
     minutes: float = 8.0
-    """No search is begun after so many."""
+    """No row is tried whose step would end after so many."""
     out: str = "runs/bench"
     """Folder for memory.jsonl, memory.md and memory.png; what is there is replaced."""
 
@@ -113,6 +117,7 @@ class Row:
     status: str = "ok"
     reason: str | None = None
     longest: dict[str, int] | None = None  # GiB as a word -> tokens
+    untried: list[str] = field(default_factory=list)  # where more would have taken too long
 
 
 def run_memory(config: MemoryConfig, command: str) -> int:
@@ -127,6 +132,8 @@ def check(config: MemoryConfig) -> None:
     for name in ("rows", "length", "rank", "most"):
         if getattr(config, name) < 1:
             raise UsageError(f"--{name} must be 1 or more, not {getattr(config, name)}")
+    if not config.slowest > 0:
+        raise UsageError(f"--slowest is in seconds, more than 0, not {config.slowest}")
     for limit in config.limits:
         if limit < 0:
             raise UsageError(f"--limits are GiB, 0 or more, not {limit}")
@@ -139,28 +146,43 @@ def check(config: MemoryConfig) -> None:
 # -- steps ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a way trains. gradients: their function for documents of so many tokens at most."""
+
+    learner: Learner
+    gradients: Callable[[int], GradFn]
+    model: VLMConfig
+    device: torch.device
+
+
 @contextmanager
-def learner_of(
-    way: Way, model: VLMConfig, rank: int, longest: int, device: torch.device
-) -> Iterator[tuple[Learner, GradFn]]:
-    """What trains this way, and its gradients; all of it is gone at the end."""
-    bounds = Longest(longest)
+def trained_by(way: Way, model: VLMConfig, rank: int, device: torch.device) -> Iterator[Trained]:
+    """Params, optimizer and gradients of a way, for rows of any length; all of it is gone at the
+    end."""
     if not way.int8:
-        composed = compose(way.config, model, device, bounds)
+
+        def loss_of(length: int) -> Forward:
+            return compose(way.config, model, device, Longest(length)).loss_fn
+
         params, _ = build_params(way.config, model, device, None)
-        learner = Learner(params, way.config, None, composed.dtype)
-        del params
-        backends, loss_fn = composed.backends, composed.loss_fn
+        dtype = compute_dtype(way.config, device)[0]
     else:
-        forward = lora(quantize_int8(vlm(model, longest=bounds)), rank=rank)
-        params = forward.prepare(half_precision(model, device))
-        if way.config.use_gradient_checkpointing:
-            forward = checkpoint(forward)
-        learner = Learner(params, way.config, None, torch.bfloat16)
-        del params
-        backends, loss_fn = choose_backends(way.config, device), fuse_loss(forward)
-    with kernels.override(**backends):
-        yield learner, value_and_grad(loss_fn)
+
+        def forward_of(length: int) -> Forward:
+            return lora(quantize_int8(vlm(model, longest=Longest(length))), rank=rank)
+
+        def loss_of(length: int) -> Forward:
+            forward = forward_of(length)
+            recomputing = way.config.use_gradient_checkpointing
+            return fuse_loss(checkpoint(forward) if recomputing else forward)
+
+        params = forward_of(1).prepare(half_precision(model, device))
+        dtype = torch.bfloat16
+    learner = Learner(params, way.config, None, dtype)
+    del params
+    with kernels.override(**choose_backends(way.config, device)):
+        yield Trained(learner, lambda length: value_and_grad(loss_of(length)), model, device)
 
 
 def half_precision(model: VLMConfig, device: torch.device) -> Tree:
@@ -175,82 +197,76 @@ def model_bytes(learner: Learner) -> int:
     return sum(leaf.untyped_storage().nbytes() for leaf in storages.values())
 
 
-def steps(
-    way: Way, model: VLMConfig, rank: int, rows: int, length: int, device: torch.device
-) -> tuple[int, int | None, float]:
-    """Two steps of ``rows`` rows: bytes of the model, bytes of the second one's peak (None on a
-    CPU), and its seconds."""
-    batches, _ = batches_of(draw_documents(rows, length, 0.0), model.text.vocab_size, rows, True)
-    cuda = device.type == "cuda"
-    with learner_of(way, model, rank, length, device) as (learner, grad_fn):
-        first_loss(learner.train_step(grad_fn, batches))
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        first_loss(learner.train_step(grad_fn, batches))
-        seconds = time.perf_counter() - started
-        peak = torch.cuda.max_memory_allocated() if cuda else None
-        return model_bytes(learner), peak, seconds
+def step(trained: Trained, rows: int, length: int) -> Try:
+    """One of ``rows`` rows; its bytes are 0 on a CPU. Raises torch.OutOfMemoryError, after which
+    another can be taken."""
+    vocab, cuda = trained.model.text.vocab_size, trained.device.type == "cuda"
+    batches, _ = batches_of(draw_documents(rows, length, 0.0), vocab, rows, True)
+    grad_fn = trained.gradients(length)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    first_loss(trained.learner.train_step(grad_fn, batches))
+    seconds = time.perf_counter() - started
+    needed = torch.cuda.max_memory_allocated() if cuda else 0
+    taken = torch.cuda.max_memory_reserved() if cuda else 0
+    return Try(rows * length, needed, taken, seconds)
 
 
-def fits(way: Way, model: VLMConfig, rank: int, tokens: int, device: torch.device) -> bool:
-    """Whether one row of so many tokens trains within what there is."""
-    free(device)
+def attempt(trained: Trained, tokens: int, limit: int) -> Try | None:
+    """A step on one row of so many tokens within so many bytes; None if they do not suffice."""
+    free(trained.device)
     try:
-        steps(way, model, rank, 1, tokens, device)
+        with limited(limit / 2**30, trained.device):
+            return step(trained, 1, tokens)
     except torch.OutOfMemoryError:
-        return False
+        return None
     finally:
-        free(device)
-    return True
+        free(trained.device)  # all that depends on the length is gone
 
 
-def foretold(short: tuple[int, int], long: tuple[int, int], limit: float) -> int:
-    """Tokens at which bytes reach a limit, on the line through two (tokens, bytes).
-
-    >>> foretold((1000, 5_000), (2000, 6_000), 10_000)
-    6000
-    """
-    slope = max((long[1] - short[1]) / (long[0] - short[0]), 1e-9)
-    return max(0, int(long[0] + (limit - long[1]) / slope))
+def work(model: VLMConfig, rows: int, length: int) -> float:
+    """Operations of a step, those of attention counted as often as they may be slower."""
+    none, all_of_it = model.flops_per_token(0), model.flops_per_token(length)
+    return rows * length * (none + ATTENTION * (all_of_it - none))
 
 
 def longest_rows(
     config: MemoryConfig,
-    way: Way,
-    model: VLMConfig,
-    device: torch.device,
+    row: Row,
+    trained: Trained,
     say: Callable[[str], None],
-    late: Callable[[], bool],
-) -> dict[str, int]:
-    """The longest row that trains in each limit, by its name."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    sizes = []
-    for tokens in (2 * SMALLEST, 6 * SMALLEST):
-        free(device)
-        try:
-            _, peak, _ = steps(way, model, config.rank, 1, tokens, device)
-        except torch.OutOfMemoryError:
-            break
-        sizes.append((tokens, peak or 0))
-    free(device)
-    found: dict[str, int] = {}
-    for limit in config.limits:
-        if late():
-            break
-        gib = limit or total / 2**30
-        allowed = MARGIN * min(gib * 2**30, total)
-        guess = foretold(sizes[0], sizes[1], allowed) if len(sizes) == 2 else None
-        with limited(gib, device):
-            tokens = largest(
-                lambda n: fits(way, model, config.rank, n, device),
-                smallest=SMALLEST, most=config.most, grid=GRID, guess=guess,
-            )  # fmt: skip
-        name = limit_name(limit)
-        found[name] = tokens
-        more = " (more was not tried)" if tokens == config.most else ""
-        say(f"{way.label}: the longest row in {name}: {tokens:,}{more}")
-    return found
+    left: Callable[[], float],
+) -> None:
+    """Finds the longest row that trains in each limit. left: seconds until the time is up."""
+    total = torch.cuda.get_device_properties(trained.device).total_memory
+    tokens, first = config.rows * config.length, min(SMALLEST, config.most)
+    peaks, pace = [], None
+    if row.peak_bytes is not None and row.tokens_per_second is not None:
+        # Eight short rows hold what a long one does; a row of half the tokens gives the slope.
+        peaks = [(tokens, row.peak_bytes)]
+        first = max(first, min(tokens // 2, config.most) // GRID * GRID)
+        done = work(trained.model, config.rows, config.length)
+        pace = tokens / row.tokens_per_second / done
+    search = Search(
+        partial(attempt, trained), smallest=SMALLEST, most=config.most, grid=GRID,
+        work=lambda n: work(trained.model, 1, n), slowest=lambda: min(config.slowest, left()),
+        peaks=peaks, pace=pace,
+    )  # fmt: skip
+    if search.foretold(first) <= min(config.slowest, left()):
+        search.attempt_at(first, total)
+    found: dict[str, Found] = {}
+    for gib in sorted(config.limits, key=lambda gib: gib or total):
+        name = limit_name(gib)
+        answer = search.largest(min(int(gib * 2**30), total) if gib else total)
+        if answer is None:
+            say(f"{row.label}: the longest row in {name}: not found in the time")
+            continue
+        found[name] = answer
+        more = {"full": "", "most": " (more was not tried)", "time": " or more (time)"}[answer.end]
+        say(f"{row.label}: the longest row in {name}: {answer.size:,}{more}")
+    row.longest = {name: answer.size for name, answer in found.items()}
+    row.untried = [name for name, answer in found.items() if answer.end == "time"]
 
 
 def limit_name(limit: float) -> str:
@@ -270,21 +286,16 @@ def bench(config: MemoryConfig, device: torch.device, command: str, output: Cons
 
     say = teller(output)
 
-    def late() -> bool:
-        return time.perf_counter() - started > 60 * config.minutes
+    def left() -> float:
+        return 60 * config.minutes - (time.perf_counter() - started)
 
     rows = [Row(key, way.label) for key, way in WAYS.items() if key in (config.only or WAYS)]
+    # The slow ones last: they take no time from the others.
+    order = sorted(rows, key=lambda row: WAYS[row.key].config.dtype == "fp32")
     with (folder / "memory.jsonl").open("w") as lines, quick_collection():
-        for row in rows:
-            measure(config, row, model, device)
-            say(describe(row))
+        for row in order:
+            measure(config, row, model, device, say, left)
             print(json.dumps(asdict(row) | vars(where)), file=lines, flush=True)
-        if config.longest and device.type == "cuda":
-            for row in rows:
-                if row.status != "error" and not late():
-                    search = partial(longest_rows, config, WAYS[row.key], model, device, say, late)
-                    row.longest = search()
-                    print(json.dumps(asdict(row) | vars(where)), file=lines, flush=True)
     records = [json.dumps(asdict(row) | vars(where)) + "\n" for row in rows]
     (folder / "memory.jsonl").write_text("".join(records))
     title = f"memory of a training step, {where.device}, {where.date[:10]}"
@@ -296,26 +307,52 @@ def bench(config: MemoryConfig, device: torch.device, command: str, output: Cons
     return 0
 
 
-def measure(config: MemoryConfig, row: Row, model: VLMConfig, device: torch.device) -> None:
+def measure(
+    config: MemoryConfig,
+    row: Row,
+    model: VLMConfig,
+    device: torch.device,
+    say: Callable[[str], None],
+    left: Callable[[], float],
+) -> None:
     """Fills in a row; what fails is a result."""
     free(device)
     try:
-        row.model_bytes, row.peak_bytes, seconds = steps(
-            WAYS[row.key], model, config.rank, config.rows, config.length, device
-        )
-        row.tokens_per_second = config.rows * config.length / seconds
-    except torch.OutOfMemoryError as error:
+        with trained_by(WAYS[row.key], model, config.rank, device) as trained:
+            row.model_bytes = model_bytes(trained.learner)
+            measure_step(config, row, trained)
+            say(describe(row))
+            if config.longest and device.type == "cuda":
+                longest_rows(config, row, trained, say, left)
+    except torch.OutOfMemoryError as error:  # of its weights
         row.status, row.reason = "out of memory", first_line(error)
+        say(describe(row))
     except Exception as error:  # the others go on
         row.status, row.reason = "error", f"{type(error).__name__}: {first_line(error)}"
+        say(describe(row))
     free(device)
 
 
+def measure_step(config: MemoryConfig, row: Row, trained: Trained) -> None:
+    """A step, after one on two rows that compiles kernels; where it is quick, the second such, for
+    in the first the allocator goes to the device for more."""
+    try:
+        step(trained, min(2, config.rows), config.length)
+        made = step(trained, config.rows, config.length)
+        if made.seconds < QUICK:
+            made = step(trained, config.rows, config.length)
+    except torch.OutOfMemoryError as error:
+        row.status, row.reason = "out of memory", first_line(error)
+        return
+    row.peak_bytes = made.needed or None
+    row.tokens_per_second = config.rows * config.length / made.seconds
+
+
 def describe(row: Row) -> str:
-    if row.model_bytes is None:
+    if row.status != "ok":
         return f"{row.label}: {row.status}: {row.reason}"
     peak = "" if row.peak_bytes is None else f", peak {row.peak_bytes / 2**30:.2f} GiB"
-    return f"{row.label}: model {row.model_bytes / 2**30:.2f} GiB{peak}"
+    return f"{row.label}: model {(row.model_bytes or 0) / 2**30:.2f} GiB{peak}"
 
 
 def headers(config: MemoryConfig) -> tuple[str, ...]:
@@ -329,18 +366,23 @@ def cells(row: Row, config: MemoryConfig) -> tuple[str, ...]:
     def gib(size: int | None) -> str:
         return "" if size is None else f"{size / 2**30:.2f}"
 
-    def tokens(limit: float) -> str:
-        found = (row.longest or {}).get(limit_name(limit))
-        if found is None:
-            return ""
-        return f"{found:,}" + (" or more" if found == config.most else "")
-
     return (
         gib(row.model_bytes) or row.status,
-        gib(row.peak_bytes),
+        gib(row.peak_bytes)
+        or ("" if row.model_bytes is None or row.status == "ok" else row.status),
         "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
-        *(tokens(limit) for limit in config.limits),
+        *(longest_cell(row, limit_name(limit), config) for limit in config.limits),
     )
+
+
+def longest_cell(row: Row, name: str, config: MemoryConfig) -> str:
+    """The longest row in a limit, as the table has it."""
+    found = (row.longest or {}).get(name)
+    if found is None:
+        return ""
+    if name in row.untried:
+        return f"at least {found:,} (time)"
+    return f"{found:,}" + (" or more" if found == config.most else "")
 
 
 def show(rows: Sequence[Row], config: MemoryConfig, output: Console) -> None:
@@ -393,8 +435,7 @@ def draw(path: Path, title: str, rows: Sequence[Row], config: MemoryConfig) -> b
         for name in limits:
             found = (row.longest or {}).get(name)
             values.append(None if found is None else found / 1000)
-            more = " or more" if found == config.most else ""
-            texts.append("" if found is None else f"{found:,}{more}")
+            texts.append(longest_cell(row, name, config))
         group = row.label.partition(", checkpointing")[0]
         bars.append(Bar(row.label, group, tuple(values), tuple(texts)))
     panels = ["model, GiB", *(["peak of a step, GiB"] if peaks else [])]

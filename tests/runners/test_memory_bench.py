@@ -16,8 +16,8 @@ from params import count
 from params.tree import flatten
 from runners.bench import run
 from runners.benchmarks import memory
-from runners.benchmarks.fitting import largest, limited
-from runners.benchmarks.memory import WAYS, MemoryConfig, bench, check, learner_of, model_bytes
+from runners.benchmarks.fitting import Search, Try, largest, limited
+from runners.benchmarks.memory import WAYS, MemoryConfig, bench, check, model_bytes, trained_by
 from runners.cli import UsageError
 from runners.errors import UserError
 
@@ -47,7 +47,8 @@ def test_every_way_trains_and_is_written(tmp_path: Path) -> None:
 def test_model_bytes_of_each_way() -> None:
     sizes = {}
     for key, way in WAYS.items():
-        with learner_of(way, NANO, 2, 16, CPU) as (learner, _):
+        with trained_by(way, NANO, 2, CPU) as trained:
+            learner = trained.learner
             sizes[key] = model_bytes(learner)
             assert sizes[key] == sizes[key.removesuffix("_checkpoint")]
             if way.int8:
@@ -69,7 +70,8 @@ def _fresh() -> dict:
 def test_a_way_trains_what_it_says() -> None:
     """Adapters move, int8 codes and everything else frozen do not."""
     (batches, _) = memory.batches_of(memory.draw_documents(2, 16, 0.0), 128, 2, True)
-    with learner_of(WAYS["int8_checkpoint"], NANO, 2, 16, CPU) as (learner, grad_fn):
+    with trained_by(WAYS["int8_checkpoint"], NANO, 2, CPU) as trained:
+        learner, grad_fn = trained.learner, trained.gradients(16)
         before = {path: leaf.clone() for path, leaf in flatten(learner.params).items()}
         for _ in range(2):  # the gradient of lora_a is zero until lora_b has moved
             learner.train_step(grad_fn, batches)
@@ -81,11 +83,43 @@ def test_running_out_of_memory_is_a_row(tmp_path: Path, monkeypatch) -> None:
     def full(*args: object) -> None:
         raise torch.OutOfMemoryError("full\nof it")
 
-    monkeypatch.setattr(memory, "steps", full)
-    bench(replace(SMALL, out=str(tmp_path), only=("fp32",)), CPU, "", Console(quiet=True))
-    (row,) = map(json.loads, (tmp_path / "memory.jsonl").read_text().splitlines())
-    assert (row["status"], row["reason"], row["model_bytes"]) == ("out of memory", "full", None)
-    assert "- fp32: out of memory: full" in (tmp_path / "memory.md").read_text()
+    for name in ("step", "trained_by"):  # its steps, and already its weights
+        monkeypatch.setattr(memory, name, full)
+        bench(replace(SMALL, out=str(tmp_path), only=("fp32",)), CPU, "", Console(quiet=True))
+        (row,) = map(json.loads, (tmp_path / "memory.jsonl").read_text().splitlines())
+        assert (row["status"], row["reason"]) == ("out of memory", "full")
+        assert (row["model_bytes"] is None) == (name == "trained_by")
+        page = (tmp_path / "memory.md").read_text()
+        assert "| out of memory |" in page
+        assert "- fp32: out of memory: full" in page
+
+
+def test_one_learner_takes_steps_of_any_length(monkeypatch) -> None:
+    made = []
+    for name in ("build_params", "half_precision"):
+        monkeypatch.setattr(memory, name, _counted(getattr(memory, name), made))
+    for key in ("fp32", "bf16_checkpoint", "int8"):
+        made.clear()
+        with trained_by(WAYS[key], NANO, 2, CPU) as trained:
+            for rows, length in ((2, 16), (1, 8), (1, 64)):
+                used = memory.step(trained, rows, length)
+                assert used.size == rows * length
+                assert used.seconds > 0
+        assert len(made) == 1
+
+
+def _counted(function, calls: list):
+    def counted(*args):
+        calls.append(function)
+        return function(*args)
+
+    return counted
+
+
+def test_operations_are_no_fewer_than_counted() -> None:
+    full = 3 * 64 * NANO.flops_per_token(64)
+    assert full < memory.work(NANO, 3, 64) < 2 * full
+    assert memory.work(NANO, 1, 128) > 2 * memory.work(NANO, 2, 32)
 
 
 @pytest.mark.parametrize("guess", [None, 100, 2900, 3100, 90_000, 10**7])
@@ -141,8 +175,116 @@ def test_limits_are_given_back(monkeypatch) -> None:
     assert shares == [0.25, 1.0, 1.0, 1.0]
 
 
-def test_the_longest_rows_of_a_way(monkeypatch) -> None:
-    """With a memory model of 2 GiB and 1 MiB a token."""
+# -- the search -----------------------------------------------------------------------------------
+
+
+class Card:
+    """A device of which a step of some size needs `held(size)` bytes, a twentieth more with
+    fragments, and `seconds(size)`."""
+
+    def __init__(self, held, seconds=lambda size: 1e-6 * size) -> None:
+        self.held, self.seconds = held, seconds
+        self.tried: list[int] = []
+        self.slowest = 0.0
+
+    def attempt(self, size: int, limit: int) -> Try | None:
+        self.tried.append(size)
+        self.slowest = max(self.slowest, self.seconds(size))
+        needed = self.held(size)
+        if 1.05 * needed > limit:
+            return None
+        return Try(size, int(needed), int(1.05 * needed), self.seconds(size))
+
+    def fits(self, limit: int, size: int) -> bool:
+        return 1.05 * self.held(size) <= limit
+
+    def search(self, **options) -> Search:
+        usual = {
+            "smallest": 1024, "most": 200_000, "grid": 128, "work": lambda size: size + size**2,
+            "slowest": lambda: 60.0,
+        }  # fmt: skip
+        return Search(self.attempt, **(usual | options))
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        lambda size: 1000 * size,
+        lambda size: 10**7 + 700 * size,
+        lambda size: max(25 * 10**6, 2 * 10**7 + 300 * size),  # the optimizer holds the most first
+        lambda size: 10**7 + 100 * size + 0.01 * size**2,
+        lambda size: 10**6 + 4e5 * size**0.5,
+    ],
+)
+@pytest.mark.parametrize("hint", [True, False])
+def test_every_limit_is_answered_to_a_sixteenth(held, hint: bool) -> None:
+    card = Card(held)
+    peaks = [(16_384, held(16_384))] if hint else []
+    search = card.search(peaks=peaks)
+    search.attempt_at(8192 if hint else 1024, 10**9)
+    for limit in (10**6, 24 * 10**6, 27 * 10**6, 48 * 10**6, 80 * 10**6, 10**9):
+        found = search.largest(limit)
+        assert found is not None
+        if found.size:
+            assert card.fits(limit, found.size)
+        if found.end == "most":
+            assert found.size == 200_000
+        else:
+            assert found.end == "full"
+            assert not card.fits(limit, max(1024, found.size + max(found.size // 16, 128)))
+    assert len(card.tried) <= 24, card.tried
+
+
+def test_a_line_needs_two_tries_a_limit() -> None:
+    card = Card(lambda size: 10**7 + 1000 * size)
+    search = card.search(peaks=[(16_384, card.held(16_384))])
+    search.attempt_at(8192, 10**9)
+    for i, limit in enumerate((24 * 10**6, 48 * 10**6, 80 * 10**6)):
+        found = search.largest(limit)
+        assert found is not None
+        assert len(card.tried) <= 4 + 2 * i
+
+
+def test_a_try_answers_the_other_limits() -> None:
+    card = Card(lambda size: 1000 * size)
+    search = card.search()
+    search.attempt_at(50_000, 10**9)
+    assert search.known(10**9) == (50_000, None)
+    assert search.known(53 * 10**6) == (50_000, None)  # fragments and all
+    assert search.known(51 * 10**6) == (0, None)  # perhaps
+    assert search.known(49 * 10**6) == (0, 50_000)
+    search.attempt_at(100_000, 90 * 10**6)
+    assert search.known(80 * 10**6) == (50_000, 100_000)
+    assert search.known(95 * 10**6) == (50_000, None)
+
+
+def test_what_would_take_too_long_is_not_tried() -> None:
+    card = Card(lambda size: 10**7 + 10 * size, lambda size: 1e-4 * size + 1e-8 * size**2)
+    search = card.search(
+        slowest=lambda: 20.0, peaks=[(16_384, card.held(16_384))],
+        pace=1.2e-4, work=lambda size: size + 2e-4 * size**2,
+    )  # fmt: skip
+    search.attempt_at(8192, 10**9)
+    found = search.largest(10**9)
+    assert found is not None
+    assert found.end == "time"
+    assert card.slowest <= 20.0 * (17 / 16) ** 2
+    assert card.seconds(found.size) > 20.0 / 2
+    assert len(card.tried) <= 4
+    again = search.largest(2 * 10**9)  # what is known already costs nothing
+    assert again == found
+    assert len(card.tried) <= 4
+
+
+def test_no_time_is_no_answer() -> None:
+    card = Card(lambda size: 10 * size)
+    search = card.search(slowest=lambda: 0.0, pace=1.0)
+    assert search.largest(10**9) is None
+    assert not card.tried
+
+
+def longest_rows_of(monkeypatch, config: MemoryConfig, seconds=lambda tokens: 1e-5 * tokens):
+    """On a card of 64 GiB, by a memory model of 2 GiB and 1 MiB a token."""
 
     class Properties:
         total_memory = 64 * 2**30
@@ -154,31 +296,57 @@ def test_the_longest_rows_of_a_way(monkeypatch) -> None:
     )
     tried = []
 
-    def steps(way, model, rank, rows, tokens, device):
+    def step(trained, rows, tokens):
         needed = 2 * 2**30 + tokens * 2**20
         tried.append(tokens)
         if needed > share[0] * Properties.total_memory:
             raise torch.OutOfMemoryError
-        return 2**30, needed, 1.0
+        return Try(tokens, needed, needed, seconds(tokens))
 
-    monkeypatch.setattr(memory, "steps", steps)
+    monkeypatch.setattr(memory, "step", step)
     monkeypatch.setattr(memory, "free", lambda device: None)
-    config = replace(SMALL, limits=(1.0, 10.0, 0.0), most=30_000)
     said: list[str] = []
-    way = WAYS["bf16"]
-    found = memory.longest_rows(config, way, NANO, CPU, said.append, lambda: False)
+    measured = 2 * 2**30 + 2 * 8192 * 2**20
+    rate = 2 * 8192 / (2 * seconds(8192))
+    row = memory.Row("bf16", WAYS["bf16"].label, 2**30, measured, rate)
+    with trained_by(WAYS["bf16"], NANO, 2, CPU) as trained:
+        memory.longest_rows(config, row, trained, said.append, lambda: 100.0)
+    assert share == [1.0]
+    return row, tried, said
+
+
+def test_the_longest_rows_of_a_way(monkeypatch) -> None:
+    config = replace(SMALL, rows=2, length=8192, limits=(0.0, 1.0, 10.0), most=30_000)
+    row, tried, said = longest_rows_of(monkeypatch, config)
+    found = row.longest
     assert found["1 GiB"] == 0
     assert 8 * 1024 * 15 / 16 <= found["10 GiB"] <= 8 * 1024
     assert found["the card"] == 30_000
-    assert len(tried) < 14
+    assert len(tried) < 8
     assert said[-1].endswith("the longest row in the card: 30,000 (more was not tried)")
-    row = memory.Row("bf16", way.label, 2**30, 2**31, 1.0, longest=found)
-    assert memory.cells(row, config)[-1] == "30,000 or more"
+    assert memory.cells(row, config)[-3:] == ("30,000 or more", "0", f"{found['10 GiB']:,}")
+
+
+def test_rows_that_take_too_long_are_at_least_so_long(monkeypatch, tmp_path: Path) -> None:
+    config = replace(SMALL, rows=2, length=8192, limits=(10.0, 0.0), most=131_072, slowest=5.0)
+    row, tried, said = longest_rows_of(
+        monkeypatch, config, lambda tokens: 1.5e-4 * tokens + 5e-9 * tokens**2
+    )
+    assert 8 * 1024 * 15 / 16 <= row.longest["10 GiB"] <= 8 * 1024
+    assert row.untried == ["the card"]
+    assert 10_000 < row.longest["the card"] < 30_000
+    assert max(tried) < 35_000
+    assert said[-1].endswith(" or more (time)")
+    cell = f"at least {row.longest['the card']:,} (time)"
+    assert memory.cells(row, config)[-1] == cell
+    assert memory.draw(tmp_path / "x.png", "title", [row], config)
 
 
 def test_bad_flags(monkeypatch) -> None:
     with pytest.raises(UsageError, match="--only int4: there are fp32"):
         check(replace(SMALL, only=("int4",)))
+    with pytest.raises(UsageError, match="--slowest is in seconds"):
+        check(replace(SMALL, slowest=0.0))
     with pytest.raises(UsageError, match="--limits are GiB"):
         check(replace(SMALL, limits=(-1.0,)))
     with pytest.raises(UsageError, match="--rank must be 1 or more"):

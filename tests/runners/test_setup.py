@@ -33,6 +33,39 @@ def test_a_job_fits_together(micro: Micro) -> None:
     assert not Path(job.config.runs_dir).exists()
 
 
+@pytest.mark.parametrize("val_batches", [2, 50])  # a part of the rows there are, all
+def test_validation_does_not_depend_on_how_a_step_is_cut(
+    micro: Micro, tmp_path: Path, val_batches: int
+) -> None:
+    sizes = np.random.default_rng(0).integers(1, 40, 900)
+    texts = (f"text {i}: " + "a few words " * n for i, n in enumerate(sizes))
+    (tmp_path / "text.txt").write_text("\n\n".join(texts))
+    found = []
+    for rows, times in ((8, 1), (4, 2), (2, 4), (1, 8)):
+        job = prepare(
+            micro(
+                data=str(tmp_path / "text.txt"), documents="paragraph", val_fraction=0.2,
+                val_batches=val_batches, device_batch_size=rows, grad_accum_steps=times,
+            )
+        )  # fmt: skip
+        assert {len(batch["tokens"]) for batch in job.validation} == {rows * 96}
+        kinds = ("tokens", "labels", "positions")
+        whole = [torch.cat([batch[kind] for batch in job.validation]) for kind in kinds]
+        used = whole[0].view(-1, 96).ne(job.pad).any(1)  # the last batch may have empty rows
+        found.append([kind.view(-1, 96)[used] for kind in whole])
+    assert len(found[0][0]) == 16 if val_batches == 2 else len(found[0][0]) > 30
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_validations_with_pictures_have_as_many_rows(micro: Micro) -> None:
+    sizes = set()
+    for rows, times in ((4, 1), (2, 2), (1, 4)):
+        job = prepare(micro(val_batches=3, device_batch_size=rows, grad_accum_steps=times))
+        sizes.add(sum(len(batch["tokens"]) for batch in job.validation))
+    assert sizes == {3 * 4 * 96}
+
+
 def test_batches_have_one_shape(micro: Micro) -> None:
     job = prepare(micro())
     batches = iter(job.loader)

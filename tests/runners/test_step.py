@@ -200,16 +200,67 @@ def test_values_come_in_order_and_none_is_lost() -> None:
     seen = []
     for number in range(1, 4):
         step = Step(number, 0.1, 10, 1.0)
-        seen += [(s.number, v) for s, v in late.push(step, torch.tensor([float(number)]))]
-    seen += [(s.number, v) for s, v in late.flush()]
+        seen += [(s.number, v) for s, v, _ in late.push(step, torch.tensor([float(number)]))]
+    seen += [(s.number, v) for s, v, _ in late.flush()]
     assert seen == [(1, [1.0]), (2, [2.0]), (3, [3.0])]
 
 
-def test_the_pace_leaves_out_interruptions(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([100.0, 110.0, 115.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    pace = Pace(since=100.0)
-    next(clock)
-    with pace.paused():  # from 110 to 115
-        pass
-    assert pace.since == 105.0
+@pytest.fixture
+def gpu_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """In place of a GPU: ``[when the work given so far ends]``, as its events see it."""
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.end = clock[0]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, other: Any) -> float:
+            return 1e3 * (other.end - self.end)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    plain = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **how: plain(*size, **how))
+    return clock
+
+
+def test_steps_take_what_the_device_took_whenever_they_are_read(gpu_clock: list[float]) -> None:
+    late = Late(torch.device("cuda"))
+    took: list[tuple[int, float]] = []
+    for number, seconds in enumerate((0.5, 0.25, 0.5), 1):
+        gpu_clock[0] += seconds
+        step = Step(number, 0.1, 10, 1.0)
+        took += [(s.number, t) for s, _, t in late.push(step, torch.zeros(1))]
+    assert [number for number, _ in took] == [1, 2]  # one behind
+    took += [(s.number, t) for s, _, t in late.flush()]  # read at once after the one before
+    assert took == [(1, 0.5), (2, 0.25), (3, 0.5)]
+    with late.paused():
+        gpu_clock[0] += 100.0
+    gpu_clock[0] += 0.5
+    assert not list(late.push(Step(4, 0.1, 10, 1.0), torch.zeros(1)))
+    assert [t for _, _, t in late.flush()] == [0.5]
+
+
+def test_the_pace_is_that_of_the_steps_made() -> None:
+    pace = Pace()
+    for number in (1, 2):
+        pace.add(Step(number, 0.1, 1000, 7.0, waited=0.1), seconds=0.5)
+    assert (pace.steps, pace.tokens, pace.flops, pace.seconds) == (2, 2000, 14.0, 1.0)
+    assert pace.waited == pytest.approx(0.2)
+
+
+def test_a_cpu_step_leaves_out_interruptions(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    late = Late(CPU)
+    now[0] = 110.0
+    with late.paused():
+        now[0] = 115.0
+    now[0] = 117.0
+    ((_, _, seconds),) = late.push(Step(1, 0.1, 10, 1.0), torch.zeros(1))
+    assert seconds == 2.0

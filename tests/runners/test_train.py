@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from runners import train as train_module
 from runners.checkpoints import newest_state, open_run
 from runners.config import TrainConfig
 from runners.errors import UserError
+from runners.loop import Late, Read, Step
 from runners.metrics import Display, read_metrics
 from runners.train import train
 
@@ -99,6 +101,27 @@ def test_ctrl_c_saves_a_state_and_exits_cleanly(
     assert state is not None
     assert json.loads((state / "state.json").read_text())["step"] == 2
     assert losses(run(micro(resume="auto"), quiet())) == losses(run(micro(name="b"), quiet()))
+
+
+def test_the_line_of_an_interrupted_step_is_of_that_step(
+    micro: Micro, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU it is read right after the one before, when the run is settled."""
+
+    class Behind(Late):
+        def push(self, step: Step, values: torch.Tensor) -> Iterator[Read]:
+            self._waiting.append((step, values, self._now()))
+            yield from self.flush(keep=1)
+
+    monkeypatch.setattr("runners.loop.Late", Behind)
+    before = time.perf_counter()
+    assert train(micro(stop_at=4), quiet()) is None
+    spent = time.perf_counter() - before
+    rows = read_metrics(Path(micro().runs_dir) / "micro")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    steps: list[Any] = [row["s_per_step"] for row in rows]
+    assert 0 < sum(steps) < spent
+    assert steps[3] > steps[2] / 20  # the time between two reads is a ten-thousandth of a step
 
 
 def test_an_interrupted_command_says_how_to_go_on(
