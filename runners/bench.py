@@ -4,6 +4,7 @@ python -m runners.bench train                # whole training steps, from plain 
     --peers                                  #     and Hugging Face on the same shape
     --lengths 0.7                            #     and documents of many lengths
     --pictures 1 --lengths 0.7               #     and the whole model, a picture in each document
+    --data FILE.json --only graph padded     #     and packed against padded on documents of yours
     --cold_start                             #     and from the program's start to full speed
 python -m runners.bench lengths              # whole steps on rows of 2,048 to 131,072 tokens
 python -m runners.bench components           # attention, MLP, norms, loss, optimizer: each alone

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from core import VLMConfig
 from runners.benchmarks.clock import Clock, DeviceLostError
+from runners.benchmarks.documents import Documents, batches_of, draw_documents
 from runners.benchmarks.entries import (
     Entry,
     Measured,
@@ -26,17 +27,7 @@ from runners.benchmarks.entries import (
     quick_collection,
 )
 from runners.benchmarks.harness import Ceiling
-from runners.benchmarks.ladder import (
-    TOPS,
-    Documents,
-    Plan,
-    Rung,
-    batches_of,
-    draw_documents,
-    ladder,
-    plans,
-    text_only,
-)
+from runners.benchmarks.ladder import TOPS, Plan, Rung, ladder, plans, text_only
 from runners.benchmarks.records import environment
 from runners.benchmarks.report import console, teller
 from runners.benchmarks.step_report import Layout, Report, describe

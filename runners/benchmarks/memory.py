@@ -21,9 +21,10 @@ from params import init_params
 from params.tree import Tree, flatten
 from runners.benchmarks.bars import Bar, draw_bars
 from runners.benchmarks.clock import first_line
+from runners.benchmarks.documents import batches_of, draw_documents
 from runners.benchmarks.entries import first_loss, quick_collection
 from runners.benchmarks.fitting import Found, Search, Try, free, limited
-from runners.benchmarks.ladder import batches_of, draw_documents, text_only
+from runners.benchmarks.ladder import text_only
 from runners.benchmarks.records import Environment, environment
 from runners.benchmarks.report import console, markdown_row, teller
 from runners.benchmarks.training import choose_clock

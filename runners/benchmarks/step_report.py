@@ -14,9 +14,10 @@ from rich.table import Table
 
 from core import VLMConfig
 from runners.benchmarks.bars import Bar, draw_bars
+from runners.benchmarks.documents import Documents
 from runners.benchmarks.entries import Measured, as_record, find, times
 from runners.benchmarks.harness import Ceiling
-from runners.benchmarks.ladder import TOPS, Documents
+from runners.benchmarks.ladder import TOPS
 from runners.benchmarks.records import Environment
 from runners.benchmarks.report import markdown_row
 from runners.benchmarks.roofline import Work, training_step

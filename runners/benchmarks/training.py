@@ -19,6 +19,7 @@ from core import PRESETS, Longest, VLMConfig
 from runners.benchmarks import cold_start, peers
 from runners.benchmarks.ceilings import measure_ceilings
 from runners.benchmarks.clock import Clock, CpuClock, CudaClock, DeviceLostError
+from runners.benchmarks.documents import Documents, batches_of, draw_documents, read_documents
 from runners.benchmarks.entries import (
     Entry,
     Measured,
@@ -28,16 +29,7 @@ from runners.benchmarks.entries import (
     quick_collection,
 )
 from runners.benchmarks.harness import Ceiling
-from runners.benchmarks.ladder import (
-    Documents,
-    Plan,
-    Rung,
-    batches_of,
-    draw_documents,
-    ladder,
-    plans,
-    text_only,
-)
+from runners.benchmarks.ladder import Plan, Rung, ladder, plans, text_only
 from runners.benchmarks.pictures import pictures_of
 from runners.benchmarks.records import environment
 from runners.benchmarks.report import console, teller
@@ -78,6 +70,15 @@ class TrainBenchConfig:
     """Pictures at the head of each document, random, of the preset's size: the whole model trains.
     --lengths is then of the text behind them, in the mean as many tokens as the pictures; 0: each
     has just as many. Rows have room for as many pictures as `runners.train` would plan."""
+    data: str | None = None
+    """Documents of a LLaVA-format .json (or whatever else --data of `runners.train` takes) instead
+    of drawn ones, encoded and packed as training does; the rungs before packing, and `padded`, pad
+    each to the longest. Their pictures are left out, or with --pictures 1 shown: then the whole
+    model trains."""
+    image_root: str | None = None
+    """Folder of the pictures of --data. Default: the file's own."""
+    tokenizer: str | None = None
+    """For --data: a Hugging Face tokenizer.json. Default: one trained on the data."""
     only: tuple[str, ...] = ()
     """Rungs and peers to measure, by the keys that --list prints. Default: all."""
     list: bool = False
@@ -139,14 +140,30 @@ def check(config: TrainBenchConfig) -> None:
             raise UsageError(f"--{name} must be 1 or more, not {getattr(config, name)}")
     if not 0 <= config.lengths < 10:
         raise UsageError(f"--lengths must lie in [0, 10), not {config.lengths}")
-    if config.peers and config.lengths:
-        raise UsageError("--peers measures full rows: leave --lengths out")
+    for name in ("lengths", "data"):
+        if config.peers and getattr(config, name):
+            raise UsageError(f"--peers measures full rows: leave --{name} out")
+    check_data(config)
     check_pictures(config)
     known = known_keys(config)
     for key in config.only:
         if key not in known:
             hint = nearest(key, list(known))
             raise UsageError(f"--only {key}: there are {', '.join(known)}{hint}")
+
+
+def check_data(config: TrainBenchConfig) -> None:
+    if config.data is None:
+        for name in ("image_root", "tokenizer"):
+            if getattr(config, name) is not None:
+                raise UsageError(f"--{name} goes with --data, which is not given")
+        return
+    if config.lengths:
+        raise UsageError("--data has lengths of its own: leave --lengths out")
+    if config.pictures > 1:
+        raise UsageError("--data has pictures of its own: --pictures is 1, to show them, or 0")
+    if config.data == "shapes" and not config.pictures:
+        raise UsageError("--data shapes is nothing without its pictures: give --pictures 1")
 
 
 def check_pictures(config: TrainBenchConfig) -> None:
@@ -159,7 +176,7 @@ def check_pictures(config: TrainBenchConfig) -> None:
             raise UsageError(f"--{name} measures text alone: leave --pictures out")
     with explained(f"--pictures {config.pictures} with --preset {config.preset}"):
         pictures = pictures_of(model_config(starting_config(config)), config.pictures)
-    if pictures is not None and pictures.tokens >= config.length:
+    if config.data is None and pictures is not None and pictures.tokens >= config.length:
         raise UsageError(
             f"--pictures {config.pictures} take {pictures.tokens} tokens, and text comes behind "
             f"them: --length must be more than {config.length}"
@@ -167,7 +184,8 @@ def check_pictures(config: TrainBenchConfig) -> None:
 
 
 def rungs_of(config: TrainBenchConfig, graphs: bool) -> tuple[Rung, ...]:
-    return ladder(config.rows, config.lengths > 0 or config.pictures > 0, graphs)
+    ragged = config.lengths > 0 or config.pictures > 0 or config.data is not None
+    return ladder(config.rows, ragged, graphs)
 
 
 def known_keys(config: TrainBenchConfig) -> dict[str, str]:
@@ -182,6 +200,20 @@ def starting_config(config: TrainBenchConfig) -> TrainConfig:
         preset=config.preset, override=(*config.override, *without), device="auto",
         sequence_len=config.length, lr=1e-4, schedule="constant", warmup_steps=0,
     )  # fmt: skip
+
+
+def documents_of(config: TrainBenchConfig) -> tuple[Documents, VLMConfig]:
+    """What a step is made of, and the model that learns it. Raises UserError for bad --data."""
+    start = starting_config(config)
+    model = model_config(start)
+    if config.data is not None:
+        data = replace(
+            start, data=config.data, image_root=config.image_root, tokenizer=config.tokenizer,
+            val_fraction=0.0,
+        )  # fmt: skip
+        return read_documents(data, model, config.rows)
+    pictures = pictures_of(model, config.pictures)
+    return draw_documents(config.rows, config.length, config.lengths, pictures=pictures), model
 
 
 class Programs:
@@ -211,7 +243,7 @@ class Programs:
 @contextmanager
 def training(plan: Plan, documents: Documents, programs: Programs) -> Iterator[Step]:
     """A rung's step, as `runners.train` takes it: params, optimizer and gradients of its own."""
-    at_once = plan.config.device_batch_size
+    at_once = documents.rows_at_once(plan.config.device_batch_size, plan.packed)
     vocab = programs.model.text.vocab_size
     batches, longest = batches_of(documents, vocab, at_once, plan.packed)
     with learning(plan, longest, programs) as (learner, grad_fn):
@@ -280,9 +312,7 @@ def bench(
     started = time.perf_counter()
 
     say = teller(output)
-    model = model_config(starting_config(config))
-    pictures = pictures_of(model, config.pictures)
-    documents = draw_documents(config.rows, config.length, config.lengths, pictures=pictures)
+    documents, model = documents_of(config)
     lost: str | None = None
     with clock.session(), strict_fp32(), quick_collection():
         where = environment(clock.device, command, ceilings(clock))
@@ -339,20 +369,22 @@ def take_turns(
 
 def about(model: VLMConfig, documents: Documents) -> str:
     count = len(documents.lengths)
-    kind = "each a row" if documents.full else f"mean {documents.tokens / count:.0f}"
+    at_once = f" ({documents.rows_at_once(len(documents.rows), False)} at once)"
+    shortest, longest = min(documents.lengths), max(documents.lengths)
+    mean = f"mean {documents.tokens / count:.0f}, {shortest:,} to {longest:,}"
+    kind = "each a row" if documents.full else mean
     return (
         f"{model.num_params():,} parameters; a step: {documents.tokens:,} tokens in "
         f"{count} documents ({kind}), {len(documents.rows)} rows of {documents.row_len:,} packed"
-        + ("" if documents.full else f", {count} of {documents.padded_len():,} padded")
+        + ("" if documents.full else f", {count} of {documents.padded_len():,} padded{at_once}")
         + about_pictures(documents)
     )
 
 
 def about_pictures(documents: Documents) -> str:
-    pictures, spec = documents.pictures, documents.spec
-    if pictures is None or spec is None:
+    images, spec = documents.images, documents.spec
+    if images is None or spec is None:
         return ""
-    images = pictures.images
     patches = images.square_patches
     return (
         f"; {documents.shown} pictures of {images.image_size} px ({patches:,} patches, "

@@ -15,7 +15,8 @@ from core import PRESETS
 from runners.bench import run
 from runners.benchmarks import lengths, training
 from runners.benchmarks.clock import CpuClock
-from runners.benchmarks.ladder import batches_of, draw_documents, text_only
+from runners.benchmarks.documents import batches_of, draw_documents
+from runners.benchmarks.ladder import text_only
 from runners.benchmarks.lengths import LengthsConfig, bench, check, lines_of
 from runners.cli import UsageError
 from runners.config import parse_config

@@ -15,7 +15,8 @@ from core.batch import IGNORE
 from core.config import ProjectorConfig, TextConfig, VisionConfig, VLMConfig
 from runners.benchmarks import training
 from runners.benchmarks.clock import CpuClock
-from runners.benchmarks.ladder import PAD, Documents, batches_of, draw_documents, ladder
+from runners.benchmarks.documents import PAD, Documents, batches_of, draw_documents
+from runners.benchmarks.ladder import ladder
 from runners.benchmarks.pictures import MARK, pictures_of
 from runners.benchmarks.roofline import training_step
 from runners.benchmarks.training import TrainBenchConfig, bench, check

@@ -23,17 +23,9 @@ from core.config import TextConfig, VLMConfig
 from runners.bench import run
 from runners.benchmarks import cold_start, entries, peers, training
 from runners.benchmarks.clock import CpuClock, DeviceLostError
+from runners.benchmarks.documents import PAD, Documents, batches_of, draw_documents
 from runners.benchmarks.entries import Entry, Measured, Pace, measure_round
-from runners.benchmarks.ladder import (
-    PAD,
-    TOPS,
-    Documents,
-    batches_of,
-    draw_documents,
-    ladder,
-    plans,
-    text_only,
-)
+from runners.benchmarks.ladder import TOPS, ladder, plans, text_only
 from runners.benchmarks.roofline import optimizer_bytes, pairs, training_step
 from runners.benchmarks.training import Programs, TrainBenchConfig, bench, check
 from runners.cli import UsageError
@@ -92,6 +84,17 @@ def test_rungs_differ_by_the_flags_they_name_and_by_nothing_else(ragged: bool) -
                 "graph", "checkpoint", "checkpoint_half", "bf16_checkpoint", "fp8",
             )  # fmt: skip
     assert ("packing" in made) == ("padded" in made) == ragged
+    assert all(plan.packed or ragged for plan in made.values())
+
+
+def test_without_packing_its_children_stand_on_its_parent() -> None:
+    with_it, without = ({rung.key: rung for rung in ladder(8, ragged)} for ragged in (True, False))
+    assert set(with_it) - set(without) == {"packing", "padded"}
+    assert (with_it["flash"].parent, without["flash"].parent) == ("packing", "adamw")
+    for key in set(without) - {"flash"}:
+        assert without[key].parent == with_it[key].parent
+    assert "padded" in with_it["baseline"].flags()
+    assert "row" not in without["baseline"].flags()
 
 
 def test_the_top_of_the_ladder_is_what_the_trainer_does_by_default() -> None:
@@ -165,6 +168,17 @@ def test_lengths_are_drawn_as_said() -> None:
     assert 0.85 < mean / 512 < 1.1  # the mean of about 256 draws, each with a deviation of 0.8 mean
     assert documents.tokens / (64 * 2048) > 0.98  # packed nearly full
     assert max(documents.lengths) <= documents.padded_len() < max(documents.lengths) + 8
+
+
+def test_padded_rows_at_once_take_as_many_tokens_as_packed_ones() -> None:
+    documents = Documents(((96, 90) * 10,) * 2 + ((91,) * 7,), 2048)  # 47 of 96 when padded
+    assert documents.rows_at_once(8, True) == 8
+    assert documents.rows_at_once(1, False) == 1
+    assert documents.rows_at_once(3, False) == 47  # up to 64
+    assert documents.rows_at_once(2, False) == 24  # up to 42: twice 24
+    wide = Documents(((1900,), (1500, 500), (1000, 1000)), 2048)
+    assert wide.rows_at_once(2, False) == 2
+    assert wide.rows_at_once(3, False) == 3
 
 
 def test_full_rows_are_one_document_each() -> None:
