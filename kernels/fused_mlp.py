@@ -72,7 +72,7 @@ def gated_reference(
 def _chunks(rows: int, width: int, size: int) -> Iterator[slice]:
     """Rows at a time of a recomputed MLP, whose three [rows, F] are to stay small."""
     most = max(128, _CHUNK_BYTES // (3 * width * size) // 128 * 128)
-    for start in range(0, rows, most):
+    for start in range(0, max(1, rows), most):
         yield slice(start, start + most)
 
 
@@ -124,21 +124,27 @@ def _gated_gradients(
     """The gradients of x, norm_weight, gate, up and down (empty where not asked for).
 
     overwrite: the memory of a and b becomes that of gradients (in Triton). Beside them [..., F] is
-    allocated once then, else three times.
+    allocated once then, else three times; and while it is, nothing else that can wait.
     """
     dy, dtype = rows_of(grad), gate.dtype
     back, forth = needs_input or needs[0], needs[1] or needs[2]
-    h: Tensor | None = None
-    if a is None or (forth and not (back and norm_triton)):
-        h = rows_of(norm_again(x, norm_weight, eps, norm_triton)).to(dtype)
-    dh = dy.new_empty(len(dy), gate.shape[1]) if back else nothing(dy)
+    later = back and norm_triton  # the norm's backward makes h in passing
     chunks = [slice(None)] if a is not None else [*_chunks(len(dy), len(gate), gate.element_size())]
+    h: Tensor | None = None
+    if a is None or (forth and not later):
+        h = rows_of(norm_again(x, norm_weight, eps, norm_triton)).to(dtype)
     # several chunks are added up in fp32, as one product adds up its terms
     wide = dtype if len(chunks) == 1 else torch.promote_types(dtype, torch.float32)
-    d_gate, d_up, d_down = (
-        torch.empty_like(weight, dtype=wide) if need else nothing(weight)
-        for weight, need in zip((gate, up, down), needs[1:], strict=True)
-    )
+    learnt: dict[str, Tensor] = {}
+
+    def learn(name: str, need: bool, grad: Tensor, given: Tensor) -> None:
+        if need:
+            first = name not in learnt
+            if first:
+                learnt[name] = grad.new_empty(grad.shape[1], given.shape[1], dtype=wide)
+            add_product(learnt[name], grad.t(), given, first)
+
+    dh: Tensor | None = None
     da = db = act = None
     for here in chunks:
         del da, db, act  # before the next
@@ -147,23 +153,28 @@ def _gated_gradients(
         else:
             assert h is not None
             of_gate, of_up = (linear_reference(h[here], w, None) for w in (gate, up))
-        d_act = torch.mm(dy[here], down)
-        spend, first = overwrite or a is None, not here.start
+            if later and len(chunks) == 1:
+                h = None
         act = None if glu_triton or not needs[3] else glu(of_gate, of_up, "swiglu", False)
-        da, db, value = glu_gradients(d_act, of_gate, of_up, "swiglu", glu_triton, needs[3], spend)
+        spend = overwrite or a is None
+        da, db, value = glu_gradients(
+            torch.mm(dy[here], down), of_gate, of_up, "swiglu", glu_triton, needs[3], spend
+        )
         act = value if act is None else act
-        del of_gate, of_up, d_act, value
-        if needs[3] and act is not None:
-            add_product(d_down, dy[here].t(), act.to(dtype), first)
+        del of_gate, of_up, value
+        if act is not None:
+            learn("down", needs[3], dy[here], act.to(dtype))
+            act = None
         if back:
+            dh = dy.new_empty(len(dy), gate.shape[1]) if dh is None else dh
             torch.mm(da, gate, out=dh[here])
             dh[here].addmm_(db, up)  # added where the product is made, in fp32
         if h is not None:
-            _learn(needs, (d_gate, d_up), (da, db), h[here], first)
-    act = None
+            learn("gate", needs[1], da, h[here])
+            learn("up", needs[2], db, h[here])
     dx: Tensor | None = None
     dw: Tensor | None = None
-    if back:
+    if dh is not None:
         dx, dw, made = norm_gradients(
             dh.view(x.shape), grad_total, x, norm_weight, r, eps, norm_triton, needs[0],
             forth and h is None,
@@ -171,27 +182,15 @@ def _gated_gradients(
         if made is not None:
             assert da is not None
             assert db is not None
-            _learn(needs, (d_gate, d_up), (da, db), rows_of(made).to(dtype), True)
+            made = rows_of(made).to(dtype)
+            learn("gate", needs[1], da, made)
+            learn("up", needs[2], db, made)
+    weights = {"gate": gate, "up": up, "down": down}
     return [
         nothing(x) if dx is None else dx,
         nothing(norm_weight) if dw is None else dw,
-        d_gate.to(dtype),
-        d_up.to(dtype),
-        d_down.to(dtype),
+        *(learnt[n].to(dtype) if n in learnt else nothing(w) for n, w in weights.items()),
     ]
-
-
-def _learn(
-    needs: Sequence[bool],
-    totals: tuple[Tensor, Tensor],
-    grads: tuple[Tensor, Tensor],
-    h: Tensor,
-    first: bool,
-) -> None:
-    """Adds some rows' share to the gradients of gate and up, or writes it."""
-    for need, total, grad in zip(needs[1:3], totals, grads, strict=True):
-        if need:
-            add_product(total, grad.t(), h, first)
 
 
 _gated_op = operator("gated_mlp_backward")(_gated_gradients)

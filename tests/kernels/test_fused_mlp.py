@@ -197,6 +197,47 @@ def test_rows_at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(a, b, rtol=2 * torch.finfo(BF16).eps, atol=0)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_no_rows(keep: bool) -> None:
+    leaves = bf16_inputs(0)
+    y, total = gated(*leaves, keep=keep)
+    grads = torch.autograd.grad(y.sum() + total.sum(), leaves)
+    assert y.shape == total.shape == (0, 32)
+    assert all(g.shape == leaf.shape and not g.any() for g, leaf in zip(grads, leaves, strict=True))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_lives_at_the_worst_moment(
+    keep: bool, allocations_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside what gate and up gave the gradient of the activation alone: not h, which made them,
+    nor its gradient, nor a weight's. Then, in their place, what the norm's backward is made of."""
+    rows, inner = 4096, 48
+    x, _, norm, *weights = (t.detach() for t in bf16_inputs(rows))
+    h, total, r = fused.add_norm(x, None, norm, EPS, False)
+    made = tuple(F.linear(h, weight) for weight in weights[:2]) if keep else (None, None)
+    inputs = (torch.ones_like(x), torch.ones_like(x), total, norm, *weights, r)
+    living: list[int] = []
+
+    def watched(name: str, outs: Callable[..., Any]) -> None:
+        def look(*args: Any) -> Any:
+            living.append(allocations.living())
+            return outs(*args)
+
+        monkeypatch.setattr(fused, name, look)
+
+    # as the kernels do, in place; whatever the numbers are
+    watched("glu_gradients", lambda grad, gate, up, *_: (gate, grad, up))
+    watched("norm_gradients", lambda grad, *_: (grad, norm, grad))
+    right = fused.norm_again
+    monkeypatch.setattr(fused, "norm_again", lambda *args: right(*args[:-1], False))
+    given = (t for t in (*inputs, *made) if t is not None)
+    with torch.no_grad(), allocations_in(*given) as allocations:
+        fused._gated_gradients(*inputs, *made, EPS, True, True, True, [True] * 4, True)
+    wide, of_h, of_down = (2 * rows * inner, 2 * rows * 32, weights[2].nbytes)
+    assert living == [(1 if keep else 3) * wide, (1 if keep else 2) * wide + of_h + of_down]
+
+
 LEARN = ["100000", "001000", "000100", "000010", "000001", "111111", "110000", "000101"]
 
 
