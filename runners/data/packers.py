@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import weakref
 from collections.abc import Iterator
 
@@ -29,7 +31,15 @@ class Packer:
         # Also runs at exit, and when the owner forgets.
         self.close = weakref.finalize(self, process.close, [self._process], group=True)
         level = logging.getLogger("runners").getEffectiveLevel()
-        self._job = (stream, state, job, workers, prefetch, level)
+        # Now, so that the workers start while the caller has other things to do; in a thread,
+        # because a socket takes only so much before the other end reads, and it is still importing.
+        told = (stream, state, job, workers, prefetch, level)
+        self._sender = threading.Thread(target=self._tell, args=(told,), daemon=True)
+        self._sender.start()
+
+    def _tell(self, job: object) -> None:
+        with contextlib.suppress(Gone, OSError):  # `receive` finds out too
+            self._process.link.send(job)
 
     def batches(self) -> Iterator[tuple[Batch, bytes]]:
         """Batches with the pickled state after each.
@@ -39,7 +49,7 @@ class Packer:
         """
         link, popen = self._process
         try:
-            link.send(self._job)
+            self._sender.join()
             while True:
                 told, arrays = link.receive()
                 if isinstance(told, logging.LogRecord):

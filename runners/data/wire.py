@@ -9,6 +9,7 @@ over: they end with the last process that maps them.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import pickle
@@ -68,6 +69,8 @@ class Link:
 
     def close(self) -> None:
         """What was received stays valid."""
+        with contextlib.suppress(OSError):  # the other end may have gone
+            self._end.shutdown(socket.SHUT_RDWR)  # ends a `send` of another thread, too
         self._end.close()
 
     def lend(self, shapes: Shapes) -> Loan:

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import os
+import select
 import subprocess
 import sys
 import textwrap
@@ -132,6 +133,28 @@ def test_a_loader_that_was_started_hands_out_what_it_began(
     assert loader._running is not begun
     loader.close()
     assert all(same(a, b) for a, b in zip(pieces, whole, strict=True))
+
+
+def test_a_started_loader_makes_batches_before_they_are_asked_for(
+    started: list[process.Process], encoder: Encoder, spec: PackSpec
+):
+    loader = Loader(Shapes(size=32), encoder, spec, workers=1)
+    loader.start()
+    readable, _, _ = select.select([started[0].link], [], [], 60)
+    assert readable  # a batch lies there
+    loader.close()
+
+
+def test_a_loader_closed_amid_its_start_ends(
+    started: list[process.Process], encoder: Encoder, spec: PackSpec
+):
+    """Its job is larger than a socket takes before the other end reads."""
+    source = Shapes(size=32)
+    source.burden = b"0" * 2**24
+    loader = Loader(source, encoder, spec, workers=1)
+    loader.start()
+    loader.close()
+    assert_all_ended(started[0])
 
 
 def test_a_loader_that_was_started_ends_unused(
