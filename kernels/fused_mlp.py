@@ -196,7 +196,32 @@ def _gated_gradients(
 _gated_op = operator("gated_mlp_backward")(_gated_gradients)
 
 
+@operator("gated_mlp_backward_", mutates=("a", "b"))
+def _last_gated_op(
+    grad: Tensor,
+    grad_total: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    r: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: float,
+    norm_triton: bool,
+    glu_triton: bool,
+    needs_input: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    return _gated_gradients(
+        grad, grad_total, x, norm_weight, gate, up, down, r, a, b,
+        eps, norm_triton, glu_triton, needs_input, needs, overwrite=True,
+    )  # fmt: skip
+
+
 @fake("gated_mlp_backward")
+@fake("gated_mlp_backward_")
 def _(
     grad: Tensor,
     grad_total: Tensor,
@@ -232,12 +257,9 @@ def _gated_backward(
     alone: bool,
 ) -> tuple[Tensor | None, ...]:
     r, a, b = kept if keep else (kept[0], None, None)
-    # Eager, and for the last time: nobody sees what happens to a and b, so no operator has to say.
-    spend = alone and keep and is_last_backward(grads[0])
-    call: Any = _gated_gradients if spend else _gated_op
-    made = call(
-        *grads, *tensors, r, a, b, eps, norm_triton, glu_triton, needs[0], list(needs[1:]), spend
-    )
+    last = alone and keep and is_last_backward(grads[0])
+    op = _last_gated_op if last else _gated_op
+    made = op(*grads, *tensors, r, a, b, eps, norm_triton, glu_triton, needs[0], list(needs[1:]))
     return tuple(g if need else None for g, need in zip(made, needs, strict=True))
 
 
@@ -282,7 +304,9 @@ def _apply_gated(
     )  # fmt: skip
 
 
-@register_flop_formula(torch.ops.nanovision.gated_mlp_backward)
+@register_flop_formula(
+    [torch.ops.nanovision.gated_mlp_backward, torch.ops.nanovision.gated_mlp_backward_]
+)
 def _gated_flops(
     grad: Sequence[int],
     grad_total: Any,
@@ -359,7 +383,22 @@ def _gelu_gradients(
 _gelu_op = operator("gelu_mlp_backward")(_gelu_gradients)
 
 
+@operator("gelu_mlp_backward_", mutates=("pre",))
+def _last_gelu_op(
+    grad: Tensor,
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    pre: Tensor,
+    like_bias: Tensor | None,
+    backend: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    return _gelu_gradients(grad, x, up, down, pre, like_bias, backend, needs, overwrite=True)
+
+
 @fake("gelu_mlp_backward")
+@fake("gelu_mlp_backward_")
 def _(
     grad: Tensor, x: Tensor, up: Tensor, down: Tensor, pre: Tensor, like_bias: Tensor | None,
     backend: str, needs: Sequence[bool], overwrite: bool = False,
@@ -380,9 +419,8 @@ def _gelu_backward(
     x, up, up_bias, down, down_bias = tensors
     made: Sequence[Tensor | None] = (None,) * 4
     if any(needs[:4]):
-        spend = alone and is_last_backward(grad)
-        call: Any = _gelu_gradients if spend else _gelu_op
-        made = call(grad, x, up, down, kept[0], up_bias, backend, list(needs[:4]), spend)
+        op = _last_gelu_op if alone and is_last_backward(grad) else _gelu_op
+        made = op(grad, x, up, down, kept[0], up_bias, backend, list(needs[:4]))
     d_bias = None
     if needs[4] and down_bias is not None:
         d_bias = bias_gradient(grad, down_bias, backend != "torch")
@@ -422,7 +460,9 @@ def _apply_gelu(
     return run(GELU_MLP, x, up, up_bias, down, down_bias, backend=backend, alone=_alone())
 
 
-@register_flop_formula(torch.ops.nanovision.gelu_mlp_backward)
+@register_flop_formula(
+    [torch.ops.nanovision.gelu_mlp_backward, torch.ops.nanovision.gelu_mlp_backward_]
+)
 def _gelu_flops(
     grad: Sequence[int], x: Sequence[int], up: Sequence[int], down: Sequence[int], pre: Any,
     like_bias: Any, backend: str, needs: Sequence[bool], *_: Any, **__: Any,

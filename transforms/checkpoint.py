@@ -16,7 +16,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from core.forward import Forward, Rule, SiteInfo
@@ -75,6 +79,8 @@ def checkpoint(
         raise ValueError(f"every must be 1 or more, not {every}")
     check_legal(forward, "checkpoint")
 
+    native = not any(site.foreign for site in forward.sites)
+
     def chosen(site: SiteInfo) -> bool:
         index = site.path.rpartition(".")[2]
         return not index.isdigit() or int(index) % every == 0
@@ -85,7 +91,7 @@ def checkpoint(
         ready: Policy = policy if keep is None else keep
 
         def wrap(f: Callable[..., Any], path: str) -> Callable[..., Any]:
-            return rematerialize(f, ready)
+            return rematerialize(f, ready, to_the_end=native)
 
         again = keep is None or not keep("aten.mm")
         return forward.with_rule(Rule("block", wrap, chosen, "checkpoint", recomputes=again))
@@ -114,12 +120,19 @@ def keeper(policy: Policy) -> Keep | None:
     return (lambda op: any(keep(op) for keep in keeps)) if keeps else None
 
 
-def rematerialize(f: Callable[..., Any], policy: Policy = "nothing") -> Callable[..., Any]:
+def rematerialize(
+    f: Callable[..., Any], policy: Policy = "nothing", *, to_the_end: bool = False
+) -> Callable[..., Any]:
     """``f`` with the same value and gradients, which keeps its arguments and forgets the rest.
 
     policy: as in :func:`checkpoint`. Every tensor that is to be differentiated must be an argument
     (in any nesting of dicts, lists and tuples), not captured by closure. Random numbers drawn
     inside are drawn again.
+
+    to_the_end: under eager autograd ``f`` is run again as a whole, not only up to the last tensor
+    that backward needs. PyTorch ends it there by an exception; if it is thrown where an autograd
+    Function keeps an output of its own, as that of a native block's MLP does, then a cycle is left,
+    and all that the block made lives on until the garbage collector comes by.
     """
     keep = keeper(policy)
     offload = policy == "offload"
@@ -144,10 +157,14 @@ def rematerialize(f: Callable[..., Any], policy: Policy = "nothing") -> Callable
             return functional(f, keep)(*args, **kwargs)
         if offload:
             return offloaded(functional(f))(*args, **kwargs)
-        if keep is None:
-            return torch_checkpoint(f, *args, use_reentrant=False, **kwargs)
-        contexts = partial(create_selective_checkpoint_contexts, partial(_decide, keep))
-        return torch_checkpoint(f, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        again = partial(torch_checkpoint, f, use_reentrant=False)
+        if keep is not None:
+            contexts = partial(create_selective_checkpoint_contexts, partial(_decide, keep))
+            again = partial(again, context_fn=contexts)
+        if compiling or not to_the_end:
+            return again(*args, **kwargs)
+        with set_checkpoint_early_stop(False):
+            return again(*args, **kwargs)
 
     return run
 
