@@ -649,11 +649,7 @@ def add_norm_linears(
     where = "add_norm_linears"
     check_norm_linears(where, x, norm_weight, weights, biases, eps)
     check_floating(where, x=x, residual=residual)
-    if residual is not None and (x.shape != residual.shape or x.dtype != residual.dtype):
-        raise ValueError(
-            f"{where}: x is {tuple(x.shape)} {x.dtype} but residual is "
-            f"{tuple(residual.shape)} {residual.dtype}; they must be alike."
-        )
+    check_residual(where, x, residual)
     triton = choose("rms_norm", str(x.device), x.dtype) == "triton"
     *outs, total = _apply_add_norm_linears(x, residual, norm_weight, eps, triton, *weights, *biases)
     return tuple(outs), total
@@ -687,6 +683,15 @@ def check_norm_linears(
         raise ValueError(
             f"{where}: norm_weight must have shape [{x.shape[-1]}] to match x {tuple(x.shape)}, "
             f"got {tuple(norm_weight.shape)}."
+        )
+
+
+def check_residual(where: str, x: Tensor, residual: Tensor | None) -> None:
+    """ValueError unless the two may be added without a cast."""
+    if residual is not None and (x.shape != residual.shape or x.dtype != residual.dtype):
+        raise ValueError(
+            f"{where}: x is {tuple(x.shape)} {x.dtype} but residual is "
+            f"{tuple(residual.shape)} {residual.dtype}; they must be alike."
         )
 
 

@@ -13,6 +13,7 @@ gradients: [N, F] twice, of the most that the backward of a block holds.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,10 +25,21 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels.cross_entropy import is_last_backward
 from kernels.dispatch import choose
 from kernels.dynamo import allow_in_graph
-from kernels.functions import Dims, Op, Tensors, check_floating, fold_all, rows_of, run, run_of_sum
+from kernels.functions import (
+    Dims,
+    Op,
+    Tensors,
+    check_floating,
+    fold_all,
+    fold_rows,
+    rows_of,
+    run,
+    run_of_sum,
+)
 from kernels.fused_linear import (
     add_norm,
     check_norm_linears,
+    check_residual,
     glu,
     glu_gradients,
     like,
@@ -427,12 +439,6 @@ def _gelu_backward(
     return (*(g if need else None for g, need in zip(made, needs, strict=False)), d_bias)
 
 
-def _gelu_fold(batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
-    if any(dim is not None for dim in dims[1:]):
-        return None
-    return fold_all(batch_size, dims[:1], tensors[:1]) + tensors[1:]
-
-
 def _gelu_fold_backward(
     batch_size: int, needs: tuple[bool, ...], dims: Dims, saved: Tensors
 ) -> Tensors | None:
@@ -447,7 +453,7 @@ GELU_MLP = Op(
     gelu_reference,
     _gelu_forward,
     _gelu_backward,
-    fold=_gelu_fold,
+    fold=functools.partial(fold_rows, 1),
     fold_backward=_gelu_fold_backward,
 )
 
@@ -522,11 +528,7 @@ def add_norm_gated_mlp(
             f"{gate.dtype} {tuple(gate.shape)}, {tuple(up.shape)} and {down.dtype} "
             f"{tuple(down.shape)}."
         )
-    if residual is not None and (x.shape != residual.shape or x.dtype != residual.dtype):
-        raise ValueError(
-            f"{where}: x is {tuple(x.shape)} {x.dtype} but residual is "
-            f"{tuple(residual.shape)} {residual.dtype}; they must be alike."
-        )
+    check_residual(where, x, residual)
     norm_triton, glu_triton = (
         choose(op, str(x.device), dtype) == "triton"
         for op, dtype in (("rms_norm", x.dtype), ("swiglu", gate.dtype))
