@@ -188,6 +188,46 @@ def why_not(
     large: bool = False,
 ) -> str | None:
     """Why a backend cannot serve a call, as a clause ("needs a CUDA GPU"), or None if it can."""
+    problem = _why_not(
+        op, backend, device, dtype, head_dim, readable, compiling, window, length, large
+    )
+    return _library_problem(backend) if problem is None and op == "attention" else problem
+
+
+def wants_flash_attn_4(
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    group: int,
+    max_seqlen: int | None,
+    length: int | None,
+    window: int | None,
+) -> bool:
+    """Whether `choose` takes flash-attn 4 for an attention if it is installed, without a look at
+    whether it is, which would import it."""
+    asked = requested("attention")
+    order = (asked,) if asked else _attention_order(device, group, max_seqlen, length, window)
+    if order[0] != "flash-attn-4":
+        return False
+    return (
+        _why_not("attention", "flash-attn-4", device, dtype, head_dim, length=length, window=window)
+        is None
+    )
+
+
+def _why_not(
+    op: str,
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    readable: bool = True,
+    compiling: bool = False,
+    window: int | None = None,
+    length: int | None = None,
+    large: bool = False,
+) -> str | None:
+    """`why_not` of all but the library."""
     if op == "layer_norm" and backend == "triton" and head_dim > 8192:
         return f"keeps rows in registers, of up to 8192 entries, not {head_dim}"
     if op == "fp8_linear" and backend == "triton" and torch.device(device).type == "cuda":
@@ -231,7 +271,7 @@ def why_not(
         return "counts the entries of q's gradient in 32 bits"
     if head_dim not in PROVED[backend]:
         return f"is not proved for head size {head_dim}"
-    return _library_problem(backend)
+    return None
 
 
 def _gelu_line(device: str, dtype: torch.dtype) -> str:

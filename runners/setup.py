@@ -16,6 +16,7 @@ import torch
 from core import Batch, Longest, VLMConfig, check_batch
 from params import flatten, init_params
 from params.tree import Tree
+from runners import compile_ahead
 from runners.checkpoints import TOKENIZER, State, load_state, load_weights, open_run
 from runners.cli import explained
 from runners.compose import Composed, choose_device, compose
@@ -28,7 +29,7 @@ from runners.data.tokenizer import ChatTokenizer, load_tokenizer, sample_texts, 
 from runners.data.types import BadRecordError, Document, Source, spread
 from runners.errors import UserError
 from runners.sources import Sources, open_sources
-from runners.warming import warming
+from runners.warming import attentions, warming
 from transforms import cast_matrices, trainable
 
 SAMPLE = 256  # documents looked at to size the batches
@@ -92,6 +93,7 @@ def _prepare(
     unfinished.callback(loader.close)
     if state_path is None:
         loader.start()
+    compile_ahead.begin(attentions(config, model, device, spec, bounds(spec)))
     composed = compose(config, model, device, bounds(spec))
     params, state = build_params(config, model, device, state_path)
     with explained("--trainable"):

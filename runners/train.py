@@ -7,6 +7,11 @@ python -m runners.train --resume auto
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that follow, which take seconds
+    from runners import compile_ahead
+
+    compile_ahead.expect()
+
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack

@@ -8,7 +8,13 @@ from contextlib import contextmanager
 
 import torch
 
-from kernels import launch
+import kernels
+from core import Longest, VLMConfig
+from kernels import dispatch, launch
+from runners.compile_ahead import Attention
+from runners.compose import choose_backends, compute_dtype
+from runners.config import TrainConfig
+from runners.data.packing import PackSpec
 
 
 @contextmanager
@@ -47,3 +53,39 @@ def _quietly(work: Callable[[], None]) -> None:
         work()
     except Exception:
         return  # the first kernel meets the same, and says so in the main thread
+
+
+def attentions(
+    config: TrainConfig, model: VLMConfig, device: torch.device, spec: PackSpec, longest: Longest
+) -> list[Attention]:
+    """The attentions of a run that flash-attn 4 will compute if it is installed, for
+    `compile_ahead.begin`: of the decoder and of the vision tower's blocks."""
+    text, vision = model.text, model.vision
+    dtype, _ = compute_dtype(config, device)
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return []
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    found = [
+        Attention(
+            spec.rows * spec.row_len, spec.rows * (spec.max_docs + 1), text.heads, text.kv_heads,
+            text.head_size, longest.document or spec.row_len, None, True, window, deterministic,
+        )
+        for window in dict.fromkeys(text.window_of(layer) for layer in range(text.layers))
+    ]  # fmt: skip
+    if vision is not None and spec.images is not None:
+        picture = longest.picture
+        found.append(
+            Attention(
+                spec.max_patches, spec.max_images + 1, vision.heads, vision.heads,
+                vision.dim // vision.heads, picture or spec.max_patches,
+                picture if longest.equal_pictures else None, False, None, deterministic,
+            )
+        )  # fmt: skip
+    with kernels.override(**choose_backends(config, device)):
+        return [
+            a
+            for a in found
+            if dispatch.wants_flash_attn_4(
+                str(device), dtype, a.head_dim, a.heads // a.kv_heads, a.longest, a.length, a.window
+            )
+        ]

@@ -22,7 +22,10 @@ from runners.data.tokenizer import train_tokenizer
 
 # `python -m runners.train` that says when its modules are there
 IMPORTED = "imported"
-PROGRAM = f"import runners.train as t; print({IMPORTED!r}, flush=True); raise SystemExit(t.main())"
+PROGRAM = (
+    "from runners import compile_ahead; compile_ahead.expect(); import runners.train as t; "
+    f"print({IMPORTED!r}, flush=True); raise SystemExit(t.main())"
+)
 STEPS = 14  # lines of the log that are waited for
 STEADY = 8  # the last of them, which say what the trainer reaches
 PATIENCE = 300.0  # seconds without a line: something hangs

@@ -27,7 +27,7 @@ class Packer:
     def __init__(
         self, stream: Stream, job: bytes, state: State, workers: int, prefetch: int
     ) -> None:
-        self._process = process.start("packer", group=True)
+        self._process = process.start("runners.data.packer", group=True)
         # Also runs at exit, and when the owner forgets.
         self.close = weakref.finalize(self, process.close, [self._process], group=True)
         level = logging.getLogger("runners").getEffectiveLevel()

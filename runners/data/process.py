@@ -20,7 +20,10 @@ from typing import NamedTuple
 from runners.data.wire import Gone, Link
 from runners.errors import UserError
 
-_CODE = "from runners.data import process, {0}; process.run({0}.serve, {1})"
+_CODE = (
+    "import importlib; from runners.data import process; "
+    "process.run(importlib.import_module({0!r}).serve, {1})"
+)
 PATIENCE = 3.0  # seconds that a worker has to end by itself; the packer waits for its workers
 
 
@@ -34,7 +37,8 @@ class Process(NamedTuple):
 
 
 def start(module: str, *, group: bool = False) -> Process:
-    """Run `serve(link)` of a module. group: in a group of its own, with all that it starts.
+    """Run `serve(link)` of a module, given by its full name. group: in a group of its own, with all
+    that it starts.
 
     Such a group gets neither the terminal's Ctrl-C nor a SIGTERM that is meant for the trainer.
     """
@@ -65,8 +69,8 @@ def run(serve: Callable[[Link], None], fd: int) -> None:
         except (UserError, ElsewhereError) as error:
             link.send(error)
         except Exception:
-            name = serve.__module__.rpartition(".")[2]
-            link.send(ElsewhereError(f"in a data {name}:\n{traceback.format_exc()}"))
+            name = serve.__module__
+            link.send(ElsewhereError(f"in a process of {name}:\n{traceback.format_exc()}"))
 
 
 def close(processes: Sequence[Process], *, group: bool = False) -> None:

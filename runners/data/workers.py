@@ -51,7 +51,7 @@ class Workers:
         # Also runs at exit, and when the owner forgets.
         self.close = weakref.finalize(self, process.close, self._processes)
         for _ in range(count):
-            self._processes.append(process.start("worker"))
+            self._processes.append(process.start("runners.data.worker"))
             self._processes[-1].link.most = max(AHEAD, BLOCKS // count)
             wait = select.poll()
             wait.register(self._processes[-1].link, select.POLLIN)
