@@ -100,6 +100,11 @@ def before_first(part: str, wait: Callable[[], None]) -> None:
     _until[part].append(wait)
 
 
+def waiting() -> bool:
+    """Whether a first call of flash-attn 4 will wait for another process."""
+    return any(_until.values())
+
+
 def _wait_for(part: str) -> None:
     waits = _until[part]
     while waits:

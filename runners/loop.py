@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from core import Batch
+from kernels import attention_flash
 from runners.checkpoints import save_best, save_state
 from runners.errors import UserError
 from runners.flops import measure_load, peak_flops, training_flops
 from runners.metrics import Display, Metrics
 from runners.optim import learning_rate
 from runners.profiling import Profiler
+from runners.rehearsal import rehearse
 from runners.setup import Job
 from runners.step import Learner, mean_loss
 
@@ -129,6 +131,8 @@ class Training:
         while learner.step < config.steps:
             group, waited = self._next(batches)
             step = self._describe(group, waited)
+            if attention_flash.waiting():
+                rehearse(self.job, learner.working, group[0])
             values = learner.train_step(self.grad_fn, group)
             if self.profiler is not None and (written := self.profiler.after_step()):
                 self.display.say(written)

