@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from kernels import dynamo, launch, program_cache
+from kernels import cublas_lt, dynamo, launch, program_cache
 
 ENV = "NANOVISION_KERNELS"
 
@@ -48,6 +48,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "muon": ("triton", "torch"),
     "fp8_linear": ("triton", "torch"),
     "gelu_mlp": ("quack", "torch"),
+    "product": ("cublas-lt", "torch"),
 }
 
 _FLASH_NAMES = {
@@ -236,6 +237,8 @@ def _why_not(
             return f"needs compute capability 9.0, this GPU has {has[0]}.{has[1]}"
     if backend == "quack":
         return _quack_problem(device, dtype)
+    if backend == "cublas-lt":
+        return cublas_lt.problem(device, dtype)
     if op != "attention":
         return launch.why_not(device, dtype) if backend == "triton" else None
     if backend == "plain":
@@ -414,6 +417,8 @@ def report(
         return lines
     if gelus and torch.device(device).type == "cuda":
         lines.append(_gelu_line(device, dtype))
+    if choose("product", device, dtype) == "cublas-lt":
+        lines.append("Using the most economical of cuBLAS's kernels for wide products")
     served: dict[str, list[str]] = {}
     for op in _FUSED:
         served.setdefault(choose(op, device, dtype), []).append(op)

@@ -51,6 +51,7 @@ from kernels.gelu_products import MULTIPLE, linear_gelu, linear_gelu_backward
 from kernels.glu import SWIGLU
 from kernels.linear import add_product, bias_gradient, linear, linear_reference
 from kernels.operators import fake, operator
+from kernels.product import product, wide_linear
 from kernels.rms_norm import RMS_NORM
 
 LEAST_ROWS = 1024  # fewer fill no wave of the tiles of products with activations
@@ -104,12 +105,12 @@ def _gated_forward(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
     h, total, r = add_norm(x, residual, norm_weight, eps, norm_triton)
     if keep:
-        a, b = linear_reference(h, gate, None), linear_reference(h, up, None)
+        a, b = wide_linear(h, gate), wide_linear(h, up)
         return (linear_reference(glu(a, b, "swiglu", glu_triton), down, None), total), (r, a, b)
     h = rows_of(h)
     parts = []
     for here in _chunks(len(h), len(gate), gate.element_size()):
-        a, b = linear_reference(h[here], gate, None), linear_reference(h[here], up, None)
+        a, b = wide_linear(h[here], gate), wide_linear(h[here], up)
         parts.append(linear_reference(glu(a, b, "swiglu", glu_triton), down, None))
     y = parts[0] if len(parts) == 1 else torch.cat(parts)
     return (y.view(*x.shape[:-1], down.shape[0]), total), (r,)
@@ -164,13 +165,13 @@ def _gated_gradients(
             of_gate, of_up = rows_of(a), rows_of(b)
         else:
             assert h is not None
-            of_gate, of_up = (linear_reference(h[here], w, None) for w in (gate, up))
+            of_gate, of_up = (product(h[here], w.t()) for w in (gate, up))
             if later and len(chunks) == 1:
                 h = None
         act = None if glu_triton or not needs[3] else glu(of_gate, of_up, "swiglu", False)
         spend = overwrite or a is None
         da, db, value = glu_gradients(
-            torch.mm(dy[here], down), of_gate, of_up, "swiglu", glu_triton, needs[3], spend
+            product(dy[here], down), of_gate, of_up, "swiglu", glu_triton, needs[3], spend
         )
         act = value if act is None else act
         del of_gate, of_up, value

@@ -46,6 +46,7 @@ from kernels.functions import (
 )
 from kernels.linear import add_product
 from kernels.operators import fake, operator
+from kernels.product import product
 
 _CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}  # torch, fp32 logits at a time: 4 MB, 512 MB
 # Triton: `linear_cross_entropy` says what other sizes cost. A training step (1.5B parameters,
@@ -179,7 +180,7 @@ def _fused(
         here = slice(start, start + rows)
         h, y, out = clean[here], labels[here], losses[here]
         z = buffer[: h.shape[0]]
-        torch.mm(h, unembed.t(), out=z)
+        product(h, unembed.t(), out=z)
         if not (need_hidden or need_unembed or need_bias):
             cross_entropy_triton.forward_rows(z, y, bias, out, None, None, *options)
             continue

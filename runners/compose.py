@@ -195,7 +195,8 @@ def choose_backends(config: TrainConfig, device: torch.device) -> dict[str, str]
     if not config.use_flash_attn and device.type == "cuda":
         chosen["attention"] = "plain"
     if not config.use_fused_kernels:
-        chosen |= dict.fromkeys(("linear", "rms_norm", "layer_norm", "swiglu", "rope"), "torch")
+        ops = ("linear", "rms_norm", "layer_norm", "swiglu", "rope", "product")
+        chosen |= dict.fromkeys(ops, "torch")
     policies = f"{config.checkpoint_policy}+{config.checkpoint_between}".split("+")
     if not config.use_fused_kernels or (config.use_gradient_checkpointing and "dots" in policies):
         # A product that computes its GELU too is kept with it: 7.4 GiB more for 31 pictures.

@@ -32,6 +32,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 FLASH_4, FLASH_2 = "flash_attn.cute", "flash_attn.flash_attn_interface"
+OWN_RULES = ("attention", "fp8_linear", "gelu_mlp", "product")
 QUACK = "quack.epilogue"
 
 
@@ -221,8 +222,8 @@ def test_fused_kernels_on_a_gpu(
     capability: tuple[int, int], dtype: torch.dtype, chosen: str, gpu: Any
 ) -> None:
     gpu(capability)
-    # float8 has rules of its own, and no torch to fall back to: test_fp8_linear.py
-    others = [op for op in dispatch.BACKENDS if op not in ("attention", "fp8_linear", "gelu_mlp")]
+    # float8 has no torch to fall back to: test_fp8_linear.py
+    others = [op for op in dispatch.BACKENDS if op not in OWN_RULES]
     assert {dispatch.choose(op, "cuda", dtype) for op in others} == {chosen}
 
 
