@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import select
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from runners.data.wire import Gone
 
 MODULE = "runners.compiler"
 PARTS = ("forward", "backward")
+PATIENCE = 180.0  # seconds for what takes 6 beside an H200
 _DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # Linux, and Linux inside Windows
 _LIBRARIES = ("flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels")
 _log = logging.getLogger(__name__)
@@ -93,8 +95,16 @@ def begin(attentions: Sequence[Attention]) -> None:
         helper = _spare.pop() if _spare else process.start(MODULE)
         helper.link.send(job)
         attention_flash.before_first(job.part, functools.partial(_finish, job, helper))
-    process.close(_spare)
+    for helper in _spare:
+        _end(helper)
     _spare.clear()
+
+
+def _end(helper: Process) -> None:
+    """At once: it may be importing, and holds nothing that matters."""
+    helper.link.close()
+    helper.popen.kill()
+    helper.popen.wait()
 
 
 def _jobs(attentions: Sequence[Attention]) -> list[Job]:
@@ -144,11 +154,13 @@ def _versions() -> tuple[str, ...]:
 
 def _finish(job: Job, helper: Process) -> None:
     """Waits until a job is done."""
+    answer: object = ElsewhereError(f"its process takes over {PATIENCE:.0f} s")
     try:
-        answer, _ = helper.link.receive()
+        if select.select([helper.link], [], [], PATIENCE)[0]:
+            answer, _ = helper.link.receive()
     except Gone:
         answer = ElsewhereError("its process ended")
-    process.close([helper])
+    _end(helper)
     if isinstance(answer, Exception):
         _log.warning(
             "flash-attn 4's %s was not compiled ahead, and is now, which takes longer: %s",

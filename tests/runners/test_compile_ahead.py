@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,7 +34,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What `process.start` was asked to start; nothing is."""
     modules: list[str] = []
     link = SimpleNamespace(close=lambda: None)
-    popen = SimpleNamespace(wait=lambda seconds: 0)
+    popen = SimpleNamespace(kill=lambda: None, wait=lambda: 0)
     monkeypatch.setattr(
         compile_ahead.process,
         "start",
@@ -91,6 +92,27 @@ def test_only_what_was_not_compiled_before(gpu: Path) -> None:
     assert [job.part for job in compile_ahead._jobs([TEXT])] == ["backward"]
     other = TEXT._replace(head_dim=128)
     assert len(compile_ahead._jobs([TEXT, other])) == 3
+
+
+@pytest.mark.usefixtures("gpu")
+def test_processes_without_a_job_are_ended_at_once() -> None:
+    compile_ahead.expect()
+    helpers = list(compile_ahead._spare)
+    assert len(helpers) == len(PARTS)
+    compile_ahead.begin([])
+    assert compile_ahead._spare == []
+    assert all(helper.popen.returncode == -signal.SIGKILL for helper in helpers)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_one_that_hangs_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compile_ahead, "PATIENCE", 0.01)
+    compile_ahead.begin([TEXT])
+    for part in PARTS:
+        attention_flash._wait_for(part)
+    assert ["takes over" in record.getMessage() for record in caplog.records] == [True, True]
 
 
 @pytest.mark.usefixtures("gpu")
