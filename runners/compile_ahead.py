@@ -9,6 +9,7 @@ do, where the cache is empty; so nothing that takes long may be imported here.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -26,6 +27,7 @@ from runners.data.wire import Gone
 
 MODULE = "runners.compiler"
 PARTS = ("forward", "backward")
+CORES = 8  # enough for the trainer, its data and these
 PATIENCE = 180.0  # seconds for what takes 6 beside an H200
 _DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # Linux, and Linux inside Windows
 _LIBRARIES = ("flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels")
@@ -58,10 +60,12 @@ class Job(NamedTuple):
 def expect() -> None:
     """Starts processes that import what compiling needs, if the cache seems to be empty.
 
-    Before the device is known, let alone the model: `begin` tells them what to compile, or that
-    there is nothing to do.
+    Before the device is known, let alone the model: `begin` tells them what to compile, or ends
+    them. With few cores they would only slow down the trainer's imports, and begin later.
     """
-    if not any(map(os.path.exists, _DEVICES)) or not installed() or any(_kept().rglob("*.o")):
+    if (os.cpu_count() or 1) < CORES or not any(map(os.path.exists, _DEVICES)):
+        return
+    if not installed() or any(_kept().rglob("*.o")):
         return
     _spare.extend(process.start(MODULE) for _ in PARTS)
 
@@ -93,7 +97,8 @@ def begin(attentions: Sequence[Attention]) -> None:
         from kernels import attention_flash
     for job in jobs:
         helper = _spare.pop() if _spare else process.start(MODULE)
-        helper.link.send(job)
+        with contextlib.suppress(Gone):  # `_finish` will say so
+            helper.link.send(job)
         attention_flash.before_first(job.part, functools.partial(_finish, job, helper))
     for helper in _spare:
         _end(helper)

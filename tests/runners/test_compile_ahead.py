@@ -54,6 +54,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(compile_ahead, "installed", lambda: True)
     monkeypatch.setattr(compile_ahead, "_DEVICES", (os.devnull,))
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(attention_flash, "_until", {part: [] for part in PARTS})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in (program_cache.ENABLED, program_cache.FOLDER, program_cache.QUACK_FOLDER):
@@ -79,6 +80,9 @@ def test_processes_are_begun_early_where_nothing_is_compiled(
     monkeypatch.setattr(compile_ahead, "installed", lambda: True)
     monkeypatch.setattr(compile_ahead, "_DEVICES", ("/dev/no-such-gpu",))
     compile_ahead.expect()
+    monkeypatch.setattr(compile_ahead, "_DEVICES", (os.devnull,))
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    compile_ahead.expect()
     assert len(started) == 2 * len(PARTS)
 
 
@@ -102,6 +106,18 @@ def test_processes_without_a_job_are_ended_at_once() -> None:
     compile_ahead.begin([])
     assert compile_ahead._spare == []
     assert all(helper.popen.returncode == -signal.SIGKILL for helper in helpers)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_one_that_died_early_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    compile_ahead.expect()
+    for helper in compile_ahead._spare:
+        helper.popen.kill()
+        helper.popen.wait()
+    compile_ahead.begin([TEXT])
+    for part in PARTS:
+        attention_flash._wait_for(part)
+    assert ["its process ended" in record.getMessage() for record in caplog.records] == [True] * 2
 
 
 @pytest.mark.usefixtures("gpu")
