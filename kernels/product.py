@@ -62,8 +62,8 @@ def _wide_linear_flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: A
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T [..., O], in the weight's dtype: x [..., I], weight [O, I].
 
-    Called where nothing is recorded. An operator that policies call "nanovision.wide_linear" where
-    a kernel may be chosen, F.linear elsewhere.
+    Called where nothing is recorded. An operator where a kernel may be chosen, which policies of
+    checkpointing see as aten.mm, and F.linear elsewhere.
     """
     rows = rows_of(x).to(weight.dtype)
     if not _may_choose(rows, weight.shape[0]):

@@ -12,6 +12,7 @@ import kernels
 from kernels import cublas_lt, dispatch
 from kernels.cublas_lt import T128X256, T176X128, T192X192, T320X128, better, is_wide
 from kernels.product import product, wide_linear
+from transforms.recompute import operation
 
 # as cuBLAS 13.1 lists them on an H200: tile, and parts of the inner dimension
 GATE = [(T192X192, 1), (24, 1), (T128X256, 1), (T320X128, 1), (31, 1), (32, 1), (T176X128, 1)]
@@ -63,6 +64,11 @@ def test_elsewhere_it_is_torch_s() -> None:
     assert product(x, w.t(), out) is out
     assert torch.equal(out, torch.mm(x, w.t()))
     assert torch.equal(wide_linear(x.view(2, 1024, 4), w), (x @ w.t()).view(2, 1024, 8192))
+
+
+def test_policies_see_a_product() -> None:
+    assert operation(torch.ops.nanovision.wide_linear.default) == "aten.mm"
+    assert operation(torch.ops.nanovision.linear_gelu.default) == "nanovision.linear_gelu"
 
 
 def test_the_library_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
