@@ -17,6 +17,7 @@ import importlib.util
 import logging
 import os
 import select
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,7 @@ PARTS = ("forward", "backward")
 CORES = 8  # enough for the trainer, its data and these
 PATIENCE = 180.0  # seconds for what takes 6 beside an H200
 _DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # Linux, and Linux inside Windows
-_LIBRARIES = ("flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels")
+_LIBRARIES = ("flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels", "apache-tvm-ffi")
 _log = logging.getLogger(__name__)
 _spare: list[Process] = []
 
@@ -65,9 +66,11 @@ def expect() -> None:
     """
     if (os.cpu_count() or 1) < CORES or not any(map(os.path.exists, _DEVICES)):
         return
+    if os.environ.get("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED") == "0":
+        return
     if not installed() or any(_kept().rglob("*.o")):
         return
-    _spare.extend(process.start(MODULE) for _ in PARTS)
+    _spare.extend(process.start(MODULE, quiet=True) for _ in PARTS)
 
 
 def installed() -> bool:
@@ -96,7 +99,7 @@ def begin(attentions: Sequence[Attention]) -> None:
     if jobs:
         from kernels import attention_flash
     for job in jobs:
-        helper = _spare.pop() if _spare else process.start(MODULE)
+        helper = _spare.pop() if _spare else process.start(MODULE, quiet=True)
         with contextlib.suppress(Gone):  # `_finish` will say so
             helper.link.send(job)
         attention_flash.before_first(job.part, functools.partial(_finish, job, helper))
@@ -136,9 +139,9 @@ def _jobs(attentions: Sequence[Attention]) -> list[Job]:
         "QUACK_ARCH": target,
     }
     jobs = []
-    for attention in dict.fromkeys(attentions):
+    for kind, attention in {_kind(attention): attention for attention in attentions}.items():
         for part in PARTS:
-            known = repr((attention, part, sorted(environment.items()), _versions()))
+            known = repr((kind, part, sorted(environment.items()), _versions()))
             name = hashlib.sha256(known.encode()).hexdigest()[:32]
             mark = Path(folder) / f"{name}.compiled"
             if not mark.exists():
@@ -146,9 +149,21 @@ def _jobs(attentions: Sequence[Attention]) -> list[Job]:
     return jobs
 
 
+def _kind(attention: Attention) -> Attention:
+    """What the library compiles one set of kernels for: not for each size (4.0.0b36)."""
+    length = attention.length
+    return attention._replace(
+        tokens=0,
+        documents=int(attention.documents > 256),
+        longest=min(attention.longest, 512),  # the shortest may lie in one tile
+        length=None if length is None else min(length, 512),
+        window=None if attention.window is None else 1,
+    )
+
+
 @functools.cache
 def _versions() -> tuple[str, ...]:
-    found = []
+    found = [f"{sys.version_info.major}.{sys.version_info.minor}"]
     for library in _LIBRARIES:
         try:
             found.append(importlib.metadata.version(library))

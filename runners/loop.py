@@ -127,11 +127,12 @@ class Training:
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """True if it came to the end; False if ``stop()`` or ``--stop_at`` ended it, resumably."""
         config, learner = self.config, self.learner
-        batches = iter(self.job.loader)
+        batches, rehearsed = iter(self.job.loader), False
         while learner.step < config.steps:
             group, waited = self._next(batches)
             step = self._describe(group, waited)
-            if attention_flash.waiting():
+            if attention_flash.waiting() and not rehearsed:
+                rehearsed = True  # once: a frozen tower's backward is waited for by nobody
                 rehearse(self.job, learner.working, group[0])
             values = learner.train_step(self.grad_fn, group)
             if self.profiler is not None and (written := self.profiler.after_step()):

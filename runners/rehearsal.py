@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 import kernels
@@ -13,6 +15,7 @@ from runners.step import to_device
 from runners.warming import attentions
 from transforms import value_and_grad
 
+_log = logging.getLogger(__name__)
 INSTEAD = "torch-varlen"  # an attention that is in torch, compiled
 
 
@@ -32,8 +35,13 @@ def rehearse(job: Job, params: Tree, batch: Batch) -> bool:
     grad_fn = value_and_grad(job.composed.loss_fn, job.select)
     stream = torch.cuda.Stream(job.device)
     stream.wait_stream(torch.cuda.current_stream(job.device))
-    with kernels.override(attention=INSTEAD), torch.cuda.stream(stream):
-        grad_fn(params, to_device(batch | {"seed": torch.tensor(0)}, job.device))
+    done = False
+    try:
+        with kernels.override(attention=INSTEAD), torch.cuda.stream(stream):
+            grad_fn(params, to_device(batch | {"seed": torch.tensor(0)}, job.device))
+        done = True
+    except torch.OutOfMemoryError:  # the other attention may need more than the one to come
+        _log.warning("The first step takes longer: its rehearsal did not fit into memory")
     stream.synchronize()
     torch.cuda.empty_cache()  # it lies in that stream's pool, of use to no other
-    return True
+    return done

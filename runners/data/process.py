@@ -36,11 +36,12 @@ class Process(NamedTuple):
     popen: subprocess.Popen[bytes]
 
 
-def start(module: str, *, group: bool = False) -> Process:
+def start(module: str, *, group: bool = False, quiet: bool = False) -> Process:
     """Run `serve(link)` of a module, given by its full name. group: in a group of its own, with all
     that it starts.
 
     Such a group gets neither the terminal's Ctrl-C nor a SIGTERM that is meant for the trainer.
+    quiet: it writes nowhere, so that whoever reads our output need not wait for its end.
     """
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     # One thread each: there are as many workers as the user wants cores used.
@@ -52,6 +53,8 @@ def start(module: str, *, group: bool = False) -> Process:
             env={**os.environ, "PYTHONPATH": path, **limits},
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL if quiet else None,
+            stderr=subprocess.DEVNULL if quiet else None,
             process_group=0 if group else None,
         )
     return Process(Link(ours), popen)

@@ -130,20 +130,20 @@ def test_the_same_numbers(rows: int, inner: int, wide: int, transposed: bool) ->
 
 @hopper
 def test_what_has_no_plan() -> None:
-    x, weight = matrices(4096, 256, 8192, True)
-    out = torch.empty(4096, 8192, device="cuda", dtype=torch.bfloat16)
+    x, weight = matrices(16384, 1536, 8960, True)
+    out = torch.empty(16384, 8960, device="cuda", dtype=torch.bfloat16)
+    assert cublas_lt.plan_of(x, weight, out) is not None
     assert cublas_lt.plan_of(x.float(), weight.float(), out.float()) is None
-    assert cublas_lt.plan_of(x[:, :128], weight[:128], out) is None  # gaps
+    assert cublas_lt.plan_of(x[:, :1024], weight[:1024], out) is None  # gaps
     assert cublas_lt.plan_of(x, weight, out[:, :-8]) is None
-    flat = torch.randn(4096 * 256 + 8, device="cuda").bfloat16()
-    assert cublas_lt.plan_of(flat[8:].view(4096, 256), weight, out) is None  # not on 256 bytes
-    odd = flat[8:].view(4096, 256)
+    odd = torch.randn(16384 * 1536 + 8, device="cuda").bfloat16()[8:].view(16384, 1536)
+    assert cublas_lt.plan_of(odd, weight, out) is None  # not on 256 bytes
     assert torch.equal(product(odd, weight), torch.mm(odd, weight))
 
 
 @hopper
 def test_streams_and_graphs() -> None:
-    x, weight = matrices(4096, 1536, 8960, True)
+    x, weight = matrices(16384, 1536, 8960, True)  # of which there is a plan: see above
     expected = torch.mm(x, weight)
     results = []
     torch.cuda.synchronize()
@@ -192,7 +192,7 @@ def test_an_mlp_and_a_loss_are_the_same() -> None:
 @hopper
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_it_compiles() -> None:
-    x, weight = matrices(4096, 1536, 8960, True)
+    x, weight = matrices(16384, 1536, 8960, True)
     w = weight.t().contiguous()
     compiled = torch.compile(lambda x: wide_linear(x * 2, w) + 1, fullgraph=True)
     assert torch.equal(compiled(x), torch.mm(x * 2, w.t()) + 1)

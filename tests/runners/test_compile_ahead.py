@@ -19,11 +19,12 @@ import torch
 import kernels
 from core import Longest
 from kernels import attention_flash, dispatch, program_cache
-from runners import compile_ahead, warming
+from runners import compile_ahead, loop, warming
 from runners.compile_ahead import PARTS, Attention
 from runners.config import TrainConfig
 from runners.setup import bounds, prepare
 from runners.step import to_device
+from runners.train import train
 from tests.runners.conftest import OVERRIDE
 
 TEXT = Attention(512, 8, 4, 2, 64, 256, None, True, None, False)
@@ -38,7 +39,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(
         compile_ahead.process,
         "start",
-        lambda module: modules.append(module) or compile_ahead.Process(link, popen),  # type: ignore[func-returns-value,arg-type]
+        lambda module, quiet: modules.append(module) or compile_ahead.Process(link, popen),  # type: ignore[func-returns-value,arg-type]
     )
     monkeypatch.setattr(compile_ahead, "_spare", [])
     return modules
@@ -94,6 +95,9 @@ def test_only_what_was_not_compiled_before(gpu: Path) -> None:
     assert jobs[0].environment["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] == str(gpu)
     jobs[0].mark.touch()
     assert [job.part for job in compile_ahead._jobs([TEXT])] == ["backward"]
+    more = TEXT._replace(tokens=4096, documents=64, longest=2048, window=None)
+    longer = more._replace(longest=1024)
+    assert len(compile_ahead._jobs([more, longer])) == len(PARTS)  # one set of kernels serves both
     other = TEXT._replace(head_dim=128)
     assert len(compile_ahead._jobs([TEXT, other])) == 3
 
@@ -280,3 +284,13 @@ def test_a_first_run_rehearses_and_computes_the_same(tmp_path: Path) -> None:
         assert found == rehearsed
         losses.append(loss)
     assert losses[0] == losses[1]  # of the first step: flash-attn 4 sums gradients in any order
+
+
+def test_a_wait_that_nobody_ends_is_rehearsed_for_once(
+    micro: Callable[..., TrainConfig], quiet: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rehearsals: list[int] = []
+    monkeypatch.setattr(attention_flash, "_until", {"forward": [], "backward": [lambda: None]})
+    monkeypatch.setattr(loop, "rehearse", lambda *_: rehearsals.append(1))
+    assert train(micro(steps=4), quiet()) is not None
+    assert rehearsals == [1]
