@@ -186,6 +186,8 @@ def plan_of(x: Tensor, weight: Tensor, out: Tensor) -> Plan | None:
     rows, inner = x.shape
     if (
         not is_wide(rows, inner, weight.shape[1])
+        or (weight.shape[0], *out.shape) != (inner, rows, weight.shape[1])
+        or not x.device == weight.device == out.device
         or any(t.dtype != torch.bfloat16 or t.data_ptr() % _ALIGNED for t in (x, weight, out))
         or not (x.is_contiguous() and out.is_contiguous())
     ):

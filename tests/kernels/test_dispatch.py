@@ -10,9 +10,13 @@ import pytest
 import torch
 
 import kernels
-from kernels import dispatch, launch
+from kernels import cublas_lt, dispatch, launch
 
 attention_module = importlib.import_module("kernels.attention")
+
+
+def no_library() -> None:
+    raise OSError("none here")
 
 
 @pytest.fixture
@@ -22,6 +26,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     def pretend(capability: tuple[int, int] = (9, 0), missing: tuple[str, ...] = ()) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+        monkeypatch.setattr(cublas_lt, "library", no_library)  # tests are alike with any torch
         monkeypatch.setattr(
             dispatch, "import_problem", lambda name, remedy: remedy if name in missing else None
         )
