@@ -87,15 +87,8 @@ class Plan(NamedTuple):
     algorithm: _Algorithm
 
 
-def problem(device: torch.device | str, dtype: torch.dtype) -> str | None:
-    """Why there is nothing to choose on a device, as a clause, or None."""
-    if torch.device(device).type != "cuda":
-        return "needs a CUDA GPU"
-    has = torch.cuda.get_device_capability(device)
-    if has != (9, 0):
-        return f"is measured for compute capability 9.0, this GPU has {has[0]}.{has[1]}"
-    if dtype != torch.bfloat16:
-        return f"takes bfloat16, not {dtype}"
+def problem() -> str | None:
+    """Why the library cannot be called, as a clause, or None."""
     try:
         library()
     except OSError as error:

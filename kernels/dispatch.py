@@ -187,48 +187,12 @@ def why_not(
     window: int | None = None,
     length: int | None = None,
     large: bool = False,
+    installed: bool = False,
 ) -> str | None:
-    """Why a backend cannot serve a call, as a clause ("needs a CUDA GPU"), or None if it can."""
-    problem = _why_not(
-        op, backend, device, dtype, head_dim, readable, compiling, window, length, large
-    )
-    return _library_problem(backend) if problem is None and op == "attention" else problem
+    """Why a backend cannot serve a call, as a clause ("needs a CUDA GPU"), or None if it can.
 
-
-def wants_flash_attn_4(
-    device: str,
-    dtype: torch.dtype,
-    head_dim: int,
-    group: int,
-    max_seqlen: int | None,
-    length: int | None,
-    window: int | None,
-) -> bool:
-    """Whether `choose` takes flash-attn 4 for an attention if it is installed, without a look at
-    whether it is, which would import it."""
-    asked = requested("attention")
-    order = (asked,) if asked else _attention_order(device, group, max_seqlen, length, window)
-    if order[0] != "flash-attn-4":
-        return False
-    return (
-        _why_not("attention", "flash-attn-4", device, dtype, head_dim, length=length, window=window)
-        is None
-    )
-
-
-def _why_not(
-    op: str,
-    backend: str,
-    device: str,
-    dtype: torch.dtype,
-    head_dim: int,
-    readable: bool = True,
-    compiling: bool = False,
-    window: int | None = None,
-    length: int | None = None,
-    large: bool = False,
-) -> str | None:
-    """`why_not` of all but the library."""
+    installed: an attention's library is taken to be, without the import that tells.
+    """
     if op == "layer_norm" and backend == "triton" and head_dim > 8192:
         return f"keeps rows in registers, of up to 8192 entries, not {head_dim}"
     if op == "fp8_linear" and backend == "triton" and torch.device(device).type == "cuda":
@@ -238,7 +202,7 @@ def _why_not(
     if backend == "quack":
         return _quack_problem(device, dtype)
     if backend == "cublas-lt":
-        return cublas_lt.problem(device, dtype)
+        return _hopper_problem(device, dtype, "measured") or cublas_lt.problem()
     if op != "attention":
         return launch.why_not(device, dtype) if backend == "triton" else None
     if backend == "plain":
@@ -274,7 +238,29 @@ def _why_not(
         return "counts the entries of q's gradient in 32 bits"
     if head_dim not in PROVED[backend]:
         return f"is not proved for head size {head_dim}"
-    return None
+    return None if installed else _library_problem(backend)
+
+
+def wants_flash_attn_4(
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    group: int,
+    max_seqlen: int | None,
+    length: int | None,
+    window: int | None,
+) -> bool:
+    """Whether `choose` takes flash-attn 4 for an attention if it is installed, without a look at
+    whether it is, which would import it."""
+    asked = requested("attention")
+    order = (asked,) if asked else _attention_order(device, group, max_seqlen, length, window)
+    if order[0] != "flash-attn-4":
+        return False
+    problem = why_not(
+        "attention", "flash-attn-4", device, dtype, head_dim,
+        window=window, length=length, installed=True,
+    )  # fmt: skip
+    return problem is None
 
 
 def _gelu_line(device: str, dtype: torch.dtype) -> str:
@@ -287,14 +273,18 @@ def _gelu_line(device: str, dtype: torch.dtype) -> str:
 
 def _quack_problem(device: str, dtype: torch.dtype) -> str | None:
     """None if GELUs can be computed inside matrix products."""
+    problem = _hopper_problem(device, dtype, "proved")
+    return problem or import_problem("quack.epilogue", "install quack-kernels 0.6.5 or newer")
+
+
+def _hopper_problem(device: str, dtype: torch.dtype, seen: str) -> str | None:
+    """None where bf16 products are computed that were seen on compute capability 9.0 alone."""
     if torch.device(device).type != "cuda":
         return "needs a CUDA GPU"
     has = torch.cuda.get_device_capability(device)
     if has != (9, 0):
-        return f"is proved for compute capability 9.0, this GPU has {has[0]}.{has[1]}"
-    if dtype != torch.bfloat16:
-        return f"takes bfloat16, not {dtype}"
-    return import_problem("quack.epilogue", "install quack-kernels 0.6.5 or newer")
+        return f"is {seen} for compute capability 9.0, this GPU has {has[0]}.{has[1]}"
+    return None if dtype == torch.bfloat16 else f"takes bfloat16, not {dtype}"
 
 
 def _library_problem(backend: str) -> str | None:

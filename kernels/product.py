@@ -67,5 +67,5 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     rows = rows_of(x).to(weight.dtype)
     if not _may_choose(rows, weight.shape[0]):
-        return linear_reference(x, weight, None)
+        return linear_reference(rows.view(x.shape), weight, None)
     return _wide_linear(rows.contiguous(), weight).view(*x.shape[:-1], weight.shape[0])

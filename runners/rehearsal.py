@@ -8,6 +8,7 @@ import torch
 
 import kernels
 from core import Batch
+from kernels import attention_flash
 from params.tree import Tree
 from runners.compose import is_compiled
 from runners.setup import Job, bounds
@@ -29,7 +30,10 @@ def rehearse(job: Job, params: Tree, batch: Batch) -> bool:
     """
     ahead = attentions(job.config, job.model, job.device, job.spec, bounds(job.spec))
     if is_compiled(job.config, job.device) or any(
-        (a.tokens + 128 * a.documents) * a.heads * a.head_dim >= 2**31 for a in ahead
+        attention_flash.is_large(
+            torch.empty(a.tokens, a.heads, a.head_dim, device="meta"), a.documents
+        )
+        for a in ahead
     ):
         return False
     grad_fn = value_and_grad(job.composed.loss_fn, job.select)

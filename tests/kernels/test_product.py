@@ -76,7 +76,7 @@ def test_the_library_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     cublas_lt.library.cache_clear()
     try:
-        problem = cublas_lt.problem("cuda", torch.bfloat16)
+        problem = dispatch.why_not("product", "cublas-lt", "cuda", torch.bfloat16)
     finally:
         cublas_lt.library.cache_clear()
     assert problem == "cannot load cuBLASLt: PyTorch was built without CUDA"
