@@ -48,7 +48,13 @@ class TrainConfig:
     image_root: str | None = None
     """Folder of the pictures of a LLaVA-format file. Default: the file's own."""
     val_fraction: float = 0.05
-    """Share of the records of files held out, by a hash, so that it never changes; 0: none."""
+    """Share of the records of --data that is held out; 0: none. Records with an equal picture are
+    on one side; of text the share is of its bytes, by whole documents."""
+    val_data: tuple[str, ...] = ()
+    """Held-out files of the same kind as --data, of which nothing is held out then."""
+    val_seed: int = 0
+    """Which records --val_fraction holds out: the same whatever --seed is, so that runs compare and
+    --init_from leaks none."""
     turns: Literal["all", "single"] = "all"
     """LLaVA: 'all' turns of a record in one document, or each question with its answer alone."""
     documents: Literal["file", "paragraph"] = "file"
@@ -177,7 +183,12 @@ class TrainConfig:
     @property
     def chat(self) -> bool:
         """Whether the data is questions and answers, perhaps about pictures, or plain text."""
-        return self.data == "shapes" or self.data.endswith((".json", ".jsonl"))
+        return is_chat(self.data)
+
+
+def is_chat(data: str) -> bool:
+    """Whether ``--data`` names conversations; otherwise it is plain text."""
+    return data == "shapes" or data.endswith((".json", ".jsonl"))
 
 
 # What may differ between a run and its continuation: it changes no number of the training.
@@ -227,7 +238,7 @@ def check(config: TrainConfig) -> None:
         "checkpoint_every": 1, "log_every": 1, "val_batches": 1, "warmup_steps": 0,
         "val_every": 0, "save_every": 0, "eval_examples": 0, "samples": 0, "grad_clip": 0,
         "weight_decay": 0, "z_loss": 0, "max_objects": 1, "questions": 1, "seed": 0, "ramp": 0,
-        "colours": 2, "shapes": 1,
+        "colours": 2, "shapes": 1, "val_seed": 0,
     }  # fmt: skip
     for name, low in at_least.items():
         if getattr(config, name) < low:
@@ -244,6 +255,14 @@ def check(config: TrainConfig) -> None:
             raise UsageError(f"--{name} must lie in [0, 1], not {getattr(config, name)}")
     if not 0 < config.lr < float("inf"):
         raise UsageError(f"--lr must be a positive number, not {config.lr}")
+    if config.data == "shapes" and (config.val_data or config.turns == "single"):
+        flag = "--val_data" if config.val_data else "--turns=single"
+        raise UsageError(
+            f"{flag} is for files: --data shapes draws held-out scenes of its own, and asks "
+            "--questions of each"
+        )
+    if config.val_data and config.val_fraction not in (0, TrainConfig.val_fraction):
+        raise UsageError("--val_data is held out instead of a --val_fraction of --data: give one")
     check_preset(config.preset)
     lr_scales(config)
     if config.state_dtype == "bf16" and (config.optimizer != "adamw" or not config.use_fused_adamw):

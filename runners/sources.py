@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from core import VLMConfig
-from runners.config import TrainConfig
+from runners.config import TrainConfig, is_chat
 from runners.data.llava import Llava
 from runners.data.shapes import COLOURS, SHAPES, Shapes
-from runners.data.text import TextFiles
-from runners.data.types import Source
+from runners.data.text import TextFiles, num_bytes
+from runners.data.types import Source, Together, questions_and_answers
 from runners.errors import UserError
+
+NOTHING = "Held out: nothing (--val_fraction=0)"
 
 
 @dataclass(frozen=True)
@@ -24,31 +26,105 @@ class Sources:
     train: Source
     held_out: Mapping[str, Source]
     ordered: bool = False  # the train items come in an order of their own: do not shuffle them
+    summary: str = NOTHING  # what is held out, in a line
 
 
 def open_sources(config: TrainConfig, model: VLMConfig) -> Sources:
-    """The data that ``--data`` names. Raises UserError where it cannot be read."""
+    """The data that ``--data`` and ``--val_data`` name. Raises UserError where it cannot be
+    read."""
     if config.data == "shapes":
         return _shapes(config, model)
-    if config.chat:
-        pictures = partial(
-            Llava, config.data,
-            images=config.image_root, fraction=config.val_fraction, turns=config.turns,
-        )  # fmt: skip
-        if not config.val_fraction:
-            return Sources(pictures(split="all", fraction=0.5), {})
-        held_out = {"val": pictures(split="val")}
-        return Sources(pictures(split="train"), held_out)
-    paths = [config.data] if Path(config.data).exists() else sorted(glob.glob(config.data))
+    for path in config.val_data:
+        if is_chat(path) != config.chat or path == "shapes":
+            kind = "conversations (.json, .jsonl)" if config.chat else "plain text"
+            raise UserError(f"--val_data {path}: --data {config.data} is {kind}, and so must it be")
+    return _conversations(config) if config.chat else _texts(config)
+
+
+# -- conversations ----------------------------------------------------------------------------
+
+
+def _conversations(config: TrainConfig) -> Sources:
+    whole = _llava(config, config.data)
+    if config.val_data:
+        apart = [_llava(config, path) for path in config.val_data]
+        held_out = [source.in_random_order(config.val_seed) for source in apart]
+        pictures = {held for source in apart for held in source.pictures.values()}
+        names = [name for source in apart for name in source.names()]
+        records = _with_shared(len(names), "records", set(names).intersection(whole.names()))
+        shared = pictures.intersection(whole.pictures.values())
+        what = f"{', '.join(config.val_data)}: {records}"
+        train = whole
+    elif config.val_fraction:
+        train, part = whole.parted(config.val_fraction, config.val_seed)
+        held_out, shared = [part], set()
+        shown = {name for record in part.records for name in record.files}
+        pictures = {whole.pictures[name] for name in shown}
+        what = f"{len(part.records):,} of {len(whole.records):,} records"
+    else:
+        return Sources(whole, {})
+    known = set(_answers(train))
+    answers = [answer for source in held_out for answer in _answers(source)]
+    occur = sum(answer in known for answer in answers)
+    summary = (
+        f"Held out: {what}, {_with_shared(len(pictures), 'pictures', shared)}; {occur:,} of "
+        f"{len(answers):,} held-out answers occur in training"
+    )
+    val = held_out[0] if len(held_out) == 1 else Together(held_out)
+    return Sources(train, {"val": val}, summary=summary)
+
+
+def _llava(config: TrainConfig, path: str) -> Llava:
+    return Llava(path, images=config.image_root, turns=config.turns)
+
+
+def _with_shared(count: int, kind: str, shared: Collection[bytes]) -> str:
+    also = f" ({len(shared):,} of them in --data too)" if shared else ""
+    return f"{count:,} {kind}{also}"
+
+
+def _answers(source: Llava) -> list[str]:
+    return [
+        answer.text
+        for record in source.records
+        for _, answer in questions_and_answers(record.turns)
+    ]
+
+
+# -- plain text -------------------------------------------------------------------------------
+
+
+def _texts(config: TrainConfig) -> Sources:
+    whole = TextFiles(_found("--data", config.data), documents=config.documents)
+    if config.val_data:
+        paths = [path for name in config.val_data for path in _found("--val_data", name)]
+        apart = TextFiles(paths, documents=config.documents)
+        val = apart.in_random_order(config.val_seed)
+        shared = set(whole.digests).intersection(val.digests)
+        what = _with_shared(len(val.documents), "documents", shared)
+        summary = f"Held out: {', '.join(config.val_data)}: {what}"
+        return Sources(whole, {"val": val}, summary=summary)
+    if not config.val_fraction:
+        return Sources(whole, {})
+    train, val = whole.parted(config.val_fraction, config.val_seed)
+    size, all_of_it = (sum(map(num_bytes, source.documents)) for source in (val, whole))
+    summary = (
+        f"Held out: {len(val.documents):,} of {len(whole.documents):,} documents, "
+        f"{size / all_of_it:.1%} of the text"
+    )
+    return Sources(train, {"val": val}, summary=summary)
+
+
+def _found(flag: str, name: str) -> Sequence[str]:
+    paths = [name] if Path(name).exists() else sorted(glob.glob(name))
     if not paths:
         raise UserError(
-            f"--data {config.data} is neither 'shapes' nor a file, a folder or a glob that exists"
+            f"{flag} {name} is neither 'shapes' nor a file, a folder or a glob that exists"
         )
-    text = partial(TextFiles, paths, documents=config.documents)
-    if not config.val_fraction:
-        return Sources(text(split="all"), {})
-    train, val = (text(split=s, fraction=config.val_fraction) for s in ("train", "val"))
-    return Sources(train, {"val": val})
+    return paths
+
+
+# -- drawn scenes -----------------------------------------------------------------------------
 
 
 def _shapes(config: TrainConfig, model: VLMConfig) -> Sources:
@@ -64,4 +140,8 @@ def _shapes(config: TrainConfig, model: VLMConfig) -> Sources:
         colours=tuple(COLOURS)[: config.colours], shapes=SHAPES[: config.shapes],
     )  # fmt: skip
     held_out: dict[str, Source] = {name: shapes(split=name) for name in ("val", "unseen")}
-    return Sources(shapes(split="train"), held_out, ordered=True)
+    summary = (
+        f"Held out: {len(held_out['val'])} new scenes (val), and {len(held_out['unseen'])} with "
+        "pairs of colour and shape that training never shows (unseen)"
+    )
+    return Sources(shapes(split="train"), held_out, ordered=True, summary=summary)

@@ -93,6 +93,7 @@ def describe(job: Job, learner: Learner, folder: Path) -> list[str]:
         f"vocabulary {job.model.text.vocab_size}",
         f"Data {job.config.data}: {len(job.sources.train):,} records; batches of {spec.rows} rows "
         f"of {spec.row_len} tokens{pictures}",
+        job.sources.summary,
         *job.composed.report,
         f"Using {optimizer_line(job)}, {job.config.schedule} schedule",
     ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from runners.data.images import decode
 from runners.data.paths import DataFolder
 from runners.data.records import Record, load_json, parse_record
+from runners.data.split import digest_of, fingerprints, groups_of, hold_out, shuffled, unique
 from runners.data.stats import MAX_BAD
 from runners.data.types import (
     BadRecordError,
@@ -33,8 +35,9 @@ class Llava:
     Args:
         path: the JSON file (or .jsonl: one record a line).
         images: the folder that pictures are in; by default that of the file.
-        split, fraction: "train" and "val" part the records by a hash of the first answer (the
-            title, where there is one), about `fraction` going to "val"; "all" takes every one.
+        split, fraction, seed: "val" holds out `fraction` of the records, drawn at random from
+            `seed`, and "train" has the others; records that share a picture, by its path or its
+            file's content, are on one side. "all" takes every one.
         turns: "single" makes each question and answer a conversation of its own.
         cache: keep decoded pictures in memory (each data worker keeps its own).
         check: how many records, evenly spread, have their pictures decoded at once, so that
@@ -52,6 +55,7 @@ class Llava:
         images: str | Path | None = None,
         split: str = "all",
         fraction: float = 0.1,
+        seed: int = 0,
         turns: str = "all",
         cache: bool = False,
         check: int = 1000,
@@ -63,17 +67,24 @@ class Llava:
                 "val, turns is all or single."
             )
         self.folder = DataFolder(images or self.path.parent)
-        self.records = self._part(self._read(), split, fraction)
+        self._turns = turns
         self._cache: dict[str, np.ndarray] | None = {} if cache else None
-        self._leave_out_damaged(check)
-        # (record, question) of each item; question None: the whole conversation.
-        self._items: list[tuple[int, int | None]] = [(r, None) for r in range(len(self.records))]
-        if turns == "single":
-            self._items = [
-                (r, k)
-                for r, record in enumerate(self.records)
-                for k in range(len(list(questions_and_answers(record.turns))))
-            ]
+        records = self._read()
+        # What each picture's file holds, by the name that records give it; parts do without.
+        self.pictures, bad = self._look_at_pictures(records, check)
+        self._keep([record for number, record in enumerate(records) if number not in bad])
+        if split != "all":
+            train, val = self._parts(fraction, seed)
+            self._keep(val if split == "val" else train)
+
+    def parted(self, fraction: float, seed: int = 0) -> tuple[Llava, Llava]:
+        """The splits "train" and "val" of a source that has all records, read only once."""
+        train, val = self._parts(fraction, seed)
+        return self._with(train), self._with(val)
+
+    def in_random_order(self, seed: int = 0) -> Llava:
+        """The same records, in the order in which they would be held out."""
+        return self._with([self.records[i] for i in shuffled(self.names(), seed)])
 
     def __len__(self) -> int:
         return len(self._items)
@@ -92,7 +103,24 @@ class Llava:
 
     def __getstate__(self) -> dict[str, Any]:
         cached = self._cache is not None
-        return self.__dict__ | {"_cache": {} if cached else None}  # pictures stay here
+        # Pictures stay here, and what only the parting of the records needs.
+        return self.__dict__ | {"_cache": {} if cached else None, "pictures": {}}
+
+    def _keep(self, records: Sequence[Record]) -> None:
+        self.records = list(records)
+        # (record, question) of each item; question None: the whole conversation.
+        self._items: list[tuple[int, int | None]] = [(r, None) for r in range(len(self.records))]
+        if self._turns == "single":
+            self._items = [
+                (r, k)
+                for r, record in enumerate(self.records)
+                for k in range(len(list(questions_and_answers(record.turns))))
+            ]
+
+    def _with(self, records: Sequence[Record]) -> Llava:
+        other = copy.copy(self)
+        other._keep(records)
+        return other
 
     def _picture(self, name: str) -> np.ndarray:
         if self._cache is not None and name in self._cache:
@@ -115,43 +143,76 @@ class Llava:
             Record(record.id, _with_kinds(record.turns, common), record.files) for record in records
         ]
 
-    def _part(self, records: list[Record], split: str, fraction: float) -> list[Record]:
-        if split == "all":
-            return records
+    def _shown(self) -> list[list[bytes]]:
+        """What the pictures of each record hold."""
+        return [[self.pictures[name] for name in record.files] for record in self.records]
+
+    def names(self) -> list[bytes]:
+        """A name for each record that follows from what it holds."""
+        names = [
+            digest_of(*shown, *(word for turn in record.turns for word in turn[:2]))
+            for record, shown in zip(self.records, self._shown(), strict=True)
+        ]
+        return unique(names)
+
+    def _parts(self, fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+        """What is trained on, and what is held out, that one in random order."""
         if not 0 < fraction < 1:
             raise UserError(f"fraction={fraction} of {self.path} is not between 0 and 1.")
-        part = [r for r in records if _held_out(r, fraction) == (split == "val")]
-        if not part:
+        names, shown = self.names(), self._shown()
+        groups = groups_of([of or [name] for name, of in zip(names, shown, strict=True)])
+        if len(groups) < 2:
+            why = "pictures join them all" if len(names) > 1 else "there is but one"
             raise UserError(
-                f"The {split} part of {self.path} is empty ({len(records)} records, fraction "
-                f"{fraction}): change the fraction or give more data."
+                f"None of the records of {self.path} can be held out ({why}): name other data with "
+                "--val_data, or set --val_fraction=0."
             )
-        return part
+        # A group is named after a picture, so that it keeps its side when a record is added to it.
+        group_names = [min(min(shown[i], default=names[i]) for i in group) for group in groups]
+        chosen = hold_out(group_names, [len(group) for group in groups], fraction, seed)
+        held_out = [i for group in chosen for i in groups[group]]
+        kept = sorted(set(range(len(names))).difference(held_out))
+        return [self.records[i] for i in kept], [self.records[i] for i in held_out]
 
-    def _leave_out_damaged(self, check: int) -> None:
-        """Drop records whose pictures are missing, or among those checked cannot be decoded."""
-        bad: dict[int, BadRecordError] = {}
-        total = len(self.records)
+    def _look_at_pictures(
+        self, records: Sequence[Record], check: int
+    ) -> tuple[dict[str, bytes], set[int]]:
+        """What each picture's file holds, and the records that have a picture which is missing or,
+        among those checked, cannot be decoded."""
+        total = len(records)
         checked = set(spread(total, check)) if check else set()
-        for number, record in enumerate(self.records):
-            try:
-                for name in record.files:
-                    file = self.folder.file(name)
-                    if number in checked:
-                        decode(file)
-            except BadRecordError as error:
-                bad[number] = error
-        if not bad:
-            return
-        message = (
-            f"{len(bad)} of the {total} records of {self.path} ({len(checked)} decoded) have a "
-            f"picture that is missing or damaged (the first: {next(iter(bad.values()))})"
-        )
-        damaged = sum(number in checked for number in bad)
-        if len(bad) > MAX_BAD * total or damaged > MAX_BAD * max(len(checked), 1):
-            raise UserError(f"{message}: more than {MAX_BAD:.0%}; mend or remove them.")
-        logger.warning("%s: left out.", message)
-        self.records = [r for number, r in enumerate(self.records) if number not in bad]
+        files: dict[str, Path] = {}
+        decoded: set[str] = set()
+        wrong: dict[str, BadRecordError] = {}
+        for number, record in enumerate(records):
+            for name in record.files:
+                try:
+                    if name not in files and name not in wrong:
+                        files[name] = self.folder.file(name)
+                    if number in checked and name in files and name not in decoded:
+                        decoded.add(name)
+                        decode(files[name])
+                except BadRecordError as error:
+                    wrong[name] = error
+        found: dict[str, bytes] = {}
+        for name, held in zip(files, fingerprints(list(files.values())), strict=True):
+            if isinstance(held, OSError):
+                why = f"{files[name]} cannot be read ({held.strerror})"
+                wrong.setdefault(name, BadRecordError("picture unreadable", why))
+            else:
+                found[name] = held
+        bad = [i for i, record in enumerate(records) if not wrong.keys().isdisjoint(record.files)]
+        if bad:
+            first = next(wrong[name] for name in records[bad[0]].files if name in wrong)
+            message = (
+                f"{len(bad)} of the {total} records of {self.path} ({len(checked)} decoded) have a "
+                f"picture that is missing or damaged (the first: {first})"
+            )
+            damaged = sum(number in checked for number in bad)
+            if len(bad) > MAX_BAD * total or damaged > MAX_BAD * max(len(checked), 1):
+                raise UserError(f"{message}: more than {MAX_BAD:.0%}; mend or remove them.")
+            logger.warning("%s: left out.", message)
+        return found, set(bad)
 
 
 def _with_kinds(turns: tuple[Turn, ...], common: set[str]) -> tuple[Turn, ...]:
@@ -161,9 +222,3 @@ def _with_kinds(turns: tuple[Turn, ...], common: set[str]) -> tuple[Turn, ...]:
         kind = question.text if question.text in common else "other"
         marked[2 * k + 1] = answer._replace(kind=kind)
     return tuple(marked)
-
-
-def _held_out(record: Record, fraction: float) -> bool:
-    first = record.turns[1].text.strip().casefold()
-    digest = hashlib.blake2b(first.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < fraction * 2**64

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import mmap
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from runners.data.split import digest_of, groups_of, hold_out, shuffled, unique
 from runners.data.types import CONTINUED, Conversation, Turn
 from runners.errors import UserError
 
@@ -32,7 +33,8 @@ class TextFiles:
     Args:
         paths: files, or folders searched for `*.txt` and `*.md`.
         documents: "file" (each file is one) or "paragraph" (blank lines part them).
-        split, fraction: "train" and "val" part the documents by a hash of file and place.
+        split, fraction, seed: "val" holds out documents with `fraction` of the bytes, drawn at
+            random from `seed`, and "train" has the others; equal documents are on one side.
     Only places are kept in memory. Documents over 64 KiB are items of several parts; the
     encoder cuts parts into rows. Nothing is lost.
     Raises UserError for missing, empty or undecodable files.
@@ -45,26 +47,63 @@ class TextFiles:
         documents: str = "file",
         split: str = "all",
         fraction: float = 0.05,
+        seed: int = 0,
     ) -> None:
         if documents not in ("file", "paragraph") or split not in ("all", "train", "val"):
             raise UserError(
                 f"documents={documents} and split={split} are not known: documents is file or "
                 "paragraph, split is all, train or val."
             )
-        if not 0 < fraction < 1:
-            raise UserError(f"fraction={fraction} of the text is not between 0 and 1.")
         self.files = _find(paths)
-        self._parts: list[Part] = []
+        self._named = ", ".join(map(str, paths))
+        found: list[tuple[Part, ...]] = []
+        digests: list[bytes] = []
         for number, file in enumerate(self.files):
             for start, end, text in _documents(file, documents):
-                held_out = _hash(file, start) < fraction * 2**64
-                if split == "all" or held_out == (split == "val"):
-                    self._parts += _parts(number, start, end, text)
-        if not self._parts:
+                found.append(tuple(_parts(number, start, end, text)))
+                digests.append(digest_of(text))
+        if not found:
+            raise UserError(f"{self._named} holds no text: give other files.")
+        self._keep(found, digests)
+        if split != "all":
+            train, val = self._sides(fraction, seed)
+            self._choose(self, val if split == "val" else train)
+
+    def parted(self, fraction: float, seed: int = 0) -> tuple[TextFiles, TextFiles]:
+        """The splits "train" and "val" of a source that has all documents, read only once."""
+        train, val = self._sides(fraction, seed)
+        return self._choose(copy.copy(self), train), self._choose(copy.copy(self), val)
+
+    def in_random_order(self, seed: int = 0) -> TextFiles:
+        """The same documents, in the order in which they would be held out."""
+        return self._choose(copy.copy(self), shuffled(unique(self.digests), seed))
+
+    def __getstate__(self) -> dict[str, Any]:  # workers need only the parts
+        return self.__dict__ | {"documents": [], "digests": []}
+
+    def _keep(self, documents: Sequence[tuple[Part, ...]], digests: Sequence[bytes]) -> None:
+        self.documents, self.digests = list(documents), list(digests)
+        self._parts = [part for document in documents for part in document]
+
+    def _choose(self, other: TextFiles, chosen: Sequence[int]) -> TextFiles:
+        other._keep([self.documents[i] for i in chosen], [self.digests[i] for i in chosen])
+        return other
+
+    def _sides(self, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+        """Numbers of the documents trained on, and of those held out, these in random order."""
+        if not 0 < fraction < 1:
+            raise UserError(f"fraction={fraction} of the text is not between 0 and 1.")
+        groups = groups_of([[digest] for digest in self.digests])
+        if len(groups) < 2:
             raise UserError(
-                f"The {split} part of {', '.join(map(str, paths))} holds no text: give other "
-                "files, or documents=paragraph for more and smaller documents."
+                f"Nothing of {self._named} can be held out: it is one document. Make smaller ones "
+                "with --documents=paragraph, name other text with --val_data, or set "
+                "--val_fraction=0."
             )
+        sizes = [sum(num_bytes(self.documents[i]) for i in group) for group in groups]
+        chosen = hold_out([self.digests[group[0]] for group in groups], sizes, fraction, seed)
+        held_out = [i for group in chosen for i in groups[group]]
+        return sorted(set(range(len(self.documents))).difference(held_out)), held_out
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -79,6 +118,11 @@ class TextFiles:
             file.seek(part.start)
             text = file.read(part.end - part.start).decode()
         return (Turn("text", text, "" if part.last else CONTINUED),)
+
+
+def num_bytes(document: Sequence[Part]) -> int:
+    """The length of a document in its file."""
+    return document[-1].end - document[0].start
 
 
 def _find(paths: Sequence[str | Path]) -> list[Path]:
@@ -134,8 +178,3 @@ def _parts(file: int, start: int, end: int, text: bytes) -> Iterator[Part]:
         yield Part(file, start + at, start + cut, False)
         at = cut
     yield Part(file, start + at, end, True)
-
-
-def _hash(path: Path, start: int) -> int:
-    key = f"{path.name}:{start}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -100,6 +101,29 @@ def _bad_record(reason: str, message: str, fatal: bool) -> BadRecordError:
 Encode = Callable[[Conversation, int | None], list[Document]]
 Request = tuple[int, int]  # epoch, item
 Result = list[Document] | BadRecordError
+
+
+class Together:
+    """Several sources as one, one after the other."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = tuple(sources)
+        self._ends = list(itertools.accumulate(map(len, self.sources)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Conversation:
+        source, place = self._find(index)
+        return source[place]
+
+    def turns(self, index: int) -> tuple[Turn, ...]:
+        source, place = self._find(index)
+        return source.turns(place)
+
+    def _find(self, index: int) -> tuple[Source, int]:
+        number = bisect.bisect_right(self._ends, index)
+        return self.sources[number], index - (self._ends[number - 1] if number else 0)
 
 
 def questions_and_answers(turns: tuple[Turn, ...]) -> Iterator[tuple[Turn, Turn]]:

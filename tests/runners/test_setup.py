@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,20 +117,51 @@ def llava(tmp_path: Path) -> Path:
     return tmp_path / "train.json"
 
 
-def test_llava_files_are_parted_for_good(micro: Micro, llava: Path) -> None:
+def test_llava_files_are_parted_by_record(micro: Micro, llava: Path) -> None:
     config = micro(data=str(llava), val_fraction=0.3)
     sources = open_sources(config, model_config(config))
     train = {sources.train[i].id for i in range(len(sources.train))}
     val = {sources.held_out["val"][i].id for i in range(len(sources.held_out["val"]))}
-    assert len(train) + len(val) == 40
+    assert (len(train), len(val)) == (28, 12)
     assert not train & val
-    assert val
+    assert sources.summary == (
+        "Held out: 12 of 40 records, 12 pictures; 0 of 12 held-out answers occur in training"
+    )
+    other_seed = open_sources(replace(config, seed=1), model_config(config)).held_out["val"]
+    assert {other_seed[i].id for i in range(12)} == val
     everything = open_sources(micro(data=str(llava), val_fraction=0.0), model_config(config))
     assert len(everything.train) == 40
     assert not everything.held_out
     job = prepare(micro(data=str(llava), val_fraction=0.0))
     assert job.validation == []
     assert "patches" in next(iter(job.loader))
+
+
+def test_files_of_their_own_are_held_out(micro: Micro, llava: Path, tmp_path: Path) -> None:
+    records = json.loads(llava.read_text())
+    for name, part in (("a.json", records[:3]), ("b.json", records[30:])):
+        (tmp_path / name).write_text(json.dumps(part))
+    (tmp_path / "train.json").write_text(json.dumps(records[:32]))
+    files = tuple(str(tmp_path / name) for name in ("a.json", "b.json"))
+    config = micro(data=str(llava), val_data=files)
+    sources = open_sources(config, model_config(config))
+    val = sources.held_out["val"]
+    assert len(sources.train) == 32
+    assert {val[i].id for i in range(len(val))} == {*map(str, (0, 1, 2)), *map(str, range(30, 40))}
+    assert [val.turns(i) for i in range(13)] == [val[i].turns for i in range(13)]
+    assert sources.summary == (
+        f"Held out: {files[0]}, {files[1]}: 13 records (5 of them in --data too), 13 pictures "
+        "(5 of them in --data too); 5 of 13 held-out answers occur in training"
+    )
+    assert len(prepare(config).validation) == 1
+    text = tmp_path / "text.txt"
+    text.write_text("one\n\ntwo\n\nthree")
+    with pytest.raises(UserError, match=r"text\.txt: --data .* is conversations"):
+        open_sources(replace(config, val_data=(str(text),)), model_config(config))
+    words = micro(data=str(text), val_data=(str(text),), documents="paragraph")
+    assert open_sources(words, model_config(words)).summary == (
+        f"Held out: {text}: 3 documents (3 of them in --data too)"
+    )
 
 
 def test_pictures_for_a_model_without_eyes_are_refused(micro: Micro, llava: Path) -> None:

@@ -72,17 +72,72 @@ def test_rare_questions_share_a_kind(write_llava: WriteLlava):
     assert kinds == {"What is it?", "Which category?", "other"}
 
 
-def test_the_held_out_part_is_chosen_by_title(write_llava: WriteLlava):
+def held_out(path: Path, fraction: float, **options: Any) -> tuple[list[str], list[str]]:
+    """Ids of the records of both splits."""
+    train, val = Llava(path, **options).parted(fraction)
+    return [record.id for record in train.records], [record.id for record in val.records]
+
+
+def test_records_are_held_out_whatever_they_answer(write_llava: WriteLlava):
     path = write_llava(200)
-    parts = {split: Llava(path, split=split, fraction=0.3) for split in ("train", "val")}
-    ids = {split: {record.id for record in source.records} for split, source in parts.items()}
-    assert ids["train"] | ids["val"] == {f"r{i}" for i in range(200)}
-    assert not ids["train"] & ids["val"]
-    assert 30 <= len(ids["val"]) <= 90
-    titles = {s: {r.turns[1].text for r in source.records} for s, source in parts.items()}
-    assert not titles["train"] & titles["val"]
-    with pytest.raises(UserError, match=r"The val part of .* is empty"):
-        Llava(write_llava(2), split="val", fraction=1e-9)
+    train, val = held_out(path, 0.3)
+    assert (len(train), len(val)) == (140, 60)
+    assert {*train, *val} == {f"r{i}" for i in range(200)}
+    for split, ids in (("train", train), ("val", val)):
+        part = Llava(path, split=split, fraction=0.3)
+        assert [record.id for record in part.records] == ids
+        assert {record.turns[3].text for record in part.records} == {"odd", "even"}
+    other = Llava(path).parted(0.3, seed=1)[1]
+    assert {record.id for record in other.records} != set(val)
+    assert val != sorted(val, key=lambda name: int(name[1:]))  # a sample wherever it is cut off
+
+
+def test_records_keep_their_sides_where_the_file_is_reordered_or_grows(write_llava: WriteLlava):
+    _, val = held_out(write_llava(200), 0.1)
+    assert held_out(write_llava(200, lambda records: records[::-1]), 0.1)[1] == val
+    assert len({*val, *held_out(write_llava(210), 0.1)[1]}) < len(val) + 5
+
+
+def test_equal_pictures_are_on_one_side_by_path_and_by_content(
+    write_llava: WriteLlava, tmp_path: Path
+):
+    def change(records: list[Any]) -> None:
+        for i in range(40):  # 20 pictures, each under two names, and each name in two records
+            name = f"images/{i}.png"
+            (tmp_path / name).write_bytes((tmp_path / f"images/{i % 20}.png").read_bytes())
+            records[40 + i]["image"] = name
+        # and a record of two pictures joins what shows either
+        records[7]["image"] = ["images/7.png", "images/8.png"]
+        records[7]["conversations"][2]["value"] = "<image> and this?"
+
+    path = write_llava(80, change)
+    picture = {f"r{i}": 7 if i % 20 == 8 else i % 20 for i in range(80)}
+    for seed in range(5):
+        train, val = Llava(path).parted(0.2, seed)
+        sides = [{picture[record.id] for record in side.records} for side in (train, val)]
+        assert not sides[0] & sides[1]
+        assert len(val) == 16
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "expected"), [(2, 1e-9, 1), (3, 0.999, 2), (7, 0.5, 4)]
+)
+def test_neither_side_is_empty(write_llava: WriteLlava, count: int, fraction: float, expected: int):
+    train, val = held_out(write_llava(count), fraction)
+    assert len(val) in (expected, count - expected)
+    assert train
+    assert val
+
+
+def test_what_cannot_be_parted_is_said(write_llava: WriteLlava):
+    for count, why in ((1, "there is but one"), (3, "pictures join them all")):
+
+        def one_picture(records: list[Any]) -> None:
+            for record in records:
+                record["image"] = "images/0.png"
+
+        with pytest.raises(UserError, match=rf"{why}\): name other data with --val_data"):
+            Llava(write_llava(count, one_picture), split="val")
 
 
 def test_cached_pictures_are_decoded_once_and_stay_here(write_llava: WriteLlava):

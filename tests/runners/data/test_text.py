@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
 
 from runners.data.encode import Encoder
-from runners.data.text import MAX_BYTES, TextFiles
+from runners.data.text import MAX_BYTES, TextFiles, num_bytes
 from runners.data.tokenizer import ChatTokenizer
 from runners.data.types import CONTINUED
 from runners.errors import UserError
@@ -48,15 +49,23 @@ def test_long_documents_come_in_parts_and_nothing_is_lost(
     assert ends == [0, 1]
 
 
-def test_the_held_out_part_is_disjoint(tmp_path: Path):
-    (tmp_path / "a.txt").write_text("\n\n".join(f"paragraph {i}" for i in range(400)))
-    train, val = (
-        words(TextFiles([tmp_path], documents="paragraph", split=split, fraction=0.2))
-        for split in ("train", "val")
-    )
-    assert not set(train) & set(val)
-    assert len(train) + len(val) == 400
-    assert 40 < len(val) < 120
+def test_whole_documents_are_held_out_by_their_bytes(tmp_path: Path):
+    lengths = [1 + i * 7919 % 90 for i in range(400)]
+    texts = [f"paragraph {i // 2}: " + "word " * lengths[i // 2] for i in range(400)]  # twins
+    texts += ["a long one: " + "long " * 30_000]
+    (tmp_path / "a.txt").write_text("\n\n".join(texts))
+    whole = TextFiles([tmp_path], documents="paragraph")
+    train, val = whole.parted(0.2, seed=3)
+    assert not set(words(train)) & set(words(val))
+    assert sorted(words(train) + words(val)) == sorted(words(whole))
+    size = sum(map(num_bytes, whole.documents))
+    assert abs(sum(map(num_bytes, val.documents)) - 0.2 * size) < 100
+    assert words(
+        TextFiles([tmp_path], documents="paragraph", split="val", fraction=0.2, seed=3)
+    ) == words(val)
+    assert pickle.loads(pickle.dumps(val))[3].turns == val[3].turns
+    with pytest.raises(UserError, match=r"is one document.*--documents=paragraph"):
+        TextFiles([tmp_path]).parted(0.2)
 
 
 def test_errors_name_the_file(tmp_path: Path):
@@ -72,5 +81,6 @@ def test_errors_name_the_file(tmp_path: Path):
         TextFiles([tmp_path], documents="paragraph")
     with pytest.raises(UserError, match="documents=line"):
         TextFiles([tmp_path], documents="line")
+    (tmp_path / "latin.txt").write_bytes(b"good")
     with pytest.raises(UserError, match="fraction=0"):
-        TextFiles([tmp_path], fraction=0)
+        TextFiles([tmp_path], split="val", fraction=0)

@@ -1,0 +1,121 @@
+"""Which records are held out: a seeded choice of whole groups, the same wherever they stand."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+WHOLE = 1 << 16  # bytes: of a longer file its start, middle and end are read
+_PIECE = 1 << 14
+_TOGETHER = 256  # files a thread takes at once
+
+
+def digest_of(*parts: bytes | str | int) -> bytes:
+    """16 bytes that stand for some values, in their order.
+
+    >>> digest_of("ab", "c") == digest_of("a", "bc")
+    False
+    """
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part if isinstance(part, bytes) else str(part).encode()
+        found.update(len(data).to_bytes(8, "little") + data)
+    return found.digest()
+
+
+def groups_of(keys: Sequence[Iterable[Hashable]]) -> list[list[int]]:
+    """Numbers of the items that share a key, directly or through others, in groups.
+
+    >>> groups_of([["a"], ["b"], ["a", "c"], ["c"]])
+    [[0, 2, 3], [1]]
+    """
+    parent = list(range(len(keys)))
+
+    def root(item: int) -> int:
+        while parent[item] != item:
+            parent[item] = parent[parent[item]]
+            item = parent[item]
+        return item
+
+    owner: dict[Hashable, int] = {}
+    for item, shared in enumerate(keys):
+        for key in shared:
+            one, other = root(owner.setdefault(key, item)), root(item)
+            parent[max(one, other)] = min(one, other)
+    groups: dict[int, list[int]] = {}
+    for item in range(len(keys)):
+        groups.setdefault(root(item), []).append(item)
+    return list(groups.values())
+
+
+def unique(names: Sequence[bytes]) -> list[bytes]:
+    """Names made distinct: equal ones are told apart by how many came before."""
+    seen: Counter[bytes] = Counter()
+    distinct = []
+    for name in names:
+        seen[name] += 1
+        distinct.append(digest_of(name, seen[name]))
+    return distinct
+
+
+def shuffled(names: Sequence[bytes], seed: int) -> list[int]:
+    """Numbers of the items in an order that follows from seed and names alone: items that are added
+    or moved change the order of no others."""
+    prefix = str(seed).encode()
+    ranks = [digest_of(prefix, name) for name in names]
+    return sorted(range(len(names)), key=ranks.__getitem__)
+
+
+def hold_out(
+    names: Sequence[bytes], weights: Sequence[int], fraction: float, seed: int
+) -> list[int]:
+    """Numbers of the groups that are held out, in the order of `shuffled`.
+
+    Together they weigh `fraction` of the whole, or miss it by at most half of the lightest group
+    that is left. Where there are two groups or more, neither side is empty; of fewer none is held
+    out.
+    """
+    order = shuffled(names, seed)
+    target, taken, total = fraction * sum(weights), [], 0
+    left = []
+    for item in order:
+        if total + weights[item] <= target:
+            taken.append(item)
+            total += weights[item]
+        else:
+            left.append(item)
+    if len(left) > 1:
+        lightest = min(left, key=weights.__getitem__)
+        if not taken or abs(total + weights[lightest] - target) < target - total:
+            taken.append(lightest)
+    return taken
+
+
+def fingerprints(paths: Sequence[Path]) -> list[bytes | OSError]:
+    """What tells files apart: 16 bytes of each one's size and content, whatever its name; or why
+    it cannot be read.
+
+    Of a file over 64 KiB three pieces of 16 KiB are read, so that a million pictures take minutes
+    and not hours; a compressed picture that changes is another from there on.
+    """
+    pieces = [paths[i : i + _TOGETHER] for i in range(0, len(paths), _TOGETHER)]
+    with ThreadPoolExecutor(8) as pool:  # a network's disk answers many at once
+        found = list(pool.map(lambda piece: [_fingerprint(path) for path in piece], pieces))
+    return [fingerprint for piece in found for fingerprint in piece]
+
+
+def _fingerprint(path: Path) -> bytes | OSError:
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = file.seek(0, 2)
+            starts = (0,) if size <= WHOLE else (0, (size - _PIECE) // 2, size - _PIECE)
+            read = []
+            for start in starts:
+                file.seek(start)
+                read.append(file.read(WHOLE if len(starts) == 1 else _PIECE))
+    except OSError as error:
+        return error
+    return digest_of(size, *read)
