@@ -9,7 +9,6 @@ reads, or resumes after a crash at any moment, finds the old checkpoint or the n
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from params.disk import check_files, flush, fresh, write_tensors, writing
 from params.tree import leaf_bytes
 
 NAME, SUFFIX, INDEX = "model.safetensors", ".safetensors", ".index.json"
@@ -52,59 +51,40 @@ def replace_files(
     old = set(_read_index(index)[0].values()) if index.exists() else set()
     whole = len(shards) == 1
     commit, stale = (target, index) if whole else (index, target)
-    part = commit.with_name(f"{commit.name}.part")
-    names = [part.name] if whole else _shard_names(target.stem, len(shards), old)
-    header = {"format": "pt", **(metadata if whole else {})}
+    names = [] if whole else _shard_names(target.stem, len(shards), old)
     files = [target.with_name(name) for name in names]
     try:
-        for file, leaves in zip(files, shards, strict=True):
-            _write(file, leaves, header)
-        if not whole:
-            weight_map = {leaf: name for name, s in zip(names, shards, strict=True) for leaf in s}
-            size = sum(leaf_bytes(leaf) for s in shards for leaf in s.values())
-            record = {"metadata": {"total_size": size, **metadata}, "weight_map": weight_map}
-            part.write_text(json.dumps(record, indent=1))
-            _sync(part)
-        part.replace(commit)
+        for path, leaves in zip(files, shards, strict=not whole):
+            with fresh(path) as file:
+                write_tensors(file, leaves, {"format": "pt"})
+                flush(file)
+        with writing(commit) as file:
+            if whole:
+                write_tensors(file, shards[0], {"format": "pt", **metadata})
+            else:
+                file.write(_index(names, shards, metadata))
     except BaseException:
-        for file in (*files, part):
-            file.unlink(missing_ok=True)
+        for path in files:
+            path.unlink(missing_ok=True)
         raise
     for name in (*(old - set(names)), stale.name):
         target.with_name(name).unlink(missing_ok=True)
     return commit
 
 
+def _index(
+    names: Sequence[str], shards: Sequence[Mapping[str, Tensor]], metadata: Mapping[str, str]
+) -> bytes:
+    weight_map = {leaf: name for name, s in zip(names, shards, strict=True) for leaf in s}
+    size = sum(leaf_bytes(leaf) for s in shards for leaf in s.values())
+    record = {"metadata": {"total_size": size, **metadata}, "weight_map": weight_map}
+    return json.dumps(record, indent=1).encode()
+
+
 def _shard_names(stem: str, n: int, taken: set[str]) -> list[str]:
     """Hugging Face's names, or the same after ``b`` if the checkpoint that is there uses those."""
     names = [f"{stem}-{i:05d}-of-{n:05d}{SUFFIX}" for i in range(1, n + 1)]
     return names if taken.isdisjoint(names) else [f"{stem}b{name[len(stem) :]}" for name in names]
-
-
-def _write(file: Path, leaves: Mapping[str, Tensor], header: dict[str, str]) -> None:
-    ready: dict[str, Tensor] = {}
-    seen = set()
-    for name, leaf in leaves.items():
-        leaf = leaf.cpu().contiguous()
-        # save_file refuses views of one storage (a fused qkv, cut up): all but one are copied.
-        ready[name] = leaf.clone() if leaf.untyped_storage().data_ptr() in seen else leaf
-        seen.add(leaf.untyped_storage().data_ptr())
-    try:
-        file.touch()
-        mode = (
-            file.stat().st_mode
-        )  # the user's umask: safetensors may make files for the owner only
-        save_file(ready, file, metadata=header)
-        file.chmod(mode)
-    except KeyError as error:
-        raise ValueError(f"safetensors has no dtype for {error}: cast those leaves") from error
-    _sync(file)
-
-
-def _sync(file: Path) -> None:
-    """Onto the disk before the rename: else a power cut can leave the new name with no content."""
-    with file.open("rb") as f:
-        os.fsync(f.fileno())
 
 
 def locate(path: Path) -> Path:
@@ -131,12 +111,19 @@ def locate(path: Path) -> Path:
     return found[0]
 
 
-def open_leaves(found: Path, stack: ExitStack) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``(leaf name -> open file that holds it, metadata)``; the stack closes the files."""
+def open_leaves(
+    found: Path, stack: ExitStack, *, verify: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``(leaf name -> open file that holds it, metadata)``; the stack closes the files.
+
+    verify: compares each file with its checksum, which reads all of it.
+    """
     if not found.is_file():
         raise FileNotFoundError(f"there is no file {found}")
     if not found.name.endswith(INDEX):
         file = stack.enter_context(_open_file(found))
+        if verify:
+            check_files([found])
         return dict.fromkeys(file.keys(), file), file.metadata() or {}
     weight_map, metadata = _read_index(found)
     names = sorted(set(weight_map.values()))
@@ -146,6 +133,8 @@ def open_leaves(found: Path, stack: ExitStack) -> tuple[dict[str, Any], dict[str
             f"{missing[0]} must lie beside it"
         )
     files = {name: stack.enter_context(_open_file(found.parent / name)) for name in names}
+    if verify:
+        check_files([found.parent / name for name in names])
     held = {name: set(file.keys()) for name, file in files.items()}
     for leaf, name in weight_map.items():
         if leaf not in held[name]:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from params.disk import CHECKSUM, make_folder
 from params.files import NAME, SUFFIX, check_room, locate, named_errors, open_leaves, replace_files
 from params.int8 import is_scale
 from params.tree import Tree, flatten, leaf_bytes, ties, unflatten
 
 TIED = "nanovision.tied"  # metadata: JSON object, path of a tied leaf -> path it is stored under
-RESERVED = ("format", "total_size", TIED)  # metadata that is ours, not the user's
+RESERVED = ("format", "total_size", TIED, CHECKSUM)  # metadata that is ours, not the user's
 SHOWN = 4  # leaves of a kind that an error message lists
 
 StrPath = str | os.PathLike[str]
@@ -35,8 +36,9 @@ def save_params(
     path: ``NAME.safetensors``, or an existing folder (``model.safetensors`` in it). More than
     ``max_shard_bytes`` become ``NAME-00001-of-0000n.safetensors`` and
     ``NAME.safetensors.index.json``; ``load_params`` takes the same path. A checkpoint that is there
-    is replaced, whole or not at all. Every dtype that safetensors knows is kept bit for bit; leaves
-    that share all their memory are stored once and come back shared.
+    is replaced, whole or not at all, and is on the disk when this returns, with a checksum a file.
+    Every dtype that safetensors has for PyTorch's is kept bit for bit; leaves that share all their
+    memory are stored once and come back shared.
 
     Raises ValueError for a path, metadata or leaves that cannot be saved, OSError if there is no
     room (looked up before anything is written) or no right to write.
@@ -56,7 +58,7 @@ def save_params(
     stored = {name: leaf.detach() for name, leaf in sorted(leaves.items()) if name not in tied}
     with named_errors(f"cannot write {target}"):
         check_room(target, sum(map(leaf_bytes, stored.values())))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         return replace_files(target, _split(stored, max_shard_bytes), own)
 
 
@@ -66,6 +68,7 @@ def load_params(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     like: Mapping[str, Any] | None = None,
+    verify: bool = True,
 ) -> Tree:
     """Reads params: a nested dict of tensors on ``device``, cast to ``dtype`` if one is given.
 
@@ -73,16 +76,17 @@ def load_params(
     and read tensor by tensor, so no second copy of the model exists on the way; the tensors own
     their memory, the file may change afterwards. dtype: of the floating-point leaves, save the fp32
     scales of int8 ones. like: a tree of tensors (meta will do) or of ``Leaf``: its paths and shapes
-    must be those of the file, which is checked before anything is read.
+    must be those of the file, which is checked before anything is read. verify: compare each file
+    with the checksum that ``save_params`` wrote into it, which reads it once more.
 
-    Raises FileNotFoundError for a missing file or shard, ValueError for a truncated or foreign file
-    and for params that differ from ``like``.
+    Raises FileNotFoundError for a missing file or shard, ValueError for a truncated, damaged or
+    foreign file and for params that differ from ``like``.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"params are read as floating-point numbers: dtype cannot be {dtype}")
     found = locate(Path(path))
     with ExitStack() as stack:
-        where, metadata = open_leaves(found, stack)
+        where, metadata = open_leaves(found, stack, verify=verify)
         tied = _read_ties(found, metadata, where)
         if like is not None:
             shapes = {n: tuple(f.get_slice(n).get_shape()) for n, f in where.items()}
