@@ -11,6 +11,7 @@ python -m runners.bench components           # attention, MLP, norms, loss, opti
 python -m runners.bench memory               # fp32, bf16, int8: what a step holds, what fits
 python -m runners.bench kernels --peers      # every kernel beside torch and other libraries
 python -m runners.bench table --files A B    # the page and picture of runs measured before
+python -m runners.bench foreign              # Hugging Face's Qwen2 through from_module, Liger
 python -m runners.bench overhead             # what pure functions cost, beside the same modules
 python -m runners.bench checkpointing        # memory and time of each way to checkpoint
 python -m runners.bench trace                # which of our kernels a training step really runs
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 from runners.benchmarks.checkpointing import CheckpointingConfig, run_checkpointing
 from runners.benchmarks.components import ComponentsConfig, run_components
+from runners.benchmarks.foreign import ForeignConfig, run_foreign
 from runners.benchmarks.kernels import KernelsConfig, TableConfig, run_kernels, run_table
 from runners.benchmarks.lengths import LengthsConfig, run_lengths
 from runners.benchmarks.memory import MemoryConfig, run_memory
@@ -45,6 +47,7 @@ COMMANDS = {
     "memory": Command(MemoryConfig, run_memory),
     "kernels": Command(KernelsConfig, run_kernels),
     "table": Command(TableConfig, run_table),
+    "foreign": Command(ForeignConfig, run_foreign),
     "overhead": Command(OverheadConfig, run_overhead),
     "checkpointing": Command(CheckpointingConfig, run_checkpointing),
     "trace": Command(TraceConfig, run_trace),

@@ -1,12 +1,13 @@
-"""Norms and gated MLPs of a module of someone else's, on this library's kernels."""
+"""Norms, gated MLPs and attention of a foreign module, on this library's kernels."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import kernels
@@ -14,6 +15,7 @@ from core.forward import Forward, NormForm, Rule, SiteInfo
 from params.tree import Tree
 from transforms.legal import check_legal
 
+FUSED = ("norm", "glu", "attention")
 GLUS: dict[str | None, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": kernels.swiglu,
     "gelu_tanh": kernels.geglu,  # gelu by its error function has no kernel
@@ -21,29 +23,32 @@ GLUS: dict[str | None, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def fuse_kernels(forward: Forward, *, skip: Sequence[str] = ()) -> Forward:
-    """The same numbers, up to rounding, with one kernel for a norm and for ``act(gate) * up``.
+    """The same numbers, up to rounding, with one kernel for a norm and for ``act(gate) * up``, and
+    ``kernels.attention`` in place of ``F.scaled_dot_product_attention``.
 
-    It goes inside whatever else is done at those sites, applied before or after. Attention stays as
-    it is: torch's ``scaled_dot_product_attention`` is a flash attention already. The forwards of
-    ``core.vlm`` call the kernels anyway: theirs is returned with the step on record.
+    It goes inside whatever else is done at those sites, applied before or after. A call of
+    attention with a mask, dropout, or other lengths of queries than of keys stays torch's. The
+    forwards of ``core.vlm`` call the kernels anyway: theirs is returned with the step on record.
 
     skip: path patterns of sites to leave alone. A norm or glu of unknown form is left alone too,
-    with a warning that names it. Raises ValueError if a pattern names nothing, or if a module of
-    someone else's has nothing to fuse.
+    with a warning that names it. Raises ValueError if a pattern names nothing, or if a foreign
+    module has nothing to fuse.
     """
     check_legal(forward, "fuse_kernels")
-    skipped = set(forward.select(("norm", "glu"), tuple(skip)))
-    sites = [s for s in forward.sites if s.foreign and s.kind in ("norm", "glu")]
+    skipped = set(forward.select(FUSED, tuple(skip)))
+    sites = [s for s in forward.sites if s.foreign and s.kind in FUSED]
     wanted = [s for s in sites if s not in skipped]
     table = _replacements(wanted)
     if not table and any(s.foreign for s in forward.sites):
         have = ", ".join(sorted({f"{s.kind} {s.path}" for s in forward.sites})[:20])
-        raise ValueError(f"fuse_kernels finds no norm or glu that it knows to fuse, among: {have}")
+        raise ValueError(
+            f"fuse_kernels finds no norm, glu or attention that it knows to fuse, among: {have}"
+        )
     if left := sorted({f"{s.kind} {s.path}" for s in wanted if (s.kind, s.path) not in table}):
         warnings.warn(f"fuse_kernels leaves as they are: {', '.join(left)}", stacklevel=2)
 
     def wrap(kind: str, f: Callable[..., Any], path: str) -> Callable[..., Any]:
-        return table[kind, path]
+        return partial(_attention, f) if kind == "attention" else table[kind, path]
 
     def chosen(site: SiteInfo) -> bool:
         return (site.kind, site.path) in table
@@ -61,6 +66,8 @@ def _replacements(sites: Sequence[SiteInfo]) -> dict[tuple[str, str], Callable[.
         key = (site.kind, site.path)
         if site.kind == "glu" and site.activation in GLUS:
             table[key] = partial(_glu, GLUS[site.activation])
+        if site.kind == "attention":
+            table[key] = _attention
         # layers that share a weight have one path: fused if they are alike in all else
         alike = {s.norm for s in sites if (s.kind, s.path) == key} == {site.norm}
         if site.norm is not None and alike:
@@ -70,6 +77,31 @@ def _replacements(sites: Sequence[SiteInfo]) -> dict[tuple[str, str], Callable[.
 
 def _glu(kernel: Callable[[Tensor, Tensor], Tensor], p: Tree, gate: Tensor, up: Tensor) -> Tensor:
     return kernel(gate, up)
+
+
+def _attention(
+    f: Callable[..., Tensor], p: Tree, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]
+) -> Tensor:
+    """q ``[B, H, T, Dh]``, k and v ``[B, Hk, T, Dh]``; ``f`` is the call as the module makes it."""
+    masked = options.get("attn_mask") is not None or options.get("dropout_p", 0.0) > 0
+    grouped = q.ndim == 4 and q.shape[1] != k.shape[1]
+    if masked or q.ndim != 4 or k.shape != v.shape or q.shape[2:] != k.shape[2:]:
+        return f(p, q, k, v, options)
+    if not q.dtype == k.dtype == v.dtype or (grouped and not options.get("enable_gqa")):
+        return f(p, q, k, v, options)  # torch says what is wrong with it
+    rows, length = q.shape[0], q.shape[2]
+    starts = torch.arange(rows + 1, dtype=torch.int32, device=q.device) * length
+    packed_q, packed_k, packed_v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    out = kernels.attention(
+        packed_q,
+        packed_k,
+        packed_v,
+        starts,
+        causal=options.get("is_causal", False),
+        scale=options.get("scale"),
+        length=length,
+    )
+    return out.unflatten(0, (rows, length)).transpose(1, 2)
 
 
 def _norm(form: NormForm, p: Tree, x: Tensor) -> Tensor:
