@@ -9,33 +9,40 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from core.ranges import Range, check_fields, shown
 from params.spec import Leaf, Spec, count_leaves
+
+# Far above any model that there is, and small enough to count what a config would take.
+Width = Annotated[int, Range(1, 2**24)]
+Layers = Annotated[int, Range(1, 10_000)]
+Epsilon = Annotated[float, Range(0, below=1)]
 
 
 @dataclass(frozen=True)
 class TextConfig:
     """A decoder-only transformer: GQA, RoPE, RMSNorm, SwiGLU."""
 
-    vocab_size: int
-    dim: int
-    layers: int
-    heads: int
-    kv_heads: int
-    mlp_dim: int
-    head_dim: int | None = None  # None: dim // heads
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
+    vocab_size: Width
+    dim: Width
+    layers: Layers
+    heads: Width
+    kv_heads: Width
+    mlp_dim: Width
+    head_dim: Width | None = None  # None: dim // heads
+    rope_theta: Annotated[float, Range(above=0)] = 10_000.0
+    norm_eps: Epsilon = 1e-6
     tied: bool = True  # the unembedding is the embedding
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3, Gemma-3: RMSNorm on each head of q and k
-    softcap: float | None = None  # Gemma-2: cap * tanh(logits / cap)
-    window: int | None = None  # sliding window, in keys seen, itself included
-    global_every: int = 0  # with a window: every k-th layer sees everything (0: none does)
-    dropout: float = 0.0  # on what attention and MLP add; only when the batch has a seed
+    softcap: Annotated[float, Range(above=0)] | None = None  # Gemma-2: cap * tanh(logits / cap)
+    window: Annotated[int, Range(1)] | None = None  # sliding window, in keys seen, itself included
+    global_every: Annotated[int, Range(0)] = 0  # with a window: every k-th layer sees everything
+    dropout: Annotated[float, Range(0, below=1)] = 0.0  # on residuals; only if the batch has a seed
 
     def __post_init__(self) -> None:
+        check_fields(self, "text")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})"
@@ -90,19 +97,20 @@ class TextConfig:
 class VisionConfig:
     """A vision transformer over packed patches (SigLIP-like: LayerNorm, biases, tanh-GELU)."""
 
-    dim: int
-    layers: int
-    heads: int
-    mlp_dim: int
-    patch_size: int  # pixels
-    image_size: int  # pixels a side: nominal; other sizes and aspects interpolate the positions
-    merge: int = 2  # pictures come as merge x merge cells of patches; the MLP projector fuses one
-    positions: str = "learned"  # or "sincos2d"
-    norm_eps: float = 1e-6
+    dim: Width
+    layers: Layers
+    heads: Width
+    mlp_dim: Width
+    patch_size: Annotated[int, Range(1, 2**12)]  # pixels
+    # pixels a side: nominal; other sizes and aspects interpolate the positions
+    image_size: Annotated[int, Range(1, 2**16)]
+    # pictures come as merge x merge cells of patches; the MLP projector fuses one
+    merge: Annotated[int, Range(1, 2**8)] = 2
+    positions: Literal["learned", "sincos2d"] = "learned"
+    norm_eps: Epsilon = 1e-6
 
     def __post_init__(self) -> None:
-        if self.positions not in ("learned", "sincos2d"):
-            raise ValueError(f"positions is 'learned' or 'sincos2d', not {self.positions!r}")
+        check_fields(self, "vision")
         if self.dim % self.heads or self.dim % 4:
             raise ValueError(
                 f"dim ({self.dim}) must be a multiple of heads ({self.heads}) and of 4"
@@ -155,15 +163,14 @@ class ProjectorConfig:
     perceiver resampler, https://arxiv.org/abs/2204.14198).
     """
 
-    kind: str = "mlp"
-    hidden: int | None = None  # of the MLP; None: the decoder's dim
-    queries: int = 64  # resampler: image tokens a picture
-    layers: int = 2  # resampler
-    heads: int = 8  # resampler
+    kind: Literal["mlp", "resampler"] = "mlp"
+    hidden: Width | None = None  # of the MLP; None: the decoder's dim
+    queries: Width = 64  # resampler: image tokens a picture
+    layers: Layers = 2  # resampler
+    heads: Width = 8  # resampler
 
     def __post_init__(self) -> None:
-        if self.kind not in ("mlp", "resampler"):
-            raise ValueError(f"projector kind is 'mlp' or 'resampler', not {self.kind!r}")
+        check_fields(self, "projector")
 
     def param_spec(self, vision: VisionConfig, text: TextConfig) -> Spec:
         hidden = self.hidden or text.dim
@@ -284,6 +291,8 @@ def config_from_dict(data: dict[str, Any]) -> VLMConfig:
     def make(cls: Any, values: dict[str, Any] | None, name: str) -> Any:
         if values is None:
             return None
+        if not isinstance(values, dict):
+            raise ValueError(f"{name} must be an object with fields, not {shown(values)}")
         fields = {f.name: f for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - set(fields)):
             raise ValueError(f"{name} has no field {unknown[0]!r}; it has {', '.join(fields)}")
@@ -295,7 +304,7 @@ def config_from_dict(data: dict[str, Any]) -> VLMConfig:
     parts = {"text": TextConfig, "vision": VisionConfig, "projector": ProjectorConfig}
     if unknown := sorted(set(data) - set(parts)):
         raise ValueError(f"the model config has no part {unknown[0]!r}; it has {', '.join(parts)}")
-    if "text" not in data:
+    if data.get("text") is None:
         raise ValueError("the model config lacks the part 'text'")
     return VLMConfig(**{name: make(cls, data.get(name), name) for name, cls in parts.items()})
 

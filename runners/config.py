@@ -6,15 +6,25 @@ The docstring under each field is its ``--help``. The command line is parsed by 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from core import PRESETS, VLMConfig, config_from_dict
+from core.ranges import Range, shown
+from runners import cli
 from runners.cli import UsageError, given, nearest, parse
-from runners.errors import UserError
 
 Policy = Literal["nothing", "dots", "attention", "dots+attention", "offload"]
+# Counts reach far above any use, and stay small enough for what is computed from them.
+Count = Annotated[int, Range(0, 2**40)]
+Positive = Annotated[int, Range(1, 2**40)]
+Size = Annotated[int, Range(1, 2**30)]
+Share = Annotated[float, Range(0, 1)]
+Memory = Annotated[float, Range(0, below=1)]
+Weight = Annotated[float, Range(0)]
+LONGEST_NAME = 200  # bytes: file systems take 255, and others are made of it
 
 
 @dataclass(frozen=True)
@@ -29,13 +39,13 @@ class TrainConfig:
     """Continue a run: a path, or 'auto' (the newest state of this name; a fresh start if none)."""
     init_from: str | None = None
     """Start from the weights of another run (its folder) or of a safetensors file."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     """Drives initial weights, data order, augmentation and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
 
     preset: str = "tiny"
-    """The model's shape: tiny, small, vlm_1.5b or text_8b."""
+    """The model's shape, by size: tiny, mini, small, vlm_1.5b or text_8b."""
     override: tuple[str, ...] = ()
     """Changes to the preset, such as text.layers=6 projector.kind=resampler, or vision=none."""
     stage: Literal["pretrain", "align", "sft"] = "sft"
@@ -47,12 +57,12 @@ class TrainConfig:
     """'shapes' (drawn on the fly), a LLaVA-format .json, or text: a file, a folder or a glob."""
     image_root: str | None = None
     """Folder of the pictures of a LLaVA-format file. Default: the file's own."""
-    val_fraction: float = 0.05
+    val_fraction: Memory = 0.05
     """Share of the records of --data that is held out; 0: none. Records with an equal picture are
     on one side; of text the share is of its bytes, by whole documents."""
     val_data: tuple[str, ...] = ()
     """Held-out files of the same kind as --data, of which nothing is held out then."""
-    val_seed: int = 0
+    val_seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     """Which records --val_fraction holds out: the same whatever --seed is, so that runs compare and
     --init_from leaks none."""
     turns: Literal["all", "single"] = "all"
@@ -61,45 +71,45 @@ class TrainConfig:
     """Text: what a document is; blank lines part paragraphs."""
     kinds: tuple[str, ...] = ("colour", "shape", "count", "where")
     """shapes: what is asked: colour, shape, count, where, left_right, caption."""
-    max_objects: int = 2
+    max_objects: Size = 2
     """shapes: objects a picture, at most."""
-    colours: int = 6
+    colours: Annotated[int, Range(2, 10)] = 6
     """shapes: colours there are, 2 to 10."""
-    shapes: int = 4
+    shapes: Annotated[int, Range(1, 6)] = 4
     """shapes: forms there are, 1 to 6."""
-    questions: int = 1
+    questions: Size = 1
     """shapes: questions a picture."""
-    ramp: int = 60_000
+    ramp: Count = 60_000
     """shapes: training begins with one object a scene; --max_objects is reached after so many."""
     tokenizer: str | None = None
     """A Hugging Face tokenizer.json. Default: a byte-level BPE trained on the data."""
-    vocab_size: int | None = None
+    vocab_size: Annotated[int, Range(1, 2**24)] | None = None
     """Entries of a tokenizer trained on the data, at most. Default: the preset's vocabulary."""
     augment: bool = False
     """Flip, crop and recolour training pictures (they then no longer show left and right)."""
-    workers: int | None = None
+    workers: Count | None = None
     """Processes that prepare batches; 0: none beside the main one. Default: by the machine."""
 
-    sequence_len: int = 512
+    sequence_len: Annotated[int, Range(8, 2**30)] = 512
     """Tokens in a packed row."""
-    device_batch_size: int = 2
+    device_batch_size: Size = 2
     """Rows that are computed at once."""
-    grad_accum_steps: int = 1
+    grad_accum_steps: Size = 1
     """Batches whose gradients make one step, weighted by their labelled tokens."""
 
-    steps: int = 3600
+    steps: Positive = 3600
     """Optimizer steps in all."""
-    lr: float = 1.2e-3
+    lr: Annotated[float, Range(above=0)] = 1.2e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up: a half cosine, warm-up-stable-decay, or nothing."""
-    warmup_steps: int = 100
+    warmup_steps: Count = 100
     """Steps of linear warm-up."""
-    decay_fraction: float = 0.2
+    decay_fraction: Share = 0.2
     """wsd: the share of all steps at the end in which the rate falls."""
-    final_lr: float = 0.0
+    final_lr: Share = 0.0
     """Learning rate of the last step, as a share of the peak."""
-    weight_decay: float = 0.1
+    weight_decay: Weight = 0.1
     """Decoupled weight decay of what no_decay does not name."""
     no_decay: tuple[str, ...] = ("*norm", "bias", "positions", "queries")
     """Path patterns without weight decay."""
@@ -109,17 +119,17 @@ class TrainConfig:
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     """adamw8bit: moments of 8 bits (pip install bitsandbytes). muon: for the matrices of blocks and
     of the projector, AdamW for the rest; its steps are as long as AdamW's at the same rate."""
-    momentum: float = 0.95
+    momentum: Memory = 0.95
     """Muon: memory of the gradient."""
-    beta1: float = 0.9
+    beta1: Memory = 0.9
     """AdamW: memory of the gradient's mean."""
-    beta2: float = 0.99
+    beta2: Memory = 0.99
     """AdamW: memory of the gradient's square."""
-    grad_clip: float = 1.0
+    grad_clip: Weight = 1.0
     """Largest norm of the whole gradient; 0: not clipped."""
-    z_loss: float = 0.0
+    z_loss: Weight = 0.0
     """Weight of logsumexp(logits)^2 in the loss."""
-    label_smoothing: float = 0.0
+    label_smoothing: Memory = 0.0
     """Probability mass spread over the whole vocabulary."""
 
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
@@ -131,7 +141,7 @@ class TrainConfig:
     """Matrix products of linears in 8-bit floats, save those of first and last blocks."""
     use_gradient_checkpointing: bool = False
     """Recompute blocks in the backward pass instead of keeping their activations."""
-    checkpoint_every: int = 1
+    checkpoint_every: Positive = 1
     """With gradient checkpointing: recompute every k-th block."""
     checkpoint_policy: Policy = "nothing"
     """What a recomputed block keeps beside its inputs: nothing, outputs of matrix products, of
@@ -157,23 +167,23 @@ class TrainConfig:
 
     profile: bool = False
     """Write trace.json (for chrome://tracing, Perfetto) and profile.txt of three steps."""
-    log_every: int = 10
+    log_every: Positive = 10
     """Steps between lines of the log."""
-    val_every: int = 600
+    val_every: Count = 600
     """Steps between validations; the weights of the best one are kept. 0: only at the end."""
     keep: Literal["best", "last"] = "best"
     """Which weights the run ends with: of the lowest validation loss, or the last. Small data is
     learnt by heart: its answers can go on improving while the loss of free text rises."""
-    val_batches: int = 8
+    val_batches: Positive = 8
     """Size of a validation, in whole steps: so many times --device_batch_size x --grad_accum_steps
     rows."""
-    save_every: int = 0
+    save_every: Count = 0
     """Steps between resumable states. 0: as often as validations."""
-    stop_at: int | None = None
+    stop_at: Positive | None = None
     """Stop after this step as if interrupted: saved, to be continued with --resume."""
-    eval_examples: int = 512
+    eval_examples: Count = 512
     """Questions asked of each held-out split at the end; 0: none."""
-    samples: int = 12
+    samples: Annotated[int, Range(0, 1000)] = 12
     """Held-out questions drawn in samples.png; 0: none."""
     tensorboard: bool = True
     """Write TensorBoard events into the run's folder."""
@@ -193,10 +203,38 @@ def is_chat(data: str) -> bool:
 
 # What may differ between a run and its continuation: it changes no number of the training.
 FREE_FIELDS = frozenset((
-    "name", "runs_dir", "resume", "init_from", "workers", "stop_at", "profile",
-    "log_every", "val_every", "val_batches", "save_every", "eval_examples", "samples",
+    "name", "runs_dir", "resume", "init_from", "workers", "stop_at",
+    "profile", "log_every", "val_every", "val_batches", "save_every", "eval_examples", "samples",
     "tensorboard", "wandb",
 ))  # fmt: skip
+
+# The flags of --help, the most used first.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "most used": (
+        "data", "preset", "name", "steps", "lr", "device_batch_size", "sequence_len", "resume",
+        "init_from", "device",
+    ),
+    "the run": ("runs_dir", "seed", "stop_at"),
+    "the model": ("override", "stage", "trainable", "tokenizer", "vocab_size"),
+    "data": (
+        "image_root", "val_fraction", "val_data", "val_seed", "turns", "documents", "augment", "workers", "kinds",
+        "max_objects", "colours", "shapes", "questions", "ramp",
+    ),
+    "the optimizer": (
+        "grad_accum_steps", "schedule", "warmup_steps", "decay_fraction", "final_lr",
+        "weight_decay", "no_decay", "lr_scale", "optimizer", "momentum", "beta1", "beta2",
+        "grad_clip", "z_loss", "label_smoothing",
+    ),
+    "memory and speed": (
+        "dtype", "state_dtype", "use_fp8", "use_gradient_checkpointing", "checkpoint_every",
+        "checkpoint_policy", "checkpoint_between", "use_fused_loss", "use_flash_attn",
+        "use_fused_kernels", "use_fused_adamw", "compile", "compile_scope", "cuda_graph", "profile",
+    ),
+    "measuring and saving": (
+        "log_every", "val_every", "val_batches", "keep", "save_every", "eval_examples", "samples",
+        "tensorboard", "wandb",
+    ),
+}  # fmt: skip
 
 
 # Where a GPU computes, the defaults are these: a 25M model, harder scenes, all kinds of questions.
@@ -226,35 +264,16 @@ def parse_config(argv: Sequence[str] | None = None, *, gpu: bool = False) -> Tra
     """
     on_gpu = gpu and given(TrainConfig, argv).get("device") != ["cpu"]
     defaults = dataclasses.replace(TrainConfig(), **ON_GPU) if on_gpu else None
-    config = parse(TrainConfig, argv, prog="python -m runners.train", defaults=defaults)
+    config = parse(
+        TrainConfig, argv, prog="python -m runners.train", defaults=defaults, groups=GROUPS
+    )
     check(config)
     return config
 
 
 def check(config: TrainConfig) -> None:
-    """Raises UsageError naming the flag for a value out of its range."""
-    at_least = {
-        "sequence_len": 8, "device_batch_size": 1, "grad_accum_steps": 1, "steps": 1,
-        "checkpoint_every": 1, "log_every": 1, "val_batches": 1, "warmup_steps": 0,
-        "val_every": 0, "save_every": 0, "eval_examples": 0, "samples": 0, "grad_clip": 0,
-        "weight_decay": 0, "z_loss": 0, "max_objects": 1, "questions": 1, "seed": 0, "ramp": 0,
-        "colours": 2, "shapes": 1, "val_seed": 0,
-    }  # fmt: skip
-    for name, low in at_least.items():
-        if getattr(config, name) < low:
-            raise UsageError(f"--{name} must be {low} or more, not {getattr(config, name)}")
-    for name in ("stop_at", "vocab_size", "workers"):
-        low = 0 if name == "workers" else 1
-        if (value := getattr(config, name)) is not None and value < low:
-            raise UsageError(f"--{name} must be {low} or more, not {value}")
-    for name in ("beta1", "beta2", "momentum", "label_smoothing", "val_fraction"):
-        if not 0 <= getattr(config, name) < 1:
-            raise UsageError(f"--{name} must lie in [0, 1), not {getattr(config, name)}")
-    for name in ("decay_fraction", "final_lr"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UsageError(f"--{name} must lie in [0, 1], not {getattr(config, name)}")
-    if not 0 < config.lr < float("inf"):
-        raise UsageError(f"--lr must be a positive number, not {config.lr}")
+    """Raises UsageError naming the flag for a value that cannot be meant."""
+    cli.check(config)
     if config.data == "shapes" and (config.val_data or config.turns == "single"):
         flag = "--val_data" if config.val_data else "--turns=single"
         raise UsageError(
@@ -264,12 +283,24 @@ def check(config: TrainConfig) -> None:
     if config.val_data and config.val_fraction not in (0, TrainConfig.val_fraction):
         raise UsageError("--val_data is held out instead of a --val_fraction of --data: give one")
     check_preset(config.preset)
+    model_config(config)
     lr_scales(config)
     if config.state_dtype == "bf16" and (config.optimizer != "adamw" or not config.use_fused_adamw):
         # the others round to the nearest, and small steps would be lost without a word
         raise UsageError("--state_dtype bf16 needs --optimizer adamw with --use_fused_adamw=1")
-    if config.name is not None and (not config.name or set(config.name) & set("/\\\0")):
-        raise UsageError(f"--name is the name of a folder, not a path: {config.name!r}")
+    if config.name is not None:
+        check_name(config.name)
+
+
+def check_name(name: str) -> None:
+    """Raises UsageError for what is not the name of a folder inside of another."""
+    if not name or name in (".", "..") or set(name) & set("/\\") or name.startswith("-"):
+        problem = "must be the name of a folder, not a path or a flag"
+    elif not name.isprintable() or len(os.fsencode(name)) > LONGEST_NAME:
+        problem = f"must be at most {LONGEST_NAME} bytes without control characters"
+    else:
+        return
+    raise UsageError(f"--name {problem}: {shown(name)}")
 
 
 def check_preset(name: str) -> None:
@@ -292,7 +323,7 @@ def lr_scales(config: TrainConfig) -> dict[str, float]:
 
 
 def model_config(config: TrainConfig) -> VLMConfig:
-    """The preset with the overrides. Raises UserError naming the override that does not fit."""
+    """The preset with the overrides. Raises UsageError naming the override that does not fit."""
     data = PRESETS[config.preset].to_dict()
     for change in config.override:
         path, equals, word = change.partition("=")
@@ -309,7 +340,7 @@ def model_config(config: TrainConfig) -> VLMConfig:
     try:
         return config_from_dict(data)
     except (TypeError, ValueError) as error:
-        raise UserError(f"--override {' '.join(config.override)}: {error}") from error
+        raise UsageError(f"--override {' '.join(config.override)}: {error}") from error
 
 
 def differing_fields(old: dict[str, Any], new: TrainConfig) -> list[str]:

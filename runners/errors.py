@@ -1,6 +1,12 @@
-"""The one exception for mistakes that the user can mend."""
+"""The one exception for mistakes that the user can mend, and how it is shown."""
 
 from __future__ import annotations
+
+import re
+
+# Control characters but tab and newline (C0, DEL, C1), marks that turn the direction of what is
+# written, and halves of surrogate pairs, which no terminal can be sent.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -8,3 +14,12 @@ class UserError(Exception):
 
     Runners print it without a traceback and exit with a non-zero status.
     """
+
+
+def printable(text: str) -> str:
+    r"""Text for a terminal: what could steer it is written as an escape.
+
+    >>> print(printable("runs/\x1b[31mred"))
+    runs/\x1b[31mred
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -21,12 +21,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from core import Batch, Forward, Logits, VLMConfig, vlm
 from core.batch import IGNORE
+from core.ranges import Range
 from params import init_params
 from params.tree import Tree
 from runners.checkpoints import Run, load_weights, open_run
@@ -56,7 +57,7 @@ class EvalConfig:
     """Folder of the run, such as runs/shapes-tiny."""
     split: tuple[str, ...] = ()
     """Held-out splits: val, and for shapes unseen. Default: all there are."""
-    examples: int = 512
+    examples: Annotated[int, Range(1, 2**40)] = 512
     """Questions a split, at most."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from core import Batch
+from core.ranges import Range
 from runners.checkpoints import open_run
 from runners.cli import UsageError, guarded, parse
 from runners.compose import choose_device
@@ -37,15 +38,15 @@ class GenerateConfig:
     """What to ask, or to continue (text models)."""
     image: tuple[str, ...] = ()
     """Picture files, put in front of the prompt, or where it says <image>."""
-    max_tokens: int = 128
+    max_tokens: Annotated[int, Range(1, 2**24)] = 128
     """Tokens of the answer, at most."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Range(0)] = 0.0
     """0: always the likeliest token; 1: as the model believes."""
-    top_k: int = 0
+    top_k: Annotated[int, Range(0, 2**24)] = 0
     """Choose among the k likeliest; 0: all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(high=1, above=0)] = 1.0
     """Choose among the fewest that hold this much probability."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     """Of the random choices."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
@@ -110,7 +111,8 @@ def pieces(tokens: Iterable[int], to_text: Callable[[list[int]], str]) -> Iterat
 
 def run(argv: Sequence[str] | None = None) -> None:
     config = parse(GenerateConfig, argv, prog="python -m runners.generate")
-    check(config)
+    if not config.prompt:
+        raise UsageError("--prompt is empty: say what to ask")
     found = open_run(config.run)
     device = choose_device(dataclasses.replace(found.config, device=config.device))
     evaluator = open_evaluator(found, device)
@@ -133,16 +135,6 @@ def run(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
     print()
-
-
-def check(config: GenerateConfig) -> None:
-    """Raises UsageError naming the flag for a value out of its range."""
-    if not config.prompt:
-        raise UsageError("--prompt is empty: say what to ask")
-    if config.temperature < 0 or config.top_k < 0 or not 0 < config.top_p <= 1:
-        raise UsageError("--temperature and --top_k are 0 or more, --top_p lies in (0, 1]")
-    if config.max_tokens < 1:
-        raise UsageError(f"--max_tokens must be 1 or more, not {config.max_tokens}")
 
 
 def _plain(encoder: Encoder, conversation: Conversation) -> Document:

@@ -18,7 +18,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
 from runners.config import TrainConfig, as_dict
-from runners.errors import UserError
+from runners.errors import UserError, printable
+from runners.jsonfile import Fields, read_rows
 
 FILE = "metrics.jsonl"
 Row = Mapping[str, float | int | str | None]
@@ -84,12 +85,18 @@ def _board(folder: Path, after: int) -> Any:
 
 
 def read_metrics(folder: Path) -> list[Row]:
-    """The rows of a run's ``metrics.jsonl``; a last line cut short by a crash is left out."""
+    """The rows of a run's ``metrics.jsonl``; a last line cut short by a crash is left out. Raises
+    UserError naming the line or the row that is damaged."""
     path = folder / FILE
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    rows: list[Row] = [*read_rows(path)]
+    for number, row in enumerate(rows, 1):
+        fields = Fields(dict(row), path, f"row {number}: ")
+        fields.get("step", int)
+        for name in ("loss", "val_loss"):
+            fields.find(name, float)
+    return rows
 
 
 class Display:
@@ -124,7 +131,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(escape(text), highlight=False, soft_wrap=True)
+        self.console.print(escape(printable(text)), highlight=False, soft_wrap=True)
 
     @contextmanager
     def logging(self, name: str) -> Iterator[None]:
@@ -147,7 +154,7 @@ class Display:
         """The numbers of a log step; eta in seconds."""
         text = describe(row, eta)
         if self._live is not None:
-            self._live.update(self._task, description=escape(text))
+            self._live.update(self._task, description=escape(printable(text)))
         else:
             self.say(f"step {row['step']}/{steps}  {text}")
 

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from core import PRESETS
+from core.ranges import fields_of
 from runners import eval as evaluation
 from runners import generate, train
-from runners.cli import UsageError, guarded, parse
+from runners.cli import ALIASES, UsageError, guarded, help_text, parse
 from runners.config import (
     FREE_FIELDS,
+    GROUPS,
     TrainConfig,
     as_dict,
     differing_fields,
@@ -21,6 +24,8 @@ from runners.config import (
     parse_config,
 )
 from runners.errors import UserError
+
+EXTRA = ("--kinds", "colour", "--override=text.dropout=0.5")
 
 
 def test_nothing_gives_the_defaults() -> None:
@@ -47,7 +52,7 @@ def test_the_flags_of_the_mission_parse() -> None:
         ("--compile=1", True), ("--compile=true", True), ("--compile=Yes", True),
         ("--compile", True), ("--compile 1", True), ("--compile=0", False),
         ("--compile=no", False), ("--compile false", False), ("--no_compile", False),
-        ("--no-compile", False), ("--compile=1 --compile=0", False),
+        ("--no-compile", False),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["compile", "use_fused_loss", "wandb"])
@@ -81,10 +86,24 @@ def test_values_of_other_types() -> None:
         ("tiny", "unexpected argument 'tiny'"),
         ("--steps 3 4", "unexpected argument '4'"),
         ("--steps=0", "--steps must be 1 or more, not 0"),
-        ("--lr=-1", "--lr must be a positive number, not -1.0"),
-        ("--lr=nan", "--lr must be a positive number, not nan"),
-        ("--beta2=1", "--beta2 must lie in [0, 1), not 1.0"),
-        ("--name=a/b", "--name is the name of a folder, not a path"),
+        ("--lr=-1", "--lr must be more than 0, not -1.0"),
+        ("--lr=nan", "--lr must be a finite number, not nan"),
+        ("--beta2=1", "--beta2 must be less than 1, not 1.0"),
+        ("--name=a/b", "--name must be the name of a folder, not a path"),
+        ("--name=..", "--name must be the name of a folder, not a path"),
+        ("--name=.", "--name must be the name of a folder, not a path"),
+        ("--name=/tmp/x", "--name must be the name of a folder, not a path"),
+        (f"--name={'a' * 300}", "--name must be at most 200 bytes without control characters"),
+        ("--name=a\x1b[31m", r"without control characters: 'a\x1b[31m'"),
+        ("--data a --data b", "--data is given twice"),
+        ("--compile --no_compile", "--compile is given twice"),
+        ("--learning_rate 1", "unknown flag --learning_rate; did you mean --lr?"),
+        ("--batch-size 1", "did you mean --device_batch_size?"),
+        ("--epochs 1", "did you mean --steps?"),
+        ("--zz\x1b[31m", r"unknown flag --zz\x1b[31m"),
+        (f"--seed={10**30}", "--seed must be at most 9223372036854775807"),
+        ("--override vision.layers=x", "vision.layers must be a whole number, not 'x'"),
+        ("--override text.layers=0", "text.layers must be 1 or more, not 0"),
     ],
 )
 def test_a_bad_command_line_is_one_sentence_and_code_2(
@@ -103,7 +122,7 @@ def test_a_bad_command_line_is_one_sentence_and_code_2(
         (evaluation.main, "", "--run is needed"),
         (evaluation.main, "--rum x", "did you mean --run?"),
         (generate.main, "--run x", "--prompt is needed"),
-        (generate.main, "--run x --prompt y --top_p 2", "--top_p lies in (0, 1]"),
+        (generate.main, "--run x --prompt y --top_p 2", "--top_p must be at most 1, not 2.0"),
         (
             generate.main,
             "--run x --prompt y --max_tokens many",
@@ -119,13 +138,69 @@ def test_the_other_commands_too(
     assert said in capfd.readouterr().err
 
 
-def test_help_names_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_field_once_the_most_used_first(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         parse_config(["--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    missing = [f.name for f in dataclasses.fields(TrainConfig) if f"--{f.name}" not in shown]
-    assert not missing
+    flags = re.findall(r"^  --(\w+) ", shown, flags=re.MULTILINE)
+    assert sorted(flags) == sorted(f.name for f in dataclasses.fields(TrainConfig))
+    assert tuple(flags[:10]) == GROUPS["most used"]
+    assert all(f"\n{title}:\n" in shown for title in GROUPS)
+    assert "other flags" not in shown
+    assert "from 0" not in shown
+    assert re.search(r"--steps INT\n +Optimizer steps.*default: 3600", shown, flags=re.DOTALL)
+
+
+def test_help_names_every_preset_by_size() -> None:
+    sizes = [preset.num_params() for preset in PRESETS.values()]
+    assert sizes == sorted(sizes)
+    text = " ".join(help_text(TrainConfig, "train", None, GROUPS).split())
+    *most, last = PRESETS
+    assert f"by size: {', '.join(most)} or {last}." in text
+
+
+def test_lists_grow_where_a_flag_is_given_again() -> None:
+    config = parse_config(["--override", "text.layers=6", "--kinds=count,shape", *EXTRA])
+    assert config.override == ("text.layers=6", "text.dropout=0.5")
+    assert config.kinds == ("count", "shape", "colour")
+    assert parse_config(["--no_decay", "--lr_scale="]).no_decay == ()
+
+
+def test_none_is_a_value_where_a_field_may_be() -> None:
+    assert parse_config(["--stop_at", "none", "--tokenizer=None"]) == TrainConfig()
+    with pytest.raises(UsageError, match="--steps takes a whole number, not 'none'"):
+        parse_config(["--steps=none"])
+
+
+def test_hints_name_flags_that_there_are() -> None:
+    fields = {
+        f.name
+        for cls in (TrainConfig, evaluation.EvalConfig, generate.GenerateConfig)
+        for f in dataclasses.fields(cls)
+    }
+    assert set(ALIASES) <= fields | {"val_data"}
+    assert not {name for names in ALIASES.values() for name in names} & {"lr", "steps", "seed"}
+
+
+NUMBERS = [
+    f.name
+    for f in dataclasses.fields(TrainConfig)
+    if fields_of(TrainConfig)[f.name].kind in (int, float)
+]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_a_range(name: str) -> None:
+    for word in ("nan", "inf", "-inf", "-1", "1e999", "-0.5", str(-(10**30)), "1" * 5000, "", "x"):
+        with pytest.raises(UsageError, match=f"^--{name} ") as caught:
+            parse_config([f"--{name}={word}"])
+        assert len(str(caught.value)) < 200
+    if fields_of(TrainConfig)[name].kind is int:
+        with pytest.raises(UsageError, match=f"--{name} must be at most"):
+            parse_config([f"--{name}={10**25}"])
 
 
 def test_every_field_has_help() -> None:
@@ -159,6 +234,8 @@ def test_guarded_gives_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert guarded(lambda: 130) == 130
     assert guarded(lambda: fail(UserError("the disk is full"))) == 1
     assert capsys.readouterr().err == "error: the disk is full\n"
+    assert guarded(lambda: fail(UserError("no \x1b[2J\u202e\ud800\x9b"))) == 1
+    assert capsys.readouterr().err == "error: no \\x1b[2J\\u202e\\ud800\\x9b\n"
     with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
         guarded(lambda: 1 // 0)
 
@@ -179,7 +256,7 @@ def test_overrides_change_the_model() -> None:
         ("text.layer=6", "did you mean text.layers?"),
         ("text.layers", "names no field"),
         ("text.heads=3", "heads \\(3\\) must be a multiple of kv_heads"),
-        ("projector.kind=magic", "'mlp' or 'resampler'"),
+        ("projector.kind=magic", "projector.kind must be one of mlp, resampler"),
     ],
 )
 def test_a_bad_override_is_named(override: str, said: str) -> None:
