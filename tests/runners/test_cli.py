@@ -181,7 +181,7 @@ def test_hints_name_flags_that_there_are() -> None:
         for cls in (TrainConfig, evaluation.EvalConfig, generate.GenerateConfig)
         for f in dataclasses.fields(cls)
     }
-    assert set(ALIASES) <= fields | {"val_data"}
+    assert set(ALIASES) <= fields | {"val_data", "max_minutes", "wandb_project"}
     assert not {name for names in ALIASES.values() for name in names} & {"lr", "steps", "seed"}
 
 
