@@ -217,7 +217,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "the run": ("runs_dir", "seed", "stop_at"),
     "the model": ("override", "stage", "trainable", "tokenizer", "vocab_size"),
     "data": (
-        "image_root", "val_fraction", "val_data", "val_seed", "turns", "documents", "augment", "workers", "kinds",
+        "image_root", "val_fraction", "val_data", "val_seed", "turns", "documents", "augment",
+        "workers", "kinds",
         "max_objects", "colours", "shapes", "questions", "ramp",
     ),
     "the optimizer": (

@@ -192,12 +192,12 @@ def test_the_command_speaks(
     assert all(line.endswith("\n") for line in said)
     assert said[2] == said[3] != said[4]
     for wrong, message in (
-        (["--image", "nowhere.png"], "nowhere.png does not exist"),
-        (["--image", str(tmp_path)], str(tmp_path)),
-        (["--run", str(tmp_path)], "not the folder of a run"),
-        (["--prompt", "<image>what?"], "0 pictures but 1"),
+        (["--run", folder, "--image", "nowhere.png", "--prompt=a"], "nowhere.png does not exist"),
+        (["--run", folder, "--image", str(tmp_path), "--prompt=a"], str(tmp_path)),
+        (["--run", str(tmp_path), "--prompt=a"], "not the folder of a run"),
+        (["--run", folder, "--prompt", "<image>what?"], "0 pictures but 1"),
     ):
-        assert generate.main(asked + wrong) == 1
+        assert generate.main(wrong) == 1
         assert message in capsys.readouterr().err
 
 
