@@ -8,6 +8,10 @@ same as comparing with greedy decoding: as long as all choices so far were right
 seen exactly the true prefix, so its next choice is the one made here; at the first wrong one both
 have failed. (Two computations of one logit differ by rounding, so an exact tie may go either way.)
 
+Questions are asked as training asks them: each after the true turns before it, pictures where they
+stand, the very tokens of the training row (a run of ``--turns single`` was trained on each alone,
+and so it is asked). ``--ask alone`` puts each by itself, after its pictures.
+
 Beside it on the same line: the *blind* figure, the same model with all pictures made mid grey, and
 the *majority* figure, always giving the most frequent answer to each kind of question. A model that
 looks at the picture is far above both. Plain text is measured in nats a token and perplexity.
@@ -16,13 +20,15 @@ looks at the picture is far above both. Plain text is measured in nats a token a
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 
 from core import Batch, Forward, Logits, VLMConfig, vlm
@@ -39,13 +45,15 @@ from runners.data.loader import Loader
 from runners.data.packing import PackSpec
 from runners.data.stats import majority_accuracy, readable
 from runners.data.tokenizer import load_tokenizer
-from runners.data.types import BadRecordError, Conversation, Document, Source, Turn, alone
+from runners.data.types import BadRecordError, Conversation, Document, Source, Turn, alone, prompts
 from runners.errors import UserError
 from runners.setup import build_encoder, plan, sample_documents
-from runners.sources import open_sources
+from runners.sources import open_files, open_sources
 from runners.step import mean_loss, to_device
 from transforms import cast_matrices, fuse_loss
 
+logger = logging.getLogger(__name__)
+Ask = Literal["trained", "alone"]
 GREY = 128  # the middle of uint8 pixels
 
 
@@ -59,6 +67,13 @@ class EvalConfig:
     """Held-out splits: val, and for shapes unseen. Default: all there are."""
     examples: Annotated[int, Range(1, 2**40)] = 512
     """Questions a split, at most."""
+    val_data: tuple[str, ...] = ()
+    """Files to ask about, in place of what the run held out."""
+    image_root: str | None = None
+    """Folder of the pictures of --val_data. Default: the file's own."""
+    ask: Ask = "trained"
+    """Each question after the true turns before it, as in training; or alone, after its
+    pictures."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     json: bool = False
@@ -102,31 +117,63 @@ class Report:
 
 @dataclass(frozen=True)
 class Question:
-    """One question alone, as a document; its answer is what the document's labels cover."""
+    """A turn of the model's, and the document that it lies in.
 
-    conversation: Conversation
+    prompt: the conversation up to the question. Of ``document.labels``, ``start`` is the first that
+    is the answer's, at the ``<|assistant|>`` mark; ``end`` lies behind the last, its ``<|end|>``.
+    """
+
+    prompt: Conversation
+    answer: Turn
     document: Document
-
-    @property
-    def answer(self) -> Turn:
-        return self.conversation.turns[-1]
+    start: int
+    end: int
 
 
-def questions(source: Source, encoder: Encoder, limit: int) -> Iterator[Question]:
-    """Up to ``limit`` questions of a source, from its start, each asked alone. Those whose answer
-    does not fit a row are passed over."""
-    found = 0
+def questions(
+    source: Source, encoder: Encoder, limit: int, *, ask: Ask = "trained"
+) -> list[Question]:
+    """Up to ``limit`` questions of a source, from its start. Answers that do not fit a row, which
+    training does not see either, are passed over, with a warning."""
+    found: list[Question] = []
+    beyond, most = 0, 1
     for conversation in readable(source):
-        for single in alone(conversation):
-            try:
-                (document,) = encoder(single)
-            except BadRecordError:
-                continue
-            if found < limit and not document.truncated:
-                yield Question(single, document)
-                found += 1
-        if found >= limit:
-            return
+        if len(found) >= limit:
+            break
+        singles = alone(conversation)
+        most = max(most, len(singles))
+        for asked in singles if ask == "alone" else [conversation]:
+            whole = questions_of(asked, encoder)
+            beyond += sum(turn.role == "assistant" for turn in asked.turns) - len(whole)
+            found += whole
+    if ask == "alone" and most > 1:
+        logger.warning(
+            "Questions are asked alone, though training shows them after the turns before them: "
+            "the model is measured on what it was not trained for."
+        )
+    if beyond:
+        logger.warning(
+            "%d answers do not fit a row of %d tokens: not asked.", beyond, encoder.max_tokens
+        )
+    return found[:limit]
+
+
+def questions_of(conversation: Conversation, encoder: Encoder) -> list[Question]:
+    """Each turn of a conversation whose answer fits a row whole, as training sees it."""
+    try:
+        (document,) = encoder(conversation)
+    except BadRecordError:
+        return []
+    labelled = np.concatenate([[False], document.labels != IGNORE, [False]])
+    starts, ends = np.flatnonzero(labelled[1:] != labelled[:-1]).reshape(-1, 2).T.tolist()
+    answers = [turn for turn in conversation.turns if turn.role == "assistant"]
+    return [
+        Question(prompt, answer, document, start, end)
+        for prompt, answer, start, end in zip(
+            prompts(conversation), answers, starts, ends, strict=False
+        )
+        if document.labels[end - 1] == encoder.tokenizer.end  # else it is cut off
+    ]
 
 
 @dataclass(frozen=True)
@@ -146,7 +193,7 @@ class Evaluator:
     @torch.no_grad()
     def exact(self, asked: Sequence[Question], *, blind: bool = False) -> list[bool]:
         """Whether each answer is exactly what greedy decoding gives."""
-        documents = [question.document for question in asked]
+        documents = list(dict.fromkeys(question.document for question in asked))
         batches, places = batch_documents(documents, self._spec(documents))
         predict = replace(self.forward, finish=_argmax_of_labelled)
         rights = []
@@ -158,12 +205,16 @@ class Evaluator:
             sent = to_device(batch | {"rows": rows}, self.device)
             right[rows] = predict(self.params, sent).cpu() == batch["labels"][rows]
             rights.append(right)
-        ends = [slice(place.start, place.start + place.length) for place in places]
-        return [bool(rights[p.batch][s].all()) for p, s in zip(places, ends, strict=True)]
+        place_of = dict(zip(documents, places, strict=True))
+        found = []
+        for question in asked:
+            batch, start, _ = place_of[question.document]
+            found.append(bool(rights[batch][start + question.start : start + question.end].all()))
+        return found
 
-    def report(self, split: str, source: Source, limit: int) -> Report:
+    def report(self, split: str, source: Source, limit: int, *, ask: Ask = "trained") -> Report:
         """Exact match, blind and majority figures of a split of questions."""
-        asked = list(questions(source, self.encoder, limit))
+        asked = questions(source, self.encoder, limit, ask=ask)
         if not asked:
             raise UserError(f"{split}: no question fits a row of {self.encoder.max_tokens} tokens")
         seen, unseen = self.exact(asked), self.exact(asked, blind=True)
@@ -207,11 +258,25 @@ def open_evaluator(run: Run, device: torch.device) -> Evaluator:
 
 
 def evaluate(
-    evaluator: Evaluator, splits: Mapping[str, Source], limit: int, *, chat: bool
+    evaluator: Evaluator,
+    splits: Mapping[str, Source],
+    limit: int,
+    *,
+    chat: bool,
+    ask: Ask = "trained",
 ) -> list[Report]:
     """A report of each split."""
-    measure = evaluator.report if chat else evaluator.text_report
-    return [measure(name, source, limit) for name, source in splits.items()]
+    if not chat:
+        return [evaluator.text_report(name, source, limit) for name, source in splits.items()]
+    return [evaluator.report(name, source, limit, ask=ask) for name, source in splits.items()]
+
+
+def held_out(run: Run, config: EvalConfig) -> Mapping[str, Source]:
+    """What a run is measured on: what it held out, or files."""
+    if not config.val_data:
+        return open_sources(run.config, run.model).held_out
+    files = replace(run.config, val_data=config.val_data, image_root=config.image_root)
+    return {"val": open_files(files)}
 
 
 def run(argv: Sequence[str] | None = None) -> None:
@@ -219,14 +284,17 @@ def run(argv: Sequence[str] | None = None) -> None:
     found = open_run(config.run)
     device = choose_device(replace(found.config, device=config.device))
     evaluator = open_evaluator(found, device)
-    splits = open_sources(found.config, found.model).held_out
+    splits = held_out(found, config)
     if not splits:
-        raise UserError(f"{found.folder} was trained with --val_fraction=0: nothing is held out")
+        raise UserError(
+            f"{found.folder} was trained with --val_fraction=0, nothing is held out: name files "
+            "with --val_data"
+        )
     for name in config.split:
         if name not in splits:
             raise UserError(f"--split {name}: this run has {', '.join(splits)}")
     chosen = {name: splits[name] for name in config.split or splits}
-    reports = evaluate(evaluator, chosen, config.examples, chat=found.config.chat)
+    reports = evaluate(evaluator, chosen, config.examples, chat=found.config.chat, ask=config.ask)
     if config.json:
         print(json.dumps([asdict(report) for report in reports], indent=1))
     else:

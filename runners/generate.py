@@ -35,7 +35,7 @@ class GenerateConfig:
     run: str
     """Folder of the run, such as runs/shapes-tiny."""
     prompt: str
-    """What to ask, or to continue (text models)."""
+    """What to ask, as the first turn of a conversation; or to continue (text models)."""
     image: tuple[str, ...] = ()
     """Picture files, put in front of the prompt, or where it says <image>."""
     max_tokens: Annotated[int, Range(1, 2**24)] = 128

@@ -16,6 +16,11 @@ from runners.data.text import TextFiles, num_bytes
 from runners.data.types import Source, Together, questions_and_answers
 from runners.errors import UserError
 
+# How held-out questions are asked: as they are trained.
+_HOW = {
+    "all": "each is asked after the true turns before it",
+    "single": "each is asked alone (--turns=single)",
+}
 NOTHING = "Held out: nothing (--val_fraction=0)"
 
 
@@ -34,11 +39,19 @@ def open_sources(config: TrainConfig, model: VLMConfig) -> Sources:
     read."""
     if config.data == "shapes":
         return _shapes(config, model)
+    return _conversations(config) if config.chat else _texts(config)
+
+
+def open_files(config: TrainConfig) -> Source:
+    """What ``--val_data`` names alone. Raises UserError where it cannot be read."""
+    return _together(_apart(config)) if config.chat else _texts_apart(config)
+
+
+def _check_kind(config: TrainConfig) -> None:
     for path in config.val_data:
         if is_chat(path) != config.chat or path == "shapes":
             kind = "conversations (.json, .jsonl)" if config.chat else "plain text"
             raise UserError(f"--val_data {path}: --data {config.data} is {kind}, and so must it be")
-    return _conversations(config) if config.chat else _texts(config)
 
 
 # -- conversations ----------------------------------------------------------------------------
@@ -47,10 +60,9 @@ def open_sources(config: TrainConfig, model: VLMConfig) -> Sources:
 def _conversations(config: TrainConfig) -> Sources:
     whole = _llava(config, config.data)
     if config.val_data:
-        apart = [_llava(config, path) for path in config.val_data]
-        held_out = [source.in_random_order(config.val_seed) for source in apart]
-        pictures = {held for source in apart for held in source.pictures.values()}
-        names = [name for source in apart for name in source.names()]
+        held_out = _apart(config)
+        pictures = {held for source in held_out for held in source.pictures.values()}
+        names = [name for source in held_out for name in source.names()]
         records = _with_shared(len(names), "records", set(names).intersection(whole.names()))
         shared = pictures.intersection(whole.pictures.values())
         what = f"{', '.join(config.val_data)}: {records}"
@@ -68,10 +80,22 @@ def _conversations(config: TrainConfig) -> Sources:
     occur = sum(answer in known for answer in answers)
     summary = (
         f"Held out: {what}, {_with_shared(len(pictures), 'pictures', shared)}; {occur:,} of "
-        f"{len(answers):,} held-out answers occur in training"
+        f"{len(answers):,} held-out answers occur in training; {_HOW[config.turns]}"
     )
-    val = held_out[0] if len(held_out) == 1 else Together(held_out)
-    return Sources(train, {"val": val}, summary=summary)
+    return Sources(train, {"val": _together(held_out)}, summary=summary)
+
+
+def _apart(config: TrainConfig) -> list[Llava]:
+    """The files of ``--val_data``, each in random order."""
+    _check_kind(config)
+    sources = [_llava(config, path) for path in config.val_data]
+    for source in sources:
+        source.shuffle(config.val_seed)
+    return sources
+
+
+def _together(sources: Sequence[Llava]) -> Source:
+    return sources[0] if len(sources) == 1 else Together(sources)
 
 
 def _llava(config: TrainConfig, path: str) -> Llava:
@@ -97,9 +121,7 @@ def _answers(source: Llava) -> list[str]:
 def _texts(config: TrainConfig) -> Sources:
     whole = TextFiles(_found("--data", config.data), documents=config.documents)
     if config.val_data:
-        paths = [path for name in config.val_data for path in _found("--val_data", name)]
-        apart = TextFiles(paths, documents=config.documents)
-        val = apart.in_random_order(config.val_seed)
+        val = _texts_apart(config)
         shared = set(whole.digests).intersection(val.digests)
         what = _with_shared(len(val.documents), "documents", shared)
         summary = f"Held out: {', '.join(config.val_data)}: {what}"
@@ -113,6 +135,14 @@ def _texts(config: TrainConfig) -> Sources:
         f"{size / all_of_it:.1%} of the text"
     )
     return Sources(train, {"val": val}, summary=summary)
+
+
+def _texts_apart(config: TrainConfig) -> TextFiles:
+    _check_kind(config)
+    paths = [path for name in config.val_data for path in _found("--val_data", name)]
+    source = TextFiles(paths, documents=config.documents)
+    source.shuffle(config.val_seed)
+    return source
 
 
 def _found(flag: str, name: str) -> Sequence[str]:
@@ -142,6 +172,6 @@ def _shapes(config: TrainConfig, model: VLMConfig) -> Sources:
     held_out: dict[str, Source] = {name: shapes(split=name) for name in ("val", "unseen")}
     summary = (
         f"Held out: {len(held_out['val'])} new scenes (val), and {len(held_out['unseen'])} with "
-        "pairs of colour and shape that training never shows (unseen)"
+        f"pairs of colour and shape that training never shows (unseen); {_HOW['all']}"
     )
     return Sources(shapes(split="train"), held_out, ordered=True, summary=summary)

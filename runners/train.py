@@ -15,7 +15,7 @@ if __name__ == "__main__":  # before the imports that follow, which take seconds
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -31,8 +31,8 @@ from runners.checkpoints import (
 )
 from runners.cli import INTERRUPTED, guarded
 from runners.config import TrainConfig, parse_config
-from runners.data.types import IMAGE, BadRecordError, alone, spread
-from runners.eval import Evaluator, Report, evaluate
+from runners.data.types import IMAGE, BadRecordError, spread
+from runners.eval import Evaluator, Report, evaluate, questions_of
 from runners.figures import Sample, draw_loss, draw_samples
 from runners.generate import answer
 from runners.loop import Training, interruptible
@@ -137,17 +137,18 @@ def finish(job: Job, folder: Path) -> list[str]:
 
 def sample(evaluator: Evaluator, job: Job) -> list[Sample]:
     """Held-out questions about different pictures, with what the model says to each."""
-    source, samples = job.sources.held_out["val"], []
-    for turn, index in enumerate(spread(len(source), job.config.samples)):
+    source, encoder, samples = job.sources.held_out["val"], evaluator.encoder, []
+    for number, index in enumerate(spread(len(source), job.config.samples)):
         try:
-            asked = alone(source[index])
+            asked = questions_of(source[index], encoder)
         except BadRecordError:
             continue
-        conversation = asked[turn % len(asked)]  # not always a picture's first question
-        user, truth = conversation.turns
-        tokens = answer(evaluator, replace(conversation, turns=(user,)), max_tokens=48)
-        said = evaluator.encoder.tokenizer.decode(tokens)
-        samples.append(Sample(conversation.images, user.text.replace(IMAGE, ""), truth.text, said))
+        if not asked:
+            continue
+        question = asked[number % len(asked)]  # not always a picture's first
+        said = encoder.tokenizer.decode(answer(evaluator, question.prompt, max_tokens=48))
+        words = question.prompt.turns[-1].text.replace(IMAGE, "")
+        samples.append(Sample(question.prompt.images, words, question.answer.text, said))
     return samples
 
 

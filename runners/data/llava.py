@@ -82,9 +82,9 @@ class Llava:
         train, val = self._parts(fraction, seed)
         return self._with(train), self._with(val)
 
-    def in_random_order(self, seed: int = 0) -> Llava:
-        """The same records, in the order in which they would be held out."""
-        return self._with([self.records[i] for i in shuffled(self.names(), seed)])
+    def shuffle(self, seed: int = 0) -> None:
+        """Put the records into the order in which they would be held out."""
+        self._keep([self.records[i] for i in shuffled(self.names(), seed)])
 
     def __len__(self) -> int:
         return len(self._items)

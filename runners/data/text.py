@@ -74,9 +74,9 @@ class TextFiles:
         train, val = self._sides(fraction, seed)
         return self._choose(copy.copy(self), train), self._choose(copy.copy(self), val)
 
-    def in_random_order(self, seed: int = 0) -> TextFiles:
-        """The same documents, in the order in which they would be held out."""
-        return self._choose(copy.copy(self), shuffled(unique(self.digests), seed))
+    def shuffle(self, seed: int = 0) -> None:
+        """Put the documents into the order in which they would be held out."""
+        self._choose(self, shuffled(unique(self.digests), seed))
 
     def __getstate__(self) -> dict[str, Any]:  # workers need only the parts
         return self.__dict__ | {"documents": [], "digests": []}

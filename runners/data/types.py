@@ -133,20 +133,28 @@ def questions_and_answers(turns: tuple[Turn, ...]) -> Iterator[tuple[Turn, Turn]
             yield question._replace(text=question.text.replace(IMAGE, "").strip()), answer
 
 
-def alone(conversation: Conversation) -> list[Conversation]:
-    """Every question of a conversation on its own, all pictures in front of it.
+def prompts(conversation: Conversation) -> list[Conversation]:
+    """What stands before each answer: the turns up to its question, and their pictures."""
+    found, shown = [], 0
+    for number, turn in enumerate(conversation.turns):
+        shown += turn.text.count(IMAGE) if turn.role == "user" else 0
+        if turn.role == "assistant":
+            before = conversation.turns[:number]
+            found.append(Conversation(conversation.id, before, conversation.images[:shown]))
+    return found
 
-    This is how a model is examined: it sees neither the other questions nor their answers.
-    """
-    marks = IMAGE * len(conversation.images)
-    return [
-        Conversation(
-            f"{conversation.id}/{i}",
-            (question._replace(text=marks + question.text), answer),
-            conversation.images,
-        )
-        for i, (question, answer) in enumerate(questions_and_answers(conversation.turns))
-    ]
+
+def alone(conversation: Conversation) -> list[Conversation]:
+    """Every question of a conversation on its own: its pictures where they stand, and in front of
+    it those of the turns before. It sees neither the other questions nor their answers."""
+    singles = []
+    answers = [turn for turn in conversation.turns if turn.role == "assistant"]
+    for number, (before, answer) in enumerate(zip(prompts(conversation), answers, strict=True)):
+        question = before.turns[-1]
+        marks = IMAGE * (len(before.images) - question.text.count(IMAGE))
+        turns = (question._replace(text=marks + question.text), answer)
+        singles.append(Conversation(f"{conversation.id}/{number}", turns, before.images))
+    return singles
 
 
 def spread(length: int, limit: int) -> range:

@@ -125,7 +125,8 @@ def test_llava_files_are_parted_by_record(micro: Micro, llava: Path) -> None:
     assert (len(train), len(val)) == (28, 12)
     assert not train & val
     assert sources.summary == (
-        "Held out: 12 of 40 records, 12 pictures; 0 of 12 held-out answers occur in training"
+        "Held out: 12 of 40 records, 12 pictures; 0 of 12 held-out answers occur in training; "
+        "each is asked after the true turns before it"
     )
     other_seed = open_sources(replace(config, seed=1), model_config(config)).held_out["val"]
     assert {other_seed[i].id for i in range(12)} == val
@@ -151,7 +152,8 @@ def test_files_of_their_own_are_held_out(micro: Micro, llava: Path, tmp_path: Pa
     assert [val.turns(i) for i in range(13)] == [val[i].turns for i in range(13)]
     assert sources.summary == (
         f"Held out: {files[0]}, {files[1]}: 13 records (5 of them in --data too), 13 pictures "
-        "(5 of them in --data too); 5 of 13 held-out answers occur in training"
+        "(5 of them in --data too); 5 of 13 held-out answers occur in training; "
+        "each is asked after the true turns before it"
     )
     assert len(prepare(config).validation) == 1
     text = tmp_path / "text.txt"
