@@ -208,8 +208,9 @@ class Evaluator:
         place_of = dict(zip(documents, places, strict=True))
         found = []
         for question in asked:
-            batch, start, _ = place_of[question.document]
-            found.append(bool(rights[batch][start + question.start : start + question.end].all()))
+            place = place_of[question.document]
+            answer = slice(place.start + question.start, place.start + question.end)
+            found.append(bool(rights[place.batch][answer].all()))
         return found
 
     def report(self, split: str, source: Source, limit: int, *, ask: Ask = "trained") -> Report:
