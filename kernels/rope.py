@@ -42,13 +42,17 @@ def rope_reference(
 ) -> tuple[Tensor, Tensor]:
     """What `rope` computes without weights."""
     dtype = accumulation_dtype(q.dtype)
+    half = q.shape[-1] // 2
     c, s = (_rows(table, positions).to(dtype) for table in (cos, sin))
-    if inverse:
-        s = -s
-    # (a, b) -> (a c - b s, b c + a s), both halves in one pass
-    c, s = torch.cat((c, c), -1).unsqueeze(-2), torch.cat((-s, s), -1).unsqueeze(-2)  # [N, 1, Dh]
+    if cos.shape[1] == half:
+        c, s = torch.cat((c, c), -1), torch.cat((s, s), -1)
+    if inverse:  # the transposed map: each half takes the sine of the other
+        s = -torch.roll(s, half, -1)
+    # (a, b) -> (a c - b s, b c2 + a s2), both halves in one pass
+    s = torch.cat((-s[..., :half], s[..., half:]), -1)
+    c, s = c.unsqueeze(-2), s.unsqueeze(-2)  # [N, 1, Dh]
     # widened before multiplying: on CPU bf16 * fp32 takes 5 times as long
-    wide_q, wide_k, half = q.to(dtype), k.to(dtype), q.shape[-1] // 2
+    wide_q, wide_k = q.to(dtype), k.to(dtype)
     turned_q = wide_q * c + torch.roll(wide_q, half, -1) * s
     turned_k = wide_k * c + torch.roll(wide_k, half, -1) * s
     return turned_q.to(q.dtype), turned_k.to(k.dtype)
@@ -330,7 +334,9 @@ def rope(
         q: [N, H, Dh], any floating dtype; Dh even. On a GPU slices of one projection [N, ...] are
             read where they lie, without a copy.
         k: [N, Hk, Dh].
-        cos, sin: [T, Dh/2] tables (fp32), one row a position. Constants: no gradient flows to them.
+        cos, sin: [T, Dh/2] tables (fp32), one row a position; or [T, Dh], as Hugging Face makes
+            them: a row's first half turns x[:Dh/2], its second x[Dh/2:]. Constants: no gradient
+            flows to them.
         positions: [N] int64 in [0, T).
         q_weight, k_weight: [Dh] each, any floating dtype, or None for no norm.
         eps: of the norms: x / sqrt(mean(x^2) + eps) * weight.
@@ -359,9 +365,9 @@ def rope(
             f"rope: k must have shape [{n}, Hk, {dim}] to match q {tuple(q.shape)}, "
             f"got {tuple(k.shape)}."
         )
-    if cos.ndim != 2 or cos.shape[1] != dim // 2 or cos.shape != sin.shape:
+    if cos.ndim != 2 or cos.shape[1] not in (dim // 2, dim) or cos.shape != sin.shape:
         raise ValueError(
-            f"rope: cos and sin must have shape [T, {dim // 2}] for head size {dim}, "
+            f"rope: cos and sin must have shape [T, {dim // 2}] or [T, {dim}] for head size {dim}, "
             f"got {tuple(cos.shape)} and {tuple(sin.shape)}."
         )
     if positions.dtype != torch.int64 or tuple(positions.shape) != (n,):

@@ -31,20 +31,28 @@ def _angles(
     table,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
     INVERSE: tl.constexpr,
 ):
-    """cos and sin [TOKENS, 1, BLOCK] in fp32; NaN for a position that the tables do not have."""
+    """cos and sin for the first half of a head, then for the second: each [TOKENS, 1, BLOCK], fp32;
+    NaN for a position that the tables do not have. WIDTH: of a table's row, HALF or 2 HALF."""
     position = tl.load(positions_ptr + token, mask=token < tokens, other=0)[:, None, None]
     col = tl.arange(0, BLOCK)[None, None, :]
     known = (position >= 0) & (position < table)
-    at = position * HALF + col
+    at = position * WIDTH + col
     inside = known & (col < HALF)
     c = tl.load(cos_ptr + at, mask=inside, other=0.0).to(tl.float32)
     s = tl.load(sin_ptr + at, mask=inside, other=0.0).to(tl.float32)
     c = tl.where(known, c, float("nan"))
+    c2 = c
+    s2 = s
+    if WIDTH != HALF:
+        c2 = tl.load(cos_ptr + at + HALF, mask=inside, other=0.0).to(tl.float32)
+        s2 = tl.load(sin_ptr + at + HALF, mask=inside, other=0.0).to(tl.float32)
+        c2 = tl.where(known, c2, float("nan"))
     if INVERSE:
-        s = -s
-    return c, s
+        return c, -s2, c2, -s
+    return c, s, c2, s2
 
 
 @jit
@@ -129,6 +137,8 @@ def _turn_heads(
     tokens,
     c,
     s,
+    c2,
+    s2,
     eps,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -147,7 +157,9 @@ def _turn_heads(
             r = _scale(a, b, eps, HALF)
             a *= r * wa
             b *= r * wb
-        _write(y_ptr, token, first, inside, a * c - b * s, b * c + a * s, HEADS, GROUP, HALF, BLOCK)
+        _write(
+            y_ptr, token, first, inside, a * c - b * s, b * c2 + a * s2, HEADS, GROUP, HALF, BLOCK
+        )
 
 
 @jit
@@ -162,6 +174,8 @@ def _turn_heads_back(
     tokens,
     c,
     s,
+    c2,
+    s2,
     eps,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -181,7 +195,7 @@ def _turn_heads_back(
         ga, gb = _read(grad_ptr, token, first, inside, GRAD_TOKEN, GRAD_HEAD, GROUP, HALF, BLOCK)
         r = _scale(a, b, eps, HALF)
         ua, ub = a * r, b * r
-        ta, tb = ga * c - gb * s, gb * c + ga * s
+        ta, tb = ga * c - gb * s, gb * c2 + ga * s2
         va, vb = ta * wa, tb * wb
         mean = tl.sum(ua * va + ub * vb, 2, keep_dims=True) * (0.5 / HALF)
         xa, xb = (va - ua * mean) * r, (vb - ub * mean) * r
@@ -226,24 +240,27 @@ def rope_kernel(
     K_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,
     Q_GROUP: tl.constexpr,
     K_GROUP: tl.constexpr,
     STAGES: tl.constexpr,
     INVERSE: tl.constexpr,
 ):
-    """(a, b) -> (a c - b s, b c + a s); with weights x is first x r w, r = (mean x^2 + eps)^-1/2.
+    """(a, b) -> (a c - b s, b c2 + a s2); with weights x is first x r w, r = (mean x^2 + eps)^-1/2.
 
-    The inverse (s -> -s, no weights) is the backward of the plain form.
+    The inverse (the transposed map, no weights) is the backward of the plain form.
     """
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    c, s = _angles(cos_ptr, sin_ptr, positions_ptr, token, tokens, table, HALF, BLOCK, INVERSE)
+    c, s, c2, s2 = _angles(
+        cos_ptr, sin_ptr, positions_ptr, token, tokens, table, HALF, BLOCK, WIDTH, INVERSE
+    )
     _turn_heads(
-        q_ptr, q_weight_ptr, q_out_ptr, token, tokens, c, s, eps,
+        q_ptr, q_weight_ptr, q_out_ptr, token, tokens, c, s, c2, s2, eps,
         Q_HEADS, Q_GROUP, Q_TOKEN, Q_HEAD, HALF, BLOCK, STAGES,
     )  # fmt: skip
     _turn_heads(
-        k_ptr, k_weight_ptr, k_out_ptr, token, tokens, c, s, eps,
+        k_ptr, k_weight_ptr, k_out_ptr, token, tokens, c, s, c2, s2, eps,
         K_HEADS, K_GROUP, K_TOKEN, K_HEAD, HALF, BLOCK, STAGES,
     )  # fmt: skip
 
@@ -277,6 +294,7 @@ def rope_qk_norm_backward_kernel(
     K_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,
     Q_GROUP: tl.constexpr,
     K_GROUP: tl.constexpr,
@@ -294,13 +312,15 @@ def rope_qk_norm_backward_kernel(
     for turn in range(turns):
         tile = tl.program_id(0).to(tl.int64) + turn * tl.num_programs(0)
         token = tile * TOKENS + tl.arange(0, TOKENS)
-        c, s = _angles(cos_ptr, sin_ptr, positions_ptr, token, tokens, table, HALF, BLOCK, True)
+        c, s, c2, s2 = _angles(
+            cos_ptr, sin_ptr, positions_ptr, token, tokens, table, HALF, BLOCK, WIDTH, True
+        )
         qa, qb = _turn_heads_back(
-            q_grad_ptr, q_ptr, q_weight_ptr, dq_ptr, qa, qb, token, tokens, c, s, eps,
+            q_grad_ptr, q_ptr, q_weight_ptr, dq_ptr, qa, qb, token, tokens, c, s, c2, s2, eps,
             Q_HEADS, Q_GROUP, Q_GRAD_TOKEN, Q_GRAD_HEAD, Q_TOKEN, Q_HEAD, HALF, BLOCK, STAGES,
         )  # fmt: skip
         ka, kb = _turn_heads_back(
-            k_grad_ptr, k_ptr, k_weight_ptr, dk_ptr, ka, kb, token, tokens, c, s, eps,
+            k_grad_ptr, k_ptr, k_weight_ptr, dk_ptr, ka, kb, token, tokens, c, s, c2, s2, eps,
             K_HEADS, K_GROUP, K_GRAD_TOKEN, K_GRAD_HEAD, K_TOKEN, K_HEAD, HALF, BLOCK, STAGES,
         )  # fmt: skip
     if partials_ptr is not None:
@@ -361,8 +381,8 @@ def _tokens(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _constants(q: Tensor, k: Tensor, config: Config) -> dict[str, Any]:
-    """q, k [tokens, heads, Dh]."""
+def _constants(q: Tensor, k: Tensor, cos: Tensor, config: Config) -> dict[str, Any]:
+    """q, k [tokens, heads, Dh]; cos [T, Dh/2] or [T, Dh]."""
     half = q.shape[2] // 2
     groups = [min(config.group, triton.next_power_of_2(x.shape[1])) for x in (q, k)]
     return {
@@ -371,6 +391,7 @@ def _constants(q: Tensor, k: Tensor, config: Config) -> dict[str, Any]:
         "K_HEADS": k.shape[1],
         "HALF": half,
         "BLOCK": triton.next_power_of_2(half),
+        "WIDTH": cos.shape[1],
         "TOKENS": config.tokens,
         "Q_GROUP": groups[0],
         "K_GROUP": groups[1],
@@ -389,7 +410,7 @@ def rope_turn(
     k: Tensor,  # [..., N, Hk, Dh]
     q_weight: Tensor | None,  # [Dh]
     k_weight: Tensor | None,
-    cos: Tensor,  # [T, Dh/2]
+    cos: Tensor,  # [T, Dh/2] or [T, Dh]
     sin: Tensor,
     positions: Tensor,  # [..., N]
     eps: float,
@@ -406,7 +427,7 @@ def rope_turn(
         *(flat_q, flat_k, _dense(q_weight), _dense(k_weight), cos.contiguous(), sin.contiguous()),
         *(positions.contiguous(), *outs, flat_q.shape[0], cos.shape[0], eps),
         INVERSE=inverse,
-        **_constants(flat_q, flat_k, config),
+        **_constants(flat_q, flat_k, cos, config),
     )
     return outs
 
@@ -418,7 +439,7 @@ def rope_qk_norm_backward(
     k: Tensor,
     q_weight: Tensor,  # [Dh]
     k_weight: Tensor,
-    cos: Tensor,  # [T, Dh/2]
+    cos: Tensor,  # [T, Dh/2] or [T, Dh]
     sin: Tensor,
     positions: Tensor,  # [..., N]
     eps: float,
@@ -442,7 +463,7 @@ def rope_qk_norm_backward(
         *(cos.contiguous(), sin.contiguous(), positions.contiguous(), *outs, partials),
         *(flat_q.shape[0], cos.shape[0], eps),
         **_strides(Q_GRAD=grads_q, K_GRAD=grads_k),
-        **_constants(flat_q, flat_k, config),
+        **_constants(flat_q, flat_k, cos, config),
     )
     if partials is None:
         return *outs, None, None

@@ -40,9 +40,11 @@ def some(count: int, positions: int, device: str) -> Tensor:
 
 
 def exact_turn(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    (a, b), half = x.chunk(2, -1), x.shape[-1] // 2
     c, s = (t.double()[positions][:, None] for t in (cos, sin))
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * c - b * s, b * c + a * s), -1)
+    return torch.cat(
+        (a * c[..., :half] - b * s[..., :half], b * c[..., -half:] + a * s[..., -half:]), -1
+    )
 
 
 def exact_norm(x: Tensor, w: Tensor) -> Tensor:
@@ -120,6 +122,21 @@ def case(
 
 
 # Parity
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES[1:4], ids=str)
+def test_each_half_may_have_a_table_of_its_own(shape, normed, backend, kernel_device) -> None:
+    leaves, (cos, sin, positions), grads = case(shape, torch.float32, kernel_device, torch.float32)
+    leaves = leaves if normed else leaves[:2]
+    cos, sin = (torch.cat((t, t.roll(1, 0)), -1) for t in (cos, sin))
+    with dispatch.override(rope=backend):
+        got = outputs_and_gradients(our_rope, grads, (cos, sin, positions), *leaves)
+    wide = tuple(x.double() for x in leaves)
+    exact = outputs_and_gradients(exact_rope, grads, (cos, sin, positions), *wide)
+    check(got, exact, leaves, kernel_device)
 
 
 @pytest.mark.usefixtures("poisoned")
