@@ -16,7 +16,7 @@ from torch import Tensor
 import kernels
 from core.config import ProjectorConfig, VisionConfig
 from core.forward import Site
-from core.layers import embed, layer_norm, linear, weight_of
+from core.layers import embed, layer_norm, linear
 from params.tree import Tree
 
 
@@ -83,9 +83,6 @@ def sincos_positions(where: Tensor, dim: int) -> Tensor:
 
 def mlp(site: Site, p: Tree, x: Tensor, at: str) -> Tensor:
     """``down(gelu(up(x)))``, tanh-GELU (https://arxiv.org/abs/1606.08415)."""
-    up, down = p["up"], p["down"]
-    if site.free(*(("linear", f"{at}{name}") for name in ("up", "down"))):
-        return kernels.gelu_mlp(x, weight_of(up), up.get("bias"), weight_of(down), down.get("bias"))
     h = F.gelu(site("linear", linear, p["up"], x, at=f"{at}up"), approximate="tanh")
     return site("linear", linear, p["down"], h, at=f"{at}down")
 

@@ -6,7 +6,7 @@ from kernels.cross_entropy import cross_entropy
 from kernels.dispatch import choose, override, report
 from kernels.fp8_linear import fp8_linear
 from kernels.fused_linear import add_norm_linears, glu_linear, norm_linears
-from kernels.fused_mlp import add_norm_gated_mlp, gelu_mlp
+from kernels.fused_mlp import add_norm_gated_mlp
 from kernels.glu import geglu, relu2, swiglu
 from kernels.int8_linear import int8_linear
 from kernels.linear import linear
@@ -24,7 +24,6 @@ __all__ = [
     "cross_entropy",
     "fp8_linear",
     "geglu",
-    "gelu_mlp",
     "glu_linear",
     "int8_linear",
     "layer_norm",

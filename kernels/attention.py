@@ -13,7 +13,9 @@ exactly 0, so a NaN in one document reaches the others there.
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from kernels import attention_flash
 from kernels.attention_padded import padded_attention
-from kernels.dispatch import choose
+from kernels.dispatch import Facts, Proof, choose, proved_by
 from kernels.dynamo import allow_in_graph
 from kernels.functions import (
     Op,
@@ -32,6 +34,7 @@ from kernels.functions import (
     fold_all,
     run,
 )
+from kernels.proof import check_close
 
 # The most scores that a library's higher derivatives may hold at a time: 4 GiB in fp32, of which a
 # second derivative keeps about six.
@@ -123,6 +126,93 @@ FLASH = Op(
 )
 
 
+# Libraries are proved by a call of the kind that is to be made, of a few short documents: what they
+# compile for it is what the call needs in any case.
+_PARTS = {
+    "flash-attn-4": ("flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels", "torch"),
+    "flash-attn": ("flash-attn", "torch"),
+    "torch-varlen": ("torch",),
+    "cudnn": ("torch",),
+}
+
+
+def _kind(facts: Facts) -> Hashable:
+    return (
+        facts.dtype,
+        facts.head_dim,
+        facts.group,
+        facts.window is None,
+        facts.length is None,
+        facts.causal,
+        facts.many,
+        _reach(facts),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _reach(facts: Facts) -> int:
+    """An upper bound on the tokens of a proof's documents: within one tile, or beyond it."""
+    longest = facts.length or facts.max_seqlen
+    return 64 if longest is not None and longest <= 128 else 512
+
+
+def prove_attention(backend: str, facts: Facts) -> None:
+    """Raises whatever is wrong with a library's forward and backward of such a call, by fp64."""
+    short = _reach(facts) == 64
+    lengths = [30, 0, 64, 1, 40] if short else [70, 0, 160, 1, 40]
+    length = None
+    if facts.length is not None:
+        length = 64 if short else 160
+        lengths = [length, length]
+    ends = [*itertools.accumulate(lengths, initial=0)]
+    cu = torch.tensor(ends + ends[-1:] * (257 if facts.many else 0), dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    kv_heads = 2 if facts.group <= 8 else 1
+    heads = kv_heads * facts.group
+    q, k, v, grad = (
+        torch.randn(ends[-1], n, facts.head_dim, generator=generator, dtype=torch.float32).to(
+            facts.dtype
+        )
+        for n in (heads, kv_heads, kv_heads, heads)
+    )
+    window = None if facts.window is None else min(facts.window, 48)
+    static: dict[str, Any] = {
+        "length": length,
+        "causal": facts.causal,
+        "window": window,
+        "scale": facts.head_dim**-0.5,
+    }
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    exact = attention_reference(wide[0], wide[1], wide[2], cu, **static)
+    exact_grads = torch.autograd.grad(exact, wide, grad.double())
+    q, k, v, grad, cu = (x.to(facts.device) for x in (q, k, v, grad, cu))
+    known = cu if length is None else None
+    static |= {"backend": backend, "longest": length or _reach(facts)}
+    out, lse = attention_flash.flash_forward(q, k, v, known, **static)
+    grads = attention_flash.flash_backward(
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        known,
+        **static,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    # weights, their gradients and results are rounded once each: less than an ulp in the mean
+    allowed = torch.finfo(facts.dtype).eps
+    check_close("its output", out, exact.detach(), allowed)
+    for name, got, right in zip("qkv", grads, exact_grads, strict=True):
+        check_close(f"its gradient of {name}", got, right, allowed)
+
+
+for _backend, _parts in _PARTS.items():
+    proved_by(
+        "attention", _backend, Proof(_parts, functools.partial(prove_attention, _backend), _kind)
+    )
+
+
 @allow_in_graph
 def _apply_flash(
     q: Tensor,
@@ -203,6 +293,9 @@ def attention(
     large = False
     if attention_flash.is_large(q, cu_seqlens.shape[0]):
         large = True  # decided here, where N may be a symbol: `choose` takes constants
+    many = False
+    if length is None and cu_seqlens.shape[0] > 257:
+        many = True
     backend = choose(
         "attention",
         str(q.device),
@@ -215,6 +308,8 @@ def attention(
         max_seqlen,
         length,
         large,
+        causal,
+        many,
     )
     bounds: tuple[int, ...] = ()
     if can_read(cu_seqlens):

@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.proof import check_close
+
 # What to take, by cuBLASLt's numbers of tiles, in place of which first choice, for x W^T and x W:
 # those of the faster whole step. With 128 x 256 and 256 x 128 it took 296.1 and 296.6 ms.
 T176X128, T128X256, T192X192, T320X128 = 201, 23, 209, 248
@@ -96,13 +98,13 @@ def problem() -> str | None:
     return None
 
 
-def better(transposed: bool, tiles: Sequence[tuple[int, int]]) -> int | None:
+def better(transposed: bool, tiles: Sequence[tuple[int, int]], always: bool = False) -> int | None:
     """Which of the listed (tile, parts of the inner dimension) to take instead of the first.
 
-    transposed: of x W^T, else of x W. None: the first.
+    transposed: of x W^T, else of x W. None: the first. always: whichever the first is.
     """
     instead_of, wanted = _BETTER[transposed]
-    if not tiles or tiles[0][0] not in instead_of:
+    if not tiles or (tiles[0][0] not in instead_of and not always):
         return None
     return next((i for i, found in enumerate(tiles) if found == (wanted, 1)), None)
 
@@ -113,8 +115,13 @@ def is_wide(rows: int, inner: int, wide: int) -> bool:
 
 
 @functools.cache
-def _plan(device: int, rows: int, inner: int, wide: int, transposed: bool) -> Plan | None:
-    """cuBLASLt counts columns first: there the result is [wide, rows], W is A and x is B."""
+def _plan(
+    device: int, rows: int, inner: int, wide: int, transposed: bool, always: bool = False
+) -> Plan | None:
+    """cuBLASLt counts columns first: there the result is [wide, rows], W is A and x is B.
+
+    always: there is a plan, by the kernel that is better elsewhere or else by the first.
+    """
     call = library()
     with torch.cuda.device(device):
         handle = _handle(device)
@@ -148,7 +155,10 @@ def _plan(device: int, rows: int, inner: int, wide: int, transposed: bool) -> Pl
             _LISTED, listed, byref(found),
         )  # fmt: skip
         call("cublasLtMatmulPreferenceDestroy", preference)
-        index = better(transposed, [_tile(algorithm) for algorithm in listed[: found.value]])
+        tiles = [_tile(algorithm) for algorithm in listed[: found.value]]
+        index = better(transposed, tiles, always)
+        if index is None and always:
+            index = 0
     return None if index is None else Plan(handle, description, (a, b, d), listed[index])
 
 
@@ -169,6 +179,40 @@ def _tile(algorithm: _Algorithm) -> tuple[int, int]:
         )  # fmt: skip
         found.append(value.value)
     return found[0], found[1]
+
+
+def fires(device: str, rows: int, inner: int, wide: int, transposed: bool) -> bool:
+    """Whether another kernel than the first choice is taken for a product of these sizes."""
+    if not is_wide(rows, inner, wide):
+        return False
+    return _plan(_index(device), rows, inner, wide, transposed) is not None
+
+
+def prove(device: str) -> None:
+    """Raises whatever is wrong with products by the library: with x W^T and x W of the smallest
+    sizes that count as wide."""
+    index = _index(device)
+    rows, inner, wide = LEAST_ROWS, 64, LEAST_WIDE
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (
+        torch.randn(n, inner, generator=generator, dtype=torch.float32).bfloat16().to(device)
+        for n in (rows, wide)
+    )
+    for transposed in (True, False):
+        w = weight.t() if transposed else weight.t().contiguous()
+        plan = _plan(index, rows, inner, wide, transposed, always=True)
+        if plan is None:
+            raise RuntimeError("it lists no kernel")
+        out = torch.full((rows, wide), torch.nan, dtype=torch.bfloat16, device=device)
+        multiply(plan, x, w, out)
+        for here in torch.arange(rows).split(256):  # fp32 of all of it would be 64 MiB
+            exact = x[here].float() @ w.float()
+            check_close("a product", out[here], exact, torch.finfo(torch.bfloat16).eps)
+
+
+def _index(device: str) -> int:
+    index = torch.device(device).index
+    return torch.cuda.current_device() if index is None else index
 
 
 def plan_of(x: Tensor, weight: Tensor, out: Tensor) -> Plan | None:

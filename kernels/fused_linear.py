@@ -42,7 +42,7 @@ from kernels.functions import (
     run_of_sum,
 )
 from kernels.glu import GEGLU, GEGLU_TRITON, SWIGLU, SWIGLU_TRITON
-from kernels.linear import bias_gradient, linear_reference
+from kernels.linear import bias_gradient, linear_reference, sums_biases
 from kernels.operators import fake, operator
 from kernels.rms_norm import ADD_RMS_NORM, ADD_RMS_NORM_TRITON, RMS_NORM, RMS_NORM_TRITON
 
@@ -72,16 +72,30 @@ _GATED = {
 
 
 def glu_linear_reference(
-    gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str, triton: bool
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str,
+    triton: bool,
+    **_: Any,
 ) -> Tensor:
     """What `glu_linear` computes; plain torch, differentiable to any order."""
     return linear_reference(_GATED[activation, triton].formula(gate, up), weight, bias)
 
 
 def _glu_linear_forward(
-    gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str, triton: bool
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str,
+    triton: bool,
+    **_: Any,
 ) -> tuple[Tensor, tuple[()]]:
-    h, _ = _GATED[activation, triton].forward(gate, up)
+    h = _GATED[activation, triton].forward(gate, up)[0]
     return linear_reference(h, weight, bias), ()
 
 
@@ -160,6 +174,7 @@ def _glu_linear_backward(
     *,
     activation: str,
     triton: bool,
+    sums: bool,
 ) -> tuple[Tensor | None, ...]:
     gate, up, weight, bias = tensors
     of_gate, of_up, of_weight, of_bias = needs
@@ -168,7 +183,7 @@ def _glu_linear_backward(
         grads = _glu_linear_op(
             grad, gate, up, weight, activation, triton, of_gate or of_up, of_weight
         )
-    d_bias = bias_gradient(grad, bias, triton) if of_bias and bias is not None else None
+    d_bias = bias_gradient(grad, bias, sums) if of_bias and bias is not None else None
     return (*(g if need else None for g, need in zip(grads, needs[:3], strict=True)), d_bias)
 
 
@@ -195,9 +210,15 @@ GLU_LINEAR = Op(
 
 @allow_in_graph
 def _apply_glu_linear(
-    gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, activation: str, triton: bool
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    triton: bool,
+    sums: bool,
 ) -> Tensor:
-    return run(GLU_LINEAR, gate, up, weight, bias, activation=activation, triton=triton)
+    return run(GLU_LINEAR, gate, up, weight, bias, activation=activation, triton=triton, sums=sums)
 
 
 # RMSNorm, then linear layers: y_i = h W_i^T + b_i with h = x r w, r = (mean x^2 + eps)^-1/2
@@ -217,21 +238,21 @@ def _outputs(outs: list[Tensor]) -> Any:
 
 
 def norm_linears_reference(
-    x: Tensor, norm_weight: Tensor, *leaves: Tensor | None, eps: float, triton: bool
+    x: Tensor, norm_weight: Tensor, *leaves: Tensor | None, eps: float, triton: bool, **_: Any
 ) -> Any:
     """What `norm_linears` computes; plain torch, differentiable to any order."""
     return _outputs(_linears(RMS_NORM.formula(x, norm_weight, eps=eps), leaves))
 
 
 def add_norm_linears_reference(
-    total: Tensor, norm_weight: Tensor, *leaves: Tensor | None, eps: float, triton: bool
+    total: Tensor, norm_weight: Tensor, *leaves: Tensor | None, eps: float, triton: bool, **_: Any
 ) -> tuple[Tensor, ...]:
     """What `add_norm_linears` computes of the sum."""
     return (*_linears(RMS_NORM.formula(total, norm_weight, eps=eps), leaves), total)
 
 
 def _norm_linears_forward(
-    x: Tensor, norm_weight: Tensor, *leaves: Tensor | None, eps: float, triton: bool
+    x: Tensor, norm_weight: Tensor, *leaves: Tensor | None, eps: float, triton: bool, **_: Any
 ) -> tuple[Any, tuple[Tensor, ...]]:
     h, (r,) = (RMS_NORM_TRITON if triton else RMS_NORM).forward(x, norm_weight, eps=eps)
     return _outputs(_linears(h, leaves)), (r,)
@@ -244,6 +265,7 @@ def _add_norm_linears_forward(
     *leaves: Tensor | None,
     eps: float,
     triton: bool,
+    **_: Any,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     h, total, r = add_norm(x, residual, norm_weight, eps, triton)
     return (*_linears(h, leaves), total), (r,)
@@ -408,6 +430,7 @@ def _norm_linears_backward(
     *,
     eps: float,
     triton: bool,
+    sums: bool,
 ) -> tuple[Tensor | None, ...]:
     (x, norm_weight, *leaves), (r,) = tensors, residuals
     count = len(leaves) // 2
@@ -421,7 +444,7 @@ def _norm_linears_backward(
             each, total, x, norm_weight, weights, r, eps, triton, of_input, list(of_leaves)
         )
     d_biases = (
-        bias_gradient(grad, bias, triton) if need else None
+        bias_gradient(grad, bias, sums) if need else None
         for grad, bias, need in zip(each, biases, of_biases, strict=True)
     )
     return (*(g if need else None for g, need in zip(made, needs, strict=False)), *d_biases)
@@ -467,10 +490,10 @@ def _with_outputs(op: Op, count: int) -> Op:
 
 @allow_in_graph
 def _apply_norm_linears(
-    x: Tensor, norm_weight: Tensor, eps: float, triton: bool, *leaves: Tensor | None
+    x: Tensor, norm_weight: Tensor, eps: float, triton: bool, sums: bool, *leaves: Tensor | None
 ) -> Any:
     op = _with_outputs(NORM_LINEARS, len(leaves) // 2)
-    return run(op, x, norm_weight, *leaves, eps=eps, triton=triton)
+    return run(op, x, norm_weight, *leaves, eps=eps, triton=triton, sums=sums)
 
 
 @allow_in_graph
@@ -480,10 +503,11 @@ def _apply_add_norm_linears(
     norm_weight: Tensor,
     eps: float,
     triton: bool,
+    sums: bool,
     *leaves: Tensor | None,
 ) -> tuple[Tensor, ...]:
     op = _with_outputs(ADD_NORM_LINEARS, len(leaves) // 2 + 1)
-    return run_of_sum(op, x, residual, norm_weight, *leaves, eps=eps, triton=triton)
+    return run_of_sum(op, x, residual, norm_weight, *leaves, eps=eps, triton=triton, sums=sums)
 
 
 # What FlopCounterMode cannot see, because it is inside of operators
@@ -567,7 +591,7 @@ def glu_linear(
         )
     _check_linear("glu_linear", "gate", gate, "weight", weight, "bias", bias)
     triton = choose(activation, str(gate.device), gate.dtype) == "triton"
-    return _apply_glu_linear(gate, up, weight, bias, activation, triton)
+    return _apply_glu_linear(gate, up, weight, bias, activation, triton, sums_biases(weight))
 
 
 def norm_linears(
@@ -608,7 +632,8 @@ def norm_linears(
     biases = (None,) * len(weights) if biases is None else tuple(biases)
     check_norm_linears("norm_linears", x, norm_weight, weights, biases, eps)
     triton = choose("rms_norm", str(x.device), x.dtype) == "triton"
-    out = _apply_norm_linears(x, norm_weight, eps, triton, *weights, *biases)
+    sums = sums_biases(weights[0])
+    out = _apply_norm_linears(x, norm_weight, eps, triton, sums, *weights, *biases)
     return (out,) if len(weights) == 1 else out
 
 
@@ -651,7 +676,10 @@ def add_norm_linears(
     check_floating(where, x=x, residual=residual)
     check_residual(where, x, residual)
     triton = choose("rms_norm", str(x.device), x.dtype) == "triton"
-    *outs, total = _apply_add_norm_linears(x, residual, norm_weight, eps, triton, *weights, *biases)
+    sums = sums_biases(weights[0])
+    *outs, total = _apply_add_norm_linears(
+        x, residual, norm_weight, eps, triton, sums, *weights, *biases
+    )
     return tuple(outs), total
 
 

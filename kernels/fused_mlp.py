@@ -1,9 +1,7 @@
-"""MLPs as one function each, which keep what stands before the activation and nothing else.
+"""The MLP of a decoder's block as one function, from the residual stream on.
 
-`add_norm_gated_mlp` is the MLP of a decoder's block from the residual stream on, `gelu_mlp` that of
-a vision tower, with the GELU inside its products where a library can (`kernels.gelu_products`).
-What comes behind the activation, and the norm's output, are made again by passes that backward
-makes anyway.
+It keeps what stands before the activation and nothing else. What comes behind it, and the norm's
+output, are made again by passes that backward makes anyway.
 
 Each forward is plain operations, the matrix products among them, so that a compiler leaves out of a
 recomputed block what no gradient needs: the last product. Each backward is one operator, as in
@@ -13,7 +11,6 @@ gradients: [N, F] twice, of the most that the backward of a block holds.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -31,9 +28,7 @@ from kernels.functions import (
     Tensors,
     check_floating,
     fold_all,
-    fold_rows,
     rows_of,
-    run,
     run_of_sum,
 )
 from kernels.fused_linear import (
@@ -47,14 +42,12 @@ from kernels.fused_linear import (
     norm_gradients,
     nothing,
 )
-from kernels.gelu_products import MULTIPLE, linear_gelu, linear_gelu_backward
 from kernels.glu import SWIGLU
-from kernels.linear import add_product, bias_gradient, linear, linear_reference
+from kernels.linear import add_product, linear_reference
 from kernels.operators import fake, operator
 from kernels.product import product, wide_linear
 from kernels.rms_norm import RMS_NORM
 
-LEAST_ROWS = 1024  # fewer fill no wave of the tiles of products with activations
 _CHUNK_BYTES = 2**30  # of the three tensors that a recomputed chunk holds
 
 
@@ -345,139 +338,6 @@ def _gated_flops(
     return 2 * math.prod(grad[:-1]) * width * products
 
 
-# up, GELU, down
-
-
-def gelu_reference(
-    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, **_: Any
-) -> Tensor:
-    """What `gelu_mlp` computes; plain torch, differentiable to any order."""
-    h = linear_reference(x, up, up_bias)
-    return linear_reference(torch.nn.functional.gelu(h, approximate="tanh"), down, down_bias)
-
-
-def _gelu_forward(
-    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, *,
-    backend: str, **_: Any,
-) -> tuple[Tensor, tuple[Tensor]]:  # fmt: skip
-    bias = None if up_bias is None else up_bias.to(up.dtype)
-    pre, act = linear_gelu(rows_of(x).to(up.dtype), up, bias, backend)
-    y = linear_reference(act, down, down_bias).view(*x.shape[:-1], down.shape[0])
-    return y, (pre.view(*x.shape[:-1], pre.shape[1]),)
-
-
-def _gelu_gradients(
-    grad: Tensor,  # [..., O]
-    x: Tensor,  # [..., D]
-    up: Tensor,  # [F, D]
-    down: Tensor,  # [O, F]
-    pre: Tensor,  # [..., F]
-    like_bias: Tensor | None,  # [F]
-    backend: str,
-    needs: Sequence[bool],  # of x, up, up_bias, down
-    overwrite: bool = False,
-) -> list[Tensor]:
-    """The gradients of x, up, the first bias and down (empty where not asked for)."""
-    dy = rows_of(grad)
-    d_pre, act = linear_gelu_backward(dy, down, rows_of(pre), backend, overwrite)
-    d_down = torch.mm(dy.t(), act) if needs[3] else nothing(down)
-    del act
-    d_bias = nothing(up) if like_bias is None else like_bias
-    if needs[2] and like_bias is not None:
-        d_bias = bias_gradient(d_pre, like_bias, backend != "torch")
-    return [
-        torch.mm(d_pre, up).view(x.shape).to(x.dtype) if needs[0] else nothing(x),
-        torch.mm(d_pre.t(), rows_of(x).to(up.dtype)) if needs[1] else nothing(up),
-        d_bias if needs[2] else nothing(up),
-        d_down,
-    ]
-
-
-_gelu_op = operator("gelu_mlp_backward")(_gelu_gradients)
-
-
-@operator("gelu_mlp_backward_", mutates=("pre",))
-def _last_gelu_op(
-    grad: Tensor,
-    x: Tensor,
-    up: Tensor,
-    down: Tensor,
-    pre: Tensor,
-    like_bias: Tensor | None,
-    backend: str,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    return _gelu_gradients(grad, x, up, down, pre, like_bias, backend, needs, overwrite=True)
-
-
-@fake("gelu_mlp_backward")
-@fake("gelu_mlp_backward_")
-def _(
-    grad: Tensor, x: Tensor, up: Tensor, down: Tensor, pre: Tensor, like_bias: Tensor | None,
-    backend: str, needs: Sequence[bool], overwrite: bool = False,
-) -> list[Tensor]:  # fmt: skip
-    leaves = zip((x, up, up if like_bias is None else like_bias, down), needs, strict=True)
-    return [like(leaf, need) for leaf, need in leaves]
-
-
-def _gelu_backward(
-    grad: Tensor,
-    needs: tuple[bool, ...],
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None],
-    kept: tuple[Tensor],
-    *,
-    backend: str,
-    alone: bool,
-) -> tuple[Tensor | None, ...]:
-    x, up, up_bias, down, down_bias = tensors
-    made: Sequence[Tensor | None] = (None,) * 4
-    if any(needs[:4]):
-        op = _last_gelu_op if alone and is_last_backward(grad) else _gelu_op
-        made = op(grad, x, up, down, kept[0], up_bias, backend, list(needs[:4]))
-    d_bias = None
-    if needs[4] and down_bias is not None:
-        d_bias = bias_gradient(grad, down_bias, backend != "torch")
-    return (*(g if need else None for g, need in zip(made, needs, strict=False)), d_bias)
-
-
-def _gelu_fold_backward(
-    batch_size: int, needs: tuple[bool, ...], dims: Dims, saved: Tensors
-) -> Tensors | None:
-    if any(needs[1:]) or any(dim is not None for dim in dims[2:6]):
-        return None
-    front = fold_all(batch_size, dims[:2], saved[:2])
-    return front + saved[2:6] + fold_all(batch_size, dims[6:], saved[6:])
-
-
-GELU_MLP = Op(
-    "gelu_mlp",
-    gelu_reference,
-    _gelu_forward,
-    _gelu_backward,
-    fold=functools.partial(fold_rows, 1),
-    fold_backward=_gelu_fold_backward,
-)
-
-
-@allow_in_graph
-def _apply_gelu(
-    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None,
-    backend: str,
-) -> Tensor:  # fmt: skip
-    return run(GELU_MLP, x, up, up_bias, down, down_bias, backend=backend, alone=_alone())
-
-
-@register_flop_formula(
-    [torch.ops.nanovision.gelu_mlp_backward, torch.ops.nanovision.gelu_mlp_backward_]
-)
-def _gelu_flops(
-    grad: Sequence[int], x: Sequence[int], up: Sequence[int], down: Sequence[int], pre: Any,
-    like_bias: Any, backend: str, needs: Sequence[bool], *_: Any, **__: Any,
-) -> int:  # fmt: skip
-    rows, (width, dim) = math.prod(x[:-1]), up
-    return 2 * rows * width * (down[0] * (1 + needs[3]) + dim * (needs[0] + needs[1]))
-
-
 # Public
 
 
@@ -537,52 +397,3 @@ def add_norm_gated_mlp(
     return _apply_gated(
         x, residual, norm_weight, gate, up, down, eps, norm_triton, glu_triton, keep
     )
-
-
-def gelu_mlp(
-    x: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-) -> Tensor:
-    """linear(gelu(linear(x, up, up_bias)), down, down_bias), with the tanh approximation of GELU
-    (arXiv 1606.08415).
-
-    Where a library can compute the GELU inside the products, what the first gave is kept for
-    backward, and not its GELU; not so for fewer than 1,024 rows, widths that are no multiples of 8,
-    or several dtypes. Forward makes the GELU from fp32 numbers then, backward again from the
-    rounded ones that it kept: of the gradient of down it is a rounding more.
-
-    Args:
-        x: [..., D], any floating dtype; it is brought to the weights'.
-        up: [F, D].
-        up_bias: [F] or None, any floating dtype; gradients of biases are summed in fp32.
-        down: [O, F].
-        down_bias: [O] or None.
-
-    Returns:
-        [..., O] in the weights' dtype.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
-
-    >>> import torch
-    >>> gelu_mlp(torch.tensor([100.0, 0.0]), torch.eye(2), None, torch.eye(2), None).tolist()
-    [100.0, 0.0]
-    """
-    check_floating("gelu_mlp", x=x, up=up, up_bias=up_bias, down=down, down_bias=down_bias)
-    if up.ndim != 2 or down.ndim != 2 or up.shape[1] != x.shape[-1] or down.shape[1] != len(up):
-        raise ValueError(
-            f"gelu_mlp: x [..., D] needs up [F, D] and down [O, F]; got {tuple(x.shape)}, "
-            f"{tuple(up.shape)} and {tuple(down.shape)}."
-        )
-    alike = up.dtype == down.dtype == x.dtype
-    even = all(size % MULTIPLE == 0 for weight in (up, down) for size in weight.shape)
-    backend = choose("gelu_mlp", str(x.device), x.dtype)
-    if not alike or not even or math.prod(x.shape[:-1]) < LEAST_ROWS:
-        backend = "torch"
-    if backend == "torch":
-        h = torch.nn.functional.gelu(linear(x, up, up_bias), approximate="tanh")
-        return linear(h, down, down_bias)
-    return _apply_gelu(x, up, up_bias, down, down_bias, backend)

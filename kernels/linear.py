@@ -28,6 +28,12 @@ def bias_gradient(grad: Tensor, bias: Tensor, triton: bool) -> Tensor:
     return rows_of(grad).sum(0, dtype=wide).to(bias.dtype)
 
 
+def sums_biases(weight: Tensor) -> bool:
+    """Whether biases' gradients are summed by the kernel. A linear layer without a bias asks too:
+    where the kernel cannot run, a request for it raises."""
+    return choose("linear", str(weight.device), weight.dtype) == "triton"
+
+
 def _even(x: Tensor) -> Tensor:
     """x [..., I], in 16 bits with zeros up to a multiple of 8, so that rows begin at 16 bytes.
 
@@ -118,6 +124,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     >>> linear(torch.ones(1, 2), torch.tensor([[1.0, 2.0]]), torch.tensor([0.5])).tolist()
     [[3.5]]
     """
-    if bias is None or choose("linear", str(x.device), weight.dtype) == "torch":
+    if not sums_biases(weight) or bias is None:
         return linear_reference(x, weight, bias)
     return _apply(x, weight, bias)

@@ -46,7 +46,7 @@ from kernels.functions import (
 )
 from kernels.linear import add_product
 from kernels.operators import fake, operator
-from kernels.product import product
+from kernels.product import check_request, product
 
 _CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}  # torch, fp32 logits at a time: 4 MB, 512 MB
 # Triton: `linear_cross_entropy` says what other sizes cost. A training step (1.5B parameters,
@@ -453,6 +453,7 @@ def linear_cross_entropy(
         raise ValueError(f"{where}: accumulate='bf16' is for bf16 weights, got {unembed.dtype}.")
     check_label_range(where, labels, unembed.shape[0], ignore_index, check_labels)
     triton = choose("linear_cross_entropy", str(hidden.device), hidden.dtype) == "triton"
+    check_request(hidden)
     if chunk is None:
         chunk = chunk_within(memory, unembed.shape[0], hidden, triton)
     # fp16 gradients wait for the backward: loss scaling has to come before they are rounded

@@ -1,7 +1,7 @@
 """Matrix products without gradients of their own, for the inside of fused functions.
 
 `cublas-lt` has wide products computed by more economical kernels than cuBLAS would choose, with the
-same numbers (`kernels.cublas_lt`); `torch` is torch.mm.
+same numbers (`kernels.cublas_lt`); `torch` is torch.mm, and what other products take.
 """
 
 from __future__ import annotations
@@ -14,20 +14,39 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import cublas_lt
-from kernels.dispatch import choose
+from kernels.dispatch import Proof, choose, proved_by, refuse, requested
 from kernels.functions import rows_of
 from kernels.linear import linear_reference
 from kernels.operators import fake, operator
 
+proved_by(
+    "product",
+    "cublas-lt",
+    Proof(("torch",), lambda facts: cublas_lt.prove(facts.device), lambda facts: None),
+)
+
 
 def _may_choose(x: Tensor, wide: int) -> bool:
     """Whether x [rows, inner] @ [inner, wide] is of a kind that a kernel is chosen for. x may be
-    fake."""
-    return (
-        x.is_cuda
-        and cublas_lt.is_wide(x.shape[0], x.shape[1], wide)
-        and choose("product", str(x.device), x.dtype) == "cublas-lt"
-    )
+    fake. Raises RuntimeError where that was asked for and it is not."""
+    rows, inner = x.shape
+    fits, asked = cublas_lt.is_wide(rows, inner, wide), requested("product") == "cublas-lt"
+    chosen = (fits or asked) and choose("product", str(x.device), x.dtype) == "cublas-lt"
+    if chosen and not fits:
+        refuse(
+            "product",
+            "cublas-lt",
+            f"is for [{cublas_lt.LEAST_ROWS} or more, up to {cublas_lt.LONGEST_INNER}] times "
+            f"[.., {cublas_lt.LEAST_WIDE} or more], not for [{rows}, {inner}] times [.., {wide}]",
+        )
+    return chosen
+
+
+def check_request(x: Tensor) -> None:
+    """For functions that may go without `product`: raises RuntimeError where a backend was asked
+    for that cannot serve tensors like x."""
+    if requested("product") is not None:
+        choose("product", str(x.device), x.dtype)
 
 
 def product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
@@ -41,6 +60,8 @@ def product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         if plan is not None:
             cublas_lt.multiply(plan, x, weight, result)
             return result
+        if requested("product") == "cublas-lt":
+            refuse("product", "cublas-lt", "keeps cuBLAS's first choice for these matrices")
     return torch.mm(x, weight) if out is None else torch.mm(x, weight, out=out)
 
 

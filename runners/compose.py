@@ -12,6 +12,7 @@ import torch
 import kernels
 from core import Forward, Longest, VLMConfig, vlm
 from core.vlm import ANY
+from kernels.linear_cross_entropy import chunk_within
 from runners.config import TrainConfig
 from runners.errors import UserError
 from transforms import (
@@ -49,12 +50,17 @@ class Composed:
 
 
 def compose(
-    config: TrainConfig, model: VLMConfig, device: torch.device, longest: Longest = ANY
+    config: TrainConfig,
+    model: VLMConfig,
+    device: torch.device,
+    longest: Longest = ANY,
+    tokens: int | None = None,
 ) -> Composed:
     """The forward of a model and the loss of a training run, from its config.
 
-    Order matters to speed and memory, not to the numbers. Raises UserError naming the flag that
-    the device cannot serve.
+    Order matters to speed and memory, not to the numbers. tokens: of a batch, if known; the report
+    then says which kernels products of that size take. Raises UserError naming the flag that the
+    device cannot serve.
     """
     dtype, why = compute_dtype(config, device)
     graphed = is_graphed(config, device)
@@ -106,11 +112,12 @@ def compose(
             device=str(device),
             dtype=dtype,
             attentions=_attentions(model, longest),
+            operations=_operations(model),
+            products=_products(config, model, tokens, dtype, device),
             fused_loss=config.use_fused_loss,
             flash_attention=config.use_flash_attn,
             fused_kernels=config.use_fused_kernels,
             compiling=compiled,
-            gelus=model.vision is not None,
         )
     return Composed(bare, loss_fn, eval_loss, dtype, graphed, tuple(report), backends)
 
@@ -189,6 +196,35 @@ def _attentions(model: VLMConfig, longest: Longest) -> dict[str, dict[str, Any]]
     return known
 
 
+def _operations(model: VLMConfig) -> tuple[str, ...]:
+    """The fused kernels that a step of a model can use, as ``kernels.report`` takes them."""
+    norms = ("rms_norm", "layer_norm") if model.vision is not None else ("rms_norm",)
+    return (*norms, "swiglu", "rope")
+
+
+def _products(
+    config: TrainConfig,
+    model: VLMConfig,
+    tokens: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[tuple[int, int, int, bool]]:
+    """The widest products of a step, as ``kernels.report`` takes them: of the decoder's MLPs, but
+    for those in fp8, and of the head."""
+    if tokens is None or not config.use_fused_kernels:
+        return []
+    text = model.text
+    found = []
+    if not config.use_fp8:
+        found = [(tokens, text.dim, text.mlp_dim, way) for way in (True, False)]
+    if config.use_fused_loss:
+        like = torch.empty(tokens, 0, dtype=dtype, device="meta")
+        triton = kernels.choose("linear_cross_entropy", str(device), dtype) == "triton"
+        rows = min(tokens, chunk_within(None, text.vocab_size, like, triton))
+        found += [(rows, text.dim, text.vocab_size, True)] if triton else []
+    return found
+
+
 def choose_backends(config: TrainConfig, device: torch.device) -> dict[str, str]:
     """The kernels that flags turn off, as ``kernels.override`` takes them."""
     chosen = {}
@@ -197,10 +233,6 @@ def choose_backends(config: TrainConfig, device: torch.device) -> dict[str, str]
     if not config.use_fused_kernels:
         ops = ("linear", "rms_norm", "layer_norm", "swiglu", "rope", "product")
         chosen |= dict.fromkeys(ops, "torch")
-    policies = f"{config.checkpoint_policy}+{config.checkpoint_between}".split("+")
-    if not config.use_fused_kernels or (config.use_gradient_checkpointing and "dots" in policies):
-        # A product that computes its GELU too is kept with it: 7.4 GiB more for 31 pictures.
-        chosen["gelu_mlp"] = "torch"
     return chosen
 
 

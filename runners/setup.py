@@ -94,7 +94,7 @@ def _prepare(
     if state_path is None:
         loader.start()
     compile_ahead.begin(attentions(config, model, device, spec, bounds(spec)))
-    composed = compose(config, model, device, bounds(spec))
+    composed = compose(config, model, device, bounds(spec), spec.rows * spec.row_len)
     params, state = build_params(config, model, device, state_path)
     with explained("--trainable"):
         learning = flatten(trainable(params, select)[0])

@@ -86,6 +86,12 @@ def attentions(
             a
             for a in found
             if dispatch.wants_flash_attn_4(
-                str(device), dtype, a.head_dim, a.heads // a.kv_heads, a.longest, a.length, a.window
+                device=str(device),
+                dtype=dtype,
+                head_dim=a.head_dim,
+                group=a.heads // a.kv_heads,
+                max_seqlen=a.longest,
+                length=a.length,
+                window=a.window,
             )
         ]

@@ -35,7 +35,7 @@ Policy = str | Sequence[str] | Keep
 # keep [H, T, T]. Names are those that `operation` gives.
 DOTS = frozenset((
     "aten.mm", "aten.addmm", "aten._int_mm", "aten._scaled_mm",
-    "nanovision.int8_linear_forward", "nanovision.linear_gelu",
+    "nanovision.int8_linear_forward",
 ))  # fmt: skip
 # Outputs and statistics of flash attention: large to compute, small to keep.
 ATTENTIONS = frozenset((

@@ -10,9 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
-import kernels
 from core import VLMConfig
 from params.spec import count_leaves
 from runners.benchmarks.harness import Ceiling
@@ -89,12 +86,6 @@ def loss_bytes(tokens: int, vocab: int, size: int = HALF) -> float:
     return 3.0 * tokens * vocab * size
 
 
-def gelus_inside(device: torch.device) -> bool:
-    """Whether GELUs are computed inside matrix products there: then they are no kernels of their
-    own, and what they read and write is those products'."""
-    return kernels.choose("gelu_mlp", str(device), torch.bfloat16) == "quack"
-
-
 def gelu_bytes(tokens: int, width: int, size: int = HALF) -> float:
     """Forward: read, written; backward: the gradient and the input read, a gradient written."""
     return 5.0 * tokens * width * size
@@ -113,10 +104,9 @@ def training_step(
     pictures: Sequence[int] = (),
     *,
     bf16_states: bool = False,
-    inside: bool = False,
 ) -> tuple[Work, ...]:
     """The parts of one step in bf16 on documents of these lengths and pictures of so many patches,
-    without recomputation. inside: as `gelus_inside` says."""
+    without recomputation."""
     text, tokens = model.text, sum(lengths)
     products = model.flops_per_token(0) * tokens
     layer = (
@@ -133,7 +123,7 @@ def training_step(
         Work("attention", operations=text.layers * attention_operations(model, lengths)),
         Work("norms, SwiGLU, RoPE, residuals", moved=elementwise + embedding),
         Work("cross-entropy", moved=loss_bytes(tokens, text.vocab_size)),
-        *(vision_step(model, pictures, inside=inside) if pictures else ()),
+        *(vision_step(model, pictures) if pictures else ()),
         Work(
             "optimizer",
             moved=optimizer_bytes(count_leaves(model.param_spec()), bf16_states=bf16_states),
@@ -141,9 +131,7 @@ def training_step(
     )
 
 
-def vision_step(
-    model: VLMConfig, pictures: Sequence[int], *, inside: bool = False
-) -> tuple[Work, ...]:
+def vision_step(model: VLMConfig, pictures: Sequence[int]) -> tuple[Work, ...]:
     """The vision tower's and an MLP projector's parts, each patch seeing all of its picture. Biases
     are left out, as parts of the products before them, and so are positions: they are added once.
     Raises ValueError for a model without the two."""
@@ -155,14 +143,14 @@ def vision_step(
     layer = (
         2 * norm_bytes(patches, vision.dim)
         + 2 * addition_bytes(patches, vision.dim)
-        + (0.0 if inside else gelu_bytes(patches, vision.mlp_dim))
+        + gelu_bytes(patches, vision.mlp_dim)
     )
-    bridge = 0.0 if inside else gelu_bytes(patches // vision.merge**2, hidden)
+    bridge = gelu_bytes(patches // vision.merge**2, hidden)
     return (
         Work("vision: matrix products", operations=model.flops_per_patch(0) * patches),
         Work("vision: attention", operations=vision.layers * 7 * 2.0 * vision.dim * seen),
         Work(
-            "vision: norms, residuals" if inside else "vision: norms, GELU, residuals",
+            "vision: norms, GELU, residuals",
             moved=vision.layers * layer + norm_bytes(patches, vision.dim) + bridge,
         ),
     )

@@ -85,17 +85,15 @@ def report_floor(
     documents: Documents,
     rows: Sequence[Measured],
     where: Environment,
-    inside: bool,
 ) -> list[str]:
-    """The least time of the top rung's step by this run's ceilings, and the share reached.
-    inside: as `roofline.gelus_inside` says."""
+    """The least time of the top rung's step by this run's ceilings, and the share reached."""
     there = (row for key in TOPS if (row := find(rows, key)) is not None and row.samples)
     if (top := next(there, None)) is None:
         return []
     ceilings: Mapping[Ceiling, float] = where.ceilings  # type: ignore[assignment]
     if model.projector is not None and model.projector.kind == "resampler":
         return ["No floor: the work of a resampler is not counted by parts."]
-    works = training_step(model, documents.lengths, documents.load.pictures.tolist(), inside=inside)
+    works = training_step(model, documents.lengths, documents.load.pictures.tolist())
     floor = sum(work.floor(ceilings) for work in works)
     parts = [floor_line(work, ceilings) for work in works]
     return [

@@ -33,7 +33,6 @@ from runners.benchmarks.ladder import Plan, Rung, ladder, plans, text_only
 from runners.benchmarks.pictures import pictures_of
 from runners.benchmarks.records import environment
 from runners.benchmarks.report import console, teller
-from runners.benchmarks.roofline import gelus_inside
 from runners.benchmarks.step_report import PICTURED, RUNGS, Report, describe, report_floor
 from runners.cli import UsageError, explained, nearest
 from runners.compose import Composed, compose
@@ -332,8 +331,7 @@ def bench(
             take_turns(config, entries, rows, clock, report, say, started)
         except DeviceLostError as error:
             lost = str(error)
-    inside = documents.shown > 0 and gelus_inside(clock.device)
-    floor = report_floor(model, documents, rows, where, inside)
+    floor = report_floor(model, documents, rows, where)
     starts = []
     if config.cold_start and lost is None:
         shape = (config.preset, config.override, config.rows, config.length)

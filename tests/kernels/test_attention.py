@@ -846,7 +846,6 @@ def disagreement(
     return max(e if e == e else float("inf") for e in errors)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize("driver", [*FIRST, *HIGHER])
 @pytest.mark.parametrize(
     ("backend", "length"), [("flash-attn-4", None), ("flash-attn-4", 6), ("flash-attn", 6)]
@@ -868,7 +867,6 @@ def test_a_wrong_backward_shows(
     assert disagreement(driver, "flash-attn-4", None, pretend) > 0.1
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize("driver", HIGHER)
 def test_a_wrong_formula_shows(
     driver: Any, pretend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch

@@ -1,6 +1,6 @@
 """attention on a GPU: each library against fp64, head size by head size; drivers; large tensors.
 
-`dispatch.PROVED` says which head sizes a library serves: those that pass here. To try another,
+`dispatch.TESTED` says which head sizes a library serves: those that pass here. To try another,
 `parity(backend, head_dim, case)` runs it whatever the table says.
 """
 
@@ -134,8 +134,8 @@ def parity(
     right, plain = references(case, head_dim, dtype)
     cu, eps = boundaries(case.lengths), torch.finfo(dtype).eps
     eps = 8 * eps if dtype == torch.float32 else eps
-    proved = dispatch.PROVED[backend]
-    dispatch.PROVED[backend] = (*proved, head_dim)
+    tested = dispatch.TESTED[backend]
+    dispatch.TESTED[backend] = (*tested, head_dim)
     try:
         with kernels.override(attention=backend):
             got = outputs_and_gradients(
@@ -146,7 +146,7 @@ def parity(
                 *tensors(case, head_dim, dtype),
             )  # fmt: skip
     finally:
-        dispatch.PROVED[backend] = proved
+        dispatch.TESTED[backend] = tested
     shares = {}
     for name, mine, theirs, exact in zip(("out", "dq", "dk", "dv"), got, plain, right, strict=True):
         assert mine.dtype == dtype
@@ -163,7 +163,7 @@ def proved() -> list[Any]:
     """(library, head size, case, dtype): compiling a case of flash-attn-4 takes 10 s."""
     out = []
     for backend in LIBRARIES:
-        for head_dim in dispatch.PROVED[backend]:
+        for head_dim in dispatch.TESTED[backend]:
             for name in CASES if head_dim in SIZES else ("causal", "full"):
                 if backend == "flash-attn-4" and name == "uniform window":
                     continue
@@ -195,7 +195,7 @@ def test_a_proved_size_agrees_with_fp64(
 def test_exactly_the_proved_sizes_are_served(backend: str, head_dim: int) -> None:
     needs(backend)
     reason = refusal(backend, head_dim, CASES["uniform full"], torch.bfloat16)
-    assert (reason is None) == (head_dim in dispatch.PROVED[backend])
+    assert (reason is None) == (head_dim in dispatch.TESTED[backend])
     if reason is not None:
         assert reason == f"is not proved for head size {head_dim}"
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import kernels
-from kernels import cublas_lt, dispatch, launch
+from kernels import cublas_lt, dispatch, launch, muon, proof
+from kernels.product import product, wide_linear
 
 attention_module = importlib.import_module("kernels.attention")
 
@@ -30,6 +32,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(
             dispatch, "import_problem", lambda name, remedy: remedy if name in missing else None
         )
+        monkeypatch.setattr(dispatch, "_proofs", {})  # of these: test_proof.py
         if "triton" in missing:
             monkeypatch.setattr(launch, "triton", None)
 
@@ -37,8 +40,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 FLASH_4, FLASH_2 = "flash_attn.cute", "flash_attn.flash_attn_interface"
-OWN_RULES = ("attention", "fp8_linear", "gelu_mlp", "product")
-QUACK = "quack.epilogue"
+OWN_RULES = ("attention", "fp8_linear", "product")
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,7 @@ QUACK = "quack.epilogue"
     [
         ((9, 0), (), {}, "flash-attn-4"),
         ((10, 0), (), {"head_dim": 128}, "flash-attn-4"),
-        ((9, 0), (), {"head_dim": 72}, "triton"),  # unproved for flash-attn 4
+        ((9, 0), (), {"head_dim": 72}, "triton"),  # not tested for flash-attn 4
         ((9, 0), (FLASH_4,), {}, "triton"),
         ((9, 0), (FLASH_4, "triton"), {}, "flash-attn"),
         ((9, 0), (FLASH_4, FLASH_2, "triton"), {}, "torch-varlen"),
@@ -94,7 +96,7 @@ def test_attention_on_a_cpu() -> None:
 
 def test_a_slow_choice_on_a_gpu_is_said_once(gpu: Any, caplog: pytest.LogCaptureFixture) -> None:
     gpu()
-    dispatch._warned.clear()
+    proof._warned.clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             dispatch.choose("attention", "cuda", torch.float64)
@@ -204,16 +206,6 @@ def test_unknown_operation() -> None:
         dispatch.choose("attn")
 
 
-def test_broken_imports_say_so(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "broken_library.py").write_text("raise ImportError('no such symbol')")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert dispatch.import_problem("json", "install json") is None
-    assert dispatch.import_problem("not_a_module_at_all", "install it") == "install it"
-    assert dispatch.import_problem("broken_library", "install it") == (
-        "install it (broken_library does not import: no such symbol)"
-    )
-
-
 @pytest.mark.parametrize(
     ("capability", "dtype", "chosen"),
     [
@@ -233,33 +225,19 @@ def test_fused_kernels_on_a_gpu(
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "missing", "problem"),
+    ("capability", "dtype", "problem"),
     [
-        ((9, 0), torch.bfloat16, (), None),
-        ((9, 0), torch.float32, (), "takes bfloat16, not torch.float32"),
-        ((10, 0), torch.bfloat16, (), "is proved for compute capability 9.0, this GPU has 10.0"),
-        ((9, 0), torch.bfloat16, (QUACK,), "install quack-kernels 0.6.5 or newer"),
+        ((9, 0), torch.bfloat16, "cannot load cuBLASLt: none here"),
+        ((9, 0), torch.float32, "takes bfloat16, not torch.float32"),
+        ((10, 0), torch.bfloat16, "is measured for compute capability 9.0, this GPU has 10.0"),
     ],
 )
-def test_gelus_inside_products(
-    capability: tuple[int, int],
-    dtype: torch.dtype,
-    missing: tuple[str, ...],
-    problem: str | None,
-    gpu: Any,
+def test_wide_products_on_a_gpu(
+    capability: tuple[int, int], dtype: torch.dtype, problem: str, gpu: Any
 ) -> None:
-    gpu(capability, missing)
-    assert dispatch.why_not("gelu_mlp", "quack", "cuda", dtype) == problem
-    chosen = dispatch.choose("gelu_mlp", "cuda", dtype)
-    assert chosen == ("torch" if problem else "quack")
-    line = dispatch.report(device="cuda", dtype=dtype, gelus=True)[2]
-    if problem:
-        assert line == f"GELUs are passes of their own: {problem}"
-    else:
-        assert line == "Using matrix products that compute GELUs (quack)"
-        with kernels.override(gelu_mlp="torch"):
-            line = dispatch.report(device="cuda", dtype=dtype, gelus=True)[2]
-        assert line == "GELUs are passes of their own: torch was asked for"
+    gpu(capability)
+    assert dispatch.why_not("product", "cublas-lt", "cuda", dtype) == problem
+    assert dispatch.choose("product", "cuda", dtype) == "torch"
 
 
 def test_triton_on_a_cpu_is_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,13 +255,12 @@ def test_triton_on_a_cpu_is_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_report_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    loss, attention, fused = dispatch.report()
-    assert loss == "Using fused cross-entropy (torch, in chunks)"
-    assert attention == (
-        "Flash attention requested but not available: needs a CUDA GPU; "
-        "using padded attention (torch)"
-    )
-    assert fused.startswith("Fused kernels requested but not available: needs a CUDA GPU")
+    why = "needs a CUDA GPU (or TRITON_INTERPRET=1, which is for tests)"
+    assert dispatch.report(operations=("rms_norm", "rope")) == [
+        "Using fused cross-entropy (torch, in chunks)",
+        "Flash attention off: needs a CUDA GPU; using padded attention (torch)",
+        f"No fused kernels: {why}; using torch, with backwards that recompute: rms_norm, rope",
+    ]
 
 
 def test_report_says_what_is_off() -> None:
@@ -306,8 +283,7 @@ def test_report_on_a_gpu(gpu: Any) -> None:
     with kernels.override(rope="torch"):
         assert dispatch.report(device="cuda", dtype=torch.bfloat16)[2:] == [
             "Using fused kernels (triton): rms_norm, layer_norm, swiglu",
-            "Fused kernels requested but not available: torch was asked for (rope); using torch, "
-            "with backwards that recompute: rope",
+            "Fused kernels off, torch was asked for: rope",
         ]
     gpu(missing=(FLASH_2, "triton"))
     attentions = {"text": {"head_dim": 64}, "vision": {"head_dim": 72}, "other": {"head_dim": 128}}
@@ -316,9 +292,154 @@ def test_report_on_a_gpu(gpu: Any) -> None:
         "Using flash attention (flash-attn 4) for text, other",
         "Using flash attention (torch varlen) for vision",
     ]
-    assert lines[3].startswith("Fused kernels requested but not available: install triton")
+    assert lines[3].startswith("No fused kernels: install triton; using torch")
     with kernels.override(attention="plain"):
         assert dispatch.report(device="cuda", dtype=torch.bfloat16)[1] == (
-            "Flash attention requested but not available: plain was asked for; "
-            "using plain attention (torch)"
+            "Flash attention off: plain was asked for; using plain attention (torch)"
         )
+
+
+@pytest.mark.parametrize(
+    ("products", "listed", "said"),
+    [
+        ([(16384, 1536, 8960, True)], True, True),
+        ([(16384, 1536, 8960, True)], False, False),  # the first choice is good
+        ([(16384, 512, 2048, True), (64, 1536, 8960, True)], True, False),  # none is wide
+        ([], True, False),
+    ],
+)
+def test_report_names_wide_products_where_there_are_any(
+    products: list[tuple[int, int, int, bool]],
+    listed: bool,
+    said: bool,
+    gpu: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu()
+    monkeypatch.setattr(cublas_lt, "problem", lambda: None)
+    monkeypatch.setattr(cublas_lt, "_plan", lambda *_: "a plan" if listed else None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    lines = dispatch.report(device="cuda", dtype=torch.bfloat16, products=products)
+    line = "Using the most economical of cuBLAS's kernels for wide products"
+    assert (line in lines) == said
+
+
+# A backend that was asked for and cannot serve: every operation, backend and public function
+
+CU = torch.tensor([0, 4], dtype=torch.int32)
+
+
+def hidden(dtype: torch.dtype) -> torch.Tensor:
+    return torch.ones(4, 16, dtype=dtype)
+
+
+def square(dtype: torch.dtype) -> torch.Tensor:
+    return torch.ones(16, 16, dtype=dtype)
+
+
+Call = Callable[[torch.Tensor, torch.Tensor], object]  # x [4, 16], weight [16, 16]
+LABELS = torch.zeros(4, dtype=torch.long)
+EIGHTS = torch.ones(16, 16, dtype=torch.int8)
+CALLS: dict[str, dict[str, Call]] = {
+    "attention": {
+        "attention": lambda x, _: kernels.attention(*[x.view(4, 1, 16)] * 3, CU),
+        "attention, length": lambda x, _: kernels.attention(*[x.view(4, 1, 16)] * 3, CU, length=4),
+        "attention, none": lambda x, _: kernels.attention(*[x.view(4, 1, 16)[:0]] * 3, CU * 0),
+    },
+    "cross_entropy": {"cross_entropy": lambda x, _: kernels.cross_entropy(x, LABELS)},
+    "linear_cross_entropy": {
+        "linear_cross_entropy": lambda x, w: kernels.linear_cross_entropy(x, w, LABELS),
+        "linear_cross_entropy, none": lambda x, w: kernels.linear_cross_entropy(
+            x[:0], w, LABELS[:0]
+        ),
+    },
+    "rms_norm": {
+        "rms_norm": lambda x, _: kernels.rms_norm(x),
+        "rms_norm, none": lambda x, _: kernels.rms_norm(x[:0]),
+        "add_rms_norm": lambda x, _: kernels.add_rms_norm(x, x),
+        "norm_linears": lambda x, w: kernels.norm_linears(x, w[0], [w]),
+        "add_norm_linears": lambda x, w: kernels.add_norm_linears(x, None, w[0], [w]),
+        "add_norm_gated_mlp": lambda x, w: kernels.add_norm_gated_mlp(x, None, w[0], w, w, w),
+    },
+    "layer_norm": {"layer_norm": lambda x, _: kernels.layer_norm(x)},
+    "linear": {
+        "linear": lambda x, w: kernels.linear(x, w, w[0]),
+        "linear, no bias": lambda x, w: kernels.linear(x, w),
+        "linear, none": lambda x, w: kernels.linear(x[:0], w),
+        "glu_linear": lambda x, w: kernels.glu_linear(x, x, w),
+        "norm_linears": lambda x, w: kernels.norm_linears(x, w[0], [w], [w[0]]),
+        "add_norm_linears": lambda x, w: kernels.add_norm_linears(x, x, w[0], [w]),
+    },
+    "swiglu": {
+        "swiglu": lambda x, _: kernels.swiglu(x, x),
+        "glu_linear": lambda x, w: kernels.glu_linear(x, x, w),
+        "add_norm_gated_mlp": lambda x, w: kernels.add_norm_gated_mlp(x, None, w[0], w, w, w),
+    },
+    "geglu": {
+        "geglu": lambda x, _: kernels.geglu(x, x),
+        "glu_linear": lambda x, w: kernels.glu_linear(x, x, w, activation="geglu"),
+    },
+    "relu2": {"relu2": lambda x, _: kernels.relu2(x)},
+    "rope": {
+        "rope": lambda x, w: kernels.rope(
+            x.view(4, 1, 16), x.view(4, 1, 16), w[:, :8], w[:, :8], LABELS
+        ),
+        "rope, QK-norm": lambda x, w: kernels.rope(
+            x.view(4, 1, 16),
+            x.view(4, 1, 16),
+            w[:, :8],
+            w[:, :8],
+            LABELS,
+            q_weight=w[0],
+            k_weight=w[0],
+        ),
+    },
+    "int8_linear": {
+        "int8_linear": lambda x, w: kernels.int8_linear(x, EIGHTS, w[0].float()),
+        "int8_linear, dynamic": lambda x, w: kernels.int8_linear(
+            x, EIGHTS, w[0].float(), activations="dynamic"
+        ),
+    },
+    "adamw": {
+        "adamw": lambda x, _: kernels.adamw_([x], [x], [x.clone()], [x.clone()], step=1, lr=0.1),
+    },
+    "muon": {
+        "gather": lambda x, _: muon.gather_momenta([x.float()], [x.float()], momentum=0.9),
+        "move": lambda x, _: muon.move_(
+            [x.float()], x.bfloat16()[None], keeps=[1.0], lengths=[0.1]
+        ),
+    },
+    "fp8_linear": {"fp8_linear": lambda x, w: kernels.fp8_linear(x, w)},
+    "product": {
+        "wide_linear": lambda x, w: wide_linear(x, w),
+        "product": lambda x, w: product(x, w),
+        "add_norm_gated_mlp": lambda x, w: kernels.add_norm_gated_mlp(x, None, w[0], w, w, w),
+        "linear_cross_entropy": lambda x, w: kernels.linear_cross_entropy(x, w, LABELS),
+    },
+}
+
+
+def unserved() -> Iterator[Any]:
+    for op, calls in CALLS.items():
+        for backend in dispatch.BACKENDS[op]:
+            if backend not in ("torch", "plain", "padded"):
+                for name, call in calls.items():
+                    yield pytest.param(op, backend, call, id=f"{backend}-{name}")
+
+
+def test_every_operation_is_called() -> None:
+    assert set(CALLS) == set(dispatch.BACKENDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("op", "backend", "call"), [*unserved()])
+def test_what_cannot_serve_raises(
+    op: str, backend: str, call: Call, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    call(hidden(dtype), square(dtype))  # it is a call that torch serves
+    with (
+        kernels.override(**{op: backend}),
+        pytest.raises(RuntimeError, match=f"{op} backend {backend} requested .* a CUDA GPU"),
+    ):
+        call(hidden(dtype), square(dtype))

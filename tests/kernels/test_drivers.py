@@ -20,9 +20,6 @@ from torch.func import grad, jacrev, jvp, vmap
 import kernels
 from kernels import attention, cross_entropy, int8_linear, linear_cross_entropy, rms_norm, rope
 
-# torch.func.jvp scripts its decompositions when first used
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-
 N, VOCAB, DIM = 12, 11, 6
 TOLERANCE = 1e-10  # fp64; sums here have at most a few hundred terms of order 1
 

@@ -20,9 +20,6 @@ from kernels import dispatch, fp8_linear
 from tests.kernels import drivers
 from tests.kernels.drivers import directions, examples, random, scalar
 
-# torch.func.jvp scripts its decompositions when first used
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-
 module = importlib.import_module("kernels.fp8_linear")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SCALINGS = ["tensor", "row"]

@@ -51,9 +51,6 @@ from tests.kernels.drivers import (
     saved_bytes,
 )
 
-# torch.func.jvp scripts its decompositions when first used
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-
 fused = importlib.import_module("kernels.fused_linear")
 TOLERANCE = 1e-10  # fp64: sums of a few hundred terms of order 1
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -1,13 +1,8 @@
-"""add_norm_gated_mlp and gelu_mlp: derivatives under every driver, whose memory is whose, and on a
-GPU the products that compute GELUs against fp64.
-
-On a CPU those products are plain operations ("torch"), and all around them is what a GPU runs.
-"""
+"""add_norm_gated_mlp: derivatives under every driver, and whose memory is whose."""
 
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,12 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels import add_norm_gated_mlp, dispatch, gelu_mlp
+from kernels import add_norm_gated_mlp, dispatch
 from tests.kernels.drivers import Case, Driver, broken, disagreement, joined, name_of, random
 from tests.kernels.test_fused_linear import FIRST, HIGHER, parameters
-
-# torch.func.jvp scripts its decompositions when first used; the libraries warn of their own
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
 fused = importlib.import_module("kernels.fused_mlp")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -43,14 +35,7 @@ def exact_gated(x: Tensor, residual: Tensor | None, *leaves: Tensor) -> tuple[Te
     return F.linear(F.silu(h @ gate.t()) * (h @ up.t()), down), total
 
 
-def exact_gelu(
-    x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None
-) -> Tensor:
-    return F.linear(F.gelu(F.linear(x, up, up_bias), approximate="tanh"), down, down_bias)
-
-
 GATED_SHAPES = ((ROWS, DIM), (ROWS, DIM), (DIM,), (INNER, DIM), (INNER, DIM), (OUT, INNER))
-GELU_SHAPES = ((2, ROWS, DIM), (INNER, DIM), (INNER,), (OUT, INNER), (OUT,))
 CASES = {
     "gated": Case(
         lambda *ts: joined(gated(*ts)),
@@ -66,14 +51,6 @@ CASES = {
         lambda x, *ts: joined(gated(x, None, *ts)),
         lambda x, *ts: joined(exact_gated(x, None, *ts)),
         ((2, ROWS, DIM), *GATED_SHAPES[2:]), fused, "GATED_MLP",
-    ),
-    "gelu": Case(
-        lambda *ts: fused._apply_gelu(*ts, "torch"), exact_gelu, GELU_SHAPES, fused, "GELU_MLP"
-    ),
-    "gelu without biases": Case(
-        lambda x, up, down: fused._apply_gelu(x, up, None, down, None, "torch"),
-        lambda x, up, down: exact_gelu(x, up, None, down, None),
-        ((ROWS, DIM), (INNER, DIM), (OUT, INNER)), fused, "GELU_MLP",
     ),
 }  # fmt: skip
 
@@ -93,17 +70,15 @@ def test_under_driver(name: str, driver: Driver) -> None:
 
 
 @pytest.mark.parametrize("driver", FIRST, ids=name_of)
-@pytest.mark.parametrize("name", ["gated, made again", "gelu"])
-def test_a_wrong_backward_shows(name: str, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken(CASES[name], "backward", monkeypatch)
-    assert error(CASES[name], driver) > 0.1
+def test_a_wrong_backward_shows(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(CASES["gated"], "backward", monkeypatch)
+    assert error(CASES["gated"], driver) > 0.1
 
 
 @pytest.mark.parametrize("driver", HIGHER, ids=name_of)
-@pytest.mark.parametrize("name", ["gated", "gelu"])
-def test_a_wrong_formula_shows(name: str, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken(CASES[name], "formula", monkeypatch)
-    assert error(CASES[name], driver) > 0.1
+def test_a_wrong_formula_shows(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(CASES["gated"], "formula", monkeypatch)
+    assert error(CASES["gated"], driver) > 0.1
 
 
 # Whose memory is whose
@@ -143,16 +118,6 @@ def watch(name: str, of: int, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(fused, name, watched)
     return seen
-
-
-def test_the_last_backward_overwrites_what_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    leaves = parameters((64, 32), (48, 32), (48,), (32, 48), (32,))
-    seen = watch("linear_gelu_backward", 2, monkeypatch)
-    first, second = last_backwards(
-        lambda: fused._apply_gelu(*leaves, "torch").float().square().sum(), leaves
-    )
-    assert seen == [False, True]
-    assert all(map(torch.equal, first, second))
 
 
 def test_the_last_backward_overwrites_gate_and_up(
@@ -262,18 +227,6 @@ def test_gradients_of_some(learn: str, keep: bool) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("learn", ["10000", "01000", "00100", "00010", "00001", "01111"])
-def test_gelu_gradients_of_some(learn: str) -> None:
-    tensors = [
-        random(*s, seed=i).requires_grad_(c == "1")
-        for i, (s, c) in enumerate(zip(GELU_SHAPES, learn, strict=True))
-    ]
-    some = [t for t in tensors if t.requires_grad]
-    fast = fused._apply_gelu(*tensors, "torch")
-    got, wanted = (torch.autograd.grad(y.sin().sum(), some) for y in (fast, exact_gelu(*tensors)))
-    torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
-
-
 # What serves where
 
 
@@ -294,36 +247,6 @@ def test_gated_is_its_parts_to_the_bit(triton: str, keep: bool) -> None:
     assert all(map(torch.equal, got, wanted))
 
 
-def test_elsewhere_gelu_is_its_parts() -> None:
-    x, up, up_bias, down, down_bias = (
-        t.detach() for t in parameters((64, 32), (48, 32), (48,), (32, 48), (32,))
-    )
-    h = F.gelu(F.linear(x, up, up_bias), approximate="tanh")
-    assert torch.equal(gelu_mlp(x, up, up_bias, down, down_bias), F.linear(h, down, down_bias))
-
-
-@pytest.mark.parametrize(
-    ("rows", "dim", "dtype", "inside"),
-    [
-        (1024, 64, BF16, True),
-        (1023, 64, BF16, False),
-        (1024, 68, BF16, False),
-        (1024, 64, FP32, False),
-    ],
-)
-def test_which_shapes_go_inside_products(
-    rows: int, dim: int, dtype: torch.dtype, inside: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[str] = []
-    monkeypatch.setattr(fused, "choose", lambda *_: "quack")
-    monkeypatch.setattr(fused, "_apply_gelu", lambda *args: seen.append(args[-1]))
-    monkeypatch.setattr(fused, "linear", lambda x, weight, bias: F.linear(x.to(BF16), weight))
-    x = torch.zeros(rows, dim, dtype=dtype)
-    up, down = torch.zeros(32, dim, dtype=BF16), torch.zeros(dim, 32, dtype=BF16)
-    gelu_mlp(x, up, None, down, None)
-    assert seen == (["quack"] if inside else [])
-
-
 def test_wrong_arguments() -> None:
     x, residual, norm, gate, up, down = (t.detach() for t in bf16_inputs())
     with pytest.raises(ValueError, match="gate and up must be alike"):
@@ -332,110 +255,3 @@ def test_wrong_arguments() -> None:
         add_norm_gated_mlp(x, residual.float(), norm, gate, up, down)
     with pytest.raises(ValueError, match=r"down \[O, F\]"):
         add_norm_gated_mlp(x, residual, norm, gate, up, down.t())
-    with pytest.raises(ValueError, match=r"up \[F, D\] and down"):
-        gelu_mlp(x, up, None, down.t(), None)
-
-
-# On a GPU: the library's products
-
-
-def has_quack() -> bool:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the library warns of when it is imported
-        return (
-            torch.cuda.is_available()
-            and dispatch.why_not("gelu_mlp", "quack", "cuda", BF16) is None
-        )
-
-
-needs_quack = pytest.mark.skipif(not has_quack(), reason="needs quack-kernels and a Hopper GPU")
-REAL = [(2048, 1536, 8960), (1100, 264, 712), (1024, 8, 8)]
-
-
-def on_gpu(*shapes: tuple[int, ...]) -> list[Tensor]:
-    """bf16; of matrices so that outputs are of order 1."""
-    return [
-        (random(*s, seed=i) * (1 if i < 2 or len(s) < 2 else s[-1] ** -0.5)).cuda().to(BF16)
-        for i, s in enumerate(shapes)
-    ]
-
-
-def gradients(
-    f: Callable[..., Any], tensors: Sequence[Tensor], grads: Sequence[Tensor]
-) -> list[Tensor]:
-    xs = [t.detach().clone().requires_grad_() for t in tensors]
-    outs = f(*xs)
-    outs = [outs] if isinstance(outs, Tensor) else list(outs)
-    pairs = [g.to(out.dtype) for g, out in zip(grads, outs, strict=True)]
-    return [*(out.detach() for out in outs), *torch.autograd.grad(outs, xs, pairs)]
-
-
-def no_worse(got: list[Tensor], other: list[Tensor], right: list[Tensor]) -> None:
-    """Than parts by themselves against fp64, in the mean square, by more than one rounding in
-    ten: backward rounds one tensor more (the activation from rounded numbers). NaN never passes."""
-    for mine, theirs, exact in zip(got, other, right, strict=True):
-        assert mine.shape == exact.shape
-        scale = exact.square().mean().sqrt()
-        unit = torch.finfo(mine.dtype).eps / 12**0.5  # the mean square of one rounding, at most
-        ours, parts = (float((t.double() - exact).square().mean().sqrt()) for t in (mine, theirs))
-        assert ours <= 1.1 * parts + 0.1 * unit * float(scale)
-
-
-@pytest.mark.gpu
-@needs_quack
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize(("rows", "dim", "inner"), [*REAL, (2048, 1152, 4304)])
-def test_gelu_products_on_a_gpu(rows: int, dim: int, inner: int, biased: bool) -> None:
-    shapes = ((rows, dim), (inner, dim), (dim, inner), (inner,), (dim,))
-    tensors, grads = on_gpu(*shapes), on_gpu((rows, dim))
-    tensors = tensors if biased else tensors[:3]
-
-    def call(f: Callable[..., Tensor], x: Tensor, up: Tensor, down: Tensor, *b: Tensor) -> Tensor:
-        return f(x, up, b[0] if b else None, down, b[1] if b else None)
-
-    def quack(*args: Any) -> Tensor:
-        return fused._apply_gelu(*args, "quack")
-
-    got = gradients(partial(call, quack), tensors, grads)
-    other = gradients(partial(call, exact_gelu), tensors, grads)
-    right = gradients(partial(call, exact_gelu), [t.double() for t in tensors], grads)
-    no_worse(got, other, right)
-
-
-@pytest.mark.gpu
-@needs_quack
-def test_gelu_products_in_a_cuda_graph_and_compiled() -> None:
-    shapes = ((1024, 256), (512, 256), (512,), (256, 512), (256,))
-    tensors = [t.requires_grad_() for t in on_gpu(*shapes)]
-
-    def gradients_of(y: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(y.float().square().sum(), tensors))
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            wanted = gradients_of(gelu_mlp(*tensors))
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        recorded = gradients_of(gelu_mlp(*tensors))
-    for t in recorded:
-        t.zero_()
-    graph.replay()
-    assert all(map(torch.equal, recorded, wanted))
-    compiled = torch.compile(gelu_mlp, fullgraph=True)
-    for a, b in zip(gradients_of(compiled(*tensors)), wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * float(b.abs().max()))
-
-
-@pytest.mark.gpu
-@needs_quack
-def test_a_row_with_nan_stays_alone() -> None:
-    tensors = on_gpu((1024, 256), (512, 256), (512,), (256, 512), (256,))
-    clean = gelu_mlp(*tensors)
-    tensors[0][7] = float("nan")
-    y = gelu_mlp(*tensors)
-    assert y[7].isnan().all()
-    rest = torch.arange(1024, device="cuda") != 7
-    assert torch.equal(y[rest], clean[rest])

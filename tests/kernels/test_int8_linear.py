@@ -186,7 +186,6 @@ def test_weights_may_be_batched(activations: str | None) -> None:
         torch.testing.assert_close(shared[i], torch.func.grad(loss)(x[0], weights[i], scales[i]))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_dynamic_under_jvp_and_its_nesting() -> None:
     """The tangent is the straight-through one, as in backward, to any depth."""
     weight, scale = layer(5, 13)

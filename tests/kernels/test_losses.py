@@ -15,9 +15,6 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 from kernels import cross_entropy, linear_cross_entropy
 
-# torch.func.jvp scripts its decompositions when first used
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-
 lce = importlib.import_module("kernels.linear_cross_entropy")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -21,7 +21,6 @@ def test_every_operator_has_a_fake() -> None:
     assert len(set(NAMES)) == len(NAMES) > 15
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_inductor_is_told_before_it_asks(caplog: pytest.LogCaptureFixture) -> None:
     """It writes a line for each operator that it does not know, and in that line, up to torch 2.12,
     everything that its arguments were computed from: minutes for a deep model."""

@@ -30,9 +30,6 @@ from tests.kernels.drivers import (
     random,
 )
 
-# torch.func.jvp scripts its decompositions when first used
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-
 glu = importlib.import_module("kernels.glu")
 ropes = importlib.import_module("kernels.rope")
 TOLERANCE = 1e-4  # fp32: sums of a few hundred numbers of order 1, a few times over

@@ -60,9 +60,6 @@ from tests.kernels.test_fused_linear import (
     roundings,
 )
 
-# torch.func.jvp scripts its decompositions when first used
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-
 fused = importlib.import_module("kernels.fused_linear")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TOLERANCE = 1e-4  # fp32: sums of a few hundred numbers of order 1, a few times over

@@ -13,9 +13,6 @@ from torch.func import grad, jvp, vmap
 
 from kernels import choose, dispatch, int8_few, int8_linear, int8_matmul
 
-# torch.func.jvp scripts its decompositions when first used
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-
 linear = importlib.import_module("kernels.int8_linear")
 EPS32 = torch.finfo(torch.float32).eps
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -25,12 +25,6 @@ from tests.kernels.drivers import (
     random,
 )
 
-# torch.func.jvp scripts its decompositions when first used
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning"),  # fp32 products on a GPU
-]
-
 BF16, FP32 = torch.bfloat16, torch.float32
 CASE = Case(
     linear, F.linear, ((5, 7), (3, 7), (3,)), importlib.import_module("kernels.linear"), "LINEAR"

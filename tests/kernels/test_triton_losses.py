@@ -21,9 +21,6 @@ from kernels.cross_entropy_triton import Config
 from kernels.launch import recording
 from tests.kernels.drivers import random
 
-# torch.func.jvp scripts its decompositions when first used
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-
 ce = importlib.import_module("kernels.cross_entropy")
 lce = importlib.import_module("kernels.linear_cross_entropy")
 

@@ -37,9 +37,6 @@ from tests.kernels.drivers import (
     random,
 )
 
-# torch.func.jvp scripts its decompositions when first used
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-
 norms = importlib.import_module("kernels.rms_norm")
 EPS = 1e-5
 EPS32 = torch.finfo(torch.float32).eps

@@ -185,7 +185,7 @@ def test_what_is_compiled_is_what_a_run_calls(
         job.loader.close()
     monkeypatch.setattr(kernels, "attention", spy)
     job.composed.loss_fn(job.params, batch)
-    monkeypatch.setattr(dispatch, "wants_flash_attn_4", lambda *_: True)
+    monkeypatch.setattr(dispatch, "wants_flash_attn_4", lambda **_: True)
     monkeypatch.setattr(warming, "compute_dtype", lambda *_: (torch.bfloat16, ""))
     cuda = torch.device("cuda")
     found = warming.attentions(config, job.model, cuda, job.spec, bounds(job.spec))
