@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,13 @@ from core import VLMConfig, config_from_dict
 from params import flatten, load_params, num_bytes, save_params, unflatten
 from params.tree import Tree
 from runners.cli import explained
-from runners.config import TrainConfig, as_dict, differing_fields, from_dict
+from runners.config import CONFIG, TrainConfig, as_dict, saved_flags
 from runners.data.tokenizer import ChatTokenizer
 from runners.errors import UserError
+from runners.jsonfile import Fields, read_object
+from runners.resume import continued
 
-CONFIG, MODEL, TOKENIZER, STATES = "config.json", "model.safetensors", "tokenizer.json", "state"
+MODEL, TOKENIZER, STATES = "model.safetensors", "tokenizer.json", "state"
 VERSION = 1  # of the state's format
 
 
@@ -41,6 +45,8 @@ class State:
     loader: dict[str, Any]  # Loader.state_dict(), JSON
     best: float | None  # lowest validation loss so far
     rng: dict[str, Tensor]  # step.rng_state()
+    tokens: int = 0  # trained on so far
+    seconds: float = 0.0  # that the run has taken so far, all its commands together
 
 
 # -- names ------------------------------------------------------------------------------------
@@ -117,14 +123,31 @@ def check_room(folder: Path, params: Tree, learning: Tree) -> None:
 
 
 def create_folder(
-    folder: Path, config: TrainConfig, model: VLMConfig, tokenizer: ChatTokenizer
+    folder: Path,
+    config: TrainConfig,
+    model: VLMConfig,
+    tokenizer: ChatTokenizer,
+    origin: Mapping[str, Any] | None = None,
 ) -> None:
-    """Makes the folder of a new run: the first thing that a run writes."""
+    """Makes the folder of a new run: the first thing that a run writes. origin: what it comes from
+    (:func:`runners.provenance.origin`)."""
     with explained(f"cannot create {folder} (choose another place with --runs_dir)"):
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(folder / TOKENIZER)
-        record = {"train": as_dict(config), "model": model.to_dict(), "torch": torch.__version__}
+        record = {
+            "id": secrets.token_hex(8),
+            "train": as_dict(config), "model": model.to_dict(), "starts": [dict(origin or {})],
+        }  # fmt: skip
         write_text(folder / CONFIG, json.dumps(record, indent=1))
+
+
+def record_start(folder: Path, config: TrainConfig, origin: Mapping[str, Any]) -> None:
+    """Adds to a run's config.json that it was continued, and the flags that it goes on under."""
+    record = read_object(folder / CONFIG)
+    starts = [*(record.find("starts", list) or []), origin]
+    values = record.values | {"train": as_dict(config), "starts": starts}
+    with explained(f"cannot write {folder / CONFIG}"):
+        write_text(folder / CONFIG, json.dumps(values, indent=1))
 
 
 # -- a run that exists ------------------------------------------------------------------------
@@ -138,7 +161,6 @@ class Run:
     config: TrainConfig
     model: VLMConfig
     tokenizer: Path
-    train: dict[str, Any]  # the config as recorded
 
 
 def open_run(folder: str | Path) -> Run:
@@ -147,12 +169,13 @@ def open_run(folder: str | Path) -> Run:
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder} is not the folder of a run: it has no {CONFIG}")
+    record = read_object(path)
+    config = saved_flags(record.object("train"))
     try:
-        record = json.loads(path.read_text())
-        config, model = from_dict(record["train"]), config_from_dict(record["model"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    return Run(folder, config, model, folder / TOKENIZER, record["train"])
+        model = config_from_dict(record.get("model", dict))
+    except (ValueError, TypeError) as error:
+        record.fail(str(error))
+    return Run(folder, config, model, folder / TOKENIZER)
 
 
 def load_weights(path: str | Path, like: Tree, device: torch.device) -> Tree:
@@ -186,6 +209,8 @@ def save_state(folder: Path, state: State, config: TrainConfig) -> Path:
             "version": VERSION,
             "step": state.step,
             "best": state.best,
+            "tokens": state.tokens,
+            "seconds": state.seconds,
             "loader": state.loader,
             "config": as_dict(config),
         }
@@ -200,24 +225,29 @@ def save_state(folder: Path, state: State, config: TrainConfig) -> Path:
 
 def load_state(path: Path, like: Tree, config: TrainConfig, device: torch.device) -> State:
     """Reads a state. Raises UserError if it is damaged, or of a run with another config."""
-    try:
-        record = json.loads((path / "state.json").read_text())
-        version, old = record["version"], record["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / 'state.json'} is damaged: {error}") from error
-    if version != VERSION:
-        raise UserError(f"{path} has format {version}, this program reads {VERSION}")
-    if differ := differing_fields(old, config):
-        raise UserError(
-            f"{path} belongs to another config ({', '.join(differ)}): give the same flags, or "
-            "start a new run from its weights with --init_from"
-        )
+    record, step, old = read_record(path)
+    continued(old, config, step, path)
     with explained():
         tree = load_params(path / "state.safetensors", device=device)
         same_shapes(tree["params"], like, path)
     moments = flatten(tree.get("moments", {}))
     rng = {name: leaf.cpu() for name, leaf in tree["rng"].items()}
-    return State(record["step"], tree["params"], moments, record["loader"], record["best"], rng)
+    return State(
+        step, tree["params"], moments, record.get("loader", dict), record.find("best", float), rng,
+        record.find("tokens", int) or 0, record.find("seconds", float) or 0.0,
+    )  # fmt: skip
+
+
+def read_record(path: Path) -> tuple[Fields, int, TrainConfig]:
+    """A state's state.json, the step it stands for and the flags it was made under. Raises
+    UserError naming what is damaged."""
+    record = read_object(path / "state.json")
+    version = record.get("version", int)
+    if version != VERSION:
+        raise UserError(f"{path} has format {version}, this program reads {VERSION}")
+    if (step := record.get("step", int)) < 0:
+        record.fail(f"the field 'step' must be 0 or more, not {step}")
+    return record, step, saved_flags(record.object("config"))
 
 
 def same_shapes(params: Tree, like: Tree, path: Path) -> None:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from core import PRESETS, VLMConfig, config_from_dict
 from core.ranges import Range, shown
 from runners import cli
 from runners.cli import UsageError, given, nearest, parse
+from runners.errors import UserError
+from runners.jsonfile import Fields, read_object
 
 Policy = Literal["nothing", "dots", "attention", "dots+attention", "offload"]
 # Counts reach far above any use, and stay small enough for what is computed from them.
@@ -36,7 +39,10 @@ class TrainConfig:
     runs_dir: str = "runs"
     """Where runs are kept."""
     resume: str | None = None
-    """Continue a run: a path, or 'auto' (the newest state of this name; a fresh start if none)."""
+    """Continue a run: its folder, whose flags are then the defaults of all others; or 'auto' (the
+    newest state of this name, by the flags given; a fresh start if there is none)."""
+    config: str | None = None
+    """Take the flags of a run, its config.json, as defaults: the same run again."""
     init_from: str | None = None
     """Start from the weights of another run (its folder) or of a safetensors file."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
@@ -98,7 +104,8 @@ class TrainConfig:
     """Batches whose gradients make one step, weighted by their labelled tokens."""
 
     steps: Positive = 3600
-    """Optimizer steps in all."""
+    """Optimizer steps in all. With --resume more of them extend a run whose --schedule is constant
+    or wsd."""
     lr: Annotated[float, Range(above=0)] = 1.2e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -109,6 +116,9 @@ class TrainConfig:
     """wsd: the share of all steps at the end in which the rate falls."""
     final_lr: Share = 0.0
     """Learning rate of the last step, as a share of the peak."""
+    ends: tuple[Positive, ...] = ()
+    """Steps at which the run ended before it was extended: it is validated there, and under wsd the
+    rate falls before each and rises again. Extending a run adds to them by itself."""
     weight_decay: Weight = 0.1
     """Decoupled weight decay of what no_decay does not name."""
     no_decay: tuple[str, ...] = ("*norm", "bias", "positions", "queries")
@@ -181,6 +191,8 @@ class TrainConfig:
     """Steps between resumable states. 0: as often as validations."""
     stop_at: Positive | None = None
     """Stop after this step as if interrupted: saved, to be continued with --resume."""
+    max_minutes: Annotated[float, Range(above=0)] | None = None
+    """Stop after so long, counted from the start of this command: saved, to be continued."""
     eval_examples: Count = 512
     """Questions asked of each held-out split at the end; 0: none."""
     samples: Annotated[int, Range(0, 1000)] = 12
@@ -189,6 +201,8 @@ class TrainConfig:
     """Write TensorBoard events into the run's folder."""
     wandb: bool = False
     """Log to Weights & Biases as well (pip install wandb)."""
+    wandb_project: str = "nanovision"
+    """Weights & Biases: the project that the run is logged to."""
 
     @property
     def chat(self) -> bool:
@@ -203,10 +217,15 @@ def is_chat(data: str) -> bool:
 
 # What may differ between a run and its continuation: it changes no number of the training.
 FREE_FIELDS = frozenset((
-    "name", "runs_dir", "resume", "init_from", "workers", "stop_at",
+    "name", "runs_dir", "resume", "config", "init_from", "workers", "stop_at", "max_minutes",
     "profile", "log_every", "val_every", "val_batches", "save_every", "eval_examples", "samples",
-    "tensorboard", "wandb",
+    "tensorboard", "wandb", "wandb_project",
 ))  # fmt: skip
+# What may differ as long as no step that is done would have had another rate (runners.resume).
+OF_THE_SCHEDULE = frozenset(("steps", "ends"))
+# What one command does, and not what its run is: never taken over from a run that is there.
+OF_ONE_COMMAND = ("name", "resume", "config", "stop_at", "max_minutes")
+CONFIG = "config.json"  # of a run's folder
 
 # The flags of --help, the most used first.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -214,7 +233,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "data", "preset", "name", "steps", "lr", "device_batch_size", "sequence_len", "resume",
         "init_from", "device",
     ),
-    "the run": ("runs_dir", "seed", "stop_at"),
+    "the run": ("runs_dir", "config", "seed", "stop_at", "max_minutes"),
     "the model": ("override", "stage", "trainable", "tokenizer", "vocab_size"),
     "data": (
         "image_root", "val_fraction", "val_data", "val_seed", "turns", "documents", "augment",
@@ -222,7 +241,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "max_objects", "colours", "shapes", "questions", "ramp",
     ),
     "the optimizer": (
-        "grad_accum_steps", "schedule", "warmup_steps", "decay_fraction", "final_lr",
+        "grad_accum_steps", "schedule", "warmup_steps", "decay_fraction", "final_lr", "ends",
         "weight_decay", "no_decay", "lr_scale", "optimizer", "momentum", "beta1", "beta2",
         "grad_clip", "z_loss", "label_smoothing",
     ),
@@ -233,7 +252,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "measuring and saving": (
         "log_every", "val_every", "val_batches", "keep", "save_every", "eval_examples", "samples",
-        "tensorboard", "wandb",
+        "tensorboard", "wandb", "wandb_project",
     ),
 }  # fmt: skip
 
@@ -261,14 +280,64 @@ ON_GPU: dict[str, Any] = {
 def parse_config(argv: Sequence[str] | None = None, *, gpu: bool = False) -> TrainConfig:
     """The command line as a checked config. Raises UsageError, one sentence, for a bad one.
 
+    ``--resume FOLDER`` and ``--config`` take their defaults from a run's config.json. Otherwise
     gpu: whether there is one; unless --device says otherwise, defaults are then those of ON_GPU.
     """
-    on_gpu = gpu and given(TrainConfig, argv).get("device") != ["cpu"]
-    defaults = dataclasses.replace(TrainConfig(), **ON_GPU) if on_gpu else None
+    words = given(TrainConfig, argv)
+    source = saved_config(words)
+    if source is not None:
+        fresh = {name: getattr(TrainConfig, name) for name in OF_ONE_COMMAND}
+        defaults = dataclasses.replace(read_config(source), **fresh)
+    elif gpu and words.get("device") != ["cpu"]:
+        defaults = dataclasses.replace(TrainConfig(), **ON_GPU)
+    else:
+        defaults = TrainConfig()
     config = parse(
         TrainConfig, argv, prog="python -m runners.train", defaults=defaults, groups=GROUPS
     )
     check(config)
+    if resumes_folder(config):
+        for name in ("name", "config", "init_from", "runs_dir"):
+            if getattr(config, name) != getattr(defaults, name):
+                raise UsageError(
+                    f"--{name} does nothing beside --resume {config.resume}: leave it out"
+                )
+    return config
+
+
+def resumes_folder(config: TrainConfig) -> bool:
+    """Whether a run is continued that is named by its folder."""
+    return config.resume not in (None, "auto")
+
+
+def saved_config(words: Mapping[str, Sequence[str]]) -> Path | None:
+    """The config.json that a command line (as :func:`cli.given` gives it) takes defaults from."""
+    for flag in ("resume", "config"):
+        for word in words.get(flag, ()):
+            if word.lower() in (*cli.NONE, "auto"):
+                continue
+            path = Path(word)
+            if flag == "resume" and path.parent.name == "state":
+                path = path.parent.parent
+            path = path if path.name.endswith(".json") else path / CONFIG
+            if not path.exists():
+                raise UsageError(f"--{flag} {word}: {path.parent} holds no run: no {path.name}")
+            return path
+    return None
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The flags that a run's config.json holds. Raises UserError naming what is damaged in it."""
+    return saved_flags(read_object(path).object("train"))
+
+
+def saved_flags(fields: Fields) -> TrainConfig:
+    """Flags that a file of a run holds. Raises UserError naming the file and the field."""
+    try:
+        config = from_dict(fields.values)
+        check(config)
+    except UserError as error:
+        fields.fail(str(error).removeprefix("--"))
     return config
 
 
@@ -289,6 +358,8 @@ def check(config: TrainConfig) -> None:
     if config.state_dtype == "bf16" and (config.optimizer != "adamw" or not config.use_fused_adamw):
         # the others round to the nearest, and small steps would be lost without a word
         raise UsageError("--state_dtype bf16 needs --optimizer adamw with --use_fused_adamw=1")
+    if list(config.ends) != sorted({end for end in config.ends if end < config.steps}):
+        raise UsageError(f"--ends must rise and lie below --steps, not {shown(config.ends)}")
     if config.name is not None:
         check_name(config.name)
 
@@ -344,11 +415,11 @@ def model_config(config: TrainConfig) -> VLMConfig:
         raise UsageError(f"--override {' '.join(config.override)}: {error}") from error
 
 
-def differing_fields(old: dict[str, Any], new: TrainConfig) -> list[str]:
+def differing_fields(old: TrainConfig, new: TrainConfig) -> list[str]:
     """Where a config differs from the run it is to continue, as ``--flag old -> new``."""
-    now = as_dict(new)
-    names = [f.name for f in dataclasses.fields(new) if f.name not in FREE_FIELDS]
-    return [f"--{n} {old.get(n)} -> {now[n]}" for n in names if old.get(n) != now[n]]
+    then, now = as_dict(old), as_dict(new)
+    names = [name for name in now if name not in FREE_FIELDS | OF_THE_SCHEDULE]
+    return [f"--{n} {then[n]} -> {now[n]}" for n in names if then[n] != now[n]]
 
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:

@@ -114,14 +114,22 @@ class Training:
     """A run from its first (or resumed) step to its last."""
 
     def __init__(
-        self, job: Job, learner: Learner, folder: Path, metrics: Metrics, display: Display
+        self,
+        job: Job,
+        learner: Learner,
+        folder: Path,
+        metrics: Metrics,
+        display: Display,
+        begun: float,
     ) -> None:
+        """begun: when the command was started, by ``time.monotonic``."""
         self.job, self.learner, self.folder = job, learner, folder
         self.metrics, self.display, self.config = metrics, display, job.config
         self.grad_fn = job.composed.gradients(job.select)
         self.late, self.pace = Late(job.device), Pace()
         self.peak = peak_flops(job.device, job.composed.dtype)
         self.saved = learner.step
+        self.begun = begun - learner.seconds  # as if all commands of the run were one
         self.profiler = Profiler(folder, job.device) if self.config.profile else None
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
@@ -141,7 +149,7 @@ class Training:
             for read in self.late.push(step, values):
                 self._log(*read)
             last, stopping = learner.step == config.steps, stop() or learner.step == config.stop_at
-            if last or self._due(config.val_every):
+            if last or self._due(config.val_every) or learner.step in config.ends:
                 self._validate()
             if last or stopping or self._due(config.save_every or config.val_every):
                 self._save()
@@ -170,6 +178,7 @@ class Training:
         if not all(map(math.isfinite, numbers)):
             self._refuse(step, losses)
         self.pace.add(step, seconds)
+        self.learner.tokens += step.tokens
         if step.number % self.config.log_every and step.number != self.config.steps:
             return
         pace, self.pace = self.pace, Pace()
@@ -182,6 +191,8 @@ class Training:
             "mfu": pace.flops / pace.seconds / self.peak if self.peak else None,
             "s_per_step": pace.seconds / pace.steps,
             "data_wait": pace.waited / pace.seconds,
+            "tokens": self.learner.tokens,
+            "seconds": time.monotonic() - self.begun,
         }
         self.metrics.write(row)
         left = self.config.steps - step.number
@@ -217,13 +228,16 @@ class Training:
             if better or self.config.keep == "last":
                 save_best(self.folder, learner.params, learner.step)
             if loss is not None:
-                self.metrics.write({"step": learner.step, "val_loss": loss})
+                seconds = time.monotonic() - self.begun
+                row = {"step": learner.step, "val_loss": loss, "tokens": learner.tokens}
+                self.metrics.write(row | {"seconds": seconds})
                 star = " (the best so far)" if better else ""
                 self.display.say(f"step {learner.step}: validation loss {loss:.4f}{star}")
 
     def _save(self) -> None:
         self._settle()
         with self.late.paused():
+            self.learner.seconds = time.monotonic() - self.begun
             save_state(self.folder, self.learner.state(self.job.loader.state_dict()), self.config)
             self.saved = self.learner.step
 

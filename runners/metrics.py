@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
-from runners.config import TrainConfig, as_dict
+from runners.config import CONFIG, TrainConfig, as_dict
 from runners.errors import UserError, printable
-from runners.jsonfile import Fields, read_rows
+from runners.jsonfile import Fields, read_object, read_rows
 
 FILE = "metrics.jsonl"
 Row = Mapping[str, float | int | str | None]
@@ -54,7 +54,7 @@ class Metrics:
             import wandb
 
             self._wandb = wandb.init(
-                project="nanovision", name=folder.name, id=folder.name, dir=str(folder),
+                project=config.wandb_project, name=folder.name, id=run_id(folder), dir=str(folder),
                 config=as_dict(config), resume="allow",
             )  # fmt: skip
 
@@ -76,6 +76,12 @@ class Metrics:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def run_id(folder: Path) -> str:
+    """The name of a run that no other has, the same whenever it is continued. Runs of versions that
+    gave none are known by their folder's."""
+    return read_object(folder / CONFIG).find("id", str) or folder.name
 
 
 def _board(folder: Path, after: int) -> Any:

@@ -34,17 +34,27 @@ def cosine(step: int, *, steps: int, warmup_steps: int, final: float = 0.0) -> f
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def wsd(step: int, *, steps: int, warmup_steps: int, decay: float, final: float = 0.0) -> float:
+def wsd(
+    step: int,
+    *,
+    steps: int,
+    warmup_steps: int,
+    decay: float,
+    final: float = 0.0,
+    ends: Sequence[int] = (),
+) -> float:
     """Warm-up, stable, then ``1 - sqrt`` over the last ``decay`` share of the steps.
 
     MiniCPM, https://arxiv.org/abs/2404.06395; the decay's shape is from
-    https://arxiv.org/abs/2405.18392.
+    https://arxiv.org/abs/2405.18392. ends: earlier steps before which it fell as well, to rise
+    again after them (WSD-S, https://arxiv.org/abs/2410.05192); the share is of the steps between.
 
     >>> [round(wsd(s, steps=7, warmup_steps=2, decay=0.43), 2) for s in range(7)]
     [0.5, 1.0, 1.0, 1.0, 0.5, 0.29, 0.13]
     """
-    length = round(decay * steps)
-    left = steps - step
+    since = max((end for end in ends if end <= step), default=0)
+    until = min((end for end in ends if end > step), default=steps)
+    length, left = round(decay * (until - since)), until - step
     if left > length:
         return warmup(step, warmup_steps)
     falling = final + (1 - final) * (1 - math.sqrt(1 - left / (length + 1)))
@@ -57,8 +67,10 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     if config.schedule == "cosine":
         return config.lr * cosine(step, steps=steps, warmup_steps=warm, final=final)
     if config.schedule == "wsd":
-        decay = config.decay_fraction
-        return config.lr * wsd(step, steps=steps, warmup_steps=warm, decay=decay, final=final)
+        decay, ends = config.decay_fraction, config.ends
+        return config.lr * wsd(
+            step, steps=steps, warmup_steps=warm, decay=decay, final=final, ends=ends
+        )
     return config.lr * warmup(step, warm)
 
 

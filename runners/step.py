@@ -45,15 +45,20 @@ class Learner:
         self.config = config
         self.step = 0
         self.best: float | None = None
+        self.tokens, self.seconds = 0, 0.0  # what the steps took, over all commands of the run
 
     def state(self, loader: dict[str, object]) -> State:
-        return State(self.step, self.params, self.optimizer.state(), loader, self.best, rng_state())
+        return State(
+            self.step, self.params, self.optimizer.state(), loader, self.best, rng_state(),
+            self.tokens, self.seconds,
+        )  # fmt: skip
 
     def restore(self, state: State) -> None:
         """Continues where ``state`` was taken; the params are those of the state already."""
         if state.step:
             self.optimizer.load(state.moments)
         self.step, self.best = state.step, state.best
+        self.tokens, self.seconds = state.tokens, state.seconds
         set_rng_state(state.rng)
 
     def train_step(self, grad_fn: GradFn, batches: Sequence[Batch]) -> Tensor:

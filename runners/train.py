@@ -2,7 +2,8 @@
 
 python -m runners.train                         # a tiny model on drawn shapes
 python -m runners.train --data train.json --preset small --sequence_len=2048
-python -m runners.train --resume auto
+python -m runners.train --resume runs/NAME      # under the flags that it has
+python -m runners.train --config runs/NAME      # the same run again, in a folder of its own
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ if __name__ == "__main__":  # before the imports that follow, which take seconds
     compile_ahead.expect()
 
 import json
-from collections.abc import Sequence
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +31,8 @@ from runners.checkpoints import (
     choose_folder,
     create_folder,
     load_weights,
+    read_record,
+    record_start,
     write_text,
 )
 from runners.cli import INTERRUPTED, guarded
@@ -37,46 +43,68 @@ from runners.figures import Sample, draw_loss, draw_samples
 from runners.generate import answer
 from runners.loop import Training, interruptible
 from runners.metrics import Display, Metrics, check_wandb, read_metrics
+from runners.provenance import origin
+from runners.resume import continued
 from runners.setup import Job, build_encoder, prepare
 from runners.step import Learner
 from transforms import cast_matrices
 
 
-def train(config: TrainConfig, display: Display | None = None) -> Path | None:
+def train(
+    config: TrainConfig, display: Display | None = None, *, command: str | None = None
+) -> Path | None:
     """Runs a config to its end. Returns the run's folder, or None if it was interrupted (then
-    ``--resume`` goes on). Raises UserError; nothing is written before everything is validated."""
+    ``--resume`` goes on). Raises UserError; nothing is written before everything is validated.
+
+    command: the command line, as the run's config.json is to quote it.
+    """
+    begun = time.monotonic()
     display = display or Display(config.steps)
     with display.logging("runners"), display.logging("kernels"), ExitStack() as stack:
         check_wandb(config)
         folder, state_path = choose_folder(config)
+        if state_path is not None:
+            _, step, old = read_record(state_path)
+            config = continued(old, config, step, state_path)
         job = prepare(config, state_path)
         stack.callback(job.loader.close)  # it runs already
         learner = Learner(job.params, config, job.select, job.composed.dtype)
         check_room(folder, learner.params, unflatten(learner.learning))
-        if job.state is None:
-            create_folder(folder, config, job.model, job.tokenizer)
-        else:
+        if job.state is not None:
             learner.restore(job.state)
+        begin = origin(command, learner.step, job.device)
+        if job.state is None:
+            create_folder(folder, config, job.model, job.tokenizer, begin)
+        else:
+            record_start(folder, config, begin)
         for line in describe(job, learner, folder):
             display.say(line)
         metrics = Metrics(folder, config, after=learner.step)
         try:
             backends = kernels.override(**job.composed.backends)
-            with interruptible() as stop, display, backends:
-                finished = Training(job, learner, folder, metrics, display).run(stop)
+            with interruptible() as asked, display, backends:
+                stop = within(config.max_minutes, begun, asked)
+                finished = Training(job, learner, folder, metrics, display, begun).run(stop)
         finally:
             metrics.close()
             job.loader.close()
         display.say(job.loader.stats.line())
         if not finished:
+            again = shlex.join(["python", "-m", "runners.train", "--resume", str(folder)])
             display.say(
-                f"Stopped after step {learner.step} of {config.steps}, saved; continue with the "
-                f"same flags and --resume={folder}"
+                f"Stopped after step {learner.step} of {config.steps}, saved; continue: {again}"
             )
             return None
         for line in finish(job, folder):
             display.say(line)
     return folder
+
+
+def within(minutes: float | None, begun: float, asked: Callable[[], bool]) -> Callable[[], bool]:
+    """``asked``, or whether so many minutes since ``begun`` (``time.monotonic``) are over."""
+    if minutes is None:
+        return asked
+    return lambda: asked() or time.monotonic() - begun >= 60 * minutes
 
 
 def describe(job: Job, learner: Learner, folder: Path) -> list[str]:
@@ -153,9 +181,10 @@ def sample(evaluator: Evaluator, job: Job) -> list[Sample]:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    return (
-        0 if train(parse_config(argv, gpu=torch.cuda.is_available())) is not None else INTERRUPTED
-    )
+    argv = sys.argv[1:] if argv is None else argv
+    config = parse_config(argv, gpu=torch.cuda.is_available())
+    command = shlex.join(["python", "-m", "runners.train", *argv])
+    return 0 if train(config, command=command) is not None else INTERRUPTED
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,7 +32,7 @@ BASE = TrainConfig(
 @pytest.fixture
 def micro(tmp_path: Path) -> Callable[..., TrainConfig]:
     """``micro(steps=3, ...)``: a config of a 30,000-parameter model, logging every step."""
-    return partial(replace, BASE, runs_dir=str(tmp_path / "runs"))
+    return partial(replace, BASE, runs_dir=str(tmp_path / "the runs"))
 
 
 @pytest.fixture

@@ -129,7 +129,9 @@ def test_an_interrupted_command_says_how_to_go_on(
 ) -> None:
     monkeypatch.setattr(train_module, "parse_config", lambda argv, gpu: micro(stop_at=1))
     assert train_module.main([]) == 130
-    assert "--resume=" in capsys.readouterr().out
+    folder = Path(micro().runs_dir) / "micro"
+    said = capsys.readouterr().out
+    assert f"continue: python -m runners.train --resume '{folder}'\n" in said
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(micro: Micro, quiet: Quiet) -> None:
