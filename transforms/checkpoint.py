@@ -72,8 +72,9 @@ def checkpoint(
     between: a policy for the blocks that ``every`` passes over; None: they keep all.
 
     Raises ValueError if ``every`` is not positive, the policy is unknown or the forward has no
-    blocks. A differentiated tensor that a block captures by closure raises RuntimeError under
-    ``torch.func`` (plain autograd follows it).
+    blocks. Under ``torch.func``, and with "offload", a block's gradients pass by its arguments and
+    its result alone: a differentiated tensor that it captures by closure raises RuntimeError, as
+    does one that it hands on by an attribute or in a mutable argument. Autograd follows both.
     """
     if every < 1:
         raise ValueError(f"every must be 1 or more, not {every}")
@@ -91,7 +92,7 @@ def checkpoint(
         ready: Policy = policy if keep is None else keep
 
         def wrap(f: Callable[..., Any], path: str) -> Callable[..., Any]:
-            return rematerialize(f, ready, to_the_end=native)
+            return rematerialize(f, ready, to_the_end=native, name=f"the block {path}")
 
         again = keep is None or not keep("aten.mm")
         return forward.with_rule(Rule("block", wrap, chosen, "checkpoint", recomputes=again))
@@ -121,13 +122,17 @@ def keeper(policy: Policy) -> Keep | None:
 
 
 def rematerialize(
-    f: Callable[..., Any], policy: Policy = "nothing", *, to_the_end: bool = False
+    f: Callable[..., Any],
+    policy: Policy = "nothing",
+    *,
+    to_the_end: bool = False,
+    name: str = "a function",
 ) -> Callable[..., Any]:
     """``f`` with the same value and gradients, which keeps its arguments and forgets the rest.
 
     policy: as in :func:`checkpoint`. Every tensor that is to be differentiated must be an argument
     (in any nesting of dicts, lists and tuples), not captured by closure. Random numbers drawn
-    inside are drawn again.
+    inside are drawn again. name: what errors call ``f``.
 
     to_the_end: under eager autograd ``f`` is run again as a whole, not only up to the last tensor
     that backward needs. PyTorch ends it there by an exception; if it is thrown where an autograd
@@ -154,9 +159,9 @@ def rematerialize(
         if functorch and nested_forward_mode():
             return f(*args, **kwargs)  # forward mode keeps nothing: there is nothing to save
         if functorch:
-            return functional(f, keep)(*args, **kwargs)
+            return functional(f, keep, name)(*args, **kwargs)
         if offload:
-            return offloaded(functional(f))(*args, **kwargs)
+            return offloaded(functional(f, name=name))(*args, **kwargs)
         again = partial(torch_checkpoint, f, use_reentrant=False)
         if keep is not None:
             contexts = partial(create_selective_checkpoint_contexts, partial(_decide, keep))

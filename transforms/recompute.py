@@ -8,8 +8,10 @@ two save 13,000 of them).
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -25,10 +27,14 @@ from kernels.functions import func_levels
 Keep = Callable[[str], bool]
 
 
-def functional(f: Callable[..., Any], keep: Keep | None = None) -> Callable[..., Any]:
+def functional(
+    f: Callable[..., Any], keep: Keep | None = None, name: str = "a function"
+) -> Callable[..., Any]:
     """``f`` that keeps its arguments, and what operations that ``keep`` names gave, no more.
 
-    What is kept serves the first derivative; higher ones compute everything again.
+    What is kept serves the first derivative; higher ones compute everything again. Only what ``f``
+    returns carries a gradient: a tensor that it hands on otherwise (by an attribute, or in a
+    mutable argument) raises RuntimeError where it is used; ``name`` is what the error calls ``f``.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -37,19 +43,28 @@ def functional(f: Callable[..., Any], keep: Keep | None = None) -> Callable[...,
         where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         out_form: list[Any] = []  # what comes out, tensors left blank: the Function passes these
+        moving = [_moves(leaves[i], memo.forward_mode) for i in where]
 
         def flat(*tensors: Tensor) -> tuple[Any, ...]:
             full = list(rest)
             for i, tensor in zip(where, tensors, strict=True):
                 full[i] = tensor
-            call_args, call_kwargs = pytree.tree_unflatten(full, spec)
-            with _Closed(memo.forward_mode), memo.watching():
-                out, out_spec = pytree.tree_flatten(f(*call_args, **call_kwargs))
+            given = pytree.tree_unflatten(full, spec)
+            phase = memo.phase
+            closed = _Closed(memo.forward_mode, itertools.compress(tensors, moving))
+            with closed, memo.watching():
+                out, out_spec = pytree.tree_flatten(f(*given[0], **given[1]))
             out_form[:] = [[_BLANK if isinstance(o, Tensor) else o for o in out], out_spec]
             kept = [o for o in out if isinstance(o, Tensor)]
+            if phase == "recorded":
+                _carry_back((args, kwargs), given, dict(zip(map(id, full), leaves, strict=True)))
+            if phase == "recorded" or (phase == "pushed" and memo.beside):
+                memo.beside = closed.forbid(name, except_for=(*kept, *tensors))
             # an output that is an input would be returned unwrapped by the Function
             return tuple(o.view_as(o) if any(o is t for t in tensors) else o for o in kept)
 
+        if not any(moving):
+            return f(*args, **kwargs)  # nothing to save, and nothing to lose
         given = iter(_Checkpoint.apply(flat, memo, *(leaves[i] for i in where)))
         out, out_spec = out_form
         return pytree.tree_unflatten([next(given) if o is _BLANK else o for o in out], out_spec)
@@ -72,31 +87,118 @@ _SAME_PRODUCT = {"nanovision.wide_linear": "aten.mm"}
 
 
 class _Closed(TorchFunctionMode):
-    """Raises for a tensor that is differentiated and was not an argument: one level down it is a
-    constant, and its gradient would be a silent zero.
+    """Watches that a function takes tensors from its arguments alone, and gives them back alone.
+
+    One level down a tensor that was captured is a constant, and so is, one level up, a tensor that
+    was made here and is no result: their gradients would be silent zeros. The first raises at its
+    use, the second is forbidden (:meth:`forbid`).
 
     forward_mode: levels of jvp. Of theirs, constants count too: from here nobody sees a tangent.
+    moving: the arguments that are differentiated; what is computed of them moves too.
     """
 
-    def __init__(self, forward_mode: frozenset[int]) -> None:
+    def __init__(self, forward_mode: frozenset[int], moving: Iterable[Tensor]) -> None:
         super().__init__()
         self.forward_mode = forward_mode
+        self.moving = {id(x): weakref.ref(x) for x in moving}
+        self.constant = False  # within torch.no_grad()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         level = torch._C._functorch.maybe_current_level() or 0
-        for x in pytree.tree_leaves((args, kwargs)):
-            if (
-                isinstance(x, Tensor)
-                and (of := torch._C._functorch.maybe_get_level(x)) > level
-                and (of in self.forward_mode or x.requires_grad)
+        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        for x in tensors:
+            if (of := torch._C._functorch.maybe_get_level(x)) > level and (
+                of in self.forward_mode or x.requires_grad
             ):
                 raise RuntimeError(
                     f"a tensor {list(x.shape)} that is differentiated is captured by closure in "
                     "a checkpointed function: its gradient would be lost. Make it an argument."
                 )
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if func is torch._C._set_grad_enabled:
+            self.constant = not args[0] and not self.forward_mode  # tangents pass through no_grad
+        elif not self.constant and func not in _CONSTANT and any(map(self.moves, tensors)):
+            for x in pytree.tree_leaves(out):
+                if isinstance(x, Tensor) and _is_float(x):
+                    self.moving[id(x)] = weakref.ref(x)
+        return out
+
+    def moves(self, x: Tensor) -> bool:
+        ref = self.moving.get(id(x))
+        return ref is not None and ref() is x
+
+    def forbid(self, name: str, except_for: Sequence[Tensor]) -> bool:
+        """Whatever moves and is still alive, results and arguments aside, raises at its next use.
+
+        Gives whether there is any. In the first run nothing is recorded, so that no graph keeps
+        tensors alive that nobody sees.
+        """
+        spared = {id(x) for x in except_for}
+        alive = [x for ref in self.moving.values() if (x := ref()) is not None]
+        for x in (escaped := [x for x in alive if id(x) not in spared]):
+            vars(x)["name"] = name
+            x.__class__ = _Escaped
+        return bool(escaped)
+
+
+class _Escaped(Tensor):
+    """A tensor that left a checkpointed function by a side door."""
+
+    __repr__ = object.__repr__
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        tensors = pytree.tree_leaves((args, kwargs))
+        name = next(vars(x)["name"] for x in tensors if isinstance(x, _Escaped))
+        raise RuntimeError(
+            f"checkpoint: {name} hands a tensor on beside its result (by an attribute, or in a "
+            "mutable argument), and its gradient would be lost here. Use transforms.value_and_grad "
+            "in place of torch.func, without policy='offload', or leave checkpoint out"
+        )
+
+
+_CONSTANT = (Tensor.detach, torch.detach, Tensor.data.__get__)
+
+
+def _moves(x: Tensor, forward_mode: frozenset[int]) -> bool:
+    """Whether a tensor is differentiated, by plain autograd or at any level of ``torch.func``."""
+    if not _is_float(x):
+        return False
+    while not x.requires_grad and torch._C._functorch.maybe_get_level(x) not in forward_mode:
+        if not torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return True
+
+
+def _carry_back(old: Any, new: Any, given: Mapping[int, Any]) -> None:
+    """What a function changed in the dicts and lists it was given, changed in the caller's too.
+
+    pytrees come apart and together again as copies; given: the id of a leaf there -> the caller's.
+    """
+
+    if isinstance(old, tuple):
+        for a, b in zip(old, new, strict=True):
+            _carry_back(a, b, given)
+    elif type(old) in (dict, list) and type(new) is type(old):
+        entries = dict(old) if isinstance(old, dict) else dict(enumerate(old))
+        changed = dict(new) if isinstance(new, dict) else dict(enumerate(new))
+        for key, value in changed.items():
+            before = entries.get(key, _BLANK)
+            if type(value) in (dict, list, tuple) and type(value) is type(before):
+                _carry_back(before, value, given)
+                changed[key] = before
+            else:
+                changed[key] = given.get(id(value), value)
+        if isinstance(old, dict):
+            old.clear()
+            old.update(changed)
+        else:
+            old[:] = changed.values()
 
 
 # -- what is kept -----------------------------------------------------------------------------
@@ -105,7 +207,8 @@ class _Closed(TorchFunctionMode):
 class _Memo:
     """Of one run: the random state, to draw the same numbers again, and what ``keep`` names.
 
-    phase: whether results are "recorded" or "replayed" now.
+    phase: whether results are "recorded" or "replayed" now, or tangents "pushed".
+    beside: whether anything but the results left the function.
     """
 
     def __init__(self, keep: Keep | None) -> None:
@@ -114,6 +217,7 @@ class _Memo:
         self.keep = keep
         self.forward_mode = frozenset(i.level() for i in func_levels() if i.key() == _Levels.Jvp)
         self.phase: str | None = None
+        self.beside = False
         self.levels: Counter[Any] = Counter()  # functorch's, at the recording
         self.results: list[tuple[str, Any]] = []
 
@@ -138,7 +242,7 @@ class _Memo:
         """Around the function itself. What was kept is used only where the same operations come in
         the same order, with no tangents among them: under the levels of the recording, and vjp's.
         """
-        if self.keep is None or self.phase is None:
+        if self.keep is None or self.phase in (None, "pushed"):
             return nullcontext()
         levels = Counter(i.key() for i in func_levels())
         if self.phase == "recorded":
@@ -159,7 +263,9 @@ class _Record(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         assert self.memo.keep is not None
         if self.memo.keep(operation(func)):
-            self.memo.results.append((operation(func), out))
+            # a tensor of its own: what the function itself keeps alive is told by that
+            own = pytree.tree_map_only(Tensor, torch.Tensor.detach, out)
+            self.memo.results.append((operation(func), own))
         return out
 
 
@@ -268,7 +374,7 @@ class _Checkpoint(torch.autograd.Function):
         flat = ctx.saved_tensors
         index = tuple(i for i, t in enumerate(tangents) if t is not None)
         primals = tuple(flat[i] for i in index)
-        with ctx.memo.again():
+        with ctx.memo.again(), ctx.memo.during("pushed"):
             out = jvp(_of(ctx.f, flat, index), primals, tuple(tangents[i] for i in index))[1]
         given = iter(out)
         return tuple(next(given) if is_float else None for is_float in ctx.is_float)

@@ -389,3 +389,92 @@ def test_dropout_under_vmap(randomness: str) -> None:
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in pairs)
     first = flatten(grads[1])["blocks.0.fc.weight"]
     assert torch.equal(first[0], first[1]) == (randomness == "same")
+
+
+# -- what blocks hand on beside their results ---------------------------------------------------
+
+
+class Notes(dict):
+    """A mapping that pytrees take for a leaf."""
+
+
+class Talking(nn.Module):
+    """A block that leaves a tensor for others: in an argument, or on itself."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.line, self.how, self.aux = nn.Linear(4, 4), how, None
+
+    def forward(self, x: Tensor, notes: Any) -> Tensor:
+        h = self.line(x).tanh()
+        if self.how == "detached":
+            self.aux = h.detach().mean()
+        elif self.how == "no_grad":
+            with torch.no_grad():
+                self.aux = h.mean() + self.line.weight.sum()
+        elif self.how == "attribute":
+            self.aux = h.mean()
+        elif isinstance(notes, list):
+            notes.append(h.mean())
+        else:
+            notes["h"] = h.mean() + notes.get("h", 0.0)
+            notes["calls"] = notes.get("calls", 0) + 1
+        return x + h
+
+
+class Gossip(nn.Module):
+    def __init__(self, how: str, form: Callable[[], Any]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Talking(how) for _ in range(2))
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        notes = self.form()
+        for layer in self.layers:
+            x = layer(x, notes=notes)
+        said = notes if isinstance(notes, list) else [notes["h"]] if notes else []
+        said = [*said, *(layer.aux for layer in self.layers if layer.aux is not None)]
+        assert not isinstance(notes, dict) or notes.get("calls", 2) == 2
+        return x.square().mean() + torch.stack(said).square().sum()
+
+
+BESIDE = {
+    "a mapping": ("argument", Notes),
+    "a dict": ("argument", dict),
+    "a list": ("argument", list),
+    "an attribute": ("attribute", dict),
+    "a detached attribute": ("detached", dict),
+    "an attribute under no_grad": ("no_grad", dict),
+}
+
+
+@pytest.mark.parametrize("way", BESIDE)
+def test_what_blocks_hand_on_beside_their_results(way: str) -> None:
+    """Autograd follows it; torch.func, which cannot, says so: no gradient is dropped in silence."""
+    module = Gossip(*BESIDE[way]).double()
+    forward, params = from_module(module)
+    checked, x = checkpoint(forward), torch.randn(3, 2, 4, dtype=torch.float64)
+
+    def near(got: Any, want: Any) -> None:
+        for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+    batch = {"x": x[0]}
+    near(value_and_grad(checked)(params, batch), value_and_grad(forward)(params, batch))
+    near(checked(params, batch), forward(params, batch))
+    drivers: dict[str, Fn] = {
+        "grad": lambda f: grad(f)(params, batch),
+        "vmap": lambda f: vmap(lambda x: grad(f)(params, {"x": x}))(x),
+        "hvp": lambda f: jvp(lambda p: grad(f)(p, batch), (params,), (tangent(params),))[1],
+        "jvp": lambda f: jvp(lambda p: f(p, batch), (params,), (tangent(params),))[1],
+    }
+    for name, driver in drivers.items():
+        # tangents pass through no_grad
+        constant = ("detached",) if name in ("hvp", "jvp") else ("detached", "no_grad")
+        if module.layers[0].how in constant:
+            near(driver(checked), driver(forward))
+        else:
+            with pytest.raises(RuntimeError, match=r"the block layers\.0 hands a tensor on"):
+                driver(checked)
+    # nobody differentiates: blocks are left as they are
+    near(*(vmap(lambda x, f=f: f(params, {"x": x}))(x) for f in (checked, forward)))

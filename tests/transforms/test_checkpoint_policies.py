@@ -235,7 +235,7 @@ def test_a_captured_tensor_is_an_error(driver: str) -> None:
     x = torch.randn(3)
 
     def captures(p: Tensor, x: Tensor) -> Tensor:
-        return rematerialize(lambda y: (y * p).tanh())(x).sum()
+        return rematerialize(lambda y: (y * p).tanh())(x + p).sum()
 
     runs = {
         "grad": lambda: grad(captures)(torch.ones(3), x),
