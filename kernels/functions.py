@@ -147,8 +147,15 @@ def push(fn: Callable[..., Any], primals: Tensors, tangents: Tensors) -> Any:
         return fn(*_replaced(primals, moving, chosen))
 
     return torch.func.jvp(
-        partial, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving)
+        partial, tuple(unexpanded(primals[i]) for i in moving), tuple(tangents[i] for i in moving)
     )[1]
+
+
+def unexpanded(x: Tensor) -> Tensor:
+    """x itself, or contiguous if it is expanded: ``torch.func.jvp`` writes beside its primals, and
+    refuses one in which a place stands for several numbers."""
+    expanded = any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True))
+    return x.contiguous() if expanded else x
 
 
 def _replaced(values: Tensors, indices: Sequence[int], new: Sequence[Tensor]) -> list[Any]:

@@ -22,7 +22,7 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.functions import func_levels
+from kernels.functions import func_levels, unexpanded
 
 Keep = Callable[[str], bool]
 
@@ -373,7 +373,7 @@ class _Checkpoint(torch.autograd.Function):
     def jvp(ctx: Any, _f: Any, _memo: Any, *tangents: Any) -> Any:
         flat = ctx.saved_tensors
         index = tuple(i for i, t in enumerate(tangents) if t is not None)
-        primals = tuple(flat[i] for i in index)
+        primals = tuple(unexpanded(flat[i]) for i in index)
         with ctx.memo.again(), ctx.memo.during("pushed"):
             out = jvp(_of(ctx.f, flat, index), primals, tuple(tangents[i] for i in index))[1]
         given = iter(out)
@@ -418,7 +418,8 @@ class _Recompute(torch.autograd.Function):
         flat = ctx.saved_tensors
         index = tuple(i for i, t in enumerate(tangents) if t is not None)
         f = _of(_Recompute.as_function(ctx.head), flat, index)
-        return jvp(f, tuple(flat[i] for i in index), tuple(tangents[i] for i in index))[1]
+        primals = tuple(unexpanded(flat[i]) for i in index)
+        return jvp(f, primals, tuple(tangents[i] for i in index))[1]
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, f: Any, memo: Any, index: Any, n: int, *rest: Any) -> Any:
