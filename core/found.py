@@ -21,6 +21,8 @@ from core.gated import Gated, find_gated
 from core.probes import close, is_plain, noise, probe, takes_one
 from core.reroute import reroute
 
+# of the rows of made-up numbers: a limit that a layer sets shows at large ones
+SIZES = torch.tensor([[1.0], [1e4], [1e30]])
 USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12)  # none at all divides by 0 where a row is 0
 
 
@@ -141,7 +143,7 @@ def row_scale(module: nn.Module) -> float | None:
     scale = None
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         # large tables need not be made up
-        table = noise(3, next(module.parameters()).shape[1]).to(dtype)
+        table = (noise(3, next(module.parameters()).shape[1]) * SIZES).to(dtype)
         rows = probe(module, {"weight": table}, ids)
         if rows is None or rows.shape != table[ids].shape:
             return None
@@ -164,10 +166,10 @@ def _layout(module: nn.Module) -> str | None:
         if shapes.get("bias", bias.shape) != bias.shape:
             continue
         given = {"weight": weight, "bias": bias} if "bias" in shapes else {"weight": weight}
-        x = noise(1, 2, matrix.shape[1])
+        x = noise(1, 3, matrix.shape[1]) * SIZES
         out = probe(module, given, x)
-        want = F.linear(x, matrix, given.get("bias"))
-        if out is not None and close(out, want, 1e-4 * float(want.abs().max())):
+        want = F.linear(x, matrix, given.get("bias")) / SIZES
+        if out is not None and close(out / SIZES, want, 1e-4 * float(want.abs().max())):
             return layout
     return None
 
@@ -207,19 +209,27 @@ def norm_form(module: nn.Module) -> NormForm | None:
     ):
         form = NormForm(kind, eps, offset, order[0], order[1] if len(order) > 1 else None)
         leaves = {name: noise(dim, seed=i + 1) for i, name in enumerate(names)}
-        sizes = (1.0, eps**0.5)
-        if all(_computes(module, form, leaves, noise(1, 2, dim) * s, t)
-               for s in sizes for t in (torch.float32, torch.float64)):  # fmt: skip
+        sizes = ((1.0, 1.0), (eps**0.5, 1.0), (1e15, 1e6))  # of x, of the leaves
+        if all(
+            _computes(module, form, leaves, noise(1, 2, dim) * size, of_leaves, dtype)
+            for size, of_leaves in sizes
+            for dtype in (torch.float32, torch.float64)
+        ):
             return form
     return None
 
 
 def _computes(
-    module: nn.Module, form: NormForm, leaves: dict[str, Tensor], x: Tensor, dtype: torch.dtype
+    module: nn.Module,
+    form: NormForm,
+    leaves: dict[str, Tensor],
+    x: Tensor,
+    size: float,
+    dtype: torch.dtype,
 ) -> bool:
-    x, leaves = x.to(dtype), {name: leaf.to(dtype) for name, leaf in leaves.items()}
+    x, leaves = x.to(dtype), {name: size * leaf.to(dtype) for name, leaf in leaves.items()}
     out = probe(module, leaves, x)
-    return out is not None and close(out, normalise(form, leaves, x), 3e-5)
+    return out is not None and close(out, normalise(form, leaves, x), 3e-5 * size)
 
 
 def normalise(form: NormForm, leaves: Mapping[str, Tensor], x: Tensor) -> Tensor:

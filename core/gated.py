@@ -139,5 +139,35 @@ def _probe_gated(module: nn.Module, gated: Gated, dim: int, down: tuple[int, int
     # a product with up, of a function of each number of gate by itself
     if not is_mlp or not close(h, act * up, 1e-5) or not close(shifted[same], act[same], 1e-5):
         return None
-    known = (name for name, f in ACTIVATIONS.items() if close(act, f(gate), 1e-5))
+    known = (
+        n
+        for n, f in ACTIVATIONS.items()
+        if close(act, f(gate), 1e-5) and _is_so_at_any_size(module, gated, f, down[0])
+    )
     return next(known, "")
+
+
+def _is_so_at_any_size(
+    module: nn.Module, gated: Gated, act: Callable[[Tensor], Tensor], width: int
+) -> bool:
+    """Whether what lies between the linears is ``act(gate) * up`` for numbers of every size: a
+    limit, of gate, up or their product, shows at large ones, in one dtype or in all."""
+    rows = 4 + 1024 // width
+    share = torch.rand(2, 1, rows, width, generator=torch.Generator().manual_seed(7))
+    signs = noise(2, 1, rows, width, seed=8).sign()
+    for dtype, most in ((torch.float32, 38.5), (torch.float16, 4.8)):
+        exponent = share[0] * (most + 4) - 4  # of gate; the product of gate and up has room
+        gate = (signs[0] * 10**exponent).to(dtype)
+        up = (signs[1] * 10 ** (share[1] * (most - exponent.clamp(min=0)))).to(dtype)
+        compute = product(skeleton(module).to(dtype), gated)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            try:
+                got = compute(gate, up)
+            except Exception:  # foreign code, given a dtype that it may not take
+                return False
+        tolerance = 8 * torch.finfo(dtype).eps
+        want = act(gate) * up
+        # at 0 by the size of what is subtracted there, a number near 1
+        if not torch.allclose(got, want, rtol=tolerance, atol=tolerance):
+            return False
+    return True

@@ -146,9 +146,8 @@ def push(fn: Callable[..., Any], primals: Tensors, tangents: Tensors) -> Any:
     def partial(*chosen: Tensor) -> Any:
         return fn(*_replaced(primals, moving, chosen))
 
-    return torch.func.jvp(
-        partial, tuple(unexpanded(primals[i]) for i in moving), tuple(tangents[i] for i in moving)
-    )[1]
+    chosen = tuple(unexpanded(x) for i in moving if (x := primals[i]) is not None)
+    return torch.func.jvp(partial, chosen, tuple(tangents[i] for i in moving))[1]
 
 
 def unexpanded(x: Tensor) -> Tensor:

@@ -39,11 +39,9 @@ def fuse_kernels(forward: Forward, *, skip: Sequence[str] = ()) -> Forward:
     sites = [s for s in forward.sites if s.foreign and s.kind in FUSED]
     wanted = [s for s in sites if s not in skipped]
     table = _replacements(wanted)
-    if not table and any(s.foreign for s in forward.sites):
+    if not wanted and any(s.foreign for s in forward.sites):
         have = ", ".join(sorted({f"{s.kind} {s.path}" for s in forward.sites})[:20])
-        raise ValueError(
-            f"fuse_kernels finds no norm, glu or attention that it knows to fuse, among: {have}"
-        )
+        raise ValueError(f"fuse_kernels finds no norm, glu or attention to fuse, among: {have}")
     if left := sorted({f"{s.kind} {s.path}" for s in wanted if (s.kind, s.path) not in table}):
         warnings.warn(f"fuse_kernels leaves as they are: {', '.join(left)}", stacklevel=2)
 

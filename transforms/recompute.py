@@ -146,7 +146,8 @@ class _Closed(TorchFunctionMode):
 class _Escaped(Tensor):
     """A tensor that left a checkpointed function by a side door."""
 
-    __repr__ = object.__repr__
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return object.__repr__(self)
 
     @classmethod
     def __torch_function__(
@@ -161,7 +162,7 @@ class _Escaped(Tensor):
         )
 
 
-_CONSTANT = (Tensor.detach, torch.detach, Tensor.data.__get__)
+_CONSTANT = (Tensor.detach, torch.detach, vars(torch._C.TensorBase)["data"].__get__)
 
 
 def _moves(x: Tensor, forward_mode: frozenset[int]) -> bool:

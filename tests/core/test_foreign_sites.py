@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections import Counter
 from typing import Any
@@ -337,6 +338,26 @@ def test_a_gated_mlp_is_told_by_what_it_does() -> None:
         def forward(self, v: Tensor) -> Tensor:
             return self.c(self.act(self.a(v)) * self.b(self.a(v)))
 
+    class Limited(Mlp):
+        """Values of gate, of up and of their product, no further than this."""
+
+        def __init__(self, *limits: float) -> None:
+            super().__init__(F.silu)
+            self.limits = limits
+
+        def forward(self, v: Tensor) -> Tensor:
+            gate, up, both = self.limits
+            h = F.silu(self.a(v).clamp(max=gate)) * self.b(v).clamp(-up, up)
+            return self.c(h.clamp(max=both))
+
+    class Half(Mlp):
+        """A limit in half precision alone."""
+
+        def forward(self, v: Tensor) -> Tensor:
+            a = self.a(v)
+            return self.c(F.silu(a.clamp(max=1e4) if a.dtype == torch.float16 else a) * self.b(v))
+
+    inf = math.inf
     tanh = nn.GELU(approximate="tanh")
     own = lambda t: t * torch.sigmoid(1.7 * t)  # noqa: E731
     hooked = Mlp(F.silu)
@@ -346,7 +367,11 @@ def test_a_gated_mlp_is_told_by_what_it_does() -> None:
         (Mlp(tanh), ["gelu_tanh"]), (Mlp(own), [None]), (Mlp(F.relu), [None]),
         (Mlp(F.silu, drop=0.3).eval(), ["silu"]), (Mlp(F.silu, drop=0.3), []),
         (Sum(F.silu), []), (Residual(F.silu), []), (Softmax(F.silu), []), (Chain(F.silu), []),
-        (hooked, []),
+        (hooked, []), (Limited(inf, inf, inf), ["silu"]), (Half(F.silu), [None]),
+        *((Limited(*(limit if i == j else inf for j in range(3))), [None])
+          for i in range(3) for limit in (30.0, 6e4, 1e30)),
+        (Mlp(lambda t: F.silu(t).clamp(min=-0.25)), [None]),
+        (Mlp(lambda t: F.gelu(t, approximate="tanh").clamp(max=1e12)), [None]),
     ]  # fmt: skip
     x = torch.randn(3, 6)
     for module, want in cases:
@@ -412,6 +437,24 @@ def test_square_weights_are_told_apart() -> None:
     assert torch.equal(forward(params, x), module(x))
 
 
+def test_layers_with_a_limit_are_no_plain_layers() -> None:
+    class Line(nn.Linear):
+        def forward(self, v: Tensor) -> Tensor:
+            return super().forward(v).clamp(-1e4, 1e4)
+
+    class Clipped(nn.Linear):
+        def forward(self, v: Tensor) -> Tensor:
+            return super().forward(v.clamp(max=1e20))
+
+    class Table(nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids).clamp(-1e4, 1e4)
+
+    for module in (Line(4, 4), Clipped(4, 4), Table(4, 4)):
+        sites = from_module(nn.Sequential(module, nn.Linear(4, 4)))[0].sites
+        assert [s.path for s in sites if s.kind in ("linear", "embed")] == ["1"]
+
+
 def test_the_form_of_a_norm() -> None:
     hf = pytest.importorskip("transformers")
     gemma = hf.models.gemma2.modeling_gemma2.Gemma2RMSNorm
@@ -422,6 +465,17 @@ def test_the_form_of_a_norm() -> None:
         def forward(self, v: Tensor) -> Tensor:
             return v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + 0.0123) * self.g
 
+    class Clamped(nn.LayerNorm):
+        """A limit of what goes in, or of what comes out."""
+
+        def __init__(self, after: bool) -> None:
+            super().__init__(8)
+            self.after = after
+
+        def forward(self, v: Tensor) -> Tensor:
+            v = super().forward(v if self.after else v.clamp(-1e5, 1e5))
+            return v.clamp(-1e5, 1e5) if self.after else v
+
     cases = [
         (nn.LayerNorm(8, eps=3e-4), NormForm("layer", 3e-4, 0.0, "weight", "bias")),
         (nn.LayerNorm(8, bias=False), NormForm("layer", 1e-5, 0.0, "weight", None)),
@@ -429,6 +483,8 @@ def test_the_form_of_a_norm() -> None:
         (gemma(8, eps=1e-6), NormForm("rms", 1e-6, 1.0, "weight", None)),
         (Magnitude(), NormForm("rms", 1e-3, 1.0, "g", None)),
         (Hidden(), None),
+        (Clamped(False), None),
+        (Clamped(True), None),
         (nn.RMSNorm(8), None),  # eps depends on the dtype
     ]
     for module, form in cases:
