@@ -32,7 +32,7 @@ def fuse_kernels(forward: Forward, *, skip: Sequence[str] = ()) -> Forward:
 
     skip: path patterns of sites to leave alone. A norm or glu of unknown form is left alone too,
     with a warning that names it. Raises ValueError if a pattern names nothing, or if a foreign
-    module has nothing to fuse.
+    module has no norm, glu or attention.
     """
     check_legal(forward, "fuse_kernels")
     skipped = set(forward.select(FUSED, tuple(skip)))

@@ -146,8 +146,7 @@ class _Closed(TorchFunctionMode):
 class _Escaped(Tensor):
     """A tensor that left a checkpointed function by a side door."""
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return object.__repr__(self)
+    __repr__ = object.__repr__  # type: ignore[assignment]
 
     @classmethod
     def __torch_function__(
