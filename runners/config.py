@@ -71,6 +71,8 @@ class TrainConfig:
     val_seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     """Which records --val_fraction holds out: the same whatever --seed is, so that runs compare and
     --init_from leaks none."""
+    data_changed: bool = False
+    """Continue although the data is not what the run began with; it is read from its start."""
     turns: Literal["all", "single"] = "all"
     """LLaVA: 'all' turns of a record in one document, or each question with its answer alone."""
     documents: Literal["file", "paragraph"] = "file"
@@ -218,13 +220,14 @@ def is_chat(data: str) -> bool:
 # What may differ between a run and its continuation: it changes no number of the training.
 FREE_FIELDS = frozenset((
     "name", "runs_dir", "resume", "config", "init_from", "workers", "stop_at", "max_minutes",
+    "data_changed",
     "profile", "log_every", "val_every", "val_batches", "save_every", "eval_examples", "samples",
     "tensorboard", "wandb", "wandb_project",
 ))  # fmt: skip
 # What may differ as long as no step that is done would have had another rate (runners.resume).
 OF_THE_SCHEDULE = frozenset(("steps", "ends"))
 # What one command does, and not what its run is: never taken over from a run that is there.
-OF_ONE_COMMAND = ("name", "resume", "config", "stop_at", "max_minutes")
+OF_ONE_COMMAND = ("name", "resume", "config", "stop_at", "max_minutes", "data_changed")
 CONFIG = "config.json"  # of a run's folder
 
 # The flags of --help, the most used first.
@@ -236,9 +239,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "the run": ("runs_dir", "config", "seed", "stop_at", "max_minutes"),
     "the model": ("override", "stage", "trainable", "tokenizer", "vocab_size"),
     "data": (
-        "image_root", "val_fraction", "val_data", "val_seed", "turns", "documents", "augment",
-        "workers", "kinds",
-        "max_objects", "colours", "shapes", "questions", "ramp",
+        "image_root", "val_fraction", "val_data", "val_seed", "data_changed", "turns",
+        "documents", "augment", "workers", "kinds", "max_objects", "colours", "shapes", "questions",
+        "ramp",
     ),
     "the optimizer": (
         "grad_accum_steps", "schedule", "warmup_steps", "decay_fraction", "final_lr", "ends",

@@ -36,6 +36,7 @@ from core.batch import IGNORE
 from core.ranges import Range
 from params import init_params
 from params.tree import Tree
+from runners import digests
 from runners.checkpoints import Run, load_weights, open_run
 from runners.cli import guarded, parse
 from runners.compose import choose_device, compute_dtype
@@ -71,6 +72,9 @@ class EvalConfig:
     """Files to ask about, in place of what the run held out."""
     image_root: str | None = None
     """Folder of the pictures of --val_data. Default: the file's own."""
+    data_changed: bool = False
+    """Measure although the data is not what the run began with: what is held out of it now may have
+    been trained on."""
     ask: Ask = "trained"
     """Each question after the true turns before it, as in training; or alone, after its
     pictures."""
@@ -275,7 +279,9 @@ def evaluate(
 def held_out(run: Run, config: EvalConfig) -> Mapping[str, Source]:
     """What a run is measured on: what it held out, or files."""
     if not config.val_data:
-        return open_sources(run.config, run.model).held_out
+        sources = open_sources(run.config, run.model)
+        digests.check(run.folder, sources.digests, allowed=config.data_changed)
+        return sources.held_out
     files = replace(run.config, val_data=config.val_data, image_root=config.image_root)
     return {"val": open_files(files)}
 

@@ -16,7 +16,7 @@ import torch
 from core import Batch, Longest, VLMConfig, check_batch
 from params import flatten, init_params
 from params.tree import Tree
-from runners import compile_ahead
+from runners import compile_ahead, digests
 from runners.checkpoints import TOKENIZER, State, load_state, load_weights, open_run
 from runners.cli import explained
 from runners.compose import Composed, choose_device, compose
@@ -79,6 +79,9 @@ def _prepare(
 ) -> Job:
     """unfinished: closes what was begun, if the rest fails."""
     sources = open_sources(config, model_config(config))
+    if state_path is not None:
+        folder = state_path.parent.parent
+        digests.check(folder, sources.digests, allowed=config.data_changed)
     tokenizer, model = choose_vocabulary(config, sources, state_path)
     select = choose_select(config, model)
     encoder = build_encoder(config, model, tokenizer, training=True)
@@ -88,7 +91,7 @@ def _prepare(
     loader = Loader(
         sources.train, encoder, spec,
         seed=config.seed, shuffle=not sources.ordered, augment=config.augment,
-        workers=workers,
+        workers=workers, data=digests.together("--data", sources.digests),
     )  # fmt: skip
     unfinished.callback(loader.close)
     if state_path is None:
@@ -100,7 +103,8 @@ def _prepare(
         learning = flatten(trainable(params, select)[0])
     held_out = begin_validation(config, model, encoder, spec, sources, workers)
     if state is not None:
-        loader.load_state_dict(state.loader)
+        if loader.same_data(state.loader):  # else its place in the data means nothing
+            loader.load_state_dict(state.loader)
         loader.start()
     return Job(
         config, model, device, composed, sources, tokenizer, encoder, spec, loader, held_out,

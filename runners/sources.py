@@ -11,9 +11,11 @@ from pathlib import Path
 from core import VLMConfig
 from runners.config import TrainConfig, is_chat
 from runners.data.llava import Llava
-from runners.data.shapes import COLOURS, SHAPES, Shapes
+from runners.data.shapes import COLOURS, SHAPES, VERSION, Shapes
+from runners.data.split import digest_of, file_digest
 from runners.data.text import TextFiles, num_bytes
 from runners.data.types import Source, Together, questions_and_answers
+from runners.digests import Digest
 from runners.errors import UserError
 
 # How held-out questions are asked: as they are trained.
@@ -32,6 +34,7 @@ class Sources:
     held_out: Mapping[str, Source]
     ordered: bool = False  # the train items come in an order of their own: do not shuffle them
     summary: str = NOTHING  # what is held out, in a line
+    digests: tuple[Digest, ...] = ()  # of each file, for the run's data.json
 
 
 def open_sources(config: TrainConfig, model: VLMConfig) -> Sources:
@@ -59,6 +62,7 @@ def _check_kind(config: TrainConfig) -> None:
 
 def _conversations(config: TrainConfig) -> Sources:
     whole = _llava(config, config.data)
+    digests = _digests("--data", whole)
     if config.val_data:
         held_out = _apart(config)
         pictures = {held for source in held_out for held in source.pictures.values()}
@@ -67,6 +71,7 @@ def _conversations(config: TrainConfig) -> Sources:
         shared = pictures.intersection(whole.pictures.values())
         what = f"{', '.join(config.val_data)}: {records}"
         train = whole
+        digests += [digest for source in held_out for digest in _digests("--val_data", source)]
     elif config.val_fraction:
         train, part = whole.parted(config.val_fraction, config.val_seed)
         held_out, shared = [part], set()
@@ -74,7 +79,7 @@ def _conversations(config: TrainConfig) -> Sources:
         pictures = {whole.pictures[name] for name in shown}
         what = f"{len(part.records):,} of {len(whole.records):,} records"
     else:
-        return Sources(whole, {})
+        return Sources(whole, {}, digests=tuple(digests))
     known = set(_answers(train))
     answers = [answer for source in held_out for answer in _answers(source)]
     occur = sum(answer in known for answer in answers)
@@ -82,7 +87,19 @@ def _conversations(config: TrainConfig) -> Sources:
         f"Held out: {what}, {_with_shared(len(pictures), 'pictures', shared)}; {occur:,} of "
         f"{len(answers):,} held-out answers occur in training; {_HOW[config.turns]}"
     )
-    return Sources(train, {"val": _together(held_out)}, summary=summary)
+    return Sources(train, {"val": _together(held_out)}, summary=summary, digests=tuple(digests))
+
+
+def _digests(flag: str, source: Llava) -> list[Digest]:
+    """Of a file of records, and of its pictures."""
+    path, held = str(source.path), list(source.pictures.values())
+    found = [Digest(flag, path, file_digest(source.path).hex())]
+    if held:
+        names = tuple(source.pictures)
+        whole = digest_of(*names, *held).hex()
+        each = "".join(digest[:4].hex() for digest in held)
+        found.append(Digest(f"{flag}, pictures", path, whole, each, names))
+    return found
 
 
 def _apart(config: TrainConfig) -> list[Llava]:
@@ -120,21 +137,27 @@ def _answers(source: Llava) -> list[str]:
 
 def _texts(config: TrainConfig) -> Sources:
     whole = TextFiles(_found("--data", config.data), documents=config.documents)
+    digests = _text_digests("--data", whole)
     if config.val_data:
         val = _texts_apart(config)
         shared = set(whole.digests).intersection(val.digests)
         what = _with_shared(len(val.documents), "documents", shared)
         summary = f"Held out: {', '.join(config.val_data)}: {what}"
-        return Sources(whole, {"val": val}, summary=summary)
+        digests += _text_digests("--val_data", val)
+        return Sources(whole, {"val": val}, summary=summary, digests=tuple(digests))
     if not config.val_fraction:
-        return Sources(whole, {})
+        return Sources(whole, {}, digests=tuple(digests))
     train, val = whole.parted(config.val_fraction, config.val_seed)
     size, all_of_it = (sum(map(num_bytes, source.documents)) for source in (val, whole))
     summary = (
         f"Held out: {len(val.documents):,} of {len(whole.documents):,} documents, "
         f"{size / all_of_it:.1%} of the text"
     )
-    return Sources(train, {"val": val}, summary=summary)
+    return Sources(train, {"val": val}, summary=summary, digests=tuple(digests))
+
+
+def _text_digests(flag: str, source: TextFiles) -> list[Digest]:
+    return [Digest(flag, path, digest.hex()) for path, digest in source.contents().items()]
 
 
 def _texts_apart(config: TrainConfig) -> TextFiles:
@@ -174,4 +197,7 @@ def _shapes(config: TrainConfig, model: VLMConfig) -> Sources:
         f"Held out: {len(held_out['val'])} new scenes (val), and {len(held_out['unseen'])} with "
         f"pairs of colour and shape that training never shows (unseen); {_HOW['all']}"
     )
-    return Sources(shapes(split="train"), held_out, ordered=True, summary=summary)
+    scenes = Digest("--data", "shapes", f"scenes {VERSION} of seed {config.seed}")
+    return Sources(
+        shapes(split="train"), held_out, ordered=True, summary=summary, digests=(scenes,)
+    )

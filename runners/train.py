@@ -26,6 +26,7 @@ import torch
 
 import kernels
 from params import count, num_bytes, unflatten
+from runners import digests
 from runners.checkpoints import (
     check_room,
     choose_folder,
@@ -77,6 +78,7 @@ def train(
             create_folder(folder, config, job.model, job.tokenizer, begin)
         else:
             record_start(folder, config, begin)
+        digests.save(folder, job.sources.digests)
         for line in describe(job, learner, folder):
             display.say(line)
         metrics = Metrics(folder, config, after=learner.step)

@@ -30,6 +30,7 @@ class Loader:
         augment: give every item a seed of its own, so that the encoder may change its pictures.
         shard: (rank, world): this loader's part of the items.
         prefetch: finished batches that wait, with workers.
+        data: what stands for the source's content, so that a state of other data is told.
     `state_dict()` is that after the last batch handed out, and JSON-serialisable: epoch, position,
     the waiting documents by number, counts. A Loader of the same arguments that loads it goes on
     with the identical next batch.
@@ -50,6 +51,7 @@ class Loader:
         shard: tuple[int, int] = (0, 1),
         prefetch: int = 2,
         window: int = WINDOW,
+        data: str = "",
     ) -> None:
         rank, world = shard
         if not 0 <= rank < world or workers < 0 or prefetch < 1 or window < 1:
@@ -57,7 +59,7 @@ class Loader:
         if len(source) < world:
             raise UserError(f"The data has {len(source)} records, too few for {world} process(es).")
         self.source, self.encode, self.workers, self.prefetch = source, encode, workers, prefetch
-        self.stream = Stream(len(source), spec, seed, repeat, shuffle, augment, shard, window)
+        self.stream = Stream(len(source), spec, seed, repeat, shuffle, augment, shard, window, data)
         self._initial = self.stream.start()
         self._state: State | bytes = self._initial  # bytes: pickled
         self._running: Generator[Any, None, None] | None = None
@@ -72,6 +74,10 @@ class Loader:
         if isinstance(self._state, bytes):
             return pickle.loads(self._state)
         return copy.deepcopy(self._state)
+
+    def same_data(self, state: State) -> bool:
+        """Whether a state is of the data that this loader reads."""
+        return state.get("of", {}).get("data") == self.stream.data
 
     def load_state_dict(self, state: State) -> None:
         """Go on from `state`. Raises UserError where it belongs to other data or settings."""

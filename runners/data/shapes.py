@@ -34,6 +34,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
 SPLITS = {"train": 1 << 20, "val": 512, "unseen": 512}  # and their default lengths
+VERSION = 1  # of the scenes: raised where the same seed and settings give others
 DIAMETERS = (0.7, 0.8, 0.9)  # of a cell's side
 GROUND = 150  # grey level: near the middle, so that an empty picture is near zero to a model
 

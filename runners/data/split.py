@@ -26,6 +26,12 @@ def digest_of(*parts: bytes | str | int) -> bytes:
     return found.digest()
 
 
+def file_digest(path: Path) -> bytes:
+    """16 bytes that stand for all of a file's. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+
+
 def groups_of(keys: Sequence[Iterable[Hashable]]) -> list[list[int]]:
     """Numbers of the items that share a key, directly or through others, in groups.
 

@@ -24,7 +24,7 @@ Waiting = tuple[tuple[int, int, int], Document]  # (epoch, item, piece) and what
 class Stream:
     """The order of items and how they are packed; arguments as those of `Loader`.
 
-    records: how many items the source has.
+    records: how many items the source has. data: what stands for what is in them.
     """
 
     records: int
@@ -35,6 +35,7 @@ class Stream:
     augment: bool
     shard: tuple[int, int]
     window: int
+    data: str = ""
 
     def start(self) -> State:
         """The state before the first batch."""
@@ -137,6 +138,7 @@ class Stream:
         spec = self.spec
         return {
             "of": {
+                "data": self.data,
                 "seed": self.seed,
                 "shuffle": self.shuffle,
                 "repeat": self.repeat,

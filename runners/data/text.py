@@ -78,6 +78,14 @@ class TextFiles:
         """Put the documents into the order in which they would be held out."""
         self._choose(self, shuffled(unique(self.digests), seed))
 
+    def contents(self) -> dict[str, bytes]:
+        """What stands for the text of each file."""
+        found: dict[str, list[bytes | int]] = {}
+        for document, digest in zip(self.documents, self.digests, strict=True):
+            name = str(self.files[document[0].file])
+            found.setdefault(name, []).extend((document[0].start, digest))
+        return {name: digest_of(*parts) for name, parts in found.items()}
+
     def __getstate__(self) -> dict[str, Any]:  # workers need only the parts
         return self.__dict__ | {"documents": [], "digests": []}
 

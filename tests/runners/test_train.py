@@ -214,7 +214,7 @@ def test_a_finished_run_has_all_its_files(micro: Micro, quiet: Quiet) -> None:
     events = {name for name in names if name.startswith("events.out.tfevents")}
     assert events
     assert names - events == {
-        "config.json", "tokenizer.json", "model.safetensors", "metrics.jsonl", "eval.json",
+        "config.json", "data.json", "tokenizer.json", "model.safetensors", "metrics.jsonl", "eval.json",
         "loss.png", "samples.png", "state",
     }  # fmt: skip
     found = open_run(folder)
