@@ -138,7 +138,6 @@ class Stream:
         spec = self.spec
         return {
             "of": {
-                "data": self.data,
                 "seed": self.seed,
                 "shuffle": self.shuffle,
                 "repeat": self.repeat,
@@ -149,6 +148,7 @@ class Stream:
                 "rows": spec.rows,
                 "row_budget": list(spec.budget(())),
                 "room": [spec.max_images, spec.max_patches],
+                "data": self.data,
             },
             "epoch": epoch,
             "position": position,

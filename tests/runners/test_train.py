@@ -214,8 +214,8 @@ def test_a_finished_run_has_all_its_files(micro: Micro, quiet: Quiet) -> None:
     events = {name for name in names if name.startswith("events.out.tfevents")}
     assert events
     assert names - events == {
-        "config.json", "data.json", "tokenizer.json", "model.safetensors", "metrics.jsonl", "eval.json",
-        "loss.png", "samples.png", "state",
+        "config.json", "data.json", "tokenizer.json", "model.safetensors", "metrics.jsonl",
+        "eval.json", "loss.png", "samples.png", "state",
     }  # fmt: skip
     found = open_run(folder)
     assert found.config == micro(steps=2, eval_examples=6, samples=3, tensorboard=True, val_every=1)
