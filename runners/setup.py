@@ -82,6 +82,11 @@ def _prepare(
     if state_path is not None:
         folder = state_path.parent.parent
         digests.check(folder, sources.digests, allowed=config.data_changed)
+    elif config.config is not None:  # a run of its own, which may be meant to be of other data
+        again = Path(config.config)
+        folder = again if again.is_dir() else again.parent
+        if (folder / digests.DATA).is_file():
+            digests.check(folder, sources.digests, allowed=True)
     tokenizer, model = choose_vocabulary(config, sources, state_path)
     select = choose_select(config, model)
     encoder = build_encoder(config, model, tokenizer, training=True)

@@ -16,6 +16,7 @@ from runners import eval as evaluation
 from runners.config import TrainConfig, model_config
 from runners.errors import UserError
 from runners.metrics import Display
+from runners.setup import prepare
 from runners.sources import open_sources
 from runners.train import train
 
@@ -38,7 +39,11 @@ def write_records(path: Path, answer: str, pictures: bool = False) -> Path:
 
 
 def test_a_run_does_not_go_on_with_other_data(
-    micro: Micro, quiet: Quiet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    micro: Micro,
+    quiet: Quiet,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     data = write_records(tmp_path / "train.json", "a")
     config = micro(data=str(data), override=("vision=none", *micro().override[:5]))
@@ -64,6 +69,10 @@ def test_a_run_does_not_go_on_with_other_data(
     assert "train.json (--data) holds other data" in capsys.readouterr().err
     with pytest.raises(UserError, match="holds other data"):  # not for data to come
         train(replace(config, resume="auto"), quiet())
+    caplog.clear()
+    anew = prepare(replace(config, name="anew", config=str(folder)))  # a run of its own: a warning
+    assert "holds other data" in caplog.text
+    assert len(anew.sources.train) == 23
 
 
 def test_changed_data_is_read_from_its_start(micro: Micro, quiet: Quiet, tmp_path: Path) -> None:
