@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -10,6 +13,14 @@ from tests.foreign.cells import COLUMNS, row
 from tests.foreign.table import families
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """What Dynamo tells of itself is longer than any failure."""
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 def check(name: str, columns: list[str]) -> None:
