@@ -13,7 +13,7 @@ from torch.func import grad, jvp, vmap
 from core import Forward
 from params.tree import Tree, flatten, map_leaves, merge
 from tests.foreign.bench import ALPHA, RANK, Bench, NothingThereError, adapted, shaken
-from tests.foreign.columns import blocks, chained
+from tests.foreign.columns import as_int8, blocks, chained
 from tests.foreign.oracle import Named, compare_grads
 from transforms import (
     checkpoint,
