@@ -103,7 +103,7 @@ class VisionConfig:
     mlp_dim: Width
     patch_size: Annotated[int, Range(1, 2**12)]  # pixels
     # pixels a side: nominal; other sizes and aspects interpolate the positions
-    image_size: Annotated[int, Range(1, 2**16)]
+    image_size: Annotated[int, Range(1, 2**14)]
     # pictures come as merge x merge cells of patches; the MLP projector fuses one
     merge: Annotated[int, Range(1, 2**8)] = 2
     positions: Literal["learned", "sincos2d"] = "learned"

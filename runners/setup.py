@@ -17,6 +17,7 @@ from core import Batch, Longest, VLMConfig, check_batch
 from params import flatten, init_params
 from params.tree import Tree
 from runners import compile_ahead, digests
+from runners.budget import check_memory
 from runners.checkpoints import TOKENIZER, State, load_state, load_weights, open_run
 from runners.cli import explained
 from runners.compose import Composed, choose_device, compose
@@ -78,7 +79,9 @@ def _prepare(
     config: TrainConfig, state_path: Path | None, device: torch.device, unfinished: ExitStack
 ) -> Job:
     """unfinished: closes what was begun, if the rest fails."""
-    sources = open_sources(config, model_config(config))
+    shape = model_config(config)
+    check_memory(config, shape, device, everything=not config.trainable and config.stage != "align")
+    sources = open_sources(config, shape)
     if state_path is not None:
         folder = state_path.parent.parent
         digests.check(folder, sources.digests, allowed=config.data_changed)

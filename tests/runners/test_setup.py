@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from core import check_batch
+from runners.budget import check_memory, memory_of
 from runners.config import TrainConfig, model_config
 from runners.data.tokenizer import train_tokenizer
 from runners.errors import UserError
@@ -229,6 +231,36 @@ def test_workers(micro: Micro) -> None:
     assert choose_workers(micro(workers=None), torch.device("cpu")) == 0
     assert 1 <= choose_workers(micro(workers=None), torch.device("cuda")) <= 8
     assert choose_workers(micro(workers=3), torch.device("cpu")) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"override": ("text.layers=10000",)}, "parameters (--preset, --override) take at least"),
+        ({"override": ("vision.dim=1048576",)}, "parameters (--preset, --override) take at least"),
+        ({"sequence_len": 2**29}, "536,870,912 tokens at once (--device_batch_size, --sequence_"),
+        ({"device_batch_size": 2**30}, "more than can be counted in 32 bits"),
+        ({"override": ("vision.image_size=16384",)}, "more than --sequence_len 96"),
+        ({"preset": "text_8b", "data": "x.txt"}, "this machine has 4.0 GiB: choose a smaller run"),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_it_is_made(
+    micro: Micro, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr("runners.budget.memory_of", lambda device: 2**32)
+    config = micro(**{"override": (), "device_batch_size": 1, **changes})
+    with pytest.raises(UserError) as caught:
+        prepare(config)
+    assert said in str(caught.value)
+
+
+def test_a_run_that_fits_is_let_through(micro: Micro) -> None:
+    memory = memory_of(torch.device("cpu"))
+    assert memory is not None
+    assert 2**28 < memory < 2**50
+    for preset in ("tiny", "mini", "small"):
+        config = micro(preset=preset, override=())
+        check_memory(config, model_config(config), torch.device("cpu"), everything=True)
 
 
 def test_imports_start_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
