@@ -2,10 +2,11 @@
 
 ``from_module`` works on a *private* copy of the module tree: parameters on the meta device, real
 buffers. Repeated blocks, linears, embeddings, norms and the output head of the copy are replaced by
-wrappers that keep every name and route the call through a site, with the params as explicit
-arguments. So whatever recomputes a block (checkpointing) uses the weights it was given, which
-``torch.utils.checkpoint`` around a module inside ``functional_call`` does not. Gated MLPs and
-attention own no params: theirs are calls inside a ``forward``, rewritten where a rule is bound.
+wrappers (core.at_site) that keep every name and route the call through a site, with the params as
+explicit arguments. So whatever recomputes a block (checkpointing) uses the weights it was given,
+which ``torch.utils.checkpoint`` around a module inside ``functional_call`` does not. Gated MLPs and
+attention own no params: theirs are calls inside a ``forward``, rewritten where a rule is bound. And
+a matrix that model code reads itself is put through its site before that code runs.
 The user's own module is never changed.
 """
 
@@ -13,34 +14,42 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial, reduce
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from core.forward import Forward, Site, SiteInfo
-from core.found import Found, find_sites
-from core.gated import Gated, product
-from core.layers import Logits, embed, head, linear, weight_of
+from core.at_site import (
+    AtSite,
+    Read,
+    at_site,
+    given,
+    leave_fast_paths,
+    rewrite_attention,
+    rewrite_glu,
+)
+from core.forward import ADDED, WEIGHTED, Forward, Site, beside
+from core.found import Found, find_sites, inside
+from core.layers import Logits
 from core.probes import put, skeleton
-from core.reroute import reroute
 from params.int8 import is_scale
 from params.paths import alias_table
 from params.tree import Tree, flatten, unflatten
 
 Call = Callable[[Callable[..., Any], Any], Any]
-# leaves that transforms put beside a weight or in its place
-ADDED = ("weight_int8", "weight_scale", "lora_a", "lora_b")
 
 
 def from_module(
-    module: nn.Module, *, call: Call | None = None, head: str | None = None
+    module: nn.Module,
+    *,
+    call: Call | None = None,
+    head: str | None = None,
+    blocks: Sequence[str] | None = None,
+    buffers: bool = False,
 ) -> tuple[Forward, Tree]:
     """Any ``nn.Module`` as ``(forward, params)``; ``forward(params, batch)`` equals the module.
 
@@ -51,77 +60,161 @@ def from_module(
     the output itself.
     head: the path of the output head. The default asks ``module.get_output_embeddings()``
     (Hugging Face); without either there is no head site, and ``fuse_loss`` says so.
+    blocks: path patterns of the modules that are blocks; ``()`` for none. The default takes the
+    members of lists of layers.
+    buffers: whether what the module keeps beside its parameters (running statistics) passes through
+    the call. Then params hold its buffers too, and ``forward(params, batch)`` returns
+    ``(out, buffers)``, the second as they are afterwards; the caller puts them into the next params
+    (``params.merge(learning, buffers)``). Otherwise a change of theirs is lost, with a warning.
 
     params share memory with the module's parameters. A tied parameter appears once, under its first
-    name. Sites are found by what modules do, on made-up numbers; a gated MLP that drops out while
+    name. One that does not require gradients is a constant (``forward.frozen``): its gradient is 0,
+    and ``value_and_grad`` leaves it out; if none does, all are taken to learn. Layers stay in the
+    mode, training or not, that they are in now (``forward.with_mode(False)`` is another's).
+
+    Sites are found by what modules do, on made-up numbers; a gated MLP that drops out while
     training is none. A layer with hooks or a patched ``forward`` is left as it is: no site, but the
-    same numbers (hooks of a block or of attention stay around its site). Raises ValueError if
-    ``head`` names no linear layer.
+    same numbers (hooks of a block or of attention stay around its site). ``forward.explain()``
+    lists what is no site, and why. Raises ValueError if ``head`` names no linear layer, a pattern
+    of ``blocks`` no module, or the module is a wrapper that cannot be copied.
     """
     if isinstance(module, _TreeModule):
         return module.forward_fn, module.params()
+    module = _unwrapped(module)
     head = _find_head(module, head)
-    params = unflatten({name: p.detach() for name, p in module.named_parameters()})
-    names = {id(p): name.rpartition(".")[0] for name, p in reversed([*module.named_parameters()])}
-    plan = list(find_sites(module, head, names))
+    params = {name: p.detach() for name, p in module.named_parameters()}
+    blank = _pure(skeleton(module))
+    caller = call or partial(_default_call, frozenset(inspect.signature(module.forward).parameters))
+    forward = _forward(blank, caller, head, blocks, buffers)
+    return forward, unflatten(params | (dict(blank.named_buffers()) if buffers else {}))
+
+
+def _forward(
+    blank: nn.Module, caller: Call, head: str | None, blocks: Sequence[str] | None, buffers: bool
+) -> Forward:
+    """The forward of a module whose parameters are not there."""
+    params = dict(blank.named_parameters())
+    frozen = frozenset(name for name, p in params.items() if not p.requires_grad)
+    frozen = frozen if len(frozen) < len(params) else frozenset()
+    plan, unfound = find_sites(blank, head, blocks)
     aliases = alias_table([found.site.path for found in plan])
     sites = tuple(replace(f.site, aliases=aliases[f.site.path]) for f in plan)
-    same, ties = _same_modules(module), _ties(module)
-    caller = call or partial(_default_call, frozenset(inspect.signature(module.forward).parameters))
-    blank = _without_cache(skeleton(module))
-    needed = sorted(_needed(module, plan, ties))
-    known = {*needed, *ties, *dict(module.named_parameters()), *dict(module.named_buffers())}
+    same, ties = _same_modules(blank), _ties(blank)
+    kept = dict(blank.named_buffers())
+    saved = blank.state_dict()
+    stored = {name: leaf for name, leaf in kept.items() if buffers or name in saved}
+    weights = {s.weight for s in sites if s.kind in WEIGHTED}
+    places = {beside(weight, name) for weight in weights for name in ADDED}
+    known = {*params, *kept, *ties, *places}
+    watch = _Watch()
 
     def build(site: Site) -> Callable[[Tree, Any], Any]:
-        body = _wrap(blank, plan, same, site)
+        body, reads = _wrap(blank, plan, same, site)
+        bound = {w for w in weights if site.bound("weight", w) or _at_a_layer(plan, w)}
+        needed = {name: beside(name, "weight_int8") if name in bound else name for name in params}
+        own = dict(body.named_buffers())
 
         def run(params: Tree, batch: Any) -> Any:
             flat = flatten(params)
-            if lacking := [name for name in needed if name not in flat]:
+            lacking = [n for n, other in needed.items() if n not in flat and other not in flat]
+            if lacking:
                 raise ValueError(f"params lack {lacking[:4]}, which the module has")
-            others = [name for name in flat if name not in known]
-            if strange := [name for name in others if name.rpartition(".")[2] not in ADDED]:
+            if strange := [name for name in flat if name not in known]:
                 raise ValueError(f"params hold {strange[:4]}, for which the module has no place")
+            for name in frozen & flat.keys():
+                flat[name] = flat[name].detach()
+            if buffers:
+                flat |= {name: flat.get(name, leaf).clone() for name, leaf in kept.items()}
             flat |= {name: flat[held] for name, held in ties.items() if held in flat}
-            return caller(lambda *args, **kwargs: _given(body, flat, args, kwargs), batch)
+            if reads:
+                raw = dict(flat)
+                for read in reads:
+                    read.into(raw, flat, site)
+            held = {} if watch.done else {name: flat[name] for name in params if name in flat}
+            before = watch.versions(held, own)
+            out = caller(lambda *args, **kwargs: given(body, flat, args, kwargs), batch)
+            watch.compare(before, held, own)
+            if buffers:
+                return out, unflatten({name: flat[name] for name in kept})
+            return out
 
         return run
 
-    return Forward(build, sites), params
+    return Forward(
+        build,
+        sites,
+        frozen=frozen,
+        buffers=stored,
+        aux=buffers,
+        modes=frozenset(m.training for m in blank.modules()),
+        in_mode=lambda mode: _forward(
+            copy.deepcopy(blank).train(mode), caller, head, blocks, buffers
+        ),
+        unfound=tuple(unfound),
+    )
+
+
+def _at_a_layer(plan: list[Found], weight: str) -> bool:
+    """Whether all that use a weight are layers, which say themselves what they miss."""
+    return all(f.site.kind != "weight" for f in plan if f.site.weight == weight)
 
 
 def as_module(forward: Forward, params: Tree) -> nn.Module:
     """A module whose ``module(batch)`` is ``forward(params, batch)``.
 
     Its state-dict names are the dotted paths of ``params``; floating-point leaves become parameters
-    (sharing memory), others buffers, as do the scales of quantised weights. It works with
-    ``torch.optim``, ``.to``, ``state_dict`` and ``functional_call(module, flat_params, (batch,))``,
-    and ``from_module`` gives the same forward back.
+    (sharing memory; frozen ones do not require gradients), others buffers, as do the scales of
+    quantised weights. The buffers of a module that ``from_module`` took are buffers here, and a
+    call changes them as it did there. It works with ``torch.optim``, ``.to``, ``state_dict`` and
+    ``functional_call(module, flat_params, (batch,))``, and ``from_module`` gives the same forward
+    back. ``train`` and ``eval`` act on the layers that ``from_module`` took.
     """
-    root = _TreeModule(params)
+    flat = flatten(params)
+    buffers = {name: leaf for name, leaf in forward.buffers.items() if name not in flat}
+    kept = {*forward.buffers, *(name for name in flat if _is_buffer(name, flat))}
+    root = _TreeModule(unflatten({**flat, **buffers}), kept, forward.frozen)
     root.forward_fn = forward
+    root.training = forward.modes != {False}
     return root
 
 
+def _is_buffer(name: str, flat: Tree) -> bool:
+    leaf = flat[name]
+    return not (leaf.is_floating_point() or leaf.is_complex()) or is_scale(name, flat)
+
+
 class _TreeModule(nn.Module):
-    """A pytree of tensors held as a tree of modules."""
+    """A pytree of tensors held as a tree of modules.
+
+    buffers, frozen: full paths of the leaves that are no parameters, or do not learn.
+    """
 
     forward_fn: Forward
 
-    def __init__(self, tree: Mapping[str, Any]) -> None:
+    def __init__(
+        self, tree: Mapping[str, Any], buffers: set[str], frozen: frozenset[str], at: str = ""
+    ) -> None:
         super().__init__()
         for name, value in tree.items():
+            path = f"{at}.{name}" if at else name
             if isinstance(value, Mapping):
-                self.add_module(name, _TreeModule(value))
-            elif value.is_floating_point() and not is_scale(name, tree):
-                self.register_parameter(name, nn.Parameter(value))
-            else:
+                self.add_module(name, _TreeModule(value, buffers, frozen, path))
+            elif path in buffers:
                 self.register_buffer(name, value)
+            else:
+                self.register_parameter(name, nn.Parameter(value, path not in frozen))
 
     def params(self) -> Tree:
         """The leaves that are in place now: under ``functional_call``, the ones it was given."""
         own: Tree = {**self._parameters, **self._buffers}
+        own = {name: leaf for name, leaf in own.items() if leaf is not None}
         return own | {k: m.params() for k, m in self._modules.items() if isinstance(m, _TreeModule)}
+
+    def train(self, mode: bool = True) -> Any:
+        forward = vars(self).get("forward_fn")
+        if forward is not None:
+            self.forward_fn = forward.with_mode(mode)
+        return super().train(mode)
 
     def forward(self, batch: Any) -> Any:
         return self.forward_fn(self.params(), batch)
@@ -143,13 +236,73 @@ def _find_head(module: nn.Module, path: str | None) -> str | None:
     return path
 
 
-def _without_cache(body: nn.Module) -> nn.Module:
-    """A copy's configs say no cache: one that grows when a block is recomputed is not pure."""
-    for m in body.modules():
+def _pure(body: nn.Module) -> nn.Module:
+    """A copy without a cache (one that grows when a block is recomputed is not pure), and without
+    checkpoints of its own (they would recompute when the params are gone)."""
+    own = []
+    for name, m in body.named_modules():
         config = getattr(m, "config", None)
         if config is not None and hasattr(config, "use_cache"):
             config.use_cache = False
+        for flag in ("gradient_checkpointing", "grad_checkpointing"):
+            if vars(m).get(flag) is True:
+                setattr(m, flag, False)
+                own.append(name)
+    if own:
+        warnings.warn(
+            f"the module checkpoints itself (at {own[0] or 'its root'!r}): not in this forward, "
+            "where transforms.checkpoint does it",
+            stacklevel=3,
+        )
     return body
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself, out of torch.compile's wrapper. Raises ValueError for other wrappers."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(
+            "a TorchScript module has no Python code to find sites in: from_module takes the "
+            "module that it was made from"
+        )
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(f"from_module takes what {type(module).__name__} wraps: module.module")
+    if any(nn.parameter.is_lazy(p) for p in (*module.parameters(), *module.buffers())):
+        raise ValueError("the module has lazy parameters: call it once before from_module")
+    own = module._modules.get("_orig_mod")
+    return module if own is None else own
+
+
+class _Watch:
+    """Looks once, at the first eager call, whether a module changes what it was given."""
+
+    done = False
+
+    def versions(self, *trees: Mapping[str, Tensor]) -> list[dict[str, int]]:
+        if self.done or torch.compiler.is_compiling():
+            return []
+        return [{name: leaf._version for name, leaf in tree.items()} for tree in trees]
+
+    def compare(
+        self, before: list[dict[str, int]], params: Mapping[str, Tensor], own: Mapping[str, Tensor]
+    ) -> None:
+        if not before:
+            return
+        self.done = True
+        trees = zip(before, (params, own), strict=True)
+        changed, lost = ([n for n in old if old[n] != new[n]._version] for old, new in trees)
+        if changed:
+            raise RuntimeError(
+                f"the module changes its parameters {changed[:4]} in place while it runs, and they "
+                "are the caller's params: no pure function. Have it done before from_module, or "
+                "switch it off (training mode, an option of the model)"
+            )
+        if lost:
+            layers = list(dict.fromkeys(name.rpartition(".")[0] for name in lost))
+            warnings.warn(
+                f"a call changes the buffers of {layers[:4]} ({len(layers)} layers in all), and "
+                "the change is lost: from_module(..., buffers=True) returns it",
+                stacklevel=5,
+            )
 
 
 def _same_modules(module: nn.Module) -> dict[str, list[str]]:
@@ -172,31 +325,14 @@ def _ties(module: nn.Module) -> dict[str, str]:
     return ties
 
 
-def _needed(module: nn.Module, plan: list[Found], ties: Mapping[str, str]) -> set[str]:
-    """Leaves that a call cannot do without: all but the weights of sites.
-
-    A site says itself what it misses, and a transform may have replaced its weight.
-    """
-    sites = {f"{f.name}.weight" for f in plan if f.site.kind in ("linear", "norm", "embed", "head")}
-    names = (
-        f"{prefix}.{leaf}" if prefix else leaf
-        for prefix, m in module.named_modules()
-        for leaf, p in m._parameters.items()
-        if p is not None and f"{prefix}.{leaf}" not in sites
-    )
-    return {ties.get(name, name) for name in names}
-
-
-def _given(module: nn.Module, flat: Tree, args: Any, kwargs: Any) -> Any:
-    """``functional_call``, which would leave the tensors in a layer that has two names."""
-    return functional_call(module, flat, args, kwargs, tie_weights=False)
-
-
 def _wrap(
     blank: nn.Module, plan: list[Found], same: Mapping[str, list[str]], site: Site
-) -> nn.Module:
-    """A copy of ``blank`` whose calls go through sites."""
+) -> tuple[nn.Module, list[Read]]:
+    """A copy of ``blank`` whose calls go through sites; and what is read outside of all blocks."""
     body = copy.deepcopy(blank)
+    for found in plan:
+        if found.site.kind in (*WEIGHTED, "norm"):
+            _make_room(body, found, site)
     for found in reversed(plan):  # inner ones first, so that an outer one holds the wrapped
         name, info = found.name, found.site
         module = body.get_submodule(name)
@@ -204,177 +340,91 @@ def _wrap(
             if not site.bound(info.kind, info.path):
                 continue
             if found.gated is None:
-                _rewrite_attention(module, site, info.path)
+                rewrite_attention(module, site, info.path)
             else:
                 plain = copy.deepcopy(blank.get_submodule(name))
-                _rewrite_glu(module, plain, found.gated, site, info.path)
+                rewrite_glu(module, plain, found.gated, site, info.path)
+        elif info.kind != "weight":
+            wrapper = at_site(module, site, info)
+            if not name:
+                body = wrapper
+            for each in filter(None, same[name]):
+                put(body, each, wrapper)
+    _tell_leaves(body, plan)
+    leave_fast_paths(body, lambda name: _is_bound(plan, site, name))
+    return body, _tell_reads(body, plan, site)
+
+
+def _make_room(body: nn.Module, found: Found, site: Site) -> None:
+    """Places for functional_call to put a weight and what a transform puts beside it.
+
+    As plain attributes they would have to be searched for at every call, which costs time and
+    which torch.compile cannot follow. They are buffers, because model code asks its parameters for
+    their dtype. A weight that is not there is None: no code can take the copy's for it.
+    """
+    for leaf in (found.leaf, found.site.weight) if found.site.kind in WEIGHTED else ():
+        owner, _, key = leaf.rpartition(".")
+        module = body.get_submodule(owner)
+        for name in ADDED:
+            module._buffers.setdefault(beside(key, name), None)
+    if found.site.kind != "weight":
+        module = body.get_submodule(found.name)
+        module._parameters.update(dict.fromkeys(module._parameters))
+    elif site.bound("weight", found.site.path):
+        owner, _, key = found.leaf.rpartition(".")
+        body.get_submodule(owner)._parameters[key] = None
+
+
+def _tell_leaves(body: nn.Module, plan: list[Found]) -> None:
+    """Tells every wrapper which leaves are inside it."""
+    weights = {found.leaf: found.site.weight for found in plan if found.site.kind in WEIGHTED}
+    names = {id(m): name for name, m in body.named_modules()}
+    wrapper: Any
+    for wrapper in body.modules():
+        if not issubclass(type(wrapper), AtSite):
             continue
-        wrapper = _AtSite(module, site, info)
-        if not name:
-            body = wrapper
-        for each in filter(None, same[name]):
-            put(body, each, wrapper)
+        for at, m in wrapper.named_modules():
+            for key in m._parameters:
+                wrapper.leaves.append((_join(at, key), m, key))
+                leaf = _join(names[id(m)], key)
+                # where params hold a tied weight, unless it is given here
+                for held in dict.fromkeys((weights[leaf], leaf) if leaf in weights else ()):
+                    owner, _, own = held.rpartition(".")
+                    wrapper.added += [
+                        (_join(at, beside(key, a)), body.get_submodule(owner), beside(own, a))
+                        for a in ADDED
+                    ]
+
+
+def _tell_reads(body: nn.Module, plan: list[Found], site: Site) -> list[Read]:
+    """Tells every block which weights its code reads itself, where rules stand; returns others."""
+    blocks = [found.name for found in plan if found.site.kind == "block"]
+    outside = []
     for found in plan:
-        if found.site.kind in ("linear", "norm", "embed", "head") and found.site.path != found.name:
-            owner = body.get_submodule(found.site.path)
-            owner._parameters.update(dict.fromkeys(ADDED))
-            vars(body.get_submodule(found.name))["owner"] = owner
-    for at_site in body.modules():
-        if type(at_site) is _AtSite:
-            vars(at_site)["places"] = [
-                (f"{prefix}." if prefix else "", m, vars(m).get("owner"))
-                for prefix, m in at_site.named_modules()
-            ]
-    return body
+        if found.site.kind != "weight" or not site.bound("weight", found.site.path):
+            continue
+        block = next((block for block in blocks if inside(found.leaf, block)), None)
+        if block is None:
+            outside.append(Read(found.leaf, found.site.path, found.site.path))
+            continue
+        name = found.leaf.removeprefix(f"{block}.")
+        wrapper: Any = body.get_submodule(block)
+        wrapper.reads.append(Read(name, name, found.site.path))
+    return outside
 
 
-def _rewrite_attention(module: nn.Module, site: Site, path: str) -> None:
-    """Sends a module's calls of ``F.scaled_dot_product_attention`` through the site."""
-
-    def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        **others: Any,
-    ) -> Any:
-        options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, **others}
-        return site("attention", _attend, {}, query, key, value, options, at=path)
-
-    for name, method in reroute(module, attention).items():
-        vars(module)[name] = MethodType(method, module)
+def _is_bound(plan: list[Found], site: Site, name: str) -> bool:
+    """Whether a rule stands at anything smaller than a block in the module of this name."""
+    return any(
+        inside(f.name, name) and (site.bound(kind, path) or site.bound("weight", f.site.weight))
+        for f in plan
+        for kind, path in [(f.site.kind, f.site.path)]
+        if kind != "block"
+    )
 
 
-def _attend(p: Tree, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, **options)
-
-
-def _rewrite_glu(module: nn.Module, plain: nn.Module, gated: Gated, site: Site, path: str) -> None:
-    """Sends what a gated MLP does between its linears through the site; ``plain``: a copy of it."""
-    compute = product(plain, gated)
-
-    def between(p: Tree, gate: Tensor, up: Tensor) -> Tensor:
-        return compute(gate, up)
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        (x,) = (*args, *kwargs.values())
-        gate, up = gated.split([self.get_submodule(name)(x) for name in gated.into])
-        h = site("glu", between, {}, gate, up, at=path)
-        return self.get_submodule(gated.down)(h)
-
-    vars(module)["forward"] = MethodType(forward, module)
-
-
-class _AtSite(nn.Module):
-    """Stands where a module stood, under its name, and makes its call through a site."""
-
-    def __init__(self, inner: nn.Module, site: Site, info: SiteInfo) -> None:
-        super().__init__()
-        # owner: where params hold a tied weight, and whatever a transform put in its place
-        # places: prefix, module and owner of all that is inside, so that a call need not walk
-        self.__dict__.update(inner=inner, site=site, info=info, owner=None, places=[])
-        self._parameters = inner._parameters
-        if info.kind in ("linear", "embed", "head"):
-            # places for functional_call to put them: as plain attributes they would have to be
-            # searched for at every call, which costs time and which torch.compile cannot follow
-            self._parameters.update(dict.fromkeys(ADDED))
-        self._buffers = inner._buffers
-        self._modules = inner._modules
-        self.training = inner.training
-        self._is_full_backward_hook = inner._is_full_backward_hook
-        for name, hooks in vars(inner).items():
-            if "_hooks" in name and isinstance(hooks, dict):
-                # around the site, not inside: a block that is recomputed calls them once
-                vars(self)[name], vars(inner)[name] = hooks, type(hooks)()
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # foreign code may look for its layers by isinstance
-        return type(self.__dict__["inner"])
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:  # what model code reads off a layer: .weight, .attention_type, ...
-            return getattr(self.__dict__["inner"], name)
-
-    def own_params(self) -> dict[str, Tensor]:
-        """The leaves in place now, given ones only: what params lack is still on meta."""
-        flat = {}
-        for prefix, m, owner in self.places:
-            for name, tensor in m._parameters.items():
-                if tensor is not None and not tensor.is_meta:
-                    flat[prefix + name] = tensor
-            if owner is not None:
-                for name in ADDED:
-                    if (added := owner._parameters[name]) is not None:
-                        flat[prefix + name] = added
-        return flat
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        kind, path = self.info.kind, self.info.path
-        p = self.own_params()
-        if kind == "block":
-            named = "" if args else next(iter(kwargs))  # x, where it is given by name
-            x, *rest = args or (kwargs.pop(named),)
-            call = partial(self._call, named=named)
-            return self.site("block", call, unflatten(p), x, tuple(rest), kwargs, at=path)
-        (x,) = (*args, *kwargs.values())
-        if kind == "head":
-            out = self.site("head", head, p, x, at=path)
-            return out if self.site.lazy else out.dense()
-        out = self.site(kind, self._function(), _turned(p, self.info), x, at=path)
-        if self.info.scale is None:
-            return out
-        return out * torch.full((), self.info.scale, dtype=out.dtype, device=out.device)
-
-    def _function(self) -> Callable[..., Any]:
-        if self.info.kind == "embed":
-            return partial(embed, padding_idx=getattr(self.inner, "padding_idx", None))
-        if self.info.kind == "norm":
-            torchs = (
-                isinstance(self.inner, nn.LayerNorm | nn.RMSNorm) and self.inner.eps is not None
-            )
-            return self._torch_norm if torchs else self._call
-        return linear if type(self.inner) is nn.Linear else self._linear
-
-    def _linear(self, p: Tree, x: Tensor) -> Tensor:
-        """A linear that is no nn.Linear, with the weight ``[O, I]``, in the weight's dtype."""
-        weight = weight_of(p)
-        p = {name: leaf.to(weight.dtype) for name, leaf in p.items()}
-        return self._call(_turned(p, self.info), x.to(weight.dtype))
-
-    def _torch_norm(self, p: Tree, x: Tensor) -> Tensor:
-        """torch's norms want x and weights of one dtype; others are normed in the wider, as x's.
-
-        Where torch takes them as they are (bf16 and fp32 on a CPU), this is the same to the bit.
-        """
-        if all(leaf.dtype == x.dtype for leaf in p.values()):
-            return self._call(p, x)
-        wide = reduce(torch.promote_types, (leaf.dtype for leaf in p.values()), x.dtype)
-        return self._call({k: v.to(wide) for k, v in p.items()}, x.to(wide)).to(x.dtype)
-
-    def _call(
-        self,
-        p: Tree,
-        x: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        *,
-        named: str = "",
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if named:
-            return _given(self.inner, flatten(p), args, {named: x, **kwargs})
-        return _given(self.inner, flatten(p), (x, *args), kwargs)
-
-
-def _turned(p: dict[str, Tensor], site: SiteInfo) -> dict[str, Tensor]:
-    """A transposed linear's leaves with ``weight`` the other way round."""
-    if not site.transposed or "weight" not in p:
-        return p
-    return {**p, "weight": p["weight"].t()}
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
 
 
 def _default_call(names: frozenset[str], run: Callable[..., Any], batch: Mapping[str, Any]) -> Any:
@@ -387,4 +437,12 @@ def _default_call(names: frozenset[str], run: Callable[..., Any], batch: Mapping
     if "use_cache" in names:
         kwargs.setdefault("use_cache", False)
     out = run(**kwargs)
-    return out if isinstance(out, Tensor | Logits) else out.logits
+    if isinstance(out, Tensor | Logits):
+        return out
+    if isinstance(logits := getattr(out, "logits", None), Tensor | Logits):
+        return logits
+    parts = list(out) if isinstance(out, Mapping) else f"{len(out)} parts" if out else "nothing"
+    raise TypeError(
+        f"the module returned {type(out).__name__} ({parts}), no tensor and no logits: say which "
+        "is meant, call=lambda run, batch: run(batch['...'])[0] or .last_hidden_state"
+    )

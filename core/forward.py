@@ -21,10 +21,14 @@ rope        ``f(p, q, k, cos, sin, rows) -> (q, k)``            of the attention
 attention   ``f({}, q, k, v, cu_seqlens) -> o``                 of the attention it sits in
 glu         ``f({}, gate, up) -> h``                            of the MLP it sits in
 head        ``f(p, x) -> Logits``                               of the unembedding; also ``lm_head``
+weight      ``f(p) -> tensor``                                  of the weight itself
 ==========  ==================================================  =============================
 
 In a module of someone else's (``from_module``) attention is ``f({}, q, k, v, options) -> o``:
-``F.scaled_dot_product_attention`` with its keyword arguments in a dict.
+``F.scaled_dot_product_attention`` with its keyword arguments in a dict. And there alone are sites
+of kind ``weight``: matrices that model code reads itself (experts held as one 3-D parameter, the
+projections of ``nn.MultiheadAttention``). A rule of that kind also meets each read of the weight of
+a linear, an embed or a head by other code (``x @ table.weight.T``).
 
 A rule of the pseudo-kind ``gather`` meets every *outermost* site that owns params: each leaf of
 params passes exactly one of them (a tied unembedding passes two), so that is the place to cast,
@@ -33,10 +37,14 @@ unshard or load params.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+
+import torch
 
 from params.paths import alias_table, matches, no_match
 from params.tree import Tree, flatten
@@ -44,7 +52,10 @@ from params.tree import Tree, flatten
 SiteFn = Callable[..., Any]
 Wrap = Callable[[SiteFn, str], SiteFn]
 Select = Sequence[str] | Callable[["SiteInfo"], bool] | None
-KINDS = ("embed", "block", "linear", "norm", "rope", "attention", "glu", "head")
+KINDS = ("embed", "block", "linear", "norm", "rope", "attention", "glu", "head", "weight")
+WEIGHTED = ("linear", "head", "embed", "weight")  # kinds of site that own a matrix
+# What transforms put beside a weight or in its place.
+ADDED = ("weight_int8", "weight_scale", "lora_a", "lora_b")
 
 
 @dataclass(frozen=True)
@@ -70,9 +81,12 @@ class SiteInfo:
     transposed: the leaf ``weight`` of a linear is ``[I, O]``; the site shows it as ``[O, I]``.
     norm: what a norm computes; None if that is not known.
     scale: what the rows of an embed are multiplied with, after the site; None is 1.
+    scale_cast: whether that number is cast to the rows' dtype first.
     like: of a native block: all that its function was made of beside its site. Blocks of equal
     ``like`` compute the same function of their arguments, rules aside; None is like no other.
     activation: of a glu: "silu", "gelu", "gelu_tanh", or None for any other.
+    leaf: path of the leaf that holds the weight, if that is not ``{path}.weight``.
+    shape, dtype: of the weight, as it was in the module.
     """
 
     kind: str
@@ -83,8 +97,21 @@ class SiteInfo:
     norm: NormForm | None = None
     activation: str | None = None
     scale: float | None = None
+    scale_cast: bool = True
+    leaf: str | None = None
+    shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
     like: Hashable = field(default=None, compare=False)
     aliases: Mapping[int, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def weight(self) -> str:
+        """Path of the leaf that holds the weight."""
+        return self.leaf or (f"{self.path}.weight" if self.path else "weight")
+
+    def beside(self, name: str) -> str:
+        """Path of a leaf that a transform puts beside the weight or in its place, one of ADDED."""
+        return beside(self.weight, name)
 
     def matches(self, pattern: str) -> bool:
         """Whether a path pattern names this site; every head also answers to ``lm_head``."""
@@ -111,8 +138,22 @@ class Rule:
     recomputes: bool = False
 
     def applies(self, site: SiteInfo) -> bool:
-        if self.kind != site.kind and not (self.kind == "gather" and site.outermost):
-            return False
+        return self._is_for(site) and self._selects(site)
+
+    def keys(self, site: SiteInfo) -> Iterator[tuple[str, str]]:
+        """Where calls meet the rule because of this site: at it, at reads of its weight."""
+        if not self._selects(site):
+            return
+        if self._is_for(site):
+            yield site.kind, site.path
+        read = self.kind == "weight" or (self.kind == "gather" and site.outermost)
+        if read and site.foreign and site.kind in WEIGHTED:
+            yield "weight", site.weight
+
+    def _is_for(self, site: SiteInfo) -> bool:
+        return self.kind == site.kind or (self.kind == "gather" and site.outermost)
+
+    def _selects(self, site: SiteInfo) -> bool:
         if self.select is None or callable(self.select):
             return self.select is None or self.select(site)
         return any(site.matches(pattern) for pattern in self.select)
@@ -172,6 +213,11 @@ class Forward:
     ``sites`` lists what the function reaches, so that a rule that would do nothing raises now.
     ``around`` wraps the whole call, ``finish`` included, whatever is applied later (a compiler);
     ``around_block`` each block with all its rules, once for all blocks that are alike.
+
+    Of a module of someone else's: ``frozen``, paths of params that did not require gradients there;
+    ``buffers``, what it keeps beside params; ``aux``, whether a call returns them too, ``(out,
+    buffers)``; ``modes``, whether its layers are in training mode, and ``in_mode``, which makes the
+    bare forward of another; ``unfound``, what is no site.
     """
 
     build: Callable[[Site], Callable[[Tree, Any], Any]]
@@ -182,19 +228,23 @@ class Forward:
     around: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     around_block: Callable[[SiteFn], SiteFn] | None = None
     applied: tuple[str, ...] = ()  # names of the transforms, innermost first
+    frozen: frozenset[str] = frozenset()
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    aux: bool = False
+    modes: frozenset[bool] = frozenset()
+    in_mode: Callable[[bool], Forward] | None = None
+    unfound: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         table: dict[tuple[str, str], tuple[Wrap, ...]] = {}
         for rule in self.rules:
-            for site in self.sites:
-                if rule.applies(site):
-                    key = (site.kind, site.path)
-                    table[key] = (*table.get(key, ()), rule.wrap)
+            # several layers that share a weight are one place: a rule meets it once
+            for key in dict.fromkeys(key for site in self.sites for key in rule.keys(site)):
+                table[key] = (*table.get(key, ()), rule.wrap)
         if self.around_block is not None:
             wrap = _once_for_all_alike(self.around_block, _twins(self.sites, table))
-            for site in self.sites:
-                if site.kind == "block":
-                    table["block", site.path] = (*table.get(("block", site.path), ()), wrap)
+            for path in dict.fromkeys(site.path for site in self.sites if site.kind == "block"):
+                table["block", path] = (*table.get(("block", path), ()), wrap)
         again = frozenset(
             site.path
             for site in self.sites
@@ -205,7 +255,10 @@ class Forward:
 
         def call(params: Tree, batch: Any) -> Any:
             out = run(params, batch)
-            return out if finish is None else finish(out, batch)
+            if not self.aux:
+                return out if finish is None else finish(out, batch)
+            out, aux = out
+            return (out if finish is None else finish(out, batch)), aux
 
         object.__setattr__(self, "_call", call if self.around is None else self.around(call))
 
@@ -229,7 +282,7 @@ class Forward:
         """
         if rule.kind not in (*KINDS, "gather"):
             raise ValueError(f"no site has kind {rule.kind!r}; kinds: {', '.join(KINDS)}, gather")
-        if not any(rule.applies(site) for site in self.sites):
+        if not any(True for site in self.sites for _ in rule.keys(site)):
             have = sorted({f"{s.kind} {s.path}" for s in self.sites})
             named = () if rule.select is None or callable(rule.select) else rule.select
             raise no_match(" ".join((rule.kind, *named)), have, what="sites")
@@ -240,6 +293,20 @@ class Forward:
         """Records the transform's name, and whatever other fields it changes."""
         return replace(self, applied=(*self.applied, name), **changes)
 
+    @property
+    def constant(self) -> frozenset[str]:
+        """Paths of leaves that get no gradient: frozen ones, and buffers."""
+        return self.frozen | self.buffers.keys()
+
+    def with_mode(self, training: bool) -> Forward:
+        """The same with a foreign module's layers in training mode, or not; a native forward has
+        no mode. A site that is none in the other mode (a gated MLP with dropout) meets no rule."""
+        if self.in_mode is None or self.modes == {training}:
+            return self
+        bare = self.in_mode(training)
+        changes = {name: getattr(bare, name) for name in ("build", "sites", "modes", "unfound")}
+        return replace(self, **changes)
+
     def prepare(self, params: Tree, seed: int = 0) -> Tree:
         """Params as this forward wants them: every transform's preparation, innermost first."""
         for preparation in self.preparations:
@@ -247,12 +314,14 @@ class Forward:
         return params
 
     def explain(self, params: Tree | None = None) -> str:
-        """A table of every site: kind, path, shapes of its params, and the rules that apply."""
+        """A table of every site: kind, path, shapes of its params, and the rules that apply; below
+        it, of a module of someone else's, what looked like a site and is none, with the reason."""
         leaves = {} if params is None else flatten(params)
         shapes: dict[str, list[str]] = {}
         for path, leaf in leaves.items():
             owner, _, name = path.rpartition(".")
             shapes.setdefault(owner, []).append(f"{name} {list(leaf.shape)}")
+            shapes[path] = [str(list(leaf.shape))]
         rows = [
             (s.kind, s.path, ", ".join(shapes.get(s.path, ())), " > ".join(names))
             for s in self.sites
@@ -264,7 +333,26 @@ class Forward:
             "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip()
             for row in rows
         )
-        return f"transforms, innermost first: {', '.join(self.applied) or 'none'}\n{table}"
+        first = f"transforms, innermost first: {', '.join(self.applied) or 'none'}"
+        return "\n".join([first, table, *_grouped(self.unfound)])
+
+
+def _grouped(lines: Sequence[str]) -> list[str]:
+    """Lines that differ in numbers of layers alone, as one with their count."""
+    counts = Counter(re.sub(r"(?<=\.)\d+(?=[. ])|^\d+(?=[. ])", "*", line) for line in lines)
+    rows = [line if n == 1 else f"{line} ({n} times)" for line, n in counts.items()]
+    return ["no sites:", *(f"  {row}" for row in rows)] if rows else []
+
+
+def beside(weight: str, name: str) -> str:
+    """Path of a leaf that a transform puts beside the weight at this path.
+
+    >>> beside("mlp.down.weight", "weight_int8"), beside("experts.down_proj", "weight_int8")
+    ('mlp.down.weight_int8', 'experts.down_proj_int8')
+    """
+    owner, dot, leaf = weight.rpartition(".")
+    own = name if leaf == "weight" else f"{leaf}_{name.removeprefix('weight_')}"
+    return f"{owner}{dot}{own}"
 
 
 def made_of(f: SiteFn) -> Hashable:

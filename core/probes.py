@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +21,45 @@ def is_plain(module: nn.Module) -> bool:
     return "forward" not in state and not any(state[name] for name in hooks)
 
 
-def takes_one(module: nn.Module) -> bool:
-    """Whether ``forward`` takes a single argument, as a site's function does."""
+def takes_one(module: nn.Module, *, more: bool = False) -> bool:
+    """Whether ``forward`` takes a single argument, as a site's function does.
+
+    more: whether others are allowed that need not be given.
+    """
     try:
-        return len(inspect.signature(module.forward).parameters) == 1
+        parameters = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):  # compiled code has no signature
         return False
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in optional]
+    return len(needed) == 1 and (more or len(parameters) == 1)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     """Normal numbers, fp32, of a generator of their own."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+_failures: ContextVar[list[str] | None] = ContextVar("failures", default=None)
+
+
+@contextmanager
+def failures() -> Iterator[list[str]]:
+    """Collects what :func:`failed` is told meanwhile: why probes came to nothing."""
+    reasons: list[str] = []
+    token = _failures.set(reasons)
+    try:
+        yield reasons
+    finally:
+        _failures.reset(token)
+
+
+def failed(what: str, error: Exception | None = None) -> None:
+    """Tells whoever collects :func:`failures` why a module is not what it looked like."""
+    reasons = _failures.get()
+    if reasons is not None:
+        first = str(error).partition("\n")[0][:160] if error is not None else ""
+        reasons.append(what if error is None else f"{what}: {type(error).__name__}: {first}")
 
 
 def probe(module: nn.Module, params: Mapping[str, Tensor], x: Tensor) -> Tensor | None:
@@ -37,17 +68,25 @@ def probe(module: nn.Module, params: Mapping[str, Tensor], x: Tensor) -> Tensor 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             out = functional_call(body, dict(params), (x,))
-        except Exception:  # foreign code, given what it may not take: any error means no
+        except Exception as error:  # foreign code, given what it may not take: it means no
+            failed("its probe ended in", error)
             return None
-    return out if isinstance(out, Tensor) else None
+    if not isinstance(out, Tensor):
+        failed(f"it returns {type(out).__name__}, not one tensor")
+        return None
+    return out
 
 
 def skeleton(module: nn.Module) -> nn.Module:
     """A copy of the module tree with parameters on the meta device: it costs no memory."""
-    memo = {
+    memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
         for p in module.parameters()
     }
+    for m in module.modules():
+        for value in vars(m).values():  # computed from a parameter by a hook (pruning, weight_norm)
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
     return copy.deepcopy(module, memo)
 
 

@@ -42,6 +42,27 @@ def reroute(module: nn.Module, to: Callable[..., Any]) -> dict[str, FunctionType
     return new
 
 
+def names_of(module: nn.Module) -> set[str]:
+    """Every name that ``forward``, methods that it calls and functions that they call may read."""
+    names: set[str] = set()
+    seen: set[str] = set()
+    waiting = ["forward"]
+    while waiting:
+        name = waiting.pop()
+        method = inspect.getattr_static(type(module), name, None)
+        if name in seen or not isinstance(method, FunctionType) or _is_torchs(method):
+            continue
+        seen.add(name)
+        if isinstance(plain := inspect.unwrap(method), FunctionType):
+            found = _names(plain.__code__)
+            waiting += found
+            for called in found & plain.__globals__.keys():
+                if isinstance(f := plain.__globals__[called], FunctionType) and not _is_torchs(f):
+                    names |= _names(f.__code__)
+            names |= found
+    return names
+
+
 class _Rewriter:
     def __init__(self, module: nn.Module, to: Callable[..., Any]) -> None:
         config = getattr(module, "config", None)

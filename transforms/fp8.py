@@ -22,9 +22,10 @@ def fp8(forward: Forward, *, skip: Sequence[str] = SKIPPED, scaling: str = "tens
 
     The numbers are those of :func:`kernels.fp8_linear`: x and weight in e4m3, the gradient of the
     output in e5m2, scales made at every call, so that the forward stays pure. Params, their
-    gradients and their paths do not change. Embeddings and the head are never converted. Adapters
-    of ``lora`` are outside, in their own dtype; under ``mixed_precision`` the rounded weight is the
-    cast one, whichever was applied first.
+    gradients and their paths do not change. Embeddings, the head, and matrices that foreign code
+    reads itself (kind ``weight`` in ``explain``) are never converted. Adapters of ``lora`` are
+    outside, in their own dtype; under ``mixed_precision`` the rounded weight is the cast one,
+    whichever was applied first.
 
     skip: path patterns of linears that stay; by default the first and the last block of every
     tower, whose rounding costs most. scaling: "tensor" or "row", as in the kernel.
@@ -40,10 +41,12 @@ def fp8(forward: Forward, *, skip: Sequence[str] = SKIPPED, scaling: str = "tens
     if not paths:
         raise ValueError(f"skip={tuple(skip)} leaves no linear to compute in float8")
 
+    weights = {site.path: site.weight for site in forward.sites}
+
     def prepare(params: Tree, seed: int) -> Tree:
         flat = flatten(params)
         for path in sorted(paths):
-            _check_shape(path, flat[f"{path}.weight"])
+            _check_shape(path, flat[weights[path]])
         return params
 
     def chosen(site: SiteInfo) -> bool:

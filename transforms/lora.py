@@ -15,11 +15,12 @@ from params.tree import Tree, flatten, unflatten
 from transforms.legal import check_legal
 
 ADAPTERS = ("lora_a", "lora_b")
+KINDS = ("linear", "weight")  # of site
 
 
 def is_adapter(path: str) -> bool:
     """Whether a leaf is half of an adapter."""
-    return path.rpartition(".")[2] in ADAPTERS
+    return path.endswith(ADAPTERS)
 
 
 def lora(
@@ -37,16 +38,23 @@ def lora(
     rounds the weight or x (``quantize_int8``: QLoRA-style, https://arxiv.org/abs/2305.14314;
     ``fake_quant``), in any order, and are never quantised.
 
+    A matrix ``w`` that foreign code reads itself becomes ``w + (alpha / rank) * B @ A``, where that
+    code runs: experts ``[E, O, I]`` with an adapter each, from ``w_lora_a [E, rank, I]`` and
+    ``w_lora_b [E, O, rank]``.
+
     alpha: default rank, a factor of 1. select: path patterns of linears (``attn.[qv]``,
-    ``text.blocks``); default: all. Raises ValueError if rank is not positive or a pattern names no
-    linear.
+    ``text.blocks``) and of such matrices; default: all linears, and matrices of two dims. Raises
+    ValueError if rank is not positive or a pattern names none.
     """
     if rank < 1:
         raise ValueError(f"rank must be 1 or more, not {rank}")
     check_legal(forward, "lora")
-    sites = {site.path: site for site in forward.select(("linear",), select)}
+    chosen_sites = [site for site in forward.select(KINDS, select) if select or _is_flat(site)]
+    sites = {site.weight: site for site in chosen_sites}
+    if both := [s.weight for s in chosen_sites if s.transposed != sites[s.weight].transposed]:
+        raise ValueError(f"lora: {both[0]} is used both as it is and transposed: leave it out")
     if not sites:
-        have = sorted({site.path for site in forward.sites if site.kind == "linear"})
+        have = sorted({site.path for site in forward.sites if site.kind in KINDS})
         raise ValueError(f"lora: {select} names no linear; there are {have[:12]}")
     factor = 1.0 if alpha is None else alpha / rank
 
@@ -57,43 +65,60 @@ def lora(
         return unflatten(flat)
 
     def chosen(site: SiteInfo) -> bool:
-        return site.path in sites
+        return site.weight in sites
+
+    def split(p: Tree, path: str) -> tuple[Tree, list[Tensor]]:
+        if "lora_a" not in p:
+            raise KeyError(f"{path} has no adapter: params = forward.prepare(params) comes first")
+        return {k: leaf for k, leaf in p.items() if k not in ADAPTERS}, [p[k] for k in ADAPTERS]
 
     def wrap(f: Callable[..., Any], path: str) -> Callable[..., Any]:
         def adapted(p: Tree, x: Tensor) -> Tensor:
-            if "lora_a" not in p:
-                raise KeyError(
-                    f"{path} has no adapter: params = forward.prepare(params) comes first"
-                )
-            y = f({name: leaf for name, leaf in p.items() if name not in ADAPTERS}, x)
-            a, b = (p[name].to(y.dtype) for name in ADAPTERS)
+            rest, adapter = split(p, path)
+            y = f(rest, x)
+            a, b = (half.to(y.dtype) for half in adapter)
             return y + factor * F.linear(F.linear(x.to(y.dtype), a), b)
 
         return adapted
 
-    rule = Rule("linear", wrap, chosen, "lora", level=1)
-    out = forward.with_rule(rule)
+    def wrap_read(f: Callable[..., Any], path: str) -> Callable[..., Any]:
+        def adapted(p: Tree) -> Tensor:
+            rest, (a, b) = split(p, path)
+            w = f(rest)
+            return w + (factor * (b @ a)).to(w.dtype)
+
+        return adapted
+
+    out = forward
+    for kind, how in (("linear", wrap), ("weight", wrap_read)):
+        rule = Rule(kind, how, chosen, "lora", level=1)
+        if any(True for site in forward.sites for _ in rule.keys(site)):
+            out = out.with_rule(rule)
     return out.with_step("lora", preparations=(*out.preparations, prepare))
 
 
 def _fresh(flat: dict[str, Tensor], site: SiteInfo, rank: int, seed: int) -> dict[str, Tensor]:
-    path = site.path
-    weight = flat.get(f"{path}.weight")
+    weight = flat.get(site.weight)
     if weight is not None:
-        outs, inner = weight.shape[::-1] if site.transposed else weight.shape
+        *lead, outs, inner = weight.shape[::-1] if site.transposed else weight.shape
         dtype = weight.dtype
     else:
-        weight = flat.get(f"{path}.weight_int8")
+        weight = flat.get(site.beside("weight_int8"))
         if weight is None:
-            raise ValueError(f"params have no leaf {path}.weight to adapt")
-        (outs, inner), dtype = weight.shape, flat[f"{path}.weight_scale"].dtype
-    generator = torch.Generator(weight.device).manual_seed(leaf_seed(seed, f"{path}.lora_a"))
-    a = torch.empty(rank, inner, dtype=torch.float32, device=weight.device)
+            raise ValueError(f"params have no leaf {site.weight} to adapt")
+        (*lead, outs, inner), dtype = weight.shape, flat[site.beside("weight_scale")].dtype
+    at_a, at_b = (site.beside(name) for name in ADAPTERS)
+    generator = torch.Generator(weight.device).manual_seed(leaf_seed(seed, at_a))
+    a = torch.empty(*lead, rank, inner, dtype=torch.float32, device=weight.device)
     if not a.is_meta:
         a.normal_(0.0, inner**-0.5, generator=generator)
     dtype = torch.promote_types(dtype, torch.float32)  # small steps are lost in bf16
-    b = torch.zeros(outs, rank, dtype=dtype, device=weight.device)
-    return {f"{path}.lora_a": a.to(dtype), f"{path}.lora_b": b}
+    b = torch.zeros(*lead, outs, rank, dtype=dtype, device=weight.device)
+    return {at_a: a.to(dtype), at_b: b}
+
+
+def _is_flat(site: SiteInfo) -> bool:
+    return site.kind == "linear" or (site.shape is not None and len(site.shape) == 2)
 
 
 def merge_lora(
@@ -102,23 +127,30 @@ def merge_lora(
     """Params for the forward without ``lora``: adapters added into their weights, in fp32.
 
     alpha: what ``lora`` was given. dtype: of the weights that change; default: their own. Raises
-    ValueError for adapters beside an int8 weight, which cannot take them.
+    ValueError for adapters beside an int8 weight, which cannot take them, and beside one that an
+    embed or the head shares, which the adapters do not change.
     """
     flat = flatten(params)
-    for site in {s.path: s for s in forward.sites if s.kind == "linear"}.values():
-        a, b = (flat.pop(f"{site.path}.{name}", None) for name in ADAPTERS)
+    others = {s.weight: s for s in forward.sites if s.kind in ("embed", "head")}
+    for site in {s.weight: s for s in forward.sites if s.kind in KINDS}.values():
+        a, b = (flat.pop(site.beside(name), None) for name in ADAPTERS)
         if a is None or b is None:
             continue
-        weight = flat.get(f"{site.path}.weight")
+        weight = flat.get(site.weight)
         if weight is None:
             raise ValueError(
-                f"{site.path} is quantised: merge the adapters into the float params, then "
+                f"{site.weight} is quantised: merge the adapters into the float params, then "
                 "quantise those"
             )
-        factor = 1.0 if alpha is None else alpha / a.shape[0]
+        if other := others.get(site.weight):
+            raise ValueError(
+                f"{site.weight} is also the weight of the {other.kind} {other.path}, which its "
+                "adapter does not change: untie the two before from_module"
+            )
+        factor = 1.0 if alpha is None else alpha / a.shape[-2]
         change = factor * b.float() @ a.float()
         merged = weight.float() + (change.T if site.transposed else change)
-        flat[f"{site.path}.weight"] = merged.to(dtype or weight.dtype)
+        flat[site.weight] = merged.to(dtype or weight.dtype)
     if left := [path for path in flat if is_adapter(path)]:
         raise ValueError(f"adapters at no linear of this forward: {left[:4]}")
     return unflatten(flat)

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.forward import Forward, Rule
+from core.forward import ADDED, WEIGHTED, Forward, Rule
 from params.int8 import is_scale
 from params.tree import Tree, flatten, map_with_path
 from transforms.legal import check_legal
-from transforms.quantize_int8 import WEIGHTED
 
 
 def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Forward:
@@ -23,7 +22,9 @@ def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Fo
     is fp32 (Micikevicius et al. 2017, https://arxiv.org/abs/1710.03740).
     """
     check_legal(forward, "mixed_precision")
-    weighted = {site.path for site in forward.sites if site.kind in WEIGHTED}
+    layers = {s.path for s in forward.sites if s.kind in WEIGHTED and s.kind != "weight"}
+    weights = {s for s in forward.sites if s.kind == "weight"}
+    read = {s.weight for s in weights} | {s.beside(name) for s in weights for name in ADDED}
     name = f"cast to {str(dtype).removeprefix('torch.')}"
 
     def cast(p: Tree, chosen: Callable[[str], bool] = lambda leaf: True) -> Tree:
@@ -47,19 +48,29 @@ def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Fo
 
     def at_gather(f: Callable[..., Any], path: str) -> Callable[..., Any]:
         def others(leaf: str) -> bool:
-            return f"{path}.{leaf}".rpartition(".")[0] not in weighted
+            full = f"{path}.{leaf}"
+            return full.rpartition(".")[0] not in layers and full not in read
 
-        def run(p: Tree, x: Any, *args: Any) -> Any:
+        def run(p: Tree, *args: Any) -> Any:
+            if path in read or not args:
+                return f(p)
             # float weights bring x to their dtype; int8 ones take it as it comes
+            x, *rest = args
             x = x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-            return f(cast(p, others), x, *args)
+            return f(cast(p, others), x, *rest)
 
         return run
 
-    for kind in sorted({site.kind for site in forward.sites} & set(WEIGHTED)):
+    def at_read(f: Callable[..., Any], path: str) -> Callable[..., Any]:
+        return lambda p: f(p).to(dtype)
+
+    for kind in sorted({site.kind for site in forward.sites} & set(WEIGHTED) - {"weight"}):
         # Innermost: what else is done to a weight (rounding by fake_quant) is done in its own
         # dtype, or training would see other int8 codes than quantize_int8 will give.
         forward = forward.with_rule(Rule(kind, at_site, name=name), innermost=True)
+    if any(site.foreign and site.kind in WEIGHTED for site in forward.sites):
+        # outermost: what model code reads itself is of this dtype, whatever is done to it before
+        forward = forward.with_rule(Rule("weight", at_read, name=name, level=2))
     return forward.with_rule(Rule("gather", at_gather, name=name)).with_step("mixed_precision")
 
 

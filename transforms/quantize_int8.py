@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from core.forward import Forward, Rule, SiteInfo
+from core.forward import WEIGHTED, Forward, Rule, SiteInfo, beside
 from core.layers import Logits
 from kernels.dynamo import allow_in_graph, check_hidden
 from kernels.functions import nested_forward_mode
@@ -18,7 +18,6 @@ from params.int8 import dequantize_weight, quantize_weight
 from params.tree import Tree, flatten, unflatten
 from transforms.legal import check_legal
 
-WEIGHTED = ("linear", "head", "embed")
 ACTIVATIONS = (None, "dynamic")
 
 
@@ -28,7 +27,9 @@ def quantize_int8(
     """Linears, embeddings and the head on int8 weights; ``prepare`` makes them.
 
     A leaf ``weight [O, I]`` becomes ``weight_int8 [O, I]`` and ``weight_scale [O, 1]`` fp32,
-    symmetric per output channel (a transposed site's ``weight [I, O]`` is turned first). Weights
+    symmetric per output channel (a transposed site's ``weight [I, O]`` is turned first). So does
+    a matrix that foreign code reads itself, experts ``[E, O, I]`` too, with a scale per row of its
+    last dim; it is made whole again, in its own dtype, where that code runs. Weights
     are frozen; gradients flow to inputs, biases and whatever else is trained (QLoRA-style). skip:
     path patterns (``lm_head``, ``vision``, ``blocks.0``, ``blocks.-1``); a tied head that is
     skipped keeps the embedding too. activations: None, or "dynamic" for int8 x int8 matmuls with a
@@ -36,19 +37,21 @@ def quantize_int8(
     """
     check_legal(forward, "quantize_int8")
     paths = targets(forward, skip, activations)
-    turned = {site.path for site in forward.sites if site.transposed}
+    turned = {site.weight for site in forward.sites if site.transposed}
+    dtypes = {site.weight: site.dtype for site in forward.sites}
 
     def prepare(params: Tree, seed: int) -> Tree:
         flat = flatten(params)
         for path in sorted(paths):
-            weight = flat.pop(f"{path}.weight", None)
+            weight = flat.pop(path, None)
             if weight is None:
-                raise ValueError(f"params have no leaf {path}.weight to quantise")
+                raise ValueError(f"params have no leaf {path} to quantise")
             weight = weight.t().contiguous() if path in turned else weight
-            flat[f"{path}.weight_int8"], flat[f"{path}.weight_scale"] = quantize_weight(weight)
+            q, scale = quantize_weight(weight)
+            flat[beside(path, "weight_int8")], flat[beside(path, "weight_scale")] = q, scale
         return unflatten(flat)
 
-    out = _with_rules(forward, paths, _int8_wraps(activations), "quantize_int8")
+    out = _with_rules(forward, paths, _int8_wraps(activations, dtypes), "quantize_int8")
     return out.with_step("quantize_int8", preparations=(*out.preparations, prepare))
 
 
@@ -67,14 +70,14 @@ def fake_quant(
 
 
 def targets(forward: Forward, skip: Sequence[str], activations: str | None) -> frozenset[str]:
-    """Paths of the weights to quantise: none that a skipped site uses, such as a tied head."""
+    """Paths of the leaves to quantise: none that a skipped site uses, such as a tied head's."""
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations is None or 'dynamic', not {activations!r}")
-    skipped = {site.path for site in forward.select(WEIGHTED, skip)}
-    paths = frozenset(site.path for site in forward.select(WEIGHTED)) - skipped
+    skipped = {site.weight for site in forward.select(WEIGHTED, skip)}
+    paths = frozenset(site.weight for site in forward.select(WEIGHTED)) - skipped
     if not paths:
         raise ValueError(f"skip={tuple(skip)} leaves nothing to quantise")
-    layouts = {(site.path, site.transposed) for site in forward.select(WEIGHTED)}
+    layouts = {(site.weight, site.transposed) for site in forward.select(WEIGHTED)}
     if both := sorted(path for path in paths if {(path, True), (path, False)} <= layouts):
         raise ValueError(f"{both[0]} is used both as it is and transposed: skip it")
     return paths
@@ -84,18 +87,21 @@ def _with_rules(
     forward: Forward, paths: frozenset[str], wraps: dict[str, Any], name: str
 ) -> Forward:
     def chosen(site: SiteInfo) -> bool:
-        return site.path in paths
+        return site.weight in paths
 
     for kind, wrap in wraps.items():
-        if any(site.kind == kind and chosen(site) for site in forward.sites):
-            forward = forward.with_rule(Rule(kind, wrap, chosen, name))
+        rule = Rule(kind, wrap, chosen, name)
+        if any(True for site in forward.sites for _ in rule.keys(site)):
+            forward = forward.with_rule(rule)
     return forward
 
 
 # -- int8 ---------------------------------------------------------------------------------------
 
 
-def _int8_wraps(activations: str | None) -> dict[str, Any]:
+def _int8_wraps(
+    activations: str | None, dtypes: Mapping[str, torch.dtype | None]
+) -> dict[str, Any]:
     def project(p: Tree, x: Tensor) -> Tensor:
         q, scale = _int8_leaves(p)
         return kernels.int8_linear(x, q, scale, p.get("bias"), activations=activations)
@@ -116,7 +122,13 @@ def _int8_wraps(activations: str | None) -> dict[str, Any]:
 
         return lazy
 
-    return {"linear": linear, "embed": embed, "head": head}
+    def read(f: Callable[..., Any], path: str) -> Callable[..., Any]:
+        def whole(p: Tree) -> Tensor:
+            return _dense_weight(p, dtypes[path] or torch.float32)
+
+        return whole
+
+    return {"linear": linear, "embed": embed, "head": head, "weight": read}
 
 
 def _int8_leaves(p: Tree) -> tuple[Tensor, Tensor]:
@@ -137,8 +149,8 @@ def _dense_weight(p: Tree, dtype: torch.dtype) -> Tensor:
 
 def _fake_wraps(activations: str | None) -> dict[str, Any]:
     def weights(f: Callable[..., Any], path: str) -> Callable[..., Any]:
-        def rounded(p: Tree, x: Tensor) -> Any:
-            return f({**p, "weight": straight_through(p["weight"])}, x)
+        def rounded(p: Tree, *x: Tensor) -> Any:
+            return f({**p, "weight": straight_through(p["weight"])}, *x)
 
         return rounded
 
@@ -149,7 +161,7 @@ def _fake_wraps(activations: str | None) -> dict[str, Any]:
         return rounded
 
     inner = both if activations == "dynamic" else weights
-    return {"linear": inner, "embed": weights, "head": inner}
+    return {"linear": inner, "embed": weights, "head": inner, "weight": weights}
 
 
 def straight_through(w: Tensor) -> Tensor:

@@ -140,8 +140,8 @@ KINDS: dict[str, dict[str, int]] = {
     "llava": {
         "embed": 2, "block": 5, "norm": 13, "attention": 5, "linear": 34, "glu": 2, "head": 1,
     },
-    # two of the stem, three of the body; the hooked linear is none
-    "odd": {"embed": 1, "block": 5, "norm": 5, "attention": 2, "linear": 10, "glu": 1},
+    # two of the stem, three of the body; the hooked linear is none, but its weight is
+    "odd": {"embed": 1, "block": 5, "norm": 5, "attention": 2, "linear": 10, "glu": 1, "weight": 1},
 }  # fmt: skip
 
 
@@ -282,9 +282,9 @@ def test_rules_inside_compile(name: str, remember: bool, assert_same) -> None:
 def test_without_a_rule_nothing_is_rewritten(kind: str, monkeypatch) -> None:
     rewritten = []
     for other in ("glu", "attention"):
-        rewrite = getattr(bridge, f"_rewrite_{other}")
+        rewrite = getattr(bridge, f"rewrite_{other}")
         spy = lambda *args, r=rewrite, o=other: rewritten.append(o) or r(*args)  # noqa: E731
-        monkeypatch.setattr(bridge, f"_rewrite_{other}", spy)
+        monkeypatch.setattr(bridge, f"rewrite_{other}", spy)
     forward, _ = of(make("llama")[0])
     checkpoint(forward)
     assert rewritten == []
@@ -417,7 +417,7 @@ def test_a_weight_used_both_ways_is_not_quantised() -> None:
     x = torch.randn(3, 4)
     assert torch.equal(forward(params, x), module(x))
     for transform in (quantize_int8, fake_quant):
-        with pytest.raises(ValueError, match="0 is used both as it is and transposed"):
+        with pytest.raises(ValueError, match=r"0\.weight is used both as it is and transposed"):
             transform(forward, skip=())
 
 
@@ -432,7 +432,8 @@ def test_square_weights_are_told_apart() -> None:
 
     module = nn.Sequential(Wide(4, 4), Rows(4, 4), Other(4, 4))
     forward, params = from_module(module, call=lambda run, b: run(b))
-    assert [(s.path, s.transposed) for s in forward.sites] == [("0", True), ("1", False)]
+    sites = [(s.kind, s.path, s.transposed) for s in forward.sites]
+    assert sites == [("linear", "0", True), ("linear", "1", False), ("weight", "2.weight", False)]
     x = torch.randn(3, 4)
     assert torch.equal(forward(params, x), module(x))
 
@@ -500,7 +501,7 @@ def test_a_shared_layer_is_ruled_wherever_it_stands(assert_same) -> None:
     want = fake_quant(forward, skip=())(params, batch)
     assert_same(int8(int8.prepare(params), batch), want, 2e-5)
     # one leaf, so that rounding it alone is rounding it in all three blocks
-    others = {s.path for s in forward.select(("linear", "embed"))} - {"body.0.shared"}
+    others = {s.path for s in forward.select(("linear", "embed", "weight"))} - {"body.0.shared"}
     only = fake_quant(forward, skip=sorted(others))
     rounded = copy.deepcopy(params)
     leaf = rounded["body"]["0"]["shared"]
@@ -541,8 +542,8 @@ def test_a_single_layer_is_a_model(assert_same) -> None:
         assert len(forward.sites) == 1
 
 
-def test_a_weight_that_is_read_outside_of_sites_cannot_be_replaced() -> None:
-    """A table whose rows are changed is no site, its tied head is."""
+def test_a_weight_that_is_read_outside_of_layers_is_ruled_there_too(assert_same) -> None:
+    """A table whose rows are changed is no embed, its tied head is one."""
 
     class Squared(nn.Embedding):
         def forward(self, ids: Tensor) -> Tensor:
@@ -558,9 +559,12 @@ def test_a_weight_that_is_read_outside_of_sites_cannot_be_replaced() -> None:
             return self.out(self.table(ids))
 
     forward, params = from_module(Tied(), head="out")
+    ids = {"ids": torch.tensor([[0, 1]])}
     int8 = quantize_int8(forward, skip=())
-    with pytest.raises(ValueError, match=r"params lack \['table.weight'\]"):
-        int8(int8.prepare(params), {"ids": torch.tensor([[0, 1]])})
+    weight = dequantize_weight(*quantize_weight(params["table"]["weight"]))
+    want = forward({"table": {"weight": weight}}, ids)
+    assert_same(int8(int8.prepare(params), ids), want, 2e-6)
+    assert_same(fake_quant(forward, skip=())(params, ids), want, 2e-6)
 
 
 def test_tables_are_told_by_what_they_do() -> None:
@@ -578,7 +582,8 @@ def test_tables_are_told_by_what_they_do() -> None:
     module = nn.ModuleDict({"a": Table(5, 4, padding_idx=0), "b": Scaled(5, 4), "c": Squared(5, 4)})
     forward, _ = from_module(module)
     sites = [(s.kind, s.path, s.scale) for s in forward.sites]
-    assert sites == [("embed", "a", None), ("embed", "b", 4.0)]
+    assert sites == [("embed", "a", None), ("embed", "b", 4.0), ("weight", "c.weight", None)]
+    assert "c (Squared): it does not return the table's rows" in forward.explain()
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.RMSNorm(8, eps=1e-5)])

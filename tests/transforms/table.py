@@ -30,7 +30,7 @@ from core import (
     make_batch,
     vlm,
 )
-from core.forward import Forward
+from core.forward import WEIGHTED, Forward
 from params import init_params
 from params.int8 import dequantize_weight, quantize_weight
 from params.tree import Tree, flatten, map_leaves, merge, unflatten
@@ -327,19 +327,19 @@ def subject(name: str) -> Subject:
 
 def reference(of: Subject, names: tuple[str, ...]) -> Callable[[Tree, Batch], Tensor]:
     """The loss as a formula of prepared params (float leaves; int8 ones made floats beforehand)."""
-    sites = {site.path: site for site in of.forward.select(("linear", "embed", "head"))}
+    sites = {site.weight: site for site in of.forward.select(WEIGHTED)}
     rounded = {"fake_quant", "quantize_int8"} & set(names)
 
     def loss(leaves: dict[str, Tensor], batch: Batch) -> Tensor:
         flat = {path: leaf for path, leaf in leaves.items() if "lora" not in path}
-        for path, site in sites.items():
-            name = f"{path}.weight"
+        for name, site in sites.items():
             weight = flat[name]
             if rounded:
                 # straight through: rounded numbers, the gradient of the others
                 weight = weight + (_round(weight.detach(), site.transposed) - weight).detach()
-            if f"{path}.lora_a" in leaves:
-                change = ALPHA / RANK * leaves[f"{path}.lora_b"] @ leaves[f"{path}.lora_a"]
+            a, b = (leaves.get(site.beside(half)) for half in ("lora_a", "lora_b"))
+            if a is not None:
+                change = ALPHA / RANK * b @ a
                 weight = weight + (change.T if site.transposed else change)
             flat[name] = weight
         logits = of.forward(unflatten(flat), batch).flatten(0, -2)
