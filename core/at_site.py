@@ -22,6 +22,7 @@ from core.found import scaled
 from core.gated import Gated, product
 from core.layers import embed, head, linear, weight_of
 from core.reroute import reroute
+from core.rotary import is_rotary
 from params.tree import Tree, flatten, unflatten
 
 
@@ -252,8 +253,8 @@ def at_site(module: nn.Module, site: Site, info: SiteInfo) -> AtSite:
 # -- calls inside a module, which owns no params of its own ---------------------------------------
 
 
-def rewrite_attention(module: nn.Module, site: Site, path: str) -> None:
-    """Sends a module's calls of ``F.scaled_dot_product_attention`` through the site."""
+def rewrite_calls(module: nn.Module, site: Site, path: str) -> None:
+    """Sends a module's calls of attention and of rotary positions through sites with rules."""
 
     def attention(
         query: Tensor,
@@ -267,8 +268,34 @@ def rewrite_attention(module: nn.Module, site: Site, path: str) -> None:
         options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, **others}
         return site("attention", _attend, {}, query, key, value, options, at=path)
 
-    for name, method in reroute(module, attention).items():
+    def stand_in(value: Any) -> Any:
+        if value is F.scaled_dot_product_attention:
+            return attention if site.bound("attention", path) else None
+        if site.bound("rope", path) and is_rotary(value):
+            return partial(_turn, site, path, value)
+        return None
+
+    for name, method in reroute(module, stand_in).items():
         vars(module)[name] = MethodType(method, module)
+
+
+def _turn(
+    site: Site,
+    path: str,
+    function: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    *rest: Any,
+    **more: Any,
+) -> Any:
+    """A call of rotary positions; ``rest``: cos and sin, and what is not at its default."""
+
+    def turn(p: Tree, q: Tensor, k: Tensor, *rest: Any) -> Any:
+        return function(q, k, *rest, **more)
+
+    if more or len(rest) != 2:
+        return turn({}, q, k, *rest)
+    return site("rope", turn, {}, q, k, *rest, at=path)
 
 
 def _attend(p: Tree, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Tensor:

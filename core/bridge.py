@@ -29,7 +29,7 @@ from core.at_site import (
     at_site,
     given,
     leave_fast_paths,
-    rewrite_attention,
+    rewrite_calls,
     rewrite_glu,
 )
 from core.forward import ADDED, WEIGHTED, Forward, Site, beside
@@ -336,11 +336,11 @@ def _wrap(
     for found in reversed(plan):  # inner ones first, so that an outer one holds the wrapped
         name, info = found.name, found.site
         module = body.get_submodule(name)
-        if info.kind in ("glu", "attention"):
+        if info.kind in ("glu", "attention", "rope"):
             if not site.bound(info.kind, info.path):
                 continue
             if found.gated is None:
-                rewrite_attention(module, site, info.path)
+                rewrite_calls(module, site, info.path)
             else:
                 plain = copy.deepcopy(blank.get_submodule(name))
                 rewrite_glu(module, plain, found.gated, site, info.path)

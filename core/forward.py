@@ -25,7 +25,8 @@ weight      ``f(p) -> tensor``                                  of the weight it
 ==========  ==================================================  =============================
 
 In a module of someone else's (``from_module``) attention is ``f({}, q, k, v, options) -> o``:
-``F.scaled_dot_product_attention`` with its keyword arguments in a dict. And there alone are sites
+``F.scaled_dot_product_attention`` with its keyword arguments in a dict; rope is ``f({}, q, k, cos,
+sin) -> (q, k)``, q and k ``[B, heads, T, Dh]``, cos and sin ``[B, T, Dh]``. There alone are sites
 of kind ``weight``: matrices that model code reads itself (experts held as one 3-D parameter, the
 projections of ``nn.MultiheadAttention``). A rule of that kind also meets each read of the weight of
 a linear, an embed or a head by other code (``x @ table.weight.T``).

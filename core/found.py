@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from core.forward import NormForm, SiteInfo
 from core.gated import Gated, find_gated
 from core.probes import close, failed, failures, is_plain, noise, probe, takes_one
-from core.reroute import names_of, reroute
+from core.reroute import attention_to, names_of, reroute
+from core.rotary import rotary_to
 from params.paths import select_paths
 
 # of the rows of made-up numbers: a limit that a layer sets shows at large ones
@@ -79,6 +80,8 @@ def _find(
             yield Found(name, info, gated=trait)
         elif trait == "attention":
             yield Found(name, SiteInfo("attention", name, False, foreign=True))
+        if "forward" not in vars(m) and reroute(m, rotary_to(_nothing)):
+            yield Found(name, SiteInfo("rope", name, False, foreign=True))
         if name not in blocks and _is_layer(trait):
             if name == head:
                 yield site("head")
@@ -169,7 +172,7 @@ def _traits(module: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
         if "forward" in vars(m):
             reasons[name] = "its forward was patched in"
             continue
-        if reroute(m, _nothing):
+        if reroute(m, attention_to(_nothing)):
             traits[name] = "attention"  # its hooks stay around it
         elif id(m) in owned:
             reasons[name] = "its owner reads its weight instead of calling it"

@@ -1,4 +1,4 @@
-"""Calls of ``F.scaled_dot_product_attention`` inside foreign code, found and sent elsewhere.
+"""Calls of functions inside foreign code (attention, rotary positions), found and sent elsewhere.
 
 Code is never edited: a function whose code names the call is copied with other *globals*, in which
 that name, or the module it is read from, is a stand-in. A ``TorchFunctionMode`` would be shorter,
@@ -16,19 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-CALL = "scaled_dot_product_attention"
+StandIn = Callable[[Any], Callable[..., Any] | None]  # what to call in place of a value, or None
 MODULES = (torch, torch.nn, F)
 DEPTH = 3  # functions called by functions called by forward
 
 
-def reroute(module: nn.Module, to: Callable[..., Any]) -> dict[str, FunctionType]:
-    """Methods of a module, ``forward`` among them, rewritten so that attention calls ``to``.
+def attention_to(to: Callable[..., Any]) -> StandIn:
+    """``to`` in place of ``F.scaled_dot_product_attention``."""
+    return lambda value: to if value is F.scaled_dot_product_attention else None
 
-    Empty if nothing that ``forward`` runs names the call. ``module`` is left as it is.
+
+def reroute(module: nn.Module, stand_in: StandIn) -> dict[str, FunctionType]:
+    """Methods of a module, ``forward`` among them, rewritten to call stand-ins.
+
+    Empty if nothing that ``forward`` runs names a function that has one. ``module`` is left as it
+    is.
     """
     new: dict[str, FunctionType] = {}
     seen, waiting = set(), ["forward"]
-    rewriter = _Rewriter(module, to)
+    rewriter = _Rewriter(module, stand_in)
     while waiting:
         name = waiting.pop()
         method = inspect.getattr_static(type(module), name, None)
@@ -64,10 +70,10 @@ def names_of(module: nn.Module) -> set[str]:
 
 
 class _Rewriter:
-    def __init__(self, module: nn.Module, to: Callable[..., Any]) -> None:
+    def __init__(self, module: nn.Module, replacement: StandIn) -> None:
         config = getattr(module, "config", None)
         self.implementation: str | None = getattr(config, "_attn_implementation", None)
-        self.to = to
+        self.replacement = replacement
 
     def function(self, f: FunctionType, depth: int) -> FunctionType | None:
         """A copy of ``f`` with stand-ins in its globals and closure; None if it needs none."""
@@ -98,15 +104,27 @@ class _Rewriter:
 
     def stand_in(self, value: Any, names: set[str], depth: int) -> Any:
         """What to put in a value's place; None if it may stay."""
-        if value is F.scaled_dot_product_attention:
-            return self.to
+        if callable(value) and (new := self.replacement(value)) is not None:
+            return new
         if any(value is module for module in MODULES):
-            return _Attributes(value, names, self.to) if CALL in names else None
+            return self.attributes(value, names)
         if isinstance(value, FunctionType):
             return self.function(value, depth - 1)
         if self.implementation and isinstance(value, Mapping):
             return self.interface(value, self.implementation, depth)
         return None
+
+    def attributes(self, module: Any, names: set[str]) -> Any:
+        """A stand-in for a module of torch's, if a function that is read from it has one."""
+        read = {name: getattr(module, name) for name in names if hasattr(module, name)}
+        new = {}
+        for name, value in read.items():
+            if (module is torch and value is torch.nn) or (module is torch.nn and value is F):
+                new[name] = self.attributes(value, names)
+            elif callable(value):
+                new[name] = self.replacement(value)
+        changed = {name: value for name, value in new.items() if value is not None}
+        return _Attributes(read | changed) if changed else None
 
     def interface(self, table: Mapping[Any, Any], name: str, depth: int) -> Any:
         """A stand-in for Hugging Face's table of attention functions: the config has chosen one."""
@@ -118,16 +136,10 @@ class _Rewriter:
 
 
 class _Attributes:
-    """The attributes of a module that some code may read, attention being replaced."""
+    """The attributes of a module that some code may read."""
 
-    def __init__(self, module: Any, names: set[str], to: Callable[..., Any]) -> None:
-        for name in names:
-            if not hasattr(module, name):
-                continue
-            value = getattr(module, name)
-            if (module is torch and value is torch.nn) or (module is torch.nn and value is F):
-                value = _Attributes(value, names, to)
-            setattr(self, name, to if value is F.scaled_dot_product_attention else value)
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        vars(self).update(values)
 
 
 class _Interface:

@@ -1,4 +1,4 @@
-"""Norms, gated MLPs and attention of a foreign module, on this library's kernels."""
+"""Norms, gated MLPs, attention and rotary positions of a foreign module, on our kernels."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import kernels
 from core.forward import Forward, NormForm, Rule, SiteInfo
+from core.rotary import takes_tables
 from params.tree import Tree
 from transforms.legal import check_legal
 
-FUSED = ("norm", "glu", "attention")
+FUSED = ("norm", "glu", "attention", "rope")
 GLUS: dict[str | None, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": kernels.swiglu,
     "gelu_tanh": kernels.geglu,  # gelu by its error function has no kernel
@@ -23,11 +25,12 @@ GLUS: dict[str | None, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def fuse_kernels(forward: Forward, *, skip: Sequence[str] = ()) -> Forward:
-    """The same numbers, up to rounding, with one kernel for a norm and for ``act(gate) * up``, and
-    ``kernels.attention`` in place of ``F.scaled_dot_product_attention``.
+    """The same numbers, up to rounding, with one kernel for a norm, for ``act(gate) * up`` and for
+    rotary positions, and ``kernels.attention`` in place of ``F.scaled_dot_product_attention``.
 
     It goes inside whatever else is done at those sites, applied before or after. A call of
-    attention with a mask, dropout, or other lengths of queries than of keys stays torch's. The
+    attention with a mask, dropout, or other lengths of queries than of keys stays torch's, as does
+    a call of rotary positions whose tables are differentiated or turn a part of a head. The
     forwards of ``core.vlm`` call the kernels anyway: theirs is returned with the step on record.
 
     skip: path patterns of sites to leave alone. A norm or glu of unknown form is left alone too,
@@ -41,12 +44,14 @@ def fuse_kernels(forward: Forward, *, skip: Sequence[str] = ()) -> Forward:
     table = _replacements(wanted)
     if not wanted and any(s.foreign for s in forward.sites):
         have = ", ".join(sorted({f"{s.kind} {s.path}" for s in forward.sites})[:20])
-        raise ValueError(f"fuse_kernels finds no norm, glu or attention to fuse, among: {have}")
+        raise ValueError(
+            f"fuse_kernels finds no norm, glu, attention or rope to fuse, among: {have}"
+        )
     if left := sorted({f"{s.kind} {s.path}" for s in wanted if (s.kind, s.path) not in table}):
         warnings.warn(f"fuse_kernels leaves as they are: {', '.join(left)}", stacklevel=2)
 
     def wrap(kind: str, f: Callable[..., Any], path: str) -> Callable[..., Any]:
-        return partial(_attention, f) if kind == "attention" else table[kind, path]
+        return partial(CALLS[kind], f) if kind in CALLS else table[kind, path]
 
     def chosen(site: SiteInfo) -> bool:
         return (site.kind, site.path) in table
@@ -64,8 +69,8 @@ def _replacements(sites: Sequence[SiteInfo]) -> dict[tuple[str, str], Callable[.
         key = (site.kind, site.path)
         if site.kind == "glu" and site.activation in GLUS:
             table[key] = partial(_glu, GLUS[site.activation])
-        if site.kind == "attention":
-            table[key] = _attention
+        if site.kind in CALLS:
+            table[key] = CALLS[site.kind]
         # layers that share a weight have one path: fused if they are alike in all else
         alike = {s.norm for s in sites if (s.kind, s.path) == key} == {site.norm}
         if site.norm is not None and alike:
@@ -100,6 +105,40 @@ def _attention(
         length=length,
     )
     return out.unflatten(0, (rows, length)).transpose(1, 2)
+
+
+def _rope(
+    f: Callable[..., tuple[Tensor, Tensor]],
+    p: Tree,
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    """q ``[B, H, T, Dh]``, k ``[B, Hk, T, Dh]``, cos and sin ``[B or 1, T, Dh]``."""
+    dtype = torch.promote_types(cos.dtype, sin.dtype)
+    same = all(torch.promote_types(x.dtype, dtype) == x.dtype for x in (q, k))
+    if not takes_tables(q, k, cos, sin, rest) or not same or _moves(cos) or _moves(sin):
+        return f(p, q, k, cos, sin, *rest)
+    rows, length = q.shape[0], q.shape[2]
+    positions = torch.arange(cos.shape[0] * length, device=q.device)
+    if cos.shape[0] != rows:
+        positions = positions.repeat(rows)
+    packed_q, packed_k = (x.transpose(1, 2).flatten(0, 1) for x in (q, k))
+    turned = kernels.rope(packed_q, packed_k, cos.flatten(0, 1), sin.flatten(0, 1), positions)
+    q, k = (x.unflatten(0, (rows, length)).transpose(1, 2) for x in turned)
+    return q, k
+
+
+def _moves(x: Tensor) -> bool:
+    """Whether a derivative of x may be asked for, of which the kernel has none."""
+    if x.requires_grad or torch.compiler.is_compiling():
+        return x.requires_grad
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+CALLS: dict[str, Callable[..., Any]] = {"attention": _attention, "rope": _rope}
 
 
 def _norm(form: NormForm, p: Tree, x: Tensor) -> Tensor:

@@ -12,15 +12,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jvp, vmap
 
 from core import Forward, Rule, bridge, from_module
 from core.forward import NormForm
 from core.found import is_norm, norm_form
+from core.rotary import is_rotary
 from params.int8 import dequantize_weight, quantize_weight
 from params.tree import Tree, flatten, map_leaves
 from tests.transforms.table import check
-from transforms import checkpoint, fake_quant, quantize_int8, value_and_grad
+from transforms import checkpoint, fake_quant, fuse_kernels, quantize_int8, value_and_grad
 
 pytestmark = pytest.mark.filterwarnings(
     # torch's attention on a CPU has no batching rule
@@ -129,17 +130,16 @@ class Odd(nn.Module):
 
 # -- makes of model -------------------------------------------------------------------------------
 
+DECODER = {"embed": 1, "block": 2, "norm": 5, "rope": 2, "attention": 2, "glu": 2, "head": 1}
 KINDS: dict[str, dict[str, int]] = {
-    "llama": {"embed": 1, "block": 2, "norm": 5, "attention": 2, "linear": 14, "glu": 2, "head": 1},
-    "qwen3": {"embed": 1, "block": 2, "norm": 9, "attention": 2, "linear": 14, "glu": 2, "head": 1},
+    "llama": {**DECODER, "linear": 14},
+    "qwen3": {**DECODER, "norm": 9, "linear": 14},
     # its attention is capped, so not torch's
-    "gemma2": {"embed": 1, "block": 2, "norm": 9, "linear": 14, "glu": 2, "head": 1},
+    "gemma2": {k: n for k, n in DECODER.items() if k != "attention"} | {"norm": 9, "linear": 14},
     "gpt2": {"embed": 2, "block": 2, "norm": 5, "attention": 2, "linear": 8, "head": 1},
-    "phi3": {"embed": 1, "block": 2, "norm": 5, "attention": 2, "linear": 8, "glu": 2, "head": 1},
+    "phi3": {**DECODER, "linear": 8},
     "vit": {"block": 3, "norm": 7, "attention": 3, "linear": 19},
-    "llava": {
-        "embed": 2, "block": 5, "norm": 13, "attention": 5, "linear": 34, "glu": 2, "head": 1,
-    },
+    "llava": {**DECODER, "embed": 2, "block": 5, "norm": 13, "attention": 5, "linear": 34},
     # two of the stem, three of the body; the hooked linear is none, but its weight is
     "odd": {"embed": 1, "block": 5, "norm": 5, "attention": 2, "linear": 10, "glu": 1, "weight": 1},
 }  # fmt: skip
@@ -278,18 +278,80 @@ def test_rules_inside_compile(name: str, remember: bool, assert_same) -> None:
 # -- each kind ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["glu", "attention"])
+@pytest.mark.parametrize("kind", ["glu", "attention", "rope"])
 def test_without_a_rule_nothing_is_rewritten(kind: str, monkeypatch) -> None:
     rewritten = []
-    for other in ("glu", "attention"):
-        rewrite = getattr(bridge, f"rewrite_{other}")
-        spy = lambda *args, r=rewrite, o=other: rewritten.append(o) or r(*args)  # noqa: E731
-        monkeypatch.setattr(bridge, f"rewrite_{other}", spy)
+    for name in ("rewrite_glu", "rewrite_calls"):
+        rewrite = getattr(bridge, name)
+        spy = lambda *args, r=rewrite, n=name: rewritten.append(n) or r(*args)  # noqa: E731
+        monkeypatch.setattr(bridge, name, spy)
     forward, _ = of(make("llama")[0])
     checkpoint(forward)
     assert rewritten == []
     forward.with_rule(Rule(kind, lambda f, path: f))
-    assert rewritten == [kind, kind]
+    assert rewritten == 2 * ["rewrite_glu" if kind == "glu" else "rewrite_calls"]
+
+
+def plain_rotary(q, k, cos, sin, unsqueeze_dim=1):
+    halves = [torch.cat((-x[..., 4:], x[..., :4]), -1) for x in (q, k)]
+    c, s = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * c + halves[0] * s, k * c + halves[1] * s
+
+
+def clamped_rotary(q, k, cos, sin):
+    return tuple(x.clamp(-100, 100) for x in plain_rotary(q, k, cos, sin))
+
+
+def pairwise_rotary(q, k, cos, sin):
+    turned = [torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) for x in (q, k)]
+    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * c + turned[0] * s, k * c + turned[1] * s
+
+
+def with_a_mask_rotary(q, k, cos, sin, mask):
+    return plain_rotary(q, k, cos * mask, sin * mask)
+
+
+def test_rotary_positions_are_found_by_what_they_compute() -> None:
+    assert is_rotary(plain_rotary)
+    others = (clamped_rotary, pairwise_rotary, with_a_mask_rotary, F.linear, torch.add, None)
+    assert not any(is_rotary(other) for other in others)
+
+
+class Rotated(nn.Module):
+    """Rotary positions with frequencies that learn, or with an option of the call."""
+
+    def __init__(self, learns: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.line, self.options, self.learns = nn.Linear(8, 8), options, learns
+        self.frequencies = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, heads, T, 8]
+        frequencies = self.frequencies if self.learns else self.frequencies.detach()
+        angles = torch.arange(x.shape[-2]).outer(torch.cat((frequencies, frequencies)))[None]
+        q = self.line(x)
+        q, k = plain_rotary(q, q[:, :1], angles.cos(), angles.sin(), **self.options)
+        return q * k
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_tables_that_are_differentiated_stay_the_modules(learns: bool, assert_same) -> None:
+    module, x = Rotated(learns).double(), torch.randn(2, 3, 5, 8).double()
+    forward, params = from_module(module)
+    assert [s.kind for s in forward.sites if s.kind == "rope"] == ["rope"]
+    loss = lambda f: lambda p: f(p, {"x": x}).square().mean()  # noqa: E731
+    fused = fuse_kernels(forward)
+    assert_same(grad(loss(fused))(params), grad(loss(forward))(params), 1e-12)
+    moved = (map_leaves(torch.cos, params),)
+    got, want = (jvp(loss(f), (params,), moved)[1] for f in (fused, forward))
+    assert_same(got, want, 1e-12)
+    assert (grad(loss(forward))(params)["frequencies"].abs().max() > 0) == learns
+
+
+def test_options_of_a_call_are_the_modules(assert_same) -> None:
+    module, x = Rotated(unsqueeze_dim=1), torch.randn(2, 3, 5, 8)
+    forward, params = from_module(module)
+    assert_same(fuse_kernels(forward)(params, {"x": x}), module(x).detach(), 1e-6)
 
 
 def test_attention_is_torchs_with_its_options() -> None:

@@ -66,7 +66,7 @@ def subject(name: str) -> tuple[Forward, Tree, dict[str, Tensor]]:
 def calls(monkeypatch) -> list[str]:
     """Which kernels have been called."""
     record: list[str] = []
-    for name in ("rms_norm", "layer_norm", "attention"):
+    for name in ("rms_norm", "layer_norm", "attention", "rope"):
         f = getattr(kernels, name)
         spy = lambda *args, n=name, f=f, **kw: record.append(n) or f(*args, **kw)  # noqa: E731
         monkeypatch.setattr(kernels, name, spy)
@@ -80,9 +80,9 @@ def calls(monkeypatch) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        ("Llama", {"rms_norm": 5, "swiglu": 2, "attention": 2}),
-        ("Qwen3", {"rms_norm": 9, "swiglu": 2, "attention": 2}),
-        ("Gemma2", {"rms_norm": 9, "geglu": 2}),
+        ("Llama", {"rms_norm": 5, "swiglu": 2, "attention": 2, "rope": 2}),
+        ("Qwen3", {"rms_norm": 9, "swiglu": 2, "attention": 2, "rope": 2}),
+        ("Gemma2", {"rms_norm": 9, "geglu": 2, "rope": 2}),
         ("gpt2", {"layer_norm": 5, "attention": 2}),
     ],
 )
@@ -165,7 +165,7 @@ def test_compile(assert_same) -> None:
 def test_skip_names_sites(calls) -> None:
     forward, params, batch = subject("Llama")
     fuse_kernels(forward, skip=("layers.0", "model.norm"))(params, batch)
-    assert sorted(calls) == ["attention", "rms_norm", "rms_norm", "swiglu"]
+    assert sorted(calls) == ["attention", "rms_norm", "rms_norm", "rope", "swiglu"]
     with pytest.raises(ValueError, match="'nrom' matches nothing"):
         fuse_kernels(forward, skip=("nrom",))
 
@@ -208,7 +208,7 @@ def test_what_it_does_not_know_is_left_and_named(assert_same) -> None:
     fuse_kernels(forward, skip=("mlp", "norm"))  # no warning
     with pytest.warns(UserWarning, match="leaves as they are: glu mlp, norm norm$"):
         fuse_kernels(from_module(Odd(known=False))[0])  # nothing but what it does not know
-    with pytest.raises(ValueError, match=r"no norm, glu or attention to fuse, among: linear 0"):
+    with pytest.raises(ValueError, match=r"no norm, glu, .* to fuse, among: linear 0"):
         fuse_kernels(from_module(nn.Sequential(nn.Linear(2, 2)))[0])
 
 
