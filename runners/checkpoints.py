@@ -1,85 +1,172 @@
-"""The folder of a run, and the states from which it can be resumed.
+"""The folder of a run.
 
 ``runs/NAME/``: config.json, tokenizer.json, model.safetensors (the best weights so far),
 metrics.jsonl, TensorBoard events, loss.png, samples.png, and ``state/STEP/`` with all that a
-resume needs: params and optimizer moments (state.safetensors) and the rest (state.json). A state
-is written beside its final name and renamed, so that a half-written one is never taken for whole;
-nothing is ever unpickled.
+resume needs (:mod:`runners.states`). One process owns it at a time (:mod:`runners.lock`); every
+file is written whole or not at all, and nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
+import re
 import secrets
+import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from core import VLMConfig, config_from_dict
-from params import flatten, load_params, num_bytes, save_params, unflatten
+from params import load_params, num_bytes, save_params
+from params.disk import make_folder, write_text
 from params.tree import Tree
 from runners.cli import explained
-from runners.config import CONFIG, TrainConfig, as_dict, saved_flags
+from runners.config import CONFIG, TrainConfig, as_dict, differing_fields, saved_flags
 from runners.data.tokenizer import ChatTokenizer
 from runners.errors import UserError
-from runners.jsonfile import Fields, read_object
-from runners.resume import continued
+from runners.jsonfile import read_object
+from runners.lock import LOCK, BusyError, Lock
+from runners.states import (
+    check_state,
+    find_states,
+    is_state,
+    load_weights_of,
+    newest_state,
+    run_folder,
+    sweep_states,
+)
 
-MODEL, TOKENIZER, STATES = "model.safetensors", "tokenizer.json", "state"
-VERSION = 1  # of the state's format
-
-
-@dataclass(frozen=True)
-class State:
-    """Everything that the rest of a run depends on, after ``step`` steps."""
-
-    step: int
-    params: Tree
-    moments: dict[str, Tensor]  # optim.optimizer_state
-    loader: dict[str, Any]  # Loader.state_dict(), JSON
-    best: float | None  # lowest validation loss so far
-    rng: dict[str, Tensor]  # step.rng_state()
-    tokens: int = 0  # trained on so far
-    seconds: float = 0.0  # that the run has taken so far, all its commands together
+MODEL, TOKENIZER = "model.safetensors", "tokenizer.json"
+# What a process killed amid a write leaves: ours, and safetensors' own temporary files
+_LEFT = re.compile(
+    r"(config|tokenizer|eval)\.json\.(part|tmp)|metrics\.jsonl\.part|(loss|samples)\.png\.part"
+    r"|model\.safetensors(\.index\.json)?\.part|\.tmp[0-9A-Za-z]{6}"
+)
+_EARLY = re.compile(rf"\.lock|tokenizer\.json|{_LEFT.pattern}")  # before config.json is there
 
 
 # -- names ------------------------------------------------------------------------------------
 
 
-def choose_folder(config: TrainConfig) -> tuple[Path, Path | None]:
-    """``(the run's folder, the state to resume or None)``; touches nothing.
+@dataclass(frozen=True)
+class Claim:
+    """A run's folder that is ours until it is released, and the state to resume from or None."""
 
-    Raises UserError if ``--name`` is taken and not resumed, or ``--resume`` leads nowhere.
+    folder: Path
+    state: Path | None
+    release: Callable[[], None]
+
+
+def claim_folder(config: TrainConfig) -> Claim:
+    """The folder for a run, locked, with what killed processes left in it removed.
+
+    Raises UserError if another process owns it, ``--name`` is taken and not resumed, or
+    ``--resume`` leads nowhere. Nothing is left behind if it is released before anything is written.
     """
     runs = Path(config.runs_dir)
-    base = config.name or f"{Path(config.data).stem or 'data'}-{config.preset}"
+    if config.resume not in (None, "auto"):
+        return _claim_path(Path(config.resume), config)
+    if config.name is not None:
+        return _claim_named(runs / config.name, config)
+    base = f"{Path(config.data).stem or 'data'}-{config.preset}"
     if config.resume == "auto":
-        taken = [runs / base] if config.name else _numbered(runs, base)
-        states = [(folder, newest_state(folder)) for folder in taken]
-        for folder, state in reversed(states):
-            if state is not None:
-                return folder, state
-        return _fresh(runs, base, config.name is not None), None
-    if config.resume is not None:
-        path = Path(config.resume)
-        folder = path.parent.parent if path.parent.name == STATES else path
-        state = newest_state(folder) if folder == path else path
-        if state is None or not (state / "state.json").is_file():
-            raise UserError(f"--resume {config.resume}: there is no resumable state in it")
-        return folder, state
-    return _fresh(runs, base, config.name is not None), None
+        for folder in reversed(_numbered(runs, base)):
+            if find_states(folder) or (_may_begin_again(folder) and _alike(folder, config)):
+                return _claim_named(folder, config)
+    for folder in (runs / (f"{base}-{i}" if i > 1 else base) for i in itertools.count(1)):
+        if not _taken(folder):
+            with contextlib.suppress(BusyError):
+                lock = Lock(folder)
+                if not _taken(folder):  # by one that has ended meanwhile
+                    return _claimed(lock, None)
+                lock.release()
+    raise AssertionError("the numbers do not end")
 
 
-def newest_state(folder: Path) -> Path | None:
-    """The state of the most steps in a run's folder."""
-    found = [p for p in (folder / STATES).glob("*") if p.name.isdigit()]
-    return max(found, key=lambda p: int(p.name), default=None)
+def _claim_path(path: Path, config: TrainConfig) -> Claim:
+    """For ``--resume PATH``, of a run or of one of its states."""
+    folder = run_folder(path)
+    begun = folder == path and (folder / CONFIG).is_file() and _may_begin_again(folder)
+    if not (begun or (is_state(path) if folder != path else find_states(folder))):
+        raise UserError(f"--resume {config.resume}: there is no resumable state in it")
+    lock = Lock(folder)
+    try:
+        if folder == path:
+            return _claimed(lock, newest_state(folder))
+        try:
+            check_state(path)
+        except UserError as error:
+            raise UserError(f"{error}: {resume_flag(folder)} takes the newest whole one") from error
+        return _claimed(lock, path)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _claim_named(folder: Path, config: TrainConfig) -> Claim:
+    """For a new run of this name, or one that goes on where the last state was taken."""
+    resumed = config.resume == "auto"
+    if not (folder / LOCK).exists():  # else the lock tells first who owns it
+        _check_place(folder, resumed)
+    lock = Lock(folder)
+    try:
+        _check_place(folder, resumed)  # now that nobody changes it any more
+        return _claimed(lock, newest_state(folder) if resumed else None)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _claimed(lock: Lock, state: Path | None) -> Claim:
+    with explained(f"cannot clean up {lock.folder}"):
+        for path in lock.folder.iterdir():
+            if path.is_file() and not path.is_symlink() and _LEFT.fullmatch(path.name):
+                path.unlink()
+        sweep_states(lock.folder)
+    return Claim(lock.folder, state, lock.release)
+
+
+def _check_place(folder: Path, resumed: bool) -> None:
+    """Raises UserError unless a run may begin there, or go on."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: choose another --name")
+    if not resumed and _taken(folder):
+        raise UserError(
+            f"{folder} exists: continue it with --resume=auto, or choose another --name"
+        )
+    if resumed and not find_states(folder) and not _may_begin_again(folder):
+        what = "has weights but no state" if _has_weights(folder) else "is not the folder of a run"
+        raise UserError(f"--resume auto: {folder} {what}: choose another --name")
+
+
+def _taken(folder: Path) -> bool:
+    """Whether there is anything in it but what a killed start leaves."""
+    left = (p.name for p in folder.iterdir()) if folder.is_dir() else ()
+    return folder.exists() and not (folder.is_dir() and all(map(_EARLY.fullmatch, left)))
+
+
+def _may_begin_again(folder: Path) -> bool:
+    """Whether a run began there that has neither state nor weights: nothing is lost."""
+    return (not _taken(folder) or (folder / CONFIG).is_file()) and not _has_weights(folder)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (MODEL, f"{MODEL}.index.json"))
+
+
+def _alike(folder: Path, config: TrainConfig) -> bool:
+    """Whether a run that began there was told the same."""
+    try:
+        return not differing_fields(open_run(folder).config, config)
+    except UserError:
+        return False
 
 
 def _numbered(runs: Path, base: str) -> list[Path]:
@@ -90,30 +177,26 @@ def _numbered(runs: Path, base: str) -> list[Path]:
     return found
 
 
-def _fresh(runs: Path, base: str, named: bool) -> Path:
-    taken = _numbered(runs, base)
-    if not taken or (named and not any((runs / base).iterdir())):
-        return runs / base
-    if named:
-        raise UserError(
-            f"{runs / base} exists: continue it with --resume=auto, or choose another --name"
-        )
-    return runs / f"{base}-{len(taken) + 1}"
+def resume_flag(folder: Path) -> str:
+    """``--resume=FOLDER`` as a shell takes it."""
+    return f"--resume={shlex.quote(str(folder))}"
 
 
 # -- before the start -------------------------------------------------------------------------
 
 
-def check_room(folder: Path, params: Tree, learning: Tree) -> None:
+def check_room(folder: Path, params: Tree, learning: Tree, kept: int = 2) -> None:
     """Raises UserError if a run of these params cannot be written there, for room or rights.
 
-    At the worst two states (params and two moments of what learns) and two copies of the best
-    weights lie on the disk at once.
+    At the worst one state (params and two moments of what learns) more than are kept and two copies
+    of the best weights lie on the disk at once.
     """
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{there} is not writable: choose another place with --runs_dir")
-    needed = 4 * num_bytes(params) + 4 * num_bytes(learning) + 2**24
+    missing = max(1, max(2, kept) + 1 - len(find_states(folder)))
+    needed = missing * (num_bytes(params) + 2 * num_bytes(learning))
+    needed += (1 if _has_weights(folder) else 2) * num_bytes(params) + 2**24
     free = shutil.disk_usage(there).free
     if free < needed:
         raise UserError(
@@ -132,7 +215,7 @@ def create_folder(
     """Makes the folder of a new run: the first thing that a run writes. origin: what it comes from
     (:func:`runners.provenance.origin`)."""
     with explained(f"cannot create {folder} (choose another place with --runs_dir)"):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         tokenizer.save(folder / TOKENIZER)
         record = {
             "id": secrets.token_hex(8),
@@ -179,9 +262,16 @@ def open_run(folder: str | Path) -> Run:
 
 
 def load_weights(path: str | Path, like: Tree, device: torch.device) -> Tree:
-    """The best weights of a run's folder, or a safetensors file. Raises UserError."""
+    """The best weights of a run's folder, those of a state's, or a safetensors file.
+
+    A run that has kept none yet gives those of its newest state. Raises UserError.
+    """
     path = Path(path)
+    if path.is_dir() and not is_state(path) and not _has_weights(path):
+        path = newest_state(path) or path
     with explained():
+        if is_state(path):
+            return load_weights_of(path, like, device)
         return load_params(path / MODEL if path.is_dir() else path, device=device, like=like)
 
 
@@ -189,79 +279,3 @@ def save_best(folder: Path, params: Tree, step: int) -> None:
     """Replaces the run's ``model.safetensors``."""
     with explained(f"cannot write {folder / MODEL}"):
         save_params(params, folder / MODEL, metadata={"step": str(step)})
-
-
-# -- states -----------------------------------------------------------------------------------
-
-
-def save_state(folder: Path, state: State, config: TrainConfig) -> Path:
-    """Writes ``state/STEP`` whole or not at all, then drops older ones."""
-    target = folder / STATES / f"{state.step:08d}"
-    part = target.with_name(f"{target.name}.part")
-    with explained(f"cannot write {target}"):
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        tree: Tree = {"params": state.params, "rng": state.rng}
-        if state.moments:
-            tree["moments"] = unflatten(state.moments)
-        save_params(tree, part / "state.safetensors")
-        record = {
-            "version": VERSION,
-            "step": state.step,
-            "best": state.best,
-            "tokens": state.tokens,
-            "seconds": state.seconds,
-            "loader": state.loader,
-            "config": as_dict(config),
-        }
-        write_text(part / "state.json", json.dumps(record))
-        shutil.rmtree(target, ignore_errors=True)
-        part.rename(target)
-        for old in (folder / STATES).iterdir():
-            if old != target:
-                shutil.rmtree(old)
-    return target
-
-
-def load_state(path: Path, like: Tree, config: TrainConfig, device: torch.device) -> State:
-    """Reads a state. Raises UserError if it is damaged, or of a run with another config."""
-    record, step, old = read_record(path)
-    continued(old, config, step, path)
-    with explained():
-        tree = load_params(path / "state.safetensors", device=device)
-        same_shapes(tree["params"], like, path)
-    moments = flatten(tree.get("moments", {}))
-    rng = {name: leaf.cpu() for name, leaf in tree["rng"].items()}
-    return State(
-        step, tree["params"], moments, record.get("loader", dict), record.find("best", float), rng,
-        record.find("tokens", int) or 0, record.find("seconds", float) or 0.0,
-    )  # fmt: skip
-
-
-def read_record(path: Path) -> tuple[Fields, int, TrainConfig]:
-    """A state's state.json, the step it stands for and the flags it was made under. Raises
-    UserError naming what is damaged."""
-    record = read_object(path / "state.json")
-    version = record.get("version", int)
-    if version != VERSION:
-        raise UserError(f"{path} has format {version}, this program reads {VERSION}")
-    if (step := record.get("step", int)) < 0:
-        record.fail(f"the field 'step' must be 0 or more, not {step}")
-    return record, step, saved_flags(record.object("config"))
-
-
-def same_shapes(params: Tree, like: Tree, path: Path) -> None:
-    """Raises ValueError naming the first leaf in which two trees differ."""
-    have, want = flatten(params), flatten(like)
-    for name in sorted(set(have) | set(want)):
-        here = list(have[name].shape) if name in have else "missing"
-        there = list(want[name].shape) if name in want else "absent from the model"
-        if here != there:
-            raise ValueError(f"{name} is {here} in {path}, {there} in the config")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    part.replace(path)

@@ -191,6 +191,8 @@ class TrainConfig:
     rows."""
     save_every: Count = 0
     """Steps between resumable states. 0: as often as validations."""
+    keep_states: Positive = 2
+    """Resumable states that are kept: the newest ones."""
     stop_at: Positive | None = None
     """Stop after this step as if interrupted: saved, to be continued with --resume."""
     max_minutes: Annotated[float, Range(above=0)] | None = None
@@ -221,8 +223,8 @@ def is_chat(data: str) -> bool:
 FREE_FIELDS = frozenset((
     "name", "runs_dir", "resume", "config", "init_from", "workers", "stop_at", "max_minutes",
     "data_changed",
-    "profile", "log_every", "val_every", "val_batches", "save_every", "eval_examples", "samples",
-    "tensorboard", "wandb", "wandb_project",
+    "profile", "log_every", "val_every", "val_batches", "save_every", "keep_states",
+    "eval_examples", "samples", "tensorboard", "wandb", "wandb_project",
 ))  # fmt: skip
 # What may differ as long as no step that is done would have had another rate (runners.resume).
 OF_THE_SCHEDULE = frozenset(("steps", "ends"))
@@ -254,8 +256,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "use_fused_kernels", "use_fused_adamw", "compile", "compile_scope", "cuda_graph", "profile",
     ),
     "measuring and saving": (
-        "log_every", "val_every", "val_batches", "keep", "save_every", "eval_examples", "samples",
-        "tensorboard", "wandb", "wandb_project",
+        "log_every", "val_every", "val_batches", "keep", "save_every", "keep_states",
+        "eval_examples", "samples", "tensorboard", "wandb", "wandb_project",
     ),
 }  # fmt: skip
 

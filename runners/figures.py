@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from params.disk import writing
 from runners.metrics import Row
 
 # matplotlib is imported where it draws: it is 0.5 s of the 3.6 s that the trainer's imports take
@@ -127,4 +128,5 @@ def _drawing(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
     with warnings.catch_warnings():
         # A title in a script that the font lacks is drawn as boxes: no reason to end a run.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        FigureCanvasAgg(figure).print_png(str(path))
+        with writing(path) as file:
+            FigureCanvasAgg(figure).print_png(file)

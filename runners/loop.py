@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import signal
 import threading
 import time
@@ -11,22 +12,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from core import Batch
 from kernels import attention_flash
-from runners.checkpoints import save_best, save_state
+from params import num_bytes
+from runners.checkpoints import save_best
 from runners.errors import UserError
 from runners.flops import measure_load, peak_flops, training_flops
-from runners.metrics import Display, Metrics
+from runners.metrics import Display, Metrics, warned
 from runners.optim import learning_rate
 from runners.profiling import Profiler
 from runners.rehearsal import rehearse
 from runners.setup import Job
+from runners.states import STATES, drop_state, find_states, keep_states, save_state
 from runners.step import Learner, mean_loss
 
+FIRST, FIRST_RATE = 5.0, 1e8  # seconds before the first state, and bytes a second beyond them
 Read = tuple["Step", list[float], float]  # a step, its values, and the seconds that it took
 
 
@@ -128,7 +133,10 @@ class Training:
         self.grad_fn = job.composed.gradients(job.select)
         self.late, self.pace = Late(job.device), Pace()
         self.peak = peak_flops(job.device, job.composed.dtype)
-        self.saved = learner.step
+        self.kept = [step for step in _steps(folder) if step <= learner.step]
+        # A first state soon, but not before its writing is little beside what it saves
+        self.first_save = time.monotonic() + FIRST + 3 * num_bytes(learner.params) / FIRST_RATE
+        self.unproven: int | None = None  # a state from which no step was made yet
         self.begun = begun - learner.seconds  # as if all commands of the run were one
         self.profiler = Profiler(folder, job.device) if self.config.profile else None
 
@@ -137,19 +145,23 @@ class Training:
         config, learner = self.config, self.learner
         batches, rehearsed = iter(self.job.loader), False
         while learner.step < config.steps:
+            if not self.kept and self._is_time_for_the_first(learner.step + 1):
+                self._save()
             group, waited = self._next(batches)
             step = self._describe(group, waited)
             if attention_flash.waiting() and not rehearsed:
                 rehearsed = True  # once: a frozen tower's backward is waited for by nobody
                 rehearse(self.job, learner.working, group[0])
             values = learner.train_step(self.grad_fn, group)
-            if self.profiler is not None and (written := self.profiler.after_step()):
-                self.display.say(written)
+            if self.profiler is not None:
+                with warned("the profile"):
+                    if written := self.profiler.after_step():
+                        self.display.say(written)
             self.display.advance(learner.step)
             for read in self.late.push(step, values):
                 self._log(*read)
             last, stopping = learner.step == config.steps, stop() or learner.step == config.stop_at
-            if last or self._due(config.val_every) or learner.step in config.ends:
+            if self._validates(learner.step):
                 self._validate()
             if last or stopping or self._due(config.save_every or config.val_every):
                 self._save()
@@ -162,6 +174,15 @@ class Training:
         start = time.perf_counter()
         group = [next(batches) for _ in range(self.config.grad_accum_steps)]
         return group, time.perf_counter() - start
+
+    def _validates(self, step: int) -> bool:
+        every = self.config.val_every
+        due = every > 0 and step % every == 0
+        return step == self.config.steps or due or step in self.config.ends
+
+    def _is_time_for_the_first(self, step: int) -> bool:
+        """Weights are kept by validations: there is a state before them, to begin again from."""
+        return self._validates(step) or time.monotonic() > self.first_save
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.learner.step % every == 0
@@ -176,7 +197,10 @@ class Training:
     def _log(self, step: Step, numbers: list[float], seconds: float) -> None:
         loss, norm, *losses = numbers
         if not all(map(math.isfinite, numbers)):
-            self._refuse(step, losses)
+            self._refuse(_what_failed(step.number, losses), step.number)
+        if self.unproven is not None and step.number > self.unproven:
+            self.unproven = None
+            self._prune()
         self.pace.add(step, seconds)
         self.learner.tokens += step.tokens
         if step.number % self.config.log_every and step.number != self.config.steps:
@@ -198,16 +222,22 @@ class Training:
         left = self.config.steps - step.number
         self.display.show(row, self.config.steps, left * pace.seconds / pace.steps)
 
-    def _refuse(self, step: Step, losses: list[float]) -> None:
-        bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-        number = (step.number - 1) * len(losses) + (0 if bad is None else bad) + 1
-        what = (
-            f"the gradient after batch {number}" if bad is None else f"the loss of batch {number}"
-        )
-        kept = f"the state of step {self.saved} is kept" if self.saved else "nothing was saved yet"
+    def _refuse(self, what: str, step: int) -> NoReturn:
+        """Ends a run that computed something that is not finite. A state that this process wrote
+        and that leads to nothing else is no use to anybody, and goes."""
+        if self.unproven is not None:
+            drop_state(self.folder / STATES / f"{self.unproven:08d}")
+            self.kept.remove(self.unproven)
+        what = f"{what} is not finite (step {step})"
+        mend = "a lower --lr, a longer --warmup_steps or --dtype fp32"
+        kept = [path for path in find_states(self.folder) if int(path.name) in self.kept]
+        if not kept:
+            again = " and --resume=auto" if self.config.name else ""
+            raise UserError(f"{what}; no state was kept: start again with {mend}{again}")
+        start = shlex.quote(f"--init_from={kept[-1]}")
         raise UserError(
-            f"{what} is not finite (step {step.number}); {kept}: "
-            "try a lower --lr, a longer --warmup_steps or --dtype fp32"
+            f"{what}; the state of step {int(kept[-1].name)} is kept: start a new run, of another "
+            f"--name, from its weights by {start} with {mend}"
         )
 
     def _settle(self) -> None:
@@ -218,11 +248,12 @@ class Training:
     def _validate(self) -> None:
         """Measures the validation loss; keeps these weights if they are the best so far."""
         self._settle()
+        self._check()
         learner = self.learner
         with self.late.paused():
             loss = mean_loss(self.job.composed.eval_loss, learner.working, self.job.validation)
             if loss is not None and not math.isfinite(loss):
-                raise UserError(f"the validation loss is not finite at step {learner.step}")
+                self._refuse("the validation loss", learner.step)
             if better := loss is None or learner.best is None or loss < learner.best:
                 learner.best = loss
             if better or self.config.keep == "last":
@@ -234,17 +265,46 @@ class Training:
                 star = " (the best so far)" if better else ""
                 self.display.say(f"step {learner.step}: validation loss {loss:.4f}{star}")
 
+    def _check(self) -> None:
+        """Weights that are not finite are kept nowhere."""
+        with self.late.paused():
+            if bad := self.learner.not_finite():
+                self._refuse(f"{bad}, after its last update,", self.learner.step)
+
     def _save(self) -> None:
+        """Saves a state; the ones before it go when it is on the disk."""
         self._settle()
+        self._check()
         with self.late.paused():
             self.learner.seconds = time.monotonic() - self.begun
-            save_state(self.folder, self.learner.state(self.job.loader.state_dict()), self.config)
-            self.saved = self.learner.step
+            state = self.learner.state(self.job.loader.state_dict())
+            self.metrics.sync()
+            save_state(self.folder, state, self.config)
+            self.kept.append(state.step)
+            self.unproven = state.step
+            self._prune()
+
+    def _prune(self) -> None:
+        """Keeps the newest states, and of an unproven one the one before it: its weights may be
+        such that the next loss is not finite."""
+        self.kept = self.kept[-max(self.config.keep_states, 1 if self.unproven is None else 2) :]
+        keep_states(self.folder, self.kept)
+
+
+def _steps(folder: Path) -> list[int]:
+    return [int(path.name) for path in find_states(folder)]
+
+
+def _what_failed(step: int, losses: list[float]) -> str:
+    bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    number = (step - 1) * len(losses) + (0 if bad is None else bad) + 1
+    return f"the gradient after batch {number}" if bad is None else f"the loss of batch {number}"
 
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Gives ``stop()``: whether Ctrl-C or SIGTERM came. A second one ends the program at once.
+    """Gives ``stop()``: whether Ctrl-C, SIGTERM or (unless ignored, as by nohup) SIGHUP came. A
+    second one ends the program at once.
 
     Outside the main thread, where Python takes no signals, it never has.
     """
@@ -259,7 +319,13 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         for one in old:
             signal.signal(one, old[one])
 
-    old = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (
+        signal.SIGINT,
+        signal.SIGTERM,
+        *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []),
+    )
+    old = {one: signal.getsignal(one) for one in numbers}
+    old = {one: handler for one, handler in old.items() if handler is not signal.SIG_IGN}
     for one in old:
         signal.signal(one, ask)
     try:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import importlib.util
 import json
 import logging
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -17,11 +22,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
+from params.disk import write_text
+from runners.cli import explained
 from runners.config import CONFIG, TrainConfig, as_dict
 from runners.errors import UserError, printable
 from runners.jsonfile import Fields, read_object, read_rows
 
 FILE = "metrics.jsonl"
+_log = logging.getLogger(__name__)
 Row = Mapping[str, float | int | str | None]
 
 
@@ -40,10 +48,10 @@ class Metrics:
     def __init__(self, folder: Path, config: TrainConfig, *, after: int = 0) -> None:
         path = folder / FILE
         kept = [row for row in read_metrics(folder) if _step(row) <= after] if after else []
-        part = path.with_name(f"{FILE}.part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        part.replace(path)
-        self._file = path.open("a", buffering=1)
+        with explained(f"cannot write {path}"):
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+            self._file = path.open("ab", buffering=0)
+        self._waiting = b""  # rows that the disk had no room for
         self._board: Any = None
         # Made for the first row, when the device has steps to work on: importing it takes 0.3 s
         self._make_board: Callable[[], Any] | None = None
@@ -59,23 +67,63 @@ class Metrics:
             )  # fmt: skip
 
     def write(self, row: Row) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        """Rows that cannot be written are kept for the next time, with a warning: no disk that is
+        full ends a run at a line of its log."""
+        self._append(json.dumps(row).encode() + b"\n")
         step = _step(row)
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
-        if self._make_board is not None:
-            self._board, self._make_board = self._make_board(), None
-        if self._board is not None:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, step)
+        try:
+            if self._make_board is not None:
+                make, self._make_board = self._make_board, None
+                self._board = make()
+            if self._board is not None:
+                for name, value in numbers.items():
+                    self._board.add_scalar(name, value, step)
+        except OSError as error:
+            _log.warning("TensorBoard's events cannot be written any more: %s", error)
+            self._board = None
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
+    def sync(self) -> None:
+        """Flushes the rows to the disk: a state that follows them may rely on them."""
+        with warned(self._file.name):
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
+        self._append(b"")
+        self.sync()
         self._file.close()
         if self._board is not None:
-            self._board.close()
+            with warned("TensorBoard's events"):
+                self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _append(self, line: bytes) -> None:
+        """Whole lines or nothing."""
+        told, end = bool(self._waiting), os.fstat(self._file.fileno()).st_size
+        self._waiting += line
+        try:
+            if self._file.write(self._waiting) == len(self._waiting):
+                self._waiting = b""
+                return
+            reason = os.strerror(errno.ENOSPC)
+        except OSError as error:
+            reason = error.strerror or str(error)
+        os.ftruncate(self._file.fileno(), end)
+        if not told or not line:
+            rows = self._waiting.count(b"\n")
+            _log.warning("%s lacks the last %d rows: %s", self._file.name, rows, reason)
+
+
+@contextmanager
+def warned(what: str) -> Iterator[None]:
+    """A warning, where what only shows a run cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        _log.warning("%s: cannot be written: %s", what, error.strerror or error)
 
 
 def run_id(folder: Path) -> str:
@@ -87,7 +135,22 @@ def run_id(folder: Path) -> str:
 def _board(folder: Path, after: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
+    _silence_writers()
     return SummaryWriter(str(folder), purge_step=after + 1)
+
+
+@functools.cache
+def _silence_writers() -> None:
+    """TensorBoard writes in a thread; what fails there is raised again by the next call, and needs
+    no traceback of the thread's beside it."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        mine = type(args.thread).__name__ == "_AsyncWriterThread"
+        if not (mine and issubclass(args.exc_type, OSError)):
+            before(args)
+
+    threading.excepthook = hook
 
 
 def read_metrics(folder: Path) -> list[Row]:
@@ -110,6 +173,7 @@ class Display:
 
     def __init__(self, steps: int, start: int = 0, console: Console | None = None) -> None:
         self.console = console or Console()
+        self._heard = True
         self._live: Progress | None = None
         if self.console.is_terminal:
             self._live = Progress(
@@ -136,8 +200,31 @@ class Display:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
-        self.console.print(escape(printable(text)), highlight=False, soft_wrap=True)
+        """A line that stays. A run goes on where nobody can read it any more."""
+        if not self._heard:
+            return
+        try:
+            self.console.print(escape(printable(text)), highlight=False, soft_wrap=True)
+        except (OSError, SystemExit) as error:  # the latter is how rich takes a reader that left
+            self._heard = False
+            self._fall_silent(error)
+
+    def _fall_silent(self, error: BaseException) -> None:
+        if self._live is not None:
+            with suppress(OSError, SystemExit):
+                self._live.stop()
+            self._live = None
+        reason = (error.strerror if isinstance(error, OSError) else None) or "its reader has left"
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.console.file.fileno())  # what waits in buffers goes there, too
+            os.close(nowhere)
+        with suppress(OSError):
+            print(
+                f"warning: the output cannot be written any more ({reason}): the run goes on, its "
+                f"numbers are in {FILE}",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
 
     @contextmanager
     def logging(self, name: str) -> Iterator[None]:

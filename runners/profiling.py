@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from params.disk import write_text
+
 SKIPPED, RECORDED = 5, 3  # steps: the first ones compile, and fill allocator and queues
 
 
@@ -34,7 +36,7 @@ class Profiler:
         self.profile.export_chrome_trace(str(trace))
         order = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
         averages = self.profile.key_averages()
-        table.write_text(averages.table(sort_by=order, row_limit=60, max_name_column_width=80))
+        write_text(table, averages.table(sort_by=order, row_limit=60, max_name_column_width=80))
         return f"Profile of {RECORDED} steps in {table} and {trace}"
 
     def _wait(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ from params import flatten, init_params
 from params.tree import Tree
 from runners import compile_ahead, digests
 from runners.budget import check_memory
-from runners.checkpoints import TOKENIZER, State, load_state, load_weights, open_run
+from runners.checkpoints import TOKENIZER, load_weights, open_run
 from runners.cli import explained
 from runners.compose import Composed, choose_device, compose
 from runners.config import TrainConfig, model_config
@@ -28,8 +27,10 @@ from runners.data.loader import Loader
 from runners.data.packing import PackSpec, plan_spec
 from runners.data.tokenizer import ChatTokenizer, load_tokenizer, sample_texts, train_tokenizer
 from runners.data.types import BadRecordError, Document, Source, spread
+from runners.data.workers import check_workers, cores
 from runners.errors import UserError
 from runners.sources import Sources, open_sources
+from runners.states import State, load_state, run_folder
 from runners.warming import attentions, warming
 from transforms import cast_matrices, trainable
 
@@ -79,12 +80,12 @@ def _prepare(
     config: TrainConfig, state_path: Path | None, device: torch.device, unfinished: ExitStack
 ) -> Job:
     """unfinished: closes what was begun, if the rest fails."""
+    workers = choose_workers(config, device)  # first: the wrong number costs no time
     shape = model_config(config)
     check_memory(config, shape, device, everything=not config.trainable and config.stage != "align")
     sources = open_sources(config, shape)
     if state_path is not None:
-        folder = state_path.parent.parent
-        digests.check(folder, sources.digests, allowed=config.data_changed)
+        digests.check(run_folder(state_path), sources.digests, allowed=config.data_changed)
     elif config.config is not None:  # a run of its own, which may be meant to be of other data
         again = Path(config.config)
         folder = again if again.is_dir() else again.parent
@@ -95,7 +96,6 @@ def _prepare(
     encoder = build_encoder(config, model, tokenizer, training=True)
     sample = list(sample_documents(sources.train, encoder, SAMPLE))
     spec = plan(encoder, sample, config.device_batch_size, model)
-    workers = choose_workers(config, device)
     loader = Loader(
         sources.train, encoder, spec,
         seed=config.seed, shuffle=not sources.ordered, augment=config.augment,
@@ -132,14 +132,14 @@ def choose_vocabulary(
     """
     model = model_config(config)
     if state_path is not None:
-        run = open_run(state_path.parent.parent)
+        run = open_run(run_folder(state_path))
         return load_tokenizer(run.tokenizer), run.model
     if (
         config.tokenizer is None
         and config.init_from
-        and (Path(config.init_from) / TOKENIZER).exists()
+        and (run_folder(Path(config.init_from)) / TOKENIZER).exists()
     ):
-        run = open_run(config.init_from)
+        run = open_run(run_folder(Path(config.init_from)))
         return load_tokenizer(run.tokenizer), _with_vocab(model, run.model.text.vocab_size)
     if config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
@@ -291,11 +291,9 @@ def build_params(
 def choose_workers(config: TrainConfig, device: torch.device) -> int:
     """As told; else up to 12 beside a GPU, and none beside a CPU that computes with every core."""
     if config.workers is not None:
+        check_workers(config.workers)
         return config.workers
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return min(12, max(1, cores - 2)) if device.type == "cuda" else 0
+    return min(12, max(1, cores() - 2)) if device.type == "cuda" else 0
 
 
 def _floats(tree: Tree) -> Tree:

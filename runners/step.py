@@ -11,9 +11,9 @@ from core import Batch
 from core.batch import IGNORE
 from params import flatten
 from params.tree import Tree
-from runners.checkpoints import State
 from runners.config import TrainConfig
 from runners.optim import build_optimizer, clipping, learning_rate
+from runners.states import State
 from transforms import cast_matrices, trainable
 
 GradFn = Callable[[Tree, Batch], tuple[Tensor, Tree]]
@@ -52,6 +52,12 @@ class Learner:
             self.step, self.params, self.optimizer.state(), loader, self.best, rng_state(),
             self.tokens, self.seconds,
         )  # fmt: skip
+
+    def not_finite(self) -> str | None:
+        """The first leaf of params or moments that holds a NaN or an infinity."""
+        leaves = flatten(self.params) | self.optimizer.state()
+        bad = (p for p, x in leaves.items() if x.is_floating_point() and not x.isfinite().all())
+        return next(bad, None)
 
     def restore(self, state: State) -> None:
         """Continues where ``state`` was taken; the params are those of the state already."""

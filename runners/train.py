@@ -26,15 +26,14 @@ import torch
 
 import kernels
 from params import count, num_bytes, unflatten
+from params.disk import write_text
 from runners import digests
 from runners.checkpoints import (
     check_room,
-    choose_folder,
+    claim_folder,
     create_folder,
     load_weights,
-    read_record,
     record_start,
-    write_text,
 )
 from runners.cli import INTERRUPTED, guarded
 from runners.config import TrainConfig, parse_config
@@ -42,11 +41,13 @@ from runners.data.types import IMAGE, BadRecordError, spread
 from runners.eval import Evaluator, Report, evaluate, questions_of
 from runners.figures import Sample, draw_loss, draw_samples
 from runners.generate import answer
+from runners.lock import LOCK
 from runners.loop import Training, interruptible
-from runners.metrics import Display, Metrics, check_wandb, read_metrics
+from runners.metrics import Display, Metrics, check_wandb, read_metrics, warned
 from runners.provenance import origin
 from runners.resume import continued
 from runners.setup import Job, build_encoder, prepare
+from runners.states import read_record
 from runners.step import Learner
 from transforms import cast_matrices
 
@@ -55,7 +56,8 @@ def train(
     config: TrainConfig, display: Display | None = None, *, command: str | None = None
 ) -> Path | None:
     """Runs a config to its end. Returns the run's folder, or None if it was interrupted (then
-    ``--resume`` goes on). Raises UserError; nothing is written before everything is validated.
+    ``--resume`` goes on). Raises UserError; but for the lock that makes the folder this run's own,
+    nothing is written before everything is validated.
 
     command: the command line, as the run's config.json is to quote it.
     """
@@ -63,14 +65,16 @@ def train(
     display = display or Display(config.steps)
     with display.logging("runners"), display.logging("kernels"), ExitStack() as stack:
         check_wandb(config)
-        folder, state_path = choose_folder(config)
-        if state_path is not None:
-            _, step, old = read_record(state_path)
-            config = continued(old, config, step, state_path)
-        job = prepare(config, state_path)
+        claim = claim_folder(config)
+        stack.callback(claim.release)
+        folder = claim.folder
+        if claim.state is not None:
+            _, step, old = read_record(claim.state)
+            config = continued(old, config, step, claim.state)
+        job = prepare(config, claim.state)
         stack.callback(job.loader.close)  # it runs already
         learner = Learner(job.params, config, job.select, job.composed.dtype)
-        check_room(folder, learner.params, unflatten(learner.learning))
+        check_room(folder, learner.params, unflatten(learner.learning), config.keep_states)
         if job.state is not None:
             learner.restore(job.state)
         begin = origin(command, learner.step, job.device)
@@ -146,7 +150,8 @@ def optimizer_line(job: Job) -> str:
 
 def finish(job: Job, folder: Path) -> list[str]:
     """Evaluates the best weights on what was held out, and draws loss.png and samples.png."""
-    draw_loss(folder / "loss.png", read_metrics(folder))
+    with warned("loss.png"):
+        draw_loss(folder / "loss.png", read_metrics(folder))
     evaluator = Evaluator(
         job.composed.forward,
         cast_matrices(load_weights(folder, job.params, job.device), job.composed.dtype),
@@ -158,10 +163,13 @@ def finish(job: Job, folder: Path) -> list[str]:
     if job.config.eval_examples:
         limit = job.config.eval_examples
         reports = evaluate(evaluator, job.sources.held_out, limit, chat=job.config.chat)
-        write_text(folder / "eval.json", json.dumps([asdict(r) for r in reports], indent=1))
+        with warned("eval.json"):
+            write_text(folder / "eval.json", json.dumps([asdict(r) for r in reports], indent=1))
     if job.config.samples and job.config.chat and job.sources.held_out:
-        draw_samples(folder / "samples.png", sample(evaluator, job))
-    written = sorted(p.name for p in folder.iterdir() if p.is_file())
+        samples = sample(evaluator, job)
+        with warned("samples.png"):
+            draw_samples(folder / "samples.png", samples)
+    written = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != LOCK)
     return [*(line for r in reports for line in r.lines()), f"In {folder}: {', '.join(written)}"]
 
 

@@ -36,7 +36,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from runners.checkpoints import newest_state, open_run
+from runners.checkpoints import open_run
 from runners.cli import INTERRUPTED
 from runners.data.text import TextFiles
 from runners.data.tokenizer import load_tokenizer, sample_texts, train_tokenizer
@@ -140,8 +140,6 @@ def train(args: argparse.Namespace, optimizer: str, lr: float, end: float | None
         return True
     if end is not None and end - time.monotonic() < args.least:
         return False
-    if (runs / name).exists() and newest_state(runs / name) is None:
-        shutil.rmtree(runs / name)  # ended before its first state
     vocabulary = load_tokenizer(args.work / "tokenizer.json").vocab_size
     flags = {
         "name": name, "runs_dir": runs, "resume": "auto", "stage": "pretrain",

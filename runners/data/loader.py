@@ -14,7 +14,7 @@ from runners.data.packing import WINDOW, PackSpec
 from runners.data.stats import Stats
 from runners.data.stream import State, Stream
 from runners.data.types import Encode, Source
-from runners.data.workers import feed_here, pickled_job
+from runners.data.workers import check_workers, feed_here, pickled_job
 from runners.errors import UserError
 
 
@@ -34,7 +34,8 @@ class Loader:
     `state_dict()` is that after the last batch handed out, and JSON-serialisable: epoch, position,
     the waiting documents by number, counts. A Loader of the same arguments that loads it goes on
     with the identical next batch.
-    Raises UserError for empty data, or when more than 1% of the records cannot be used.
+    Raises UserError for empty data, for more than 4 workers a core, or when more than 1% of the
+    records cannot be used.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Loader:
             raise ValueError(f"impossible {shard=}, {workers=}, {prefetch=} or {window=}")
         if len(source) < world:
             raise UserError(f"The data has {len(source)} records, too few for {world} process(es).")
+        check_workers(workers)
         self.source, self.encode, self.workers, self.prefetch = source, encode, workers, prefetch
         self.stream = Stream(len(source), spec, seed, repeat, shuffle, augment, shard, window, data)
         self._initial = self.stream.start()

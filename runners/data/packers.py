@@ -65,6 +65,6 @@ class Packer:
                     yield as_tensors(arrays), told
         except Gone as error:
             raise UserError(
-                f"The data packer ended with status {popen.wait()} (-9: out of memory; else its "
-                "last words are above): use fewer workers, or workers=0 to see more."
+                f"The data packer {process.how_it_ended(popen)}: use fewer workers, or workers=0 "
+                "to see more."
             ) from error

@@ -2,7 +2,8 @@
 
 Nothing is forked (the trainer has threads, and perhaps a CUDA context), and the user's script is
 not imported a second time, neither is torch. When the process that started one dies, for whatever
-reason, the socket closes and the other ends.
+reason, the socket closes and the other ends, be it importing or in the middle of its work. The
+signals by which a system or a terminal ends a run are its owner's to handle: here they are blocked.
 """
 
 from __future__ import annotations
@@ -20,11 +21,23 @@ from typing import NamedTuple
 from runners.data.wire import Gone, Link
 from runners.errors import UserError
 
-_CODE = (
-    "import importlib; from runners.data import process; "
-    "process.run(importlib.import_module({0!r}).serve, {1})"
-)
+# The thread watches from the first moment on, before the imports that take long. The kernel's own
+# way (PR_SET_PDEATHSIG) would end a process with the *thread* that started it.
+_CODE = """
+import os, select, threading, time
+def watch():
+    owner = select.poll()
+    owner.register({fd}, 0)  # only that it hung up
+    owner.poll()
+    time.sleep({grace})
+    os._exit(0)
+threading.Thread(target=watch, daemon=True).start()
+import importlib
+from runners.data import process
+process.run(importlib.import_module({module!r}).serve, {fd})
+"""
 PATIENCE = 3.0  # seconds that a worker has to end by itself; the packer waits for its workers
+OWNERS = [s for n in ("SIGINT", "SIGTERM", "SIGHUP") if (s := getattr(signal, n, None)) is not None]
 
 
 class ElsewhereError(RuntimeError):
@@ -40,29 +53,44 @@ def start(module: str, *, group: bool = False, quiet: bool = False) -> Process:
     """Run `serve(link)` of a module, given by its full name. group: in a group of its own, with all
     that it starts.
 
-    Such a group gets neither the terminal's Ctrl-C nor a SIGTERM that is meant for the trainer.
-    quiet: it writes nowhere, so that whoever reads our output need not wait for its end.
+    When its owner is gone, the leader of a group has a moment to end those that it started itself.
+    quiet: it writes nowhere, so that whoever reads our output need not wait for its end. Raises
+    UserError where the system has no room for another process.
     """
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     # One thread each: there are as many workers as the user wants cores used.
     limits = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    ours, theirs = socket.socketpair()
-    with theirs:
-        popen = subprocess.Popen(
-            [sys.executable, "-c", _CODE.format(module, theirs.fileno())],
-            env={**os.environ, "PYTHONPATH": path, **limits},
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL if quiet else None,
-            stderr=subprocess.DEVNULL if quiet else None,
-            process_group=0 if group else None,
-        )
+    ours = None
+    try:
+        ours, theirs = socket.socketpair()
+        grace = PATIENCE if group else 0
+        # Blocked here, as a process has what its parent had when it was started
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, OWNERS)
+        try:
+            with theirs:
+                code = _CODE.format(module=module, fd=theirs.fileno(), grace=grace)
+                popen = subprocess.Popen(
+                    [sys.executable, "-c", code],
+                    env={**os.environ, "PYTHONPATH": path, **limits},
+                    pass_fds=(theirs.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL if quiet else None,
+                    stderr=subprocess.DEVNULL if quiet else None,
+                    process_group=0 if group else None,
+                )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    except OSError as error:
+        if ours is not None:
+            ours.close()
+        raise UserError(
+            f"cannot start a process of {module} ({error.strerror or error}): use fewer workers"
+        ) from error
     return Process(Link(ours), popen)
 
 
 def run(serve: Callable[[Link], None], fd: int) -> None:
     """What the started process does, until the other end closes. What goes wrong is sent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     link = Link(socket.socket(fileno=fd))
     with contextlib.suppress(Gone):
         try:
@@ -74,6 +102,16 @@ def run(serve: Callable[[Link], None], fd: int) -> None:
         except Exception:
             name = serve.__module__
             link.send(ElsewhereError(f"in a process of {name}:\n{traceback.format_exc()}"))
+
+
+def how_it_ended(popen: subprocess.Popen[bytes]) -> str:
+    """In words, of a process whose socket has closed."""
+    status = popen.wait()
+    if status >= 0:
+        return f"ended with status {status} (process {popen.pid}; its last words are above)"
+    name = signal.Signals(-status).name
+    why = "; a system out of memory does that" if name == "SIGKILL" else ""
+    return f"was killed by {name} (process {popen.pid}{why})"
 
 
 def close(processes: Sequence[Process], *, group: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,10 +63,9 @@ class ChatTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json that Hugging Face loads too; whole or not at all."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
-        os.replace(temporary, path)
+        from params.disk import write_text  # here, as workers do without torch
+
+        write_text(Path(path), self._tokenizer.to_str(pretty=True))
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise UserError unless every token fits an embedding of `vocab_size` rows."""

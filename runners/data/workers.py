@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pickle
 import select
 import weakref
@@ -18,6 +19,7 @@ from runners.errors import UserError
 
 CHUNK = 16  # items a message
 AHEAD = 2  # messages a worker has before it
+MOST = 4  # workers a core
 BLOCKS = 512  # of results in use: 122 for batches of 580 documents, 8 rows of 4,096 tokens
 
 
@@ -27,6 +29,22 @@ def feed_here(
     """Encode in this process, one item when it is asked for."""
     for request in requests:
         yield request, encode_item(source, encode, seed, *request)
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def check_workers(count: int) -> None:
+    """Raises UserError for more workers than could ever help: each is a process of its own."""
+    if count > (most := MOST * cores()):
+        raise UserError(
+            f"{count} workers are too many: {most} are {MOST} for each of the {cores()} cores that "
+            "this process may use"
+        )
 
 
 def pickled_job(source: Source, encode: Encode, seed: int | None) -> bytes:
@@ -50,7 +68,12 @@ class Workers:
         self._waits: list[select.poll] = []
         # Also runs at exit, and when the owner forgets.
         self.close = weakref.finalize(self, process.close, self._processes)
+        gone = select.poll()
+        if owner is not None:
+            gone.register(owner, 0)
         for _ in range(count):
+            if gone.poll(0):
+                raise Gone
             self._processes.append(process.start("runners.data.worker"))
             self._processes[-1].link.most = max(AHEAD, BLOCKS // count)
             wait = select.poll()
@@ -93,8 +116,8 @@ class Workers:
             answer, arrays = link.receive()
         except Gone as error:
             raise UserError(
-                f"Data worker {worker} ended with status {popen.wait()} (-9: out of memory; else "
-                "its last words are above): use fewer workers, or workers=0 to see more."
+                f"Data worker {worker} {process.how_it_ended(popen)}: use fewer workers, or "
+                "workers=0 to see more."
             ) from error
         if isinstance(answer, Exception):
             raise answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +16,12 @@ import torch
 
 from params import flatten, init_params, load_metadata, load_params
 from runners import train as train_module
-from runners.checkpoints import newest_state, open_run
+from runners.checkpoints import open_run
 from runners.config import TrainConfig
 from runners.errors import UserError
 from runners.loop import Late, Read, Step
 from runners.metrics import Display, read_metrics
+from runners.states import find_states, newest_state
 from runners.train import train
 
 Micro = Callable[..., TrainConfig]
@@ -127,24 +129,96 @@ def test_the_line_of_an_interrupted_step_is_of_that_step(
 def test_an_interrupted_command_says_how_to_go_on(
     micro: Micro, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train_module, "parse_config", lambda argv, gpu: micro(stop_at=1))
-    assert train_module.main([]) == 130
-    folder = Path(micro().runs_dir) / "micro"
-    said = capsys.readouterr().out
-    assert f"continue: python -m runners.train --resume '{folder}'\n" in said
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(micro: Micro, quiet: Quiet) -> None:
-    config = micro(lr=1e30, warmup_steps=0, save_every=1, grad_accum_steps=2)
-    with pytest.raises(UserError, match=r"the loss of batch 3 is not finite \(step 2\)") as caught:
-        train(config, quiet())
-    assert "the state of step 1 is kept" in str(caught.value)
-    state = newest_state(Path(config.runs_dir) / "micro")
-    assert state is not None
-    assert state.name == "00000001"
-    assert all(
-        leaf.isfinite().all() for leaf in flatten(load_params(state / "state.safetensors")).values()
+    runs = str(Path(micro().runs_dir) / "it's mine")
+    monkeypatch.setattr(
+        train_module, "parse_config", lambda argv, gpu: micro(stop_at=1, runs_dir=runs)
     )
+    assert train_module.main([]) == 130
+    said = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert said[-4:] == ["-m", "runners.train", "--resume", str(Path(runs) / "micro")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lr": 1e30}, r"the loss of batch 3 is not finite \(step 2\)"),
+        ({"lr": 1e38}, r"after its last update, is not finite \(step 1\)"),
+    ],
+)
+def test_a_state_that_leads_nowhere_is_not_kept(
+    micro: Micro, quiet: Quiet, changes: dict[str, Any], said: str
+) -> None:
+    """And what the message says to do works."""
+    config = micro(warmup_steps=0, save_every=1, grad_accum_steps=2, **changes)
+    with pytest.raises(UserError, match=said) as caught:
+        train(config, quiet())
+    assert "no state was kept: start again with a lower --lr" in str(caught.value)
+    assert str(caught.value).endswith("and --resume=auto")
+    folder = Path(config.runs_dir) / "micro"
+    assert find_states(folder) == []
+    assert not (folder / "model.safetensors").exists()
+    assert len(losses(run(micro(steps=2, resume="auto"), quiet()))) == 2
+
+
+def test_the_last_usable_state_is_kept_and_named(
+    micro: Micro, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = iter([1e-3, 1e-3, 1e30, 1e30, 1e30])
+    monkeypatch.setattr("runners.step.learning_rate", lambda config, step: next(rates))
+    config = micro(save_every=1, runs_dir=str(Path(micro().runs_dir) / "of mine"))
+    with pytest.raises(UserError, match=r"loss of batch 4 is not finite \(step 4\)") as caught:
+        train(config, quiet())
+    monkeypatch.undo()
+    folder = Path(config.runs_dir) / "micro"
+    state = folder / "state" / "00000002"
+    assert find_states(folder) == [state]
+    assert newest_state(folder) == state
+    assert "the state of step 2 is kept" in str(caught.value)
+    flag = next(word for word in shlex.split(str(caught.value)) if word.startswith("--init_from="))
+    second = run(micro(name="second", steps=2, init_from=flag.partition("=")[2]), quiet())
+    assert losses(second)[0] < losses(run(micro(name="fresh", steps=2), quiet()))[0]
+    assert (second / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
+
+
+def test_the_newest_states_are_kept(micro: Micro, quiet: Quiet) -> None:
+    folder = run(micro(save_every=2, keep_states=3), quiet())
+    assert [int(path.name) for path in find_states(folder)] == [2, 4, 6]
+    folder = run(micro(name="one", save_every=1, keep_states=1), quiet())
+    # the last one is unproven: no step has been made from it
+    assert [int(path.name) for path in find_states(folder)] == [5, 6]
+
+
+def test_a_damaged_state_costs_the_steps_since_the_one_before(
+    micro: Micro, quiet: Quiet, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = run(micro(name="whole"), quiet())
+    assert train(micro(save_every=2, stop_at=4), quiet()) is None
+    folder = Path(micro().runs_dir) / "micro"
+    newest = folder / "state" / "00000004"
+    tensors = newest / "state.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[-7] ^= 4
+    tensors.write_bytes(content)
+    assert train(micro(resume="auto", stop_at=5), quiet()) is None
+    assert f"{tensors} is damaged" in caplog.text
+    assert [int(path.name) for path in find_states(folder)] == [2, 5]
+    assert losses(run(micro(resume="auto"), quiet())) == losses(whole)
+
+
+def test_the_first_state_comes_early(
+    micro: Micro, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few seconds after the first step, and before any weights are kept."""
+    stepped: list[list[Path]] = []
+    folder = Path(micro().runs_dir) / "micro"
+    monkeypatch.setattr(Display, "advance", lambda self, step: stepped.append(find_states(folder)))
+    run(micro(steps=3), quiet())
+    assert [[p.name for p in found] for found in stepped] == [[], [], ["00000002"]]
+    monkeypatch.setattr("runners.loop.FIRST", -1e9)
+    stepped.clear()
+    folder = Path(micro().runs_dir) / "early"
+    run(micro(name="early", steps=3), quiet())
+    assert [[p.name for p in found] for found in stepped] == [["00000000"]] * 3
 
 
 def test_the_best_weights_are_kept_not_the_last(

@@ -4,7 +4,9 @@ import importlib
 import itertools
 import json
 import os
+import pickle
 import select
+import signal
 import subprocess
 import sys
 import textwrap
@@ -18,6 +20,7 @@ import torch
 
 from runners.data import process, wire
 from runners.data.collate import Batch
+from runners.data.columns import results_of
 from runners.data.encode import Encoder
 from runners.data.images import Augment, ImageSpec
 from runners.data.llava import Llava
@@ -27,6 +30,7 @@ from runners.data.shapes import Shapes
 from runners.data.text import TextFiles
 from runners.data.tokenizer import ChatTokenizer
 from runners.data.types import Conversation, Turn
+from runners.data.wire import Gone
 from runners.data.workers import Workers, pickled_job
 from runners.errors import UserError
 
@@ -386,10 +390,69 @@ def test_a_worker_that_dies_is_reported(encoder: Encoder):
         results = workers.feed(requests)
         assert next(results)[0] == (0, 0)
         workers._processes[1].popen.kill()
-        with pytest.raises(UserError, match="Data worker 1 ended with status -9"):
+        with pytest.raises(
+            UserError, match=r"Data worker 1 was killed by SIGKILL \(process \d+; .*memory"
+        ):
             list(results)
     finally:
         workers.close()
+
+
+def test_signals_that_end_a_run_are_left_to_its_owner():
+    """From the first moment on; SIGKILL is told by name."""
+    link, popen = process.start("runners.data.worker")
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        popen.send_signal(number)
+    link.send(pickle.dumps((Shapes(size=32), len, None)))
+    link.send([])
+    assert results_of(*link.receive()) == []
+    popen.terminate()
+    link.send([])
+    assert results_of(*link.receive()) == []
+    popen.kill()
+    with pytest.raises(Gone):
+        link.receive()
+    assert process.how_it_ended(popen).startswith(f"was killed by SIGKILL (process {popen.pid}; ")
+    process.close([process.Process(link, popen)])
+
+
+def test_processes_end_with_their_owner_while_they_start():
+    code = """
+    import os
+    from runners.data import process
+    started = [process.start("runners.data.worker", group=i == 0) for i in range(3)]
+    print(*[popen.pid for _, popen in started], flush=True)
+    os.kill(os.getpid(), 9)
+    """
+    begin = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60
+    )  # when the last process ends that may write
+    assert time.monotonic() - begin < 20
+    assert (ended.returncode, ended.stderr) == (-9, "")
+    for pid in map(int, ended.stdout.split()):
+        assert (
+            not Path(f"/proc/{pid}/cmdline").exists()
+            or not Path(f"/proc/{pid}/cmdline").read_bytes()
+        )  # gone, or a zombie that nobody waits for
+
+
+def test_more_workers_than_could_help_are_refused(
+    encoder: Encoder, spec: PackSpec, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("runners.data.workers.cores", lambda: 2)
+    Loader(Shapes(size=32), encoder, spec, workers=8)
+    with pytest.raises(UserError, match="9 workers are too many: 8 are 4 for each of the 2 cores"):
+        Loader(Shapes(size=32), encoder, spec, workers=9)
+
+
+def test_a_system_without_room_for_a_process_is_named(monkeypatch: pytest.MonkeyPatch):
+    def full(*args: object, **keywords: object) -> None:
+        raise BlockingIOError(11, os.strerror(11))
+
+    monkeypatch.setattr(subprocess, "Popen", full)
+    with pytest.raises(UserError, match=r"runners\.data\.worker \(Resource temp.*fewer workers"):
+        process.start("runners.data.worker")
 
 
 def test_workers_end_when_closed(encoder: Encoder):
@@ -449,7 +512,9 @@ def test_a_worker_killed_amid_a_run_is_reported(
     source = deadly("os.kill(os.getpid(), 9)")
     loader = Loader(source, encoder, spec, shuffle=False, workers=2, window=10)
     begin = time.monotonic()
-    with pytest.raises(UserError, match="Data worker 1 ended with status -9"):
+    with pytest.raises(
+        UserError, match=r"Data worker 1 was killed by SIGKILL \(process \d+; .*memory"
+    ):
         list(loader)
     assert time.monotonic() - begin < 20
     assert_all_ended(started[0])
@@ -463,7 +528,7 @@ def test_an_ended_packer_is_reported(
     next(batches)
     started[0].popen.kill()
     begin = time.monotonic()
-    with pytest.raises(UserError, match="The data packer ended with status -9"):
+    with pytest.raises(UserError, match=r"The data packer was killed by SIGKILL"):
         list(batches)
     assert time.monotonic() - begin < 20
 
