@@ -103,7 +103,7 @@ def _claim_path(path: Path, config: TrainConfig) -> Claim:
         try:
             check_state(path)
         except UserError as error:
-            raise UserError(f"{error}: {resume_flag(folder)} takes the newest whole one") from error
+            raise UserError(f"{error}; {resume_flag(folder)} takes the newest whole one") from error
         return _claimed(lock, path)
     except BaseException:
         lock.release()

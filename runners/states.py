@@ -87,7 +87,7 @@ def newest_state(folder: Path) -> Path | None:
         try:
             check_state(path)
         except UserError as error:
-            _log.warning("%s: the state before it is tried", error)
+            _log.warning("%s; the state before it is tried", error)
         else:
             return path
     if found:

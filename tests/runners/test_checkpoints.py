@@ -240,7 +240,9 @@ def test_names_of_runs(micro: Micro, tmp_path: Path) -> None:
     older = save_state(runs / "shapes-tiny", _state(unnamed, 5), unnamed)
     (state / "state.json").write_text("{")
     assert claimed(auto) == (runs / "shapes-tiny", older)
-    with pytest.raises(UserError, match=r"damaged.* --resume=.*shapes-tiny takes the newest whole"):
+    with pytest.raises(
+        UserError, match=r"damaged.* --resume=.*shapes-tiny' takes the newest whole"
+    ):
         claimed(micro(resume=str(state)))
 
 
