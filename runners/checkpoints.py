@@ -46,7 +46,7 @@ from runners.states import (
 MODEL, TOKENIZER = "model.safetensors", "tokenizer.json"
 # What a process killed amid a write leaves: ours, and safetensors' own temporary files
 _LEFT = re.compile(
-    r"(config|tokenizer|eval)\.json\.(part|tmp)|metrics\.jsonl\.part|(loss|samples)\.png\.part"
+    r"(config|tokenizer|data|eval)\.json\.(part|tmp)|metrics\.jsonl\.part|(loss|samples)\.png\.part"
     r"|model\.safetensors(\.index\.json)?\.part|\.tmp[0-9A-Za-z]{6}"
 )
 _EARLY = re.compile(rf"\.lock|tokenizer\.json|{_LEFT.pattern}")  # before config.json is there

@@ -11,7 +11,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from runners.checkpoints import TOKENIZER, write_text
+from params.disk import write_text
+from runners.checkpoints import TOKENIZER
 from runners.cli import explained
 from runners.data.split import digest_of, file_digest
 from runners.errors import UserError
