@@ -255,8 +255,14 @@ def _score(results: Sequence[tuple[Question, bool, bool]]) -> Score:
 
 
 def open_evaluator(run: Run, device: torch.device) -> Evaluator:
-    """The best weights of a run. Raises UserError naming what is missing."""
-    encoder = build_encoder(run.config, run.model, load_tokenizer(run.tokenizer))
+    """The best weights of a run. Raises UserError naming what is missing or does not fit."""
+    tokenizer = load_tokenizer(run.tokenizer)
+    if tokenizer.vocab_size > run.model.text.vocab_size:
+        raise UserError(
+            f"{run.tokenizer} has {tokenizer.vocab_size} tokens but the model's vocabulary only "
+            f"{run.model.text.vocab_size}: put the run's own tokenizer back"
+        )
+    encoder = build_encoder(run.config, run.model, tokenizer)
     params = load_weights(run.folder, init_params(run.model, device="meta"), device)
     params = cast_matrices(params, compute_dtype(run.config, device)[0])
     return Evaluator(vlm(run.model), params, run.model, encoder, run.config.device_batch_size)
