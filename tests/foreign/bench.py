@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 from core import Forward, from_module
 from params.tree import Tree, flatten, unflatten
 from tests.foreign.families import Batch, Family
-from tests.foreign.oracle import Named, Oracle, compare, compare_grads, loss_of
+from tests.foreign.oracle import Named, Oracle, Result, compare, compare_grads, loss_of
 from transforms import (
     value_and_grad,
 )
 
 RANK, ALPHA = 2, 3.0
+_STARRED = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
 
 class NothingThereError(Exception):
@@ -90,38 +92,38 @@ class Bench:
         torch.manual_seed(7)
         loss, grads = value_and_grad(self.loss(forward, finished))(params, given)
         compare("loss", loss, want.loss, noise.loss, rtol, 1e-2)
-        compare_grads(flatten(grads), self.wanted(params, want.grads), noise.grads, rtol)
+        compare_grads(flatten(grads), self.wanted(params, want), noise.grads, rtol)
 
     def loss(self, forward: Any, finished: bool = False) -> Callable[[Tree, Batch], Tensor]:
         if finished:
             return forward
         return lambda p, b: loss_of(forward(p, b), b)
 
-    def wanted(self, params: Tree, grads: Named) -> Named:
+    def wanted(self, params: Tree, result: Result) -> Named:
         """Gradients of what learns: of adapters where there are any, by the chain rule."""
-        flat = flatten(params)
-        if not any("lora" in path for path in flat):
-            return {n: g for n, g in grads.items() if n in flat}
-        out = {}
-        for path in {p.rpartition(".")[0] for p in flat if p.endswith("lora_a")}:
-            a, b = flat[f"{path}.lora_a"].double(), flat[f"{path}.lora_b"].double()
-            g = grads[f"{path}.weight"].double()
-            g = g.T if self.turned(path) else g
-            out[f"{path}.lora_a"] = ALPHA / RANK * b.T @ g
-            out[f"{path}.lora_b"] = ALPHA / RANK * g @ a.T
-        return out
+        flat, out = flatten(params), {}
+        grads = result.grads | result.of_frozen
+        for at, name in adapters(flat).items():
+            a, b = flat[f"{at}lora_a"].double(), flat[f"{at}lora_b"].double()
+            g = grads[name].double()
+            g = g.mT if self.turned(name) else g
+            out[f"{at}lora_a"] = ALPHA / RANK * b.mT @ g
+            out[f"{at}lora_b"] = ALPHA / RANK * g @ a.mT
+        return out or {n: g for n, g in result.grads.items() if n in flat}
 
-    def turned(self, path: str) -> bool:
+    def turned(self, name: str) -> bool:
         forward, _ = self.forward()
-        return any(s.transposed and s.path == path for s in forward.sites)
+        return any(s.transposed and s.weight == name for s in forward.sites)
 
     def named_as_left(self, forward: Forward, params: Tree, name: str) -> bool:
         """Whether the library says that it leaves a weight as it is."""
         holder = name.rpartition(".")[0]
         sited = {s.path for s in forward.sites}
         text = forward.explain(params) + "\n" + "\n".join(self.said)
-        told = any(word.strip("',:()[]") in (name, holder) for word in text.split())
-        return told and holder not in sited
+        words = {word.strip("',:()[]") for word in text.split()}
+        # layers that are alike are told once: blocks.*.attn
+        asked = {each for n in (name, holder) for each in (n, _STARRED.sub("*", n))}
+        return bool(asked & words) and holder not in sited
 
 
 def _weighs(m: nn.Module) -> str:
@@ -154,7 +156,7 @@ def int8_weights(bench: Bench, before: Tree, after: Tree) -> Named:
         if not path.endswith("_int8"):
             continue
         name = path.removesuffix("_int8")
-        turned = q.shape != old[name].shape or bench.turned(name.rpartition(".")[0])
+        turned = q.shape != old[name].shape or bench.turned(name)
         want = rounded(old[name], by_column=turned)
         codes = q.float() * new[f"{name}_scale"].float()
         codes = codes.mT if turned else codes
@@ -163,15 +165,20 @@ def int8_weights(bench: Bench, before: Tree, after: Tree) -> Named:
     return out
 
 
+def adapters(flat: Mapping[str, Tensor]) -> dict[str, str]:
+    """Where each adapter is, without ``lora_a`` -> the weight that it goes with."""
+    places = [path.removesuffix("lora_a") for path in flat if path.endswith("lora_a")]
+    return {at: f"{at}weight" if not at or at.endswith(".") else at[:-1] for at in places}
+
+
 def adapted(bench: Bench, params: Tree, weights: Mapping[str, Tensor] | None = None) -> Named:
     """Weights with adapters added in."""
     flat = flatten(params)
     own = flatten(bench.forward()[1]) | dict(weights or {})
     out = dict(weights or {})
-    for path in {p.rpartition(".")[0] for p in flat if p.endswith("lora_a")}:
-        change = ALPHA / RANK * flat[f"{path}.lora_b"].double() @ flat[f"{path}.lora_a"].double()
-        weight = own[f"{path}.weight"].double()
-        out[f"{path}.weight"] = weight + (change.T if bench.turned(path) else change)
+    for at, name in adapters(flat).items():
+        change = ALPHA / RANK * flat[f"{at}lora_b"].double() @ flat[f"{at}lora_a"].double()
+        out[name] = own[name].double() + (change.mT if bench.turned(name) else change)
     return out
 
 

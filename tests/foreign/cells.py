@@ -118,7 +118,7 @@ def bare_in(bench: Bench, dtype: torch.dtype, train: bool) -> str:
 
 def is_clear(bench: Bench, error: Exception) -> bool:
     """An error of ours that names a module, a weight or the argument that remedies it."""
-    if not isinstance(error, ValueError | TypeError | NotImplementedError):
+    if not isinstance(error, ValueError | TypeError | NotImplementedError | RuntimeError):
         return False
     if not _ours(traceback.extract_tb(error.__traceback__)[-1].filename):
         return False

@@ -121,7 +121,7 @@ def by_grad(bench: Bench) -> None:
         free, frozen = trainable(ready)
         loss = bench.loss(forward, finished)
         got = grad(lambda p: loss(merge(p, frozen), bench.batch()))(free)
-        compare_grads(flatten(got), bench.wanted(ready, want.grads), noise)
+        compare_grads(flatten(got), bench.wanted(ready, want), noise)
 
 
 def by_vmap(bench: Bench) -> None:

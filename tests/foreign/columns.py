@@ -288,7 +288,7 @@ def low_rank(bench: Bench) -> None:
     ready = shaken(f.prepare(params))
     weights = adapted(bench, ready)
     bench.check(f, ready, key="lora", weights=weights)
-    head = {s.path + ".weight" for s in forward.sites if s.kind == "head"}
+    head = {s.weight for s in forward.sites if s.kind == "head"}
     complete(bench, f, params, set(weights) | head, "linear")
 
 
@@ -320,12 +320,12 @@ def float8(bench: Bench) -> None:
     f = fp8(forward, skip=tuple(odd))
     out = f(f.prepare(params), bench.batch())
     module = bench.family.fresh(bench.dtype)
-    chosen = {flat[f"{p}.weight"].data_ptr() for p in linears - set(odd)}
-    names = {n for n, t in flat.items() if t.data_ptr() in chosen}
-    for name, m in module.named_modules():
-        weight = m._parameters.get("weight")
-        if weight is not None and f"{name}.weight" in names:
-            vars(m)["forward"] = _rounding_forward(m, bench.turned(name))
+    held = dict(module.named_parameters())
+    chosen = {id(held[f"{p}.weight"]) for p in linears - set(odd)}
+    for m in module.modules():
+        if id(m._parameters.get("weight")) in chosen and not isinstance(m, nn.Embedding):
+            turned = type(m).__name__ == "Conv1D"
+            vars(m)["forward"] = _rounding_forward(m, turned)
     with torch.no_grad():
         want = bench.family.run(module, bench.batch())
     plain = bench.oracle.result().out

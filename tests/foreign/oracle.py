@@ -39,11 +39,12 @@ def loss_of(out: Tensor, batch: Batch) -> Tensor:
 
 @dataclass
 class Result:
-    """What a module gives: output, loss and its gradients by name."""
+    """What a module gives: output, loss, its gradients by name, those of what is frozen apart."""
 
     out: Tensor
     loss: Tensor
     grads: Named
+    of_frozen: Named = field(default_factory=dict)
 
 
 @dataclass
@@ -95,14 +96,16 @@ class Oracle:
                 p.copy_((weights or {}).get(name, p))
                 if noise and p.is_floating_point():
                     p *= 1 + ULP[dtype] * torch.randn(p.shape, generator=generator).to(dtype)
+        params = dict(module.named_parameters())
+        frozen = [n for n, p in params.items() if not p.requires_grad]
+        module.requires_grad_()
         torch.manual_seed(7)
         out = self.family.run(module, batch)
         loss = loss_of(out, batch)
-        learned = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        grads = torch.autograd.grad(loss, list(learned.values()), materialize_grads=True)
-        self.known[full] = Result(
-            out.detach(), loss.detach(), dict(zip(learned, grads, strict=True))
-        )
+        grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
+        named = dict(zip(params, grads, strict=True))
+        frozen = {n: named.pop(n) for n in frozen}
+        self.known[full] = Result(out.detach(), loss.detach(), named, frozen)
         return self.known[full]
 
     def autocast(self) -> Result | None:
