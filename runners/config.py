@@ -199,6 +199,9 @@ class TrainConfig:
     """Stop after so long, counted from the start of this command: saved, to be continued."""
     eval_examples: Count = 512
     """Questions asked of each held-out split at the end; 0: none."""
+    ask: Literal["trained", "alone"] = "trained"
+    """How held-out questions are asked at the end: as they are trained, each after the true turns
+    before it; or each alone, after its pictures."""
     samples: Annotated[int, Range(0, 1000)] = 12
     """Held-out questions drawn in samples.png; 0: none."""
     tensorboard: bool = True
@@ -224,7 +227,7 @@ FREE_FIELDS = frozenset((
     "name", "runs_dir", "resume", "config", "init_from", "workers", "stop_at", "max_minutes",
     "data_changed",
     "profile", "log_every", "val_every", "val_batches", "save_every", "keep_states",
-    "eval_examples", "samples", "tensorboard", "wandb", "wandb_project",
+    "eval_examples", "ask", "samples", "tensorboard", "wandb", "wandb_project",
 ))  # fmt: skip
 # What may differ as long as no step that is done would have had another rate (runners.resume).
 OF_THE_SCHEDULE = frozenset(("steps", "ends"))
@@ -257,7 +260,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "measuring and saving": (
         "log_every", "val_every", "val_batches", "keep", "save_every", "keep_states",
-        "eval_examples", "samples", "tensorboard", "wandb", "wandb_project",
+        "eval_examples", "ask", "samples", "tensorboard", "wandb", "wandb_project",
     ),
 }  # fmt: skip
 

@@ -75,9 +75,9 @@ class EvalConfig:
     data_changed: bool = False
     """Measure although the data is not what the run began with: what is held out of it now may have
     been trained on."""
-    ask: Ask = "trained"
-    """Each question after the true turns before it, as in training; or alone, after its
-    pictures."""
+    ask: Ask | None = None
+    """trained: each question after the true turns before it, as in training; alone: by itself,
+    after its pictures. Default: the run's own --ask."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     json: bool = False

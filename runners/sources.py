@@ -18,11 +18,6 @@ from runners.data.types import Source, Together, questions_and_answers
 from runners.digests import Digest
 from runners.errors import UserError
 
-# How held-out questions are asked: as they are trained.
-_HOW = {
-    "all": "each is asked after the true turns before it",
-    "single": "each is asked alone (--turns=single)",
-}
 NOTHING = "Held out: nothing (--val_fraction=0)"
 
 
@@ -48,6 +43,14 @@ def open_sources(config: TrainConfig, model: VLMConfig) -> Sources:
 def open_files(config: TrainConfig) -> Source:
     """What ``--val_data`` names alone. Raises UserError where it cannot be read."""
     return _together(_apart(config)) if config.chat else _texts_apart(config)
+
+
+def _how_asked(config: TrainConfig) -> str:
+    if config.turns == "single":
+        return "each is asked alone (--turns=single)"
+    if config.ask == "alone":
+        return "each is asked alone (--ask=alone), which is not how it is trained"
+    return "each is asked after the true turns before it"
 
 
 def _check_kind(config: TrainConfig) -> None:
@@ -85,7 +88,7 @@ def _conversations(config: TrainConfig) -> Sources:
     occur = sum(answer in known for answer in answers)
     summary = (
         f"Held out: {what}, {_with_shared(len(pictures), 'pictures', shared)}; {occur:,} of "
-        f"{len(answers):,} held-out answers occur in training; {_HOW[config.turns]}"
+        f"{len(answers):,} held-out answers occur in training; {_how_asked(config)}"
     )
     return Sources(train, {"val": _together(held_out)}, summary=summary, digests=tuple(digests))
 
@@ -195,7 +198,7 @@ def _shapes(config: TrainConfig, model: VLMConfig) -> Sources:
     held_out: dict[str, Source] = {name: shapes(split=name) for name in ("val", "unseen")}
     summary = (
         f"Held out: {len(held_out['val'])} new scenes (val), and {len(held_out['unseen'])} with "
-        f"pairs of colour and shape that training never shows (unseen); {_HOW['all']}"
+        f"pairs of colour and shape that training never shows (unseen); {_how_asked(config)}"
     )
     scenes = Digest("--data", "shapes", f"scenes {VERSION} of seed {config.seed}")
     return Sources(

@@ -37,7 +37,7 @@ from runners.checkpoints import (
 )
 from runners.cli import INTERRUPTED, guarded
 from runners.config import TrainConfig, parse_config
-from runners.data.types import IMAGE, BadRecordError, spread
+from runners.data.types import IMAGE, BadRecordError, alone, spread
 from runners.eval import Evaluator, Report, evaluate, questions_of
 from runners.figures import Sample, draw_loss, draw_samples
 from runners.generate import answer
@@ -162,7 +162,9 @@ def finish(job: Job, folder: Path) -> list[str]:
     reports: list[Report] = []
     if job.config.eval_examples:
         limit = job.config.eval_examples
-        reports = evaluate(evaluator, job.sources.held_out, limit, chat=job.config.chat)
+        reports = evaluate(
+            evaluator, job.sources.held_out, limit, chat=job.config.chat, ask=job.config.ask
+        )
         with warned("eval.json"):
             write_text(folder / "eval.json", json.dumps([asdict(r) for r in reports], indent=1))
     if job.config.samples and job.config.chat and job.sources.held_out:
@@ -178,9 +180,11 @@ def sample(evaluator: Evaluator, job: Job) -> list[Sample]:
     source, encoder, samples = job.sources.held_out["val"], evaluator.encoder, []
     for number, index in enumerate(spread(len(source), job.config.samples)):
         try:
-            asked = questions_of(source[index], encoder)
+            shown = source[index]
         except BadRecordError:
             continue
+        single = alone(shown) if job.config.ask == "alone" else [shown]
+        asked = [question for one in single for question in questions_of(one, encoder)]
         if not asked:
             continue
         question = asked[number % len(asked)]  # not always a picture's first

@@ -130,6 +130,11 @@ def test_llava_files_are_parted_by_record(micro: Micro, llava: Path) -> None:
         "Held out: 12 of 40 records, 12 pictures; 0 of 12 held-out answers occur in training; "
         "each is asked after the true turns before it"
     )
+    for changes, how in (
+        ({"turns": "single"}, "each is asked alone (--turns=single)"),
+        ({"ask": "alone"}, "alone (--ask=alone), which is not how it is trained"),
+    ):
+        assert open_sources(replace(config, **changes), model_config(config)).summary.endswith(how)
     other_seed = open_sources(replace(config, seed=1), model_config(config)).held_out["val"]
     assert {other_seed[i].id for i in range(12)} == val
     everything = open_sources(micro(data=str(llava), val_fraction=0.0), model_config(config))

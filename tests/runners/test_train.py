@@ -18,7 +18,10 @@ from params import flatten, init_params, load_metadata, load_params
 from runners import train as train_module
 from runners.checkpoints import open_run
 from runners.config import TrainConfig
+from runners.data.types import Conversation
 from runners.errors import UserError
+from runners.eval import Evaluator
+from runners.figures import Sample, draw_samples
 from runners.loop import Late, Read, Step
 from runners.metrics import Display, read_metrics
 from runners.states import find_states, newest_state
@@ -282,8 +285,28 @@ def test_a_run_starts_from_the_weights_of_another(micro: Micro, quiet: Quiet) ->
     assert all(torch.equal(leaf, moved[path]) for path, leaf in weights(first).items())
 
 
-def test_a_finished_run_has_all_its_files(micro: Micro, quiet: Quiet) -> None:
-    folder = run(micro(steps=2, eval_examples=6, samples=3, tensorboard=True, val_every=1), quiet())
+@pytest.mark.parametrize("ask", ["trained", "alone"])
+def test_a_finished_run_has_all_its_files(
+    micro: Micro, quiet: Quiet, ask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Sample] = []
+    monkeypatch.setattr(train_module, "draw_samples", lambda path, samples: drawn.extend(samples))
+    config = micro(
+        steps=2, eval_examples=6, samples=3, tensorboard=True, val_every=1, questions=3,
+        max_objects=4, sequence_len=128, ask=ask,
+    )  # fmt: skip
+    shown: list[int] = []
+    kept = train_module.answer
+
+    def listen(evaluator: Evaluator, conversation: Conversation, **options: Any) -> Any:
+        shown.append(len(conversation.turns))
+        return kept(evaluator, conversation, **options)
+
+    monkeypatch.setattr(train_module, "answer", listen)
+    folder = run(config, quiet())
+    assert max(shown) == (1 if ask == "alone" else 5)
+    assert all(len(sample.images) == 1 and sample.question for sample in drawn)
+    draw_samples(folder / "samples.png", drawn)
     names = {path.name for path in folder.iterdir()}
     events = {name for name in names if name.startswith("events.out.tfevents")}
     assert events
@@ -292,7 +315,7 @@ def test_a_finished_run_has_all_its_files(micro: Micro, quiet: Quiet) -> None:
         "eval.json", "loss.png", "samples.png", "state",
     }  # fmt: skip
     found = open_run(folder)
-    assert found.config == micro(steps=2, eval_examples=6, samples=3, tensorboard=True, val_every=1)
+    assert found.config == config
     assert found.model.text.dim == 32
     row = read_metrics(folder)[0]
     assert {"step", "loss", "lr", "grad_norm", "tokens_per_s", "mfu"} <= row.keys()
