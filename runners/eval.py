@@ -307,7 +307,8 @@ def run(argv: Sequence[str] | None = None) -> None:
         if name not in splits:
             raise UserError(f"--split {name}: this run has {', '.join(splits)}")
     chosen = {name: splits[name] for name in config.split or splits}
-    reports = evaluate(evaluator, chosen, config.examples, chat=found.config.chat, ask=config.ask)
+    ask = config.ask or found.config.ask
+    reports = evaluate(evaluator, chosen, config.examples, chat=found.config.chat, ask=ask)
     if config.json:
         print(json.dumps([asdict(report) for report in reports], indent=1))
     else:
