@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import shutil
 import sys
 import textwrap
@@ -124,15 +125,32 @@ def _asks_for_help(argv: Sequence[str]) -> bool:
 
 def guarded(run: Callable[[], int | None]) -> int:
     """The exit code of a command: its own; 1 (2 for its command line) after one sentence on stderr
-    for a mistake of the user's; 130 after Ctrl-C."""
+    for a mistake of the user's; 130 after Ctrl-C; 1, as is the custom, where the reader of its
+    output has left."""
     try:
-        return run() or 0
+        check_alone()
+        status = run() or 0
+        sys.stdout.flush()  # here, where its failure can be said
+        return status
     except UserError as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what waits in buffers
+        return 1
+
+
+def check_alone() -> None:
+    """Raises UserError where a launcher started this program several times: each would do all of
+    the same work."""
+    if (number := os.environ.get("WORLD_SIZE", "1")) not in ("", "0", "1"):
+        raise UserError(
+            f"a launcher started {number} processes of this program (WORLD_SIZE={number}), but it "
+            "computes in one: start it with python -m, without torchrun"
+        )
 
 
 @contextmanager

@@ -112,9 +112,10 @@ class Metrics:
         except OSError as error:
             reason = error.strerror or str(error)
         os.ftruncate(self._file.fileno(), end)
-        if not told or not line:
-            rows = self._waiting.count(b"\n")
-            _log.warning("%s lacks the last %d rows: %s", self._file.name, rows, reason)
+        if not told:
+            _log.warning("%s: rows wait until they can be written: %s", self._file.name, reason)
+        elif not line:
+            _log.warning("%s lacks its last rows: %s", self._file.name, reason)
 
 
 @contextmanager

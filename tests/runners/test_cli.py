@@ -11,7 +11,7 @@ import pytest
 from core import PRESETS
 from core.ranges import fields_of
 from runners import eval as evaluation
-from runners import generate, train
+from runners import bench, generate, train
 from runners.cli import ALIASES, UsageError, guarded, help_text, parse
 from runners.config import (
     FREE_FIELDS,
@@ -227,6 +227,17 @@ def test_required_fields_do_not_hide_the_culprit() -> None:
     assert parse(Needy, ["--run", "x"]) == Needy("x")
     with pytest.raises(UsageError, match="--count takes a whole number, not 'y'"):
         parse(Needy, ["--run", "x", "--count", "y"])
+
+
+def test_several_processes_of_a_launcher_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for main in (train.main, evaluation.main, generate.main, bench.main):
+        assert main([]) == 1
+        assert "a launcher started 2 processes of this program" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert guarded(lambda: None) == 0
 
 
 def test_guarded_gives_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import resource
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -16,7 +18,7 @@ from rich.console import Console
 from runners.config import TrainConfig
 from runners.errors import UserError
 from runners.figures import RIGHT, WRONG, Sample, draw_loss, draw_samples, side_by_side, smooth
-from runners.metrics import Display, Metrics, check_wandb, read_metrics
+from runners.metrics import Display, Metrics, check_wandb, read_metrics, warned
 
 Micro = Callable[..., TrainConfig]
 ROW = {"step": 3, "loss": 1.5, "lr": 0.1, "grad_norm": 2.0, "tokens_per_s": 1e4, "mfu": 0.5}
@@ -31,6 +33,60 @@ def test_rows_go_to_the_file_and_to_tensorboard(micro: Micro, tmp_path: Path) ->
     (events,) = tmp_path.glob("events.out.tfevents*")
     assert b"val_loss" in events.read_bytes()
     assert b"tokens_per_s" in events.read_bytes()
+
+
+def test_a_full_disk_at_a_row_is_a_warning(
+    micro: Micro, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whole rows or nothing; those that did not fit are written when there is room again."""
+    metrics = Metrics(tmp_path, micro())
+    metrics.write(ROW)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 9, hard)
+    )
+    try:
+        for step in (4, 5):
+            metrics.write(ROW | {"step": step})
+            assert read_metrics(tmp_path) == [ROW]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (said,) = caplog.messages
+    assert "metrics.jsonl: rows wait until they can be written: " in said
+    metrics.write(ROW | {"step": 6})
+    metrics.close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [3, 4, 5, 6]
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 4
+
+
+def test_boards_and_figures_that_cannot_be_written_are_warnings(
+    micro: Micro, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr("runners.metrics._board", full)
+    metrics = Metrics(tmp_path, micro(tensorboard=True))
+    metrics.write(ROW)
+    metrics.write(ROW | {"step": 4})
+    metrics.close()
+    assert len(read_metrics(tmp_path)) == 2
+    monkeypatch.setattr(os, "fsync", full)
+    with warned("loss.png"):
+        draw_loss(tmp_path / "loss.png", [ROW])
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl"}
+    assert ["TensorBoard" in said or "loss.png" in said for said in caplog.messages] == [True] * 2
+    assert all("No space left on device" in said for said in caplog.messages)
+
+
+def test_a_reader_that_left_ends_no_run(capfd: pytest.CaptureFixture[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as gone:
+        display = Display(10, console=Console(file=gone))
+        for step in range(3):
+            display.show(ROW | {"step": step}, 10, 75.4)
+    assert capfd.readouterr().err.count("the run goes on") == 1
 
 
 def test_a_resumed_run_drops_later_rows(micro: Micro, tmp_path: Path) -> None:
