@@ -10,8 +10,8 @@ import pytest
 
 from core import PRESETS
 from core.ranges import fields_of
-from runners import eval as evaluation
 from runners import bench, generate, train
+from runners import eval as evaluation
 from runners.cli import ALIASES, UsageError, guarded, help_text, parse
 from runners.config import (
     FREE_FIELDS,
