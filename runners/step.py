@@ -55,9 +55,13 @@ class Learner:
 
     def not_finite(self) -> str | None:
         """The first leaf of params or moments that holds a NaN or an infinity."""
-        leaves = flatten(self.params) | self.optimizer.state()
-        bad = (p for p, x in leaves.items() if x.is_floating_point() and not x.isfinite().all())
-        return next(bad, None)
+        for path, leaf in (flatten(self.params) | self.optimizer.state()).items():
+            # aminmax takes no memory, and a NaN is both of its results
+            if not leaf.is_floating_point() or not leaf.numel():
+                continue
+            if not torch.stack(leaf.detach().aminmax()).isfinite().all():
+                return path
+        return None
 
     def restore(self, state: State) -> None:
         """Continues where ``state`` was taken; the params are those of the state already."""

@@ -47,6 +47,15 @@ def assert_same(a: torch.Tensor, b: torch.Tensor, path: str) -> None:
     assert float((a - b).norm()) <= 1e-5 * float(b.norm()) + 1e-8, path
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_is_named(micro: Micro, bad: float, dtype: torch.dtype) -> None:
+    learner = Learner(init_params(model_config(micro()), dtype=dtype), micro(), None)
+    assert learner.not_finite() is None
+    learner.params["text"]["norm"]["weight"][5] = bad
+    assert learner.not_finite() == "text.norm.weight"
+
+
 def test_accumulated_batches_weigh_as_many_as_their_labelled_tokens(job: Job) -> None:
     both, apart = _rows(job)
     counts = [int((batch["labels"] != IGNORE).sum()) for batch in apart]
