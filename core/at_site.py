@@ -160,11 +160,14 @@ class Layer(AtSite):
         parameters = inspect.signature(inner.forward).parameters
         vars(self)["defaults"] = {name: each.default for name, each in parameters.items()}
 
-    @property
-    def weight(self) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        # no property: torch.compile would run it where the params are not
+        if name == "weight" and name in self._parameters:
+            return self._read()
+        return super().__getattr__(name)
+
+    def _read(self) -> Tensor:
         """What model code gets that reads the weight itself: from a site of kind ``weight``."""
-        if "weight" not in self._parameters:
-            return self.inner.weight
         p = self.own_params()
         if "weight" in p and not self.site.bound("weight", self.info.weight):
             return p["weight"]
@@ -207,7 +210,7 @@ class Layer(AtSite):
                 "not see: leave it out of the rule (skip=, select=)"
             )
         p = {name: leaf for name, leaf in self.own_params().items() if name not in ADDED}
-        return given(self.inner, {**p, "weight": self.weight}, args, kwargs)
+        return given(self.inner, {**p, "weight": self._read()}, args, kwargs)
 
     def _function(self) -> Callable[..., Any]:
         if self.info.kind == "embed":
