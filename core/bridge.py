@@ -130,7 +130,7 @@ def _forward(
                 raw = dict(flat)
                 for read in reads:
                     read.into(raw, flat, site)
-            held = {} if watch.done else {name: flat[name] for name in params if name in flat}
+            held = {} if watch.done else {name: flat[name] for name in needed if name in flat}
             before = watch.versions(held, own)
             out = caller(lambda *args, **kwargs: given(body, flat, args, kwargs), batch)
             watch.compare(before, held, own)

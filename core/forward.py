@@ -284,6 +284,11 @@ class Forward:
         if rule.kind not in (*KINDS, "gather"):
             raise ValueError(f"no site has kind {rule.kind!r}; kinds: {', '.join(KINDS)}, gather")
         if not any(True for site in self.sites for _ in rule.keys(site)):
+            if rule.kind == "block" and not any(s.kind == "block" for s in self.sites):
+                raise ValueError(
+                    f"{rule.name}: this forward has no block: "
+                    "from_module(..., blocks=('path.of.one',)) says which modules are blocks"
+                )
             have = sorted({f"{s.kind} {s.path}" for s in self.sites})
             named = () if rule.select is None or callable(rule.select) else rule.select
             raise no_match(" ".join((rule.kind, *named)), have, what="sites")
