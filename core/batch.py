@@ -185,9 +185,35 @@ def check_batch(batch: dict[str, Any], config: VLMConfig) -> None:
         _check_shape(batch, "image_slots", pictures * config.projector.queries)
     if ((slots < 0) | (slots > n)).any():
         raise ValueError(f"image_slots holds a place outside the {n} tokens")
-    used = slots[slots < n]
-    if len(used.unique()) < len(used):
+    _check_slots(slots, batch, config)
+
+
+def _check_slots(slots: Tensor, batch: dict[str, Any], config: VLMConfig) -> None:
+    """Each picture's tokens lie in one document, all or none of them, in the pictures' order."""
+    assert config.vision is not None
+    assert config.projector is not None
+    used = slots < batch["tokens"].shape[0]
+    if len(slots[used].unique()) < int(used.sum()):
         raise ValueError("image_slots gives one token to two image tokens")
+    if (slots[used].diff() < 0).any():
+        raise ValueError("image_slots must rise: pictures lie in the order of their tokens")
+    number = torch.arange(len(slots), device=slots.device)
+    if config.projector.kind == "mlp":
+        ends = batch["image_cu_seqlens"][1:].long()
+        picture = torch.bucketize(number * config.vision.merge**2, ends, right=True)
+    else:
+        picture = number // config.projector.queries
+    document = torch.bucketize(slots, batch["cu_seqlens"][1:].long(), right=True)
+    same = picture[1:] == picture[:-1]
+    for differs, what in (
+        (used[1:] != used[:-1], "leaves out a part of picture"),
+        (used[1:] & (document[1:] != document[:-1]), "puts two documents' tokens into picture"),
+    ):
+        if (wrong := same & differs).any():
+            raise ValueError(
+                f"image_slots {what} {int(picture[1:][wrong][0])}: each document holds as many "
+                "image tokens as its pictures give"
+            )
 
 
 def _check_shape(batch: dict[str, Any], name: str, *shape: int) -> None:

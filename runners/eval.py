@@ -45,10 +45,9 @@ from runners.data.encode import Encoder
 from runners.data.loader import Loader
 from runners.data.packing import PackSpec
 from runners.data.stats import majority_accuracy, readable
-from runners.data.tokenizer import load_tokenizer
 from runners.data.types import BadRecordError, Conversation, Document, Source, Turn, alone, prompts
 from runners.errors import UserError
-from runners.setup import build_encoder, plan, sample_documents
+from runners.setup import build_encoder, plan, run_tokenizer, sample_documents
 from runners.sources import open_files, open_sources
 from runners.step import mean_loss, to_device
 from transforms import cast_matrices, fuse_loss
@@ -256,13 +255,7 @@ def _score(results: Sequence[tuple[Question, bool, bool]]) -> Score:
 
 def open_evaluator(run: Run, device: torch.device) -> Evaluator:
     """The best weights of a run. Raises UserError naming what is missing or does not fit."""
-    tokenizer = load_tokenizer(run.tokenizer)
-    if tokenizer.vocab_size > run.model.text.vocab_size:
-        raise UserError(
-            f"{run.tokenizer} has {tokenizer.vocab_size} tokens but the model's vocabulary only "
-            f"{run.model.text.vocab_size}: put the run's own tokenizer back"
-        )
-    encoder = build_encoder(run.config, run.model, tokenizer)
+    encoder = build_encoder(run.config, run.model, run_tokenizer(run))
     params = load_weights(run.folder, init_params(run.model, device="meta"), device)
     params = cast_matrices(params, compute_dtype(run.config, device)[0])
     return Evaluator(vlm(run.model), params, run.model, encoder, run.config.device_batch_size)

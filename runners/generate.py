@@ -19,9 +19,17 @@ from runners.cli import UsageError, guarded, parse
 from runners.compose import choose_device
 from runners.data.collate import collate
 from runners.data.encode import Encoder
-from runners.data.images import decode as decode_image
+from runners.data.images import decode_all
 from runners.data.packing import PackSpec
-from runners.data.types import CONTINUED, IMAGE, BadRecordError, Conversation, Document, Turn
+from runners.data.types import (
+    CONTINUED,
+    IMAGE,
+    BadRecordError,
+    Conversation,
+    Document,
+    Turn,
+    num_pictures,
+)
 from runners.decoding import Sampler, decode
 from runners.errors import UserError
 from runners.eval import Evaluator, open_evaluator
@@ -116,14 +124,12 @@ def run(argv: Sequence[str] | None = None) -> None:
     found = open_run(config.run)
     device = choose_device(dataclasses.replace(found.config, device=config.device))
     evaluator = open_evaluator(found, device)
-    images = []
-    for name in config.image:
-        try:
-            images.append(decode_image(Path(name)))
-        except BadRecordError as error:
-            raise UserError(f"--image: {error}") from error
+    try:
+        images = decode_all([Path(name) for name in config.image])
+    except BadRecordError as error:
+        raise UserError(f"--image: {error}") from error
     text = config.prompt
-    if IMAGE not in text:
+    if not num_pictures(text):
         text = IMAGE * len(images) + text
     conversation = Conversation("the prompt", (Turn("user", text),), tuple(images))
     sampler = Sampler(config.temperature, config.top_k, config.top_p, config.seed)

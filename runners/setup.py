@@ -17,7 +17,7 @@ from params import flatten, init_params
 from params.tree import Tree
 from runners import compile_ahead, digests
 from runners.budget import check_memory
-from runners.checkpoints import TOKENIZER, load_weights, open_run
+from runners.checkpoints import TOKENIZER, Run, load_weights, open_run
 from runners.cli import explained
 from runners.compose import Composed, choose_device, compose
 from runners.config import TrainConfig, model_config
@@ -133,14 +133,14 @@ def choose_vocabulary(
     model = model_config(config)
     if state_path is not None:
         run = open_run(run_folder(state_path))
-        return load_tokenizer(run.tokenizer), run.model
+        return run_tokenizer(run), run.model
     if (
         config.tokenizer is None
         and config.init_from
         and (run_folder(Path(config.init_from)) / TOKENIZER).exists()
     ):
         run = open_run(run_folder(Path(config.init_from)))
-        return load_tokenizer(run.tokenizer), _with_vocab(model, run.model.text.vocab_size)
+        return run_tokenizer(run), _with_vocab(model, run.model.text.vocab_size)
     if config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
         needed = _up_to_64(tokenizer.vocab_size)
@@ -148,6 +148,16 @@ def choose_vocabulary(
     size = config.vocab_size or model.text.vocab_size
     tokenizer = train_tokenizer(sample_texts(sources.train), size)
     return tokenizer, _with_vocab(model, _up_to_64(tokenizer.vocab_size))
+
+
+def run_tokenizer(run: Run) -> ChatTokenizer:
+    """The tokenizer that a run was trained with. Raises UserError where it cannot be."""
+    tokenizer = load_tokenizer(run.tokenizer, complete=True)
+    try:
+        tokenizer.check_vocabulary(run.model.text.vocab_size)
+    except UserError as error:
+        raise UserError(f"{run.tokenizer}: {error}") from error
+    return tokenizer
 
 
 def choose_select(config: TrainConfig, model: VLMConfig) -> tuple[str, ...] | None:

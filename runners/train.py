@@ -37,7 +37,7 @@ from runners.checkpoints import (
 )
 from runners.cli import INTERRUPTED, guarded
 from runners.config import TrainConfig, parse_config
-from runners.data.types import IMAGE, BadRecordError, alone, spread
+from runners.data.types import BadRecordError, alone, literal, spread, without_pictures
 from runners.eval import Evaluator, Report, evaluate, questions_of
 from runners.figures import Sample, draw_loss, draw_samples
 from runners.generate import answer
@@ -189,7 +189,7 @@ def sample(evaluator: Evaluator, job: Job) -> list[Sample]:
             continue
         question = asked[number % len(asked)]  # not always a picture's first
         said = encoder.tokenizer.decode(answer(evaluator, question.prompt, max_tokens=48))
-        words = question.prompt.turns[-1].text.replace(IMAGE, "")
+        words = literal(without_pictures(question.prompt.turns[-1].text))
         samples.append(Sample(question.prompt.images, words, question.answer.text, said))
     return samples
 

@@ -17,7 +17,14 @@ from runners.config import TrainConfig
 from runners.data.collate import collate
 from runners.data.images import ImageSpec
 from runners.data.packing import WINDOW, PackSpec, choose_row, plan_spec
-from runners.data.types import IMAGE, NO_LABEL, Conversation, Document, Source, Turn
+from runners.data.types import (
+    NO_LABEL,
+    Conversation,
+    Document,
+    Source,
+    Turn,
+    without_pictures,
+)
 from runners.flops import Load
 from runners.setup import (
     SAMPLE,
@@ -225,7 +232,7 @@ class WithoutPictures:
 
 def _unmarked(turns: Sequence[Turn]) -> tuple[Turn, ...]:
     return tuple(
-        turn._replace(text=turn.text.replace(IMAGE, "").strip()) if turn.role == "user" else turn
+        turn._replace(text=without_pictures(turn.text).strip()) if turn.role == "user" else turn
         for turn in turns
     )
 

@@ -1,25 +1,32 @@
-"""The chat template: from a conversation to a document of tokens, labels and patches.
+r"""The chat template: from a conversation to a document of tokens, labels and patches.
 
     <|user|>question<|assistant|>answer<|end|><|user|>...
 
 Only answers and their `<|end|>` are learnt; plain text is learnt whole. Each `<image>` becomes as
 many `<|image|>` tokens as the projector gives; the newline that LLaVA puts beside it goes.
+`\<image>` is the word itself.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-import re
 
 import numpy as np
 
 from runners.data.images import Augment, ImageSpec, fit, patchify
 from runners.data.tokenizer import ChatTokenizer
-from runners.data.types import CONTINUED, IMAGE, NO_LABEL, BadRecordError, Conversation, Document
+from runners.data.types import (
+    CONTINUED,
+    IMAGE,
+    NO_LABEL,
+    BadRecordError,
+    Conversation,
+    Document,
+    between_pictures,
+    num_pictures,
+)
 from runners.errors import UserError
-
-_MARK = re.compile(rf"\n?{re.escape(IMAGE)}\n?")
 
 
 class Encoder:
@@ -27,8 +34,8 @@ class Encoder:
 
     Long plain text gives several documents and loses nothing; a long conversation is cut at the
     row's end (`Document.truncated` says by how much), pictures that no longer fit going whole.
-    Raises BadRecordError where nothing of an answer is left, UserError where `<image>` and pictures
-    do not match. `augment` changes pictures of calls that give a `seed`.
+    Raises BadRecordError where nothing of an answer is left, and where pictures and `<image>` marks
+    or image tokens are not equally many. `augment` changes pictures of calls that give a `seed`.
     """
 
     def __init__(
@@ -70,11 +77,17 @@ class Encoder:
         self, conversation: Conversation, seed: int | None
     ) -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
         """Tokens [L], whether each is learnt [L], and (patches, positions) of each picture."""
-        marks = sum(t.text.count(IMAGE) for t in conversation.turns if t.role == "user")
+        marks = sum(num_pictures(t.text) for t in conversation.turns if t.role == "user")
         if marks != len(conversation.images):
-            raise UserError(
-                f"Record {conversation.id!r} has {len(conversation.images)} pictures but {marks} "
-                f"{IMAGE} marks in the user's turns: make the numbers equal."
+            raise BadRecordError(
+                "pictures and marks",
+                f"record {conversation.id!r} has {len(conversation.images)} pictures but {marks} "
+                f"{IMAGE} marks in the user's turns: make the numbers equal",
+            )
+        if marks > self.max_tokens:
+            raise BadRecordError(
+                "too many pictures",
+                f"record {conversation.id!r} has {marks} pictures, more than a row has tokens",
             )
         if marks and self.images is None:
             raise UserError(
@@ -91,7 +104,7 @@ class Encoder:
         for turn in conversation.turns:
             if turn.role == "user":
                 add([tok.user], False)
-                for i, text in enumerate(_MARK.split(turn.text)):
+                for i, text in enumerate(between_pictures(turn.text)):
                     if i:
                         assert self.images is not None
                         count = self.images.tokens(len(pictures[used][0]))
@@ -106,12 +119,21 @@ class Encoder:
                 add(tok.encode(turn.text) + [tok.end] * (turn.kind != CONTINUED), True)
             else:
                 raise UserError(f"Record {conversation.id!r} has a turn of role {turn.role!r}.")
+        # What the pictures give is all there may be: one more would take the next document's.
+        given = sum(self.images.tokens(len(p)) for p, _ in pictures) if self.images else 0
+        if tokens.count(tok.image) != given:
+            raise BadRecordError(
+                "image token in text",
+                f"record {conversation.id!r} has {tokens.count(tok.image)} image tokens, but its "
+                f"pictures give {given}: a text must not hold one",
+            )
         return np.array(tokens, np.int64), np.array(learnt, bool), pictures
 
     def _pictures(
         self, conversation: Conversation, seed: int | None
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        rng = random.Random(f"{seed}/{conversation.id}") if seed is not None else None
+        key = f"{seed}/{conversation.id}".encode(errors="surrogatepass")
+        rng = random.Random(key) if seed is not None else None
         pictures = []
         for image in conversation.images:
             assert self.images is not None

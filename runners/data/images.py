@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import io
+import os
 import random
-import struct
+import stat
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, TiffImagePlugin
 
+from runners.data.pixels import orientation_of, to_rgb, without_metadata
 from runners.data.types import BadRecordError
 
 # A closed list: Pillow also knows formats whose decoders start other programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 50_000_000  # 150 MB decoded; more is taken for a decompression bomb
+MAX_TOGETHER = 100_000_000  # of all pictures of a record
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -109,35 +126,98 @@ class Augment:
 def decode(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Read a picture file into uint8 [H, W, 3], upright, transparency on white.
 
+    Of an animation the first picture. 16 bits of grey whose values end below 4,096 are taken for
+    12 bits, below 256 for 8. Metadata that cannot be read is passed over.
     Raises BadRecordError where the file is missing, damaged, too large, or of a format not in
-    `FORMATS`.
+    `FORMATS`, and where its numbers have no white (32 bits or floats that are no fractions).
     """
+    with _guarded(path):
+        _check_file(path)
+        try:
+            return _decoded(path, max_pixels)
+        except (BadRecordError, Image.DecompressionBombError):
+            raise
+        except Exception:  # Pillow reads metadata when it opens a file, and some stop it
+            with path.open("rb") as file:
+                bare, exif = without_metadata(file.read())
+            if bare is None:
+                raise
+            return _decoded(io.BytesIO(bare), max_pixels, exif)
+
+
+def decode_all(paths: Sequence[Path]) -> list[np.ndarray]:
+    """`decode` of each picture, after `check_pixels`."""
+    check_pixels(paths)
+    return [decode(path) for path in paths]
+
+
+def check_pixels(paths: Sequence[Path], max_pixels: int = MAX_TOGETHER) -> None:
+    """Raises BadRecordError where pictures have over `max_pixels` together, by their files' heads.
+    Files that cannot be opened are left to `decode`."""
+    total = 0
+    for path in paths:
+        with suppress(BadRecordError), _guarded(path):
+            _check_file(path)
+            with Image.open(path, formats=FORMATS) as image:
+                total += image.width * image.height
+    if total > max_pixels:
+        raise BadRecordError(
+            "pictures too large together",
+            f"{len(paths)} pictures ({paths[0]} the first) have {total:,} pixels together, more "
+            f"than {max_pixels:,}",
+        )
+
+
+@contextmanager
+def _guarded(path: Path) -> Iterator[None]:
+    """Whatever Pillow raises at a file, as a BadRecordError that names it. Its warnings are about
+    metadata, or said again by an error."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:  # known before anything is unpacked
-                raise BadRecordError(
-                    "picture too large",
-                    f"{path} has {image.width} x {image.height} pixels, more than {max_pixels:,}",
-                )
-            return _rgb(ImageOps.exif_transpose(image))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except BadRecordError as error:
+        raise BadRecordError(error.reason, f"{path}: {error}") from error
     except FileNotFoundError as error:
         raise BadRecordError("picture missing", f"{path} does not exist") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise BadRecordError("picture too large", f"{path}: {error}") from error
-    # All that Pillow's decoders raise on damaged files.
-    except (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error) as error:
-        raise BadRecordError("picture unreadable", f"{path} cannot be decoded ({error})") from error
+    except Exception as error:  # decoders raise anything at damaged files
+        why = str(error) or type(error).__name__
+        raise BadRecordError("picture unreadable", f"{path} cannot be decoded ({why})") from error
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I"):  # 16 bits of grey; convert() would clip them to white
-        levels = np.asarray(image).astype(np.float32) / 257
-        image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return np.asarray(image.convert("RGB"))
+def _check_file(path: Path) -> None:
+    if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe or a device might never end
+        raise BadRecordError("picture missing", "it is not a file")
+
+
+def _decoded(file: Path | io.BytesIO, max_pixels: int, exif: bytes = b"") -> np.ndarray:
+    """exif: of the file, where it holds none itself."""
+    with Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > max_pixels:  # known before anything is unpacked
+            raise BadRecordError(
+                "picture too large",
+                f"it has {image.width} x {image.height} pixels, more than {max_pixels:,}",
+            )
+        rgb = to_rgb(image)
+        turn = _TURNS.get(_orientation(image, exif))
+        return np.asarray(rgb if turn is None else rgb.transpose(turn))
+
+
+def _orientation(image: Image.Image, exif: bytes) -> int:
+    """1 to 8 as EXIF counts; 1, upright, where the metadata does not say or cannot be read."""
+    try:
+        if exif:
+            image.info["exif"] = exif
+        # Pillow stops at the first broken entry, also before the one that is looked for.
+        if found := orientation_of(image.info.get("exif", b"")):
+            return found
+        tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
+        tags = image.tag_v2 if tiff else image.getexif()
+        return int(tags.get(_ORIENTATION, 1))
+    except Exception:  # Pillow's parsers raise anything at odd metadata; the picture is whole
+        return 1
 
 
 def fit(image: np.ndarray, spec: ImageSpec) -> np.ndarray:

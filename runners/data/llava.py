@@ -6,12 +6,13 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runners.data.images import decode
+from runners.data.images import check_pixels, decode
 from runners.data.paths import DataFolder
 from runners.data.records import Record, load_json, parse_record
 from runners.data.split import digest_of, fingerprints, groups_of, hold_out, shuffled, unique
@@ -43,9 +44,10 @@ class Llava:
         check: how many records, evenly spread, have their pictures decoded at once, so that
             damaged data shows before the training and not during it.
     Answers carry as `kind` the question itself where at least 1% of the records ask it.
-    Raises UserError for what is not LLaVA's form, for paths that leave the folder, and where
-    over 1% of the records have a picture that is missing or cannot be decoded; up to that
-    they are left out, with a warning.
+    Records that are not of LLaVA's form, or whose pictures are missing, outside the folder or
+    damaged, are left out, with one warning that counts them by reason. Raises UserError for a file
+    that holds no list, and where no record is left, or over 1% (and more than one) of those checked
+    have a picture that cannot be decoded.
     """
 
     def __init__(
@@ -69,10 +71,14 @@ class Llava:
         self.folder = DataFolder(images or self.path.parent)
         self._turns = turns
         self._cache: dict[str, np.ndarray] | None = {} if cache else None
-        records = self._read()
+        raw = load_json(self.path)
+        if not raw:
+            raise UserError(f"{self.path} holds no records: give a file with at least one.")
+        records, bad = _parse(raw)
         # What each picture's file holds, by the name that records give it; parts do without.
-        self.pictures, bad = self._look_at_pictures(records, check)
-        self._keep([record for number, record in enumerate(records) if number not in bad])
+        self.pictures, wrong = self._look_at_pictures(records, check)
+        self._leave_out(bad + list(wrong.values()), len(raw))
+        self._keep(_with_kinds([r for i, r in enumerate(records) if i not in wrong]))
         if split != "all":
             train, val = self._parts(fraction, seed)
             self._keep(val if split == "val" else train)
@@ -90,10 +96,17 @@ class Llava:
         return len(self._items)
 
     def __getitem__(self, index: int) -> Conversation:
-        """Raises BadRecordError where a picture cannot be read."""
+        """Raises BadRecordError where a picture cannot be read, or all are too large together."""
         record, question = self._items[index]
-        pictures = tuple(self._picture(name) for name in self.records[record].files)
-        conversation = Conversation(self.records[record].id, self.records[record].turns, pictures)
+        names = self.records[record].files
+        if len(names) > 1:
+            check_pixels([self.folder.file(name) for name in names])
+        pictures = {name: self._picture(name) for name in dict.fromkeys(names)}
+        conversation = Conversation(
+            self.records[record].id,
+            self.records[record].turns,
+            tuple(pictures[name] for name in names),
+        )
         return conversation if question is None else alone(conversation)[question]
 
     def turns(self, index: int) -> tuple[Turn, ...]:
@@ -130,18 +143,22 @@ class Llava:
             self._cache[name] = picture
         return picture
 
-    def _read(self) -> list[Record]:
-        raw = load_json(self.path)
-        records = [parse_record(self.path, number, record) for number, record in enumerate(raw)]
-        if not records:
-            raise UserError(f"{self.path} holds no records: give a file with at least one.")
-        asked = Counter(
-            q.text for record in records for q, _ in questions_and_answers(record.turns)
+    def _leave_out(self, errors: Sequence[BadRecordError], total: int) -> None:
+        """Say why records are left out, with counts. Raises UserError where none is left."""
+        if not errors:
+            return
+        reasons: dict[str, list[BadRecordError]] = {}
+        for error in errors:
+            reasons.setdefault(error.reason, []).append(error)
+        told = "; ".join(
+            f"{len(same)} {reason} (the first: {same[0]})"
+            for reason, same in sorted(reasons.items(), key=lambda item: -len(item[1]))
         )
-        common = {text for text, count in asked.items() if count >= len(records) / 100}
-        return [
-            Record(record.id, _with_kinds(record.turns, common), record.files) for record in records
-        ]
+        if len(errors) == total:
+            raise UserError(f"None of the {total} records of {self.path} can be used: {told}.")
+        logger.warning(
+            "%d of the %d records of %s are left out: %s.", len(errors), total, self.path, told
+        )
 
     def _shown(self) -> list[list[bytes]]:
         """What the pictures of each record hold."""
@@ -176,24 +193,30 @@ class Llava:
 
     def _look_at_pictures(
         self, records: Sequence[Record], check: int
-    ) -> tuple[dict[str, bytes], set[int]]:
-        """What each picture's file holds, and the records that have a picture which is missing or,
-        among those checked, cannot be decoded."""
+    ) -> tuple[dict[str, bytes], dict[int, BadRecordError]]:
+        """What each picture's file holds, and what is wrong with the records that have a picture
+        which is missing or, among those checked, cannot be decoded. Raises UserError where that is
+        more than an accident."""
         total = len(records)
-        checked = set(spread(total, check)) if check else set()
+        checked = set(spread(total, check)) if check and total else set()
         files: dict[str, Path] = {}
         decoded: set[str] = set()
         wrong: dict[str, BadRecordError] = {}
+        damaged: set[str] = set()
         for number, record in enumerate(records):
             for name in record.files:
                 try:
                     if name not in files and name not in wrong:
                         files[name] = self.folder.file(name)
-                    if number in checked and name in files and name not in decoded:
-                        decoded.add(name)
-                        decode(files[name])
                 except BadRecordError as error:
                     wrong[name] = error
+                if number in checked and name in files and name not in decoded:
+                    decoded.add(name)
+                    try:
+                        decode(files[name])
+                    except BadRecordError as error:
+                        wrong[name] = error
+                        damaged.add(name)
         found: dict[str, bytes] = {}
         for name, held in zip(files, fingerprints(list(files.values())), strict=True):
             if isinstance(held, OSError):
@@ -201,21 +224,39 @@ class Llava:
                 wrong.setdefault(name, BadRecordError("picture unreadable", why))
             else:
                 found[name] = held
-        bad = [i for i, record in enumerate(records) if not wrong.keys().isdisjoint(record.files)]
-        if bad:
-            first = next(wrong[name] for name in records[bad[0]].files if name in wrong)
-            message = (
-                f"{len(bad)} of the {total} records of {self.path} ({len(checked)} decoded) have a "
-                f"picture that is missing or damaged (the first: {first})"
+        bad = {
+            number: next(wrong[name] for name in record.files if name in wrong)
+            for number, record in enumerate(records)
+            if not wrong.keys().isdisjoint(record.files)
+        }
+        worse = [i for i in bad if i in checked and not damaged.isdisjoint(records[i].files)]
+        if len(worse) > max(1, MAX_BAD * len(checked)):
+            raise UserError(
+                f"Of {len(checked)} records of {self.path} whose pictures were decoded "
+                f"{len(worse)} have a damaged one (the first: {bad[worse[0]]}), more than "
+                f"{MAX_BAD:.0%}: mend or remove them."
             )
-            damaged = sum(number in checked for number in bad)
-            if len(bad) > MAX_BAD * total or damaged > MAX_BAD * max(len(checked), 1):
-                raise UserError(f"{message}: more than {MAX_BAD:.0%}; mend or remove them.")
-            logger.warning("%s: left out.", message)
-        return found, set(bad)
+        return found, bad
 
 
-def _with_kinds(turns: tuple[Turn, ...], common: set[str]) -> tuple[Turn, ...]:
+def _parse(raw: Sequence[Any]) -> tuple[list[Record], list[BadRecordError]]:
+    records, bad = [], []
+    for number, record in enumerate(raw):
+        try:
+            records.append(parse_record(number, record))
+        except BadRecordError as error:
+            bad.append(error)
+    return records, bad
+
+
+def _with_kinds(records: Sequence[Record]) -> list[Record]:
+    """The records, answers marked by their question, rare questions together as "other"."""
+    asked = Counter(q.text for record in records for q, _ in questions_and_answers(record.turns))
+    common = {text for text, count in asked.items() if count >= len(records) / 100}
+    return [replace(record, turns=_marked(record.turns, common)) for record in records]
+
+
+def _marked(turns: tuple[Turn, ...], common: set[str]) -> tuple[Turn, ...]:
     """Answers marked by their question, rare questions together as "other"."""
     marked = list(turns)
     for k, (question, answer) in enumerate(questions_and_answers(turns)):

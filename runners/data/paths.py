@@ -22,14 +22,20 @@ class DataFolder:
     def file(self, name: str) -> Path:
         """The regular file `name` below the folder.
 
-        Raises UserError for absolute paths, for `..`, and for links that lead outside;
-        BadRecordError where there is no such file.
+        Raises BadRecordError for absolute paths, for `..`, for links that lead outside, and where
+        there is no such file.
         """
+        try:
+            os.fsencode(name)
+        except UnicodeEncodeError as error:
+            why = f"the picture path {name!r} has half a character (a lone surrogate)"
+            raise BadRecordError("picture missing", why) from error
         posix, windows = PurePosixPath(name), PureWindowsPath(name)
         if posix.is_absolute() or windows.anchor or ".." in windows.parts or "\0" in name:
-            raise UserError(
-                f"The picture path {name!r} leaves the data folder {self.root}: paths must be "
-                "relative and without '..'."
+            raise BadRecordError(
+                "picture outside",
+                f"the picture path {name!r} leaves the data folder {self.root}: paths must be "
+                "relative and without '..'",
             )
         parent = str(posix.parent)
         if parent not in self._resolved:
@@ -50,7 +56,8 @@ class DataFolder:
 
     def _check_inside(self, name: str, path: str) -> None:
         if os.path.commonpath([self.root, path]) != self.root:
-            raise UserError(
-                f"The picture path {name!r} leads to {path}, outside the data folder "
-                f"{self.root}: copy the picture into it."
+            raise BadRecordError(
+                "picture outside",
+                f"the picture path {name!r} leads to {path}, outside the data folder "
+                f"{self.root}: copy the picture into it",
             )

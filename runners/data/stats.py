@@ -75,12 +75,13 @@ class Stats:
                 )
 
     def skip(self, error: BadRecordError, records: int) -> None:
-        """Count a record that cannot be used; raises UserError if over 1% of `records` are bad."""
+        """Count a record that cannot be used; raises UserError if over 1% of `records`, and more
+        than one, are bad."""
         count = self.skipped[error.reason] = self.skipped.get(error.reason, 0) + 1
         if _worth_saying(count):
             logger.warning("Skipped %d records so far (%s): %s.", count, error.reason, error)
         self.bad += error.fatal
-        if self.bad > MAX_BAD * records:
+        if self.bad > max(1, MAX_BAD * records):
             raise UserError(
                 f"{self.bad} of {records} records cannot be used, more than {MAX_BAD:.0%} "
                 f"(the last: {error}): mend or remove them."

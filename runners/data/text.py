@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from runners.data.encoding import BOM, decoded
 from runners.data.split import digest_of, groups_of, hold_out, shuffled, unique
 from runners.data.types import CONTINUED, Conversation, Turn
 from runners.errors import UserError
 
 _BLANK_LINE = re.compile(rb"\r?\n[ \t]*\r?\n\s*")
-_BOM = b"\xef\xbb\xbf"
 MAX_BYTES = 1 << 16  # of a part: what is tokenised at once
 
 
@@ -143,7 +143,8 @@ def _find(paths: Sequence[str | Path]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise UserError(f"The text file {path} does not exist: check the path.")
+            why = "is not a file" if path.exists() else "does not exist"
+            raise UserError(f"The text file {path} {why}: check the path.")
     if not files:
         raise UserError(f"No *.txt or *.md files in {', '.join(map(str, paths))}: give some.")
     return files
@@ -154,7 +155,7 @@ def _documents(path: Path, documents: str) -> Iterator[tuple[int, int, bytes]]:
     if not path.stat().st_size:
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        start = len(_BOM) if data[: len(_BOM)] == _BOM else 0
+        start = len(BOM) if data[: len(BOM)] == BOM else 0
         gaps = _BLANK_LINE.finditer(data, start) if documents == "paragraph" else iter(())
         spans = []
         for gap in gaps:
@@ -163,12 +164,7 @@ def _documents(path: Path, documents: str) -> Iterator[tuple[int, int, bytes]]:
         spans.append((start, len(data)))
         for start, end in spans:
             text = data[start:end]
-            try:
-                text.decode()
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path} is not UTF-8 text (byte {start + error.start}): convert it."
-                ) from error
+            decoded(path, text, start)
             if text.strip():
                 yield start, end, text
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from runners.data.types import IMAGE, BadRecordError, Source, spread
+from runners.data.types import BadRecordError, Source, literal, spread, without_pictures
 from runners.data.vocabulary import part
 from runners.errors import UserError
 
@@ -158,7 +158,9 @@ def sample_texts(source: Source, limit: int = 2000, max_chars: int = 4_000_000) 
     """Texts of up to `limit` items spread evenly over a source; no picture is drawn or decoded."""
     for index in spread(len(source), limit):
         for turn in source.turns(index):
-            text = turn.text if turn.role == "text" else turn.text.replace(IMAGE, "").strip()
+            text = turn.text
+            if turn.role == "user":
+                text = literal(without_pictures(text)).strip()
             yield text[:max_chars]
             max_chars -= len(text)
             if max_chars <= 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,9 +12,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-IMAGE = "<image>"  # stands in a user's text where a picture goes
+IMAGE = "<image>"  # stands in a user's text where a picture goes; \<image> is the word itself
 CONTINUED = "continued"  # the kind of plain text whose document goes on in the next item
 NO_LABEL = -100  # PyTorch's ignore_index
+_PICTURE = re.compile(rf"(?<!\\){IMAGE}")
+_PICTURE_LINE = re.compile(rf"\n?{_PICTURE.pattern}\n?")
 
 
 class Turn(NamedTuple):
@@ -126,18 +129,42 @@ class Together:
         return self.sources[number], index - (self._ends[number - 1] if number else 0)
 
 
+def num_pictures(text: str) -> int:
+    """How many `<image>` marks a user's text has; those after a backslash are words."""
+    return len(_PICTURE.findall(text))
+
+
+def without_pictures(text: str) -> str:
+    r"""A user's text without its marks. `\<image>` stays as it is: see `literal`."""
+    return _PICTURE.sub("", text)
+
+
+def between_pictures(text: str) -> list[str]:
+    r"""The words around the marks of a user's text, without the newline beside each.
+
+    >>> between_pictures("<image>\nWhat does \\<image> mean?")
+    ['', 'What does <image> mean?']
+    """
+    return [literal(words) for words in _PICTURE_LINE.split(text)]
+
+
+def literal(text: str) -> str:
+    r"""A user's text with `\<image>` written as the model reads it."""
+    return text.replace("\\" + IMAGE, IMAGE)
+
+
 def questions_and_answers(turns: tuple[Turn, ...]) -> Iterator[tuple[Turn, Turn]]:
     """The pairs (user turn, assistant turn) of a conversation, without their `<image>` marks."""
     for question, answer in itertools.pairwise(turns):
         if question.role == "user" and answer.role == "assistant":
-            yield question._replace(text=question.text.replace(IMAGE, "").strip()), answer
+            yield question._replace(text=without_pictures(question.text).strip()), answer
 
 
 def prompts(conversation: Conversation) -> list[Conversation]:
     """What stands before each answer: the turns up to its question, and their pictures."""
     found, shown = [], 0
     for number, turn in enumerate(conversation.turns):
-        shown += turn.text.count(IMAGE) if turn.role == "user" else 0
+        shown += num_pictures(turn.text) if turn.role == "user" else 0
         if turn.role == "assistant":
             before = conversation.turns[:number]
             found.append(Conversation(conversation.id, before, conversation.images[:shown]))
@@ -151,7 +178,7 @@ def alone(conversation: Conversation) -> list[Conversation]:
     answers = [turn for turn in conversation.turns if turn.role == "assistant"]
     for number, (before, answer) in enumerate(zip(prompts(conversation), answers, strict=True)):
         question = before.turns[-1]
-        marks = IMAGE * (len(before.images) - question.text.count(IMAGE))
+        marks = IMAGE * (len(before.images) - num_pictures(question.text))
         turns = (question._replace(text=marks + question.text), answer)
         singles.append(Conversation(f"{conversation.id}/{number}", turns, before.images))
     return singles

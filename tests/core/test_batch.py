@@ -141,6 +141,32 @@ def test_check_batch_names_the_field(micro, example, field: str, change, message
 
 
 @pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        ([0, 1, 2, 3, 12, 13, 14, 24], "leaves out a part of picture 1"),
+        ([0, 1, 2, 24, 12, 13, 14, 15], "leaves out a part of picture 0"),
+        ([0, 1, 2, 12, 13, 14, 15, 16], "puts two documents' tokens into picture 0"),
+        ([0, 1, 2, 3, 4, 12, 13, 14], "puts two documents' tokens into picture 1"),
+        ([12, 13, 14, 15, 0, 1, 2, 3], "image_slots must rise"),
+        ([0, 1, 2, 3, 24, 24, 24, 24], None),  # an unused picture
+        ([0, 1, 2, 3, 4, 5, 6, 7], None),  # both in one document
+    ],
+)
+def test_slots_are_counted_against_the_pictures_of_each_document(
+    micro, example, slots: list[int], message: str | None
+) -> None:
+    config = micro["mlp"]
+    batch = example(config) | {"cu_seqlens": torch.tensor([0, 12, 24], dtype=torch.int32)}
+    assert batch["image_cu_seqlens"].tolist() == [0, 16, 32]
+    batch["image_slots"] = torch.tensor(slots)
+    if message is None:
+        check_batch(batch, config)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_batch(batch, config)
+
+
+@pytest.mark.parametrize(
     ("field", "message"),
     [
         ("labels", "lacks 'labels'"),

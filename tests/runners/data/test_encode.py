@@ -13,6 +13,9 @@ from runners.errors import UserError
 SQUARE = np.arange(32 * 32 * 3, dtype=np.uint32).reshape(32, 32, 3).astype(np.uint8)
 
 
+TEXT = Turn("text", "some words")
+
+
 def chat(*texts: str, images: int = 0) -> Conversation:
     roles = ("user", "assistant") * len(texts)
     turns = tuple(Turn(role, text) for role, text in zip(roles, texts, strict=False))
@@ -51,6 +54,23 @@ def test_pictures_anywhere_and_words_that_look_like_marks(tokenizer: ChatTokeniz
     assert shown.startswith("<|user|>One " + "<|image|>" * 3 + " two" + "<|image|>" * 3 + "three")
     assert "an <image> tag<|end|>" in shown  # an answer's words are words
     assert (document.tokens == tokenizer.end).sum() == 2  # the user's "<|end|>" is letters
+
+
+def test_a_backslash_makes_a_mark_a_word(encoder: Encoder, tokenizer: ChatTokenizer):
+    (document,) = encoder(chat("<image>\nWhat does \\<image> mean?", "an <image>", images=1))
+    assert len(document.slots) == 4
+    shown = tokenizer.decode(document.tokens)
+    assert shown == "What does <image> mean?an <image>"
+
+
+def test_an_image_token_in_a_text_is_found(
+    encoder: Encoder, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    leaky = ChatTokenizer(tokenizer._json)
+    monkeypatch.setattr(leaky, "encode", lambda text: [leaky.image])
+    for item in (chat("<image>a", "b", images=1), chat("a", "b"), Conversation("t", (TEXT,))):
+        with pytest.raises(BadRecordError, match="a text must not hold one"):
+            Encoder(leaky, encoder.images, max_tokens=256)(item)
 
 
 def test_a_prompt_is_the_beginning_of_its_document(encoder: Encoder):
@@ -109,8 +129,11 @@ def test_augmentation_needs_a_seed_and_follows_it(tokenizer: ChatTokenizer, imag
 
 
 def test_mismatches_name_the_record(encoder: Encoder, tokenizer: ChatTokenizer):
-    with pytest.raises(UserError, match=r"'chat' has 1 pictures but 2 <image> marks"):
-        encoder(chat("<image><image>?", "no", images=1))
+    for text in ("<image><image>?", "?", r"<image>\<image>" + "<image>"):
+        with pytest.raises(BadRecordError, match=r"'chat' has 1 pictures but [02] <image> marks"):
+            encoder(chat(text, "no", images=1))
+    with pytest.raises(BadRecordError, match="has 3 pictures, more than a row has tokens"):
+        Encoder(tokenizer, encoder.images, max_tokens=2)(chat("<image>" * 3, "no", images=3))
     with pytest.raises(UserError, match="no vision part"):
         Encoder(tokenizer, max_tokens=64)(chat("<image>?", "no", images=1))
     with pytest.raises(UserError, match="role 'judge'"):

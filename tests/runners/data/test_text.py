@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -79,6 +80,13 @@ def test_errors_name_the_file(tmp_path: Path):
     (tmp_path / "latin.txt").write_bytes(b"good\n\nbad \xe9 byte")
     with pytest.raises(UserError, match=r"latin\.txt is not UTF-8 text \(byte 10\)"):
         TextFiles([tmp_path], documents="paragraph")
+    for coding, message in (("utf-16", "UTF-16 and not UTF-8"), ("utf-16-le", "byte 1 is NUL")):
+        (tmp_path / "latin.txt").write_bytes("good\n\nbad".encode(coding))
+        with pytest.raises(UserError, match=message):
+            TextFiles([tmp_path], documents="paragraph")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is not a file"):
+        TextFiles([tmp_path / "pipe"])
     with pytest.raises(UserError, match="documents=line"):
         TextFiles([tmp_path], documents="line")
     (tmp_path / "latin.txt").write_bytes(b"good")
