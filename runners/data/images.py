@@ -213,9 +213,9 @@ def _orientation(image: Image.Image, exif: bytes) -> int:
         # Pillow stops at the first broken entry, also before the one that is looked for.
         if found := orientation_of(image.info.get("exif", b"")):
             return found
-        tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
-        tags = image.tag_v2 if tiff else image.getexif()
-        return int(tags.get(_ORIENTATION, 1))
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            return int(image.tag_v2.get(_ORIENTATION, 1))
+        return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # Pillow's parsers raise anything at odd metadata; the picture is whole
         return 1
 

@@ -22,7 +22,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """A picture of any mode as "RGB", transparency on white. Raises BadRecordError where its
     numbers have no white."""
     # PNG says which level is transparent in the file's bits, not in those of the decoded picture.
-    raw = image.tile[0][3] if image.format == "PNG" and image.tile else None
+    tiles = getattr(image, "tile", None)
+    raw = tiles[0][3] if tiles and image.format == "PNG" else None
     image.load()
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(_grey(image)).convert("RGB")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import struct
 import zlib
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
+from runners.data import images
 from runners.data.images import Augment, ImageSpec, decode, fit, patchify
 from runners.data.types import BadRecordError
 
@@ -81,28 +83,161 @@ def test_decoding_gives_upright_rgb_on_white(tmp_path: Path):
     expected = np.full((4, 6, 3), 255, np.uint8)
     expected[:, :3] = (255, 0, 0)
     assert np.array_equal(decode(tmp_path / "alpha.png"), expected)
-    deep = np.full((3, 3), 32768, np.uint16)
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    assert abs(int(decode(tmp_path / "deep.png")[0, 0, 0]) - 127) <= 1
-    turned = Image.fromarray(picture(4, 8))
-    exif = turned.getexif()
-    exif[0x0112] = 6  # a quarter turn
-    turned.save(tmp_path / "turned.png", exif=exif)
-    assert decode(tmp_path / "turned.png").shape == (8, 4, 3)
-    for name in ("palette.gif", "alpha.png"):
-        assert decode(tmp_path / name).dtype == np.uint8
+    assert np.array_equal(decode(tmp_path / "palette.gif"), expected)
 
 
-def png_of(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds nothing."""
+def chunk(kind: bytes, data: bytes) -> bytes:
+    check = struct.pack(">I", zlib.crc32(kind + data))
+    return struct.pack(">I", len(data)) + kind + data + check
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + check
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
+def png_of(
+    width: int, height: int, rows: bytes = b"", more: bytes = b"", bits: int = 8, colour: int = 2
+) -> bytes:
+    """A PNG of given rows, each after a byte 0; without them one that claims a size. more: chunks
+    between head and rows."""
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    body = chunk(b"IHDR", header) + more + chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
+
+
+RAMP = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)  # 16 bits, of each level of 8 one
+
+
+@pytest.mark.parametrize(
+    ("levels", "name", "expected"),
+    [
+        (RAMP, "a.png", RAMP / 257),
+        (RAMP, "a.tif", RAMP / 257),
+        (RAMP.astype(">u2"), "a.tif", RAMP / 257),
+        (RAMP, "a.pgm", RAMP / 257),
+        (RAMP // 16, "a.png", RAMP // 16 / 4095 * 255),  # 12 bits in 16
+        (RAMP // 16, "a.tif", RAMP // 16 / 4095 * 255),
+        (RAMP // 257, "a.png", RAMP // 257),  # 8 bits in 16
+        (RAMP * 0, "a.png", RAMP * 0),
+        (RAMP.astype(np.int32), "a.tif", RAMP / 257),
+        (RAMP.astype(np.int32) // 16, "a.tif", RAMP // 16 / 4095 * 255),
+        ((RAMP / 65535).astype(np.float32), "a.tif", RAMP / 257),
+        (RAMP.astype(np.int32) * 2, "a.tif", None),
+        (RAMP.astype(np.int32) - 1, "a.tif", None),
+        (RAMP.astype(np.float32), "a.tif", None),
+        (np.full((2, 2), np.nan, np.float32), "a.tif", None),
+    ],
+)
+def test_deep_grey_is_scaled_or_refused_by_name(
+    tmp_path: Path, levels: np.ndarray, name: str, expected: np.ndarray | None
+):
+    Image.fromarray(levels).save(tmp_path / name)
+    if expected is None:
+        with pytest.raises(BadRecordError, match=r"a\.tif: its values go from .* 8 or 16 bits"):
+            decode(tmp_path / name)
+        return
+    grey = np.rint(expected).astype(np.uint8)
+    assert np.abs(decode(tmp_path / name)[:, :, 0].astype(int) - grey).max() == 0
+
+
+def test_transparent_levels_of_any_depth_are_white(tmp_path: Path):
+    for bits, level in ((1, 1), (1, 0), (2, 2), (4, 9), (8, 200), (16, 40_000)):
+        largest = 2**bits - 1
+        other = largest // 3 if bits > 1 else 1 - level
+        both = np.array([level, other])
+        if bits == 16:
+            row = both.astype(">u2").tobytes()
+        else:
+            row = bytes([level << (8 - bits) | (other << (8 - 2 * bits) if bits < 8 else 0)])
+            row += bytes([other]) * (bits == 8)
+        more = chunk(b"tRNS", struct.pack(">H", level))
+        (tmp_path / "a.png").write_bytes(png_of(2, 1, b"\0" + row, more, bits, 0))
+        found = decode(tmp_path / "a.png")[0, :, 0].tolist()
+        assert found == [255, round(other / largest * 255)], bits
+    rows = np.array([[1000, 2000, 60_000], [60_000, 1000, 0]], ">u2").tobytes()
+    more = chunk(b"tRNS", struct.pack(">HHH", 1000, 2000, 60_000))
+    (tmp_path / "a.png").write_bytes(png_of(2, 1, b"\0" + rows, more, 16, 2))
+    assert decode(tmp_path / "a.png")[0].tolist() == [[255] * 3, [234, 3, 0]]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_every_mode_that_a_tiff_can_hold_is_seen(tmp_path: Path, mode: str):
+    white = Image.new("RGB", (4, 4), "white").convert(mode if mode != "PA" else "P").convert(mode)
+    white.save(tmp_path / "a.tif")
+    assert (decode(tmp_path / "a.tif") >= 254).all()
+
+
+def test_of_an_animation_the_first_picture_is_taken(tmp_path: Path):
+    frames = [Image.new("RGB", (5, 4), colour) for colour in ("red", "blue")]
+    for name in ("a.gif", "a.webp", "a.png", "a.tif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
+        assert decode(tmp_path / name)[0, 0].tolist() == [255, 0, 0], name
+
+
+TAGS = (*range(0x100, 0x120), 0x11A, 0x11B, 0x128, 0x131, 0x132, 0x13B, 0x8769, 0x8825, 0xA005)
+SIZES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4)  # bytes of a value, by type
+
+
+def odd_exif(rng: random.Random) -> bytes:
+    """A block of EXIF that says a quarter turn, among entries of any type, size and place."""
+    order = rng.choice("<>")
+    entries = [(0x112, 3, 1, struct.pack(order + "HH", 6, 0))]
+    for _ in range(rng.randrange(1, 9)):
+        tag = rng.choice((*TAGS, rng.randrange(1 << 16)))
+        if tag != 0x112:
+            count = rng.choice((0, 1, 1, 1, 2, 3, 4, 100, 2**31))
+            value = rng.choice((rng.randbytes(4), struct.pack(order + "I", rng.randrange(200))))
+            entries.append((tag, rng.randrange(16), count, value))
+    rng.shuffle(entries)
+    exif = b"Exif\0\0" + (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", 8)
+    exif += struct.pack(order + "H", len(entries))
+    exif += b"".join(struct.pack(order + "HHI", *entry[:3]) + entry[3] for entry in entries)
+    return exif + rng.randbytes(rng.choice((0, 4, 60)))
+
+
+def look_at_odd_exif(folder: Path, seeds: range) -> None:
+    plain = Image.fromarray(picture(16, 32))
+    for seed in seeds:
+        rng = random.Random(seed)
+        exif = odd_exif(rng)
+        kind = rng.choice(("JPEG", "PNG", "WEBP"))
+        path = folder / f"a.{kind.lower()}"
+        plain.save(path, kind)
+        data = path.read_bytes()
+        if kind == "JPEG":
+            segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+            path.write_bytes(data[:2] + segment + data[2:])
+        elif kind == "PNG":
+            path.write_bytes(data[:33] + chunk(b"eXIf", exif[6:]) + data[33:])
+        else:
+            plain.save(path, kind, exif=exif)
+        assert decode(path).shape == (32, 16, 3), (seed, kind)
+
+
+def test_no_exif_stops_a_picture_or_its_turn(tmp_path: Path):
+    look_at_odd_exif(tmp_path, range(60))
+
+
+def test_all_turns_are_undone(tmp_path: Path):
+    image = Image.fromarray(picture(16, 32))
+    for orientation in (*range(10), 65535):
+        image.save(tmp_path / "a.png", exif=(exif := image.getexif()))
+        exif[0x112] = orientation
+        image.save(tmp_path / "a.png", exif=exif)
+        with Image.open(tmp_path / "a.png") as saved:
+            expected = ImageOps.exif_transpose(saved) if 1 <= orientation <= 8 else image
+        assert np.array_equal(decode(tmp_path / "a.png"), np.asarray(expected)), orientation
+
+
+def test_broken_metadata_does_not_drop_a_picture(tmp_path: Path):
+    rows = b"".join(b"\0" + row.tobytes() for row in picture(4, 4))
+    bomb = b"a\0\0" + zlib.compress(b"x" * 2_000_000)
+    wrong_sum = chunk(b"tEXt", b"a\0b")[:-1] + b"?"
+    for more in (chunk(b"zTXt", bomb), wrong_sum, chunk(b"iCCP", bomb), chunk(b"pHYs", b"")):
+        (tmp_path / "a.png").write_bytes(png_of(4, 4, rows, more))
+        assert np.array_equal(decode(tmp_path / "a.png"), picture(4, 4))
+    Image.fromarray(picture(4, 4)).save(tmp_path / "a.tif", tiffinfo={305: "made by", 700: b"xmp"})
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    at = data.index(struct.pack("<HH", 305, 2))
+    data[at + 2 : at + 12] = struct.pack("<HII", 5, 2**30, 2**31)
+    (tmp_path / "a.tif").write_bytes(data)
+    assert np.array_equal(decode(tmp_path / "a.tif"), picture(4, 4))
 
 
 @pytest.mark.parametrize("side", [8_000, 12_000, 60_000])  # ours; Pillow's warning; its error
@@ -113,7 +248,7 @@ def test_decompression_bombs_are_refused_unopened(tmp_path: Path, side: int):
     assert caught.value.reason == "picture too large"
 
 
-def test_damaged_files_are_bad_records(tmp_path: Path):
+def test_damaged_files_are_bad_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     buffer = io.BytesIO()
     Image.fromarray(picture(64, 64)).save(buffer, "JPEG")
     whole = buffer.getvalue()
@@ -129,6 +264,14 @@ def test_damaged_files_are_bad_records(tmp_path: Path):
         with pytest.raises(BadRecordError, match=name) as caught:
             decode(tmp_path / name)
         assert caught.value.reason == "picture unreadable"
+    for error in (TypeError("odd"), AttributeError(), RecursionError(), MemoryError()):
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "to_rgb", lambda image, error=error: (_ for _ in ()).throw(error))
+            with pytest.raises(BadRecordError, match=f"{type(error).__name__}|odd"):
+                decode(tmp_path / "cut.jpg")
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(BadRecordError, match=r"pipe\.png: it is not a file"):
+        decode(tmp_path / "pipe.png")
     with pytest.raises(BadRecordError, match="does not exist"):
         decode(tmp_path / "absent.png")
 
