@@ -12,7 +12,15 @@ from params.paths import matches, select_paths
 from runners.cli import explained
 from runners.config import TrainConfig, lr_scales
 from runners.errors import UserError
-from runners.optimizers import AdamW, AdamW8bit, Muon, Optimizer, Rates, TorchAdamW
+from runners.optimizers import (
+    AdamW,
+    AdamW8bit,
+    Muon,
+    Optimizer,
+    Rates,
+    TorchAdamW,
+    adamw8bit_problem,
+)
 
 
 def warmup(step: int, warmup_steps: int) -> float:
@@ -84,12 +92,10 @@ def build_optimizer(
     rates = choose_rates(params, config)
     betas = {"beta1": config.beta1, "beta2": config.beta2}
     if config.optimizer == "adamw8bit":
-        try:
-            return AdamW8bit(params, copies, rates, **betas)
-        except ImportError as error:
-            raise UserError(
-                f"--optimizer adamw8bit needs bitsandbytes (pip install bitsandbytes): {error}"
-            ) from error
+        problem = adamw8bit_problem(next(iter(params.values())).device)
+        if problem is not None:
+            raise UserError(f"--optimizer adamw8bit is done by bitsandbytes: {problem}")
+        return AdamW8bit(params, copies, rates, **betas)
 
     def adamw(some: Mapping[str, Tensor]) -> Optimizer:
         theirs = {path: copy for path, copy in copies.items() if path in some}

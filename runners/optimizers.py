@@ -7,6 +7,7 @@ dtype, and a factor for all of them on the device (the clipping), so that nothin
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from kernels.adamw import adamw_
 from kernels.muon import gather_momenta, move_
+from kernels.proof import check_close, import_problem, proof_problem
 
 Leaves = Mapping[str, Tensor]
 
@@ -255,9 +257,7 @@ class AdamW8bit(TorchAdamW):
     """
 
     def _build(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> Any:
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(groups, betas=betas)
+        return _bitsandbytes()(groups, betas=betas)
 
     def load(self, state: Leaves) -> None:
         super().load(state)
@@ -272,6 +272,33 @@ class AdamW8bit(TorchAdamW):
             if leaf in self.optimizer.state
         }
         return super().state() | steps
+
+
+def _bitsandbytes() -> Any:
+    return importlib.import_module("bitsandbytes").optim.AdamW8bit
+
+
+def adamw8bit_problem(device: torch.device) -> str | None:
+    """Why bitsandbytes cannot be used on a device, as a clause, or None. Tried once a process."""
+
+    def prove() -> None:
+        """Two steps of one block of 8-bit moments, against fp64."""
+        generator = torch.Generator().manual_seed(0)
+        start, *grads = torch.randn(3, 64, 64, generator=generator, dtype=torch.float32)
+        moved = [start.clone().to(device), start.double()]
+        rates: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.99)}
+        for leaf, kind in zip(moved, (_bitsandbytes(), torch.optim.AdamW), strict=True):
+            optimizer = kind([leaf.requires_grad_()], **rates)
+            for grad in grads:
+                leaf.grad = grad.to(leaf)
+                optimizer.step()
+        mine, exact = (leaf.detach().cpu().double() - start.double() for leaf in moved)
+        # codes of 8 bits lie up to 1/16 of their value apart
+        check_close("what two steps change", mine, exact, 1 / 16)
+
+    return import_problem("bitsandbytes", "install bitsandbytes") or proof_problem(
+        ("bitsandbytes", "torch"), prove, ("adamw8bit", str(device)), str(device)
+    )
 
 
 def named(moments: Mapping[str, Leaves]) -> dict[str, Tensor]:

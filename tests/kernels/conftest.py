@@ -92,6 +92,12 @@ def kernel_device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.interpreter)])
+def interpreter(request: pytest.FixtureRequest) -> str:
+    """ "cpu", in the interpreter alone: for what a GPU would only show again."""
+    return request.param
+
+
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.empty and its kin give NaN (integers: a large value): what is not written shows."""

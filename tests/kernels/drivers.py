@@ -5,7 +5,7 @@ a loss and its arguments. For the tests of kernels that have a fast path and a p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,7 +208,33 @@ FIRST_ORDER: list[Driver] = [
 ]
 
 
-def name_of(driver: Driver) -> str:
+def placed(names: Iterable[str], drivers: Sequence[Callable[..., Any]]) -> list[Any]:
+    """(name, driver, kernel_device) for a test: all of them in the interpreter; on a GPU, where a
+    driver hands the same tensors to the kernels and Inductor takes seconds each, a few."""
+    names = list(names)
+    out = []
+    for driver in drivers:
+        for name in names:
+            kind = f"{name}-{name_of(driver)}"
+            marks = pytest.mark.interpreter
+            out.append(pytest.param(name, driver, "cpu", marks=marks, id=f"{kind}-cpu"))
+            compiled = driver.__name__ == "by_compile" and name == names[0]
+            if compiled or driver.__name__ in ("by_autograd", "by_vmap_grad"):
+                marks = pytest.mark.gpu
+                out.append(pytest.param(name, driver, "cuda", marks=marks, id=f"{kind}-cuda"))
+    return out
+
+
+def spoilt(names: Iterable[str], drivers: Sequence[Callable[..., Any]]) -> list[Any]:
+    """(name, driver) for a test that something wrong shows: the first name under every driver, the
+    others, whose drivers are the same, under the first."""
+    names = list(names)
+    pairs = [(names[0], driver) for driver in drivers]
+    pairs += [(name, drivers[0]) for name in names[1:]]
+    return [pytest.param(*pair, id=f"{pair[0]}-{name_of(pair[1])}") for pair in pairs]
+
+
+def name_of(driver: Callable[..., Any]) -> str:
     return driver.__name__.removeprefix("by_")
 
 

@@ -37,7 +37,7 @@ def activations(gate: Tensor, up: Tensor, grad: Tensor) -> None:
     glu_triton.relu2_backward(grad, gate)
 
 
-@pytest.mark.parametrize(("dtype", "arch"), [(BF16, 80), (BF16, 90), (BF16, 100), (FP32, 90)])
+@pytest.mark.parametrize(("dtype", "arch"), [(BF16, 80), (BF16, 90), (FP32, 90)])
 def test_activations(dtype: torch.dtype, arch: int) -> None:
     """Without gaps, and as halves of one projection."""
     x, wide = meta(16384, 8960, dtype=dtype), meta(16384, 17920, dtype=dtype)

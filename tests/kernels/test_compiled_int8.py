@@ -10,11 +10,11 @@ from torch import Tensor
 
 from kernels.compiled import resources
 from kernels.launch import Launch, recording
+from tests.kernels.archs import SHARED, compiled_for
 
 pytestmark = pytest.mark.compiles
 
 linear = importlib.import_module("kernels.int8_linear")
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # (rows, inner, outs, dtype, activations, bias): every launch configuration, then what masks do
 CASES = [
@@ -68,8 +68,7 @@ def launches_of(
     return launches
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "arch"), compiled_for(CASES, (CASES[2], CASES[18])))
 def test_nothing_spills(
     case: tuple[int, int, int, torch.dtype, str | None, bool], arch: int
 ) -> None:

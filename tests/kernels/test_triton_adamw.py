@@ -98,14 +98,14 @@ def test_rounding_is_by_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    ("state", "move"), [*((FP32, move) for move in "pmvcg"), (FP32, "pmvcg"), (BF16, "pg")]
+    ("state", "move"), [(FP32, "p"), (FP32, "mv"), (FP32, "c"), (FP32, "g"), (BF16, "pg")]
 )
 def test_leaves_may_begin_anywhere(state: torch.dtype, move: str, kernel_device: str) -> None:
     wanted = known("triton", kernel_device, state, state, BF16)
     assert same(steps("triton", kernel_device, state, state, BF16, move), wanted) == 1
 
 
-@pytest.mark.parametrize(("block", "warps"), [(256, 2), (512, 8), (4096, 4)])
+@pytest.mark.parametrize(("block", "warps"), [(256, 2), (4096, 8)])
 def test_the_grid_is_of_no_importance(
     block: int, warps: int, kernel_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,9 @@ from tests.kernels.drivers import (
     disagreement,
     joined,
     name_of,
+    placed,
     random,
+    spoilt,
 )
 
 glu = importlib.import_module("kernels.glu")
@@ -79,27 +81,27 @@ def error(case: Case, driver: Driver, device: str) -> float:
         return disagreement(driver, case.fast, case.plain, floats)
 
 
-@pytest.mark.parametrize("driver", [*FIRST_ORDER, *HIGHER], ids=name_of)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "driver", "kernel_device"), placed(CASES, [*FIRST_ORDER, *HIGHER])
+)
 def test_under_driver(name: str, driver: Driver, kernel_device: str) -> None:
     assert error(CASES[name], driver, kernel_device) < TOLERANCE
 
 
-@pytest.mark.parametrize("driver", FIRST_ORDER, ids=name_of)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "driver"), spoilt(CASES, FIRST_ORDER))
 def test_a_wrong_backward_shows(
-    name: str, driver: Driver, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+    name: str, driver: Driver, interpreter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken(CASES[name], "backward", monkeypatch)
-    assert error(CASES[name], driver, kernel_device) > 0.1
+    assert error(CASES[name], driver, interpreter) > 0.1
 
 
 @pytest.mark.parametrize("driver", [by_hvp, by_double_backward], ids=name_of)
 @pytest.mark.parametrize("name", CASES)
 def test_a_wrong_derivative_of_backward_shows(
-    name: str, driver: Driver, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+    name: str, driver: Driver, interpreter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An Op takes it from its formula, the self-adjoint Function from its own jvp and backward."""
     own = "jvp" if driver is by_hvp else "backward"
     broken(CASES[name], own if name == "rope" else "formula", monkeypatch)
-    assert error(CASES[name], driver, kernel_device) > 0.1
+    assert error(CASES[name], driver, interpreter) > 0.1

@@ -45,8 +45,9 @@ from tests.kernels.drivers import (
     disagreement,
     everyone,
     joined,
-    name_of,
+    placed,
     random,
+    spoilt,
 )
 from tests.kernels.test_fused_linear import CASES as EVERYWHERE
 from tests.kernels.test_fused_linear import (
@@ -468,16 +469,16 @@ def error(case: Case, driver: Driver, device: str) -> float:
         return disagreement(driver, case.fast, case.plain, floats)
 
 
-@pytest.mark.parametrize("driver", [*FIRST_ORDER, *HIGHER], ids=name_of)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "driver", "kernel_device"), placed(CASES, [*FIRST_ORDER, *HIGHER])
+)
 def test_under_driver(name: str, driver: Driver, kernel_device: str) -> None:
     assert error(CASES[name], driver, kernel_device) < TOLERANCE
 
 
-@pytest.mark.parametrize("driver", FIRST_ORDER, ids=name_of)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "driver"), spoilt(CASES, FIRST_ORDER))
 def test_a_wrong_backward_shows(
-    name: str, driver: Driver, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+    name: str, driver: Driver, interpreter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken(CASES[name], "backward", monkeypatch)
-    assert error(CASES[name], driver, kernel_device) > 0.1
+    assert error(CASES[name], driver, interpreter) > 0.1

@@ -34,15 +34,24 @@ from tests.kernels.drivers import (
     by_vmap_grad_shared,
     disagreement,
     name_of,
+    placed,
     random,
+    spoilt,
 )
 
 norms = importlib.import_module("kernels.rms_norm")
 EPS = 1e-5
 EPS32 = torch.finfo(torch.float32).eps
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# every dtype of activations, and of weights
+PAIRS = [
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+]
 # one row; one entry; fewer rows than a tile has; odd lengths; several turns a program; heads
-SHAPES = [(1, 7), (5, 1), (2, 64), (5, 123), (2, 1000), (35, 520), (9, 16, 128), (3, 5, 7, 40)]
+SHAPES = [(1, 7), (5, 1), (2, 64), (5, 123), (2, 520), (35, 72), (3, 5, 7, 40)]
 
 
 def triton() -> Any:
@@ -95,11 +104,10 @@ def check_gradients(
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=["w32", "w16"])
+@pytest.mark.parametrize(("dtype", "weight_dtype"), PAIRS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rounded_once(
-    shape: tuple[int, ...], weight_dtype: torch.dtype, dtype: torch.dtype, kernel_device: str
+    shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.dtype, kernel_device: str
 ) -> None:
     x, more, g, g_total = (
         random(*shape, dtype=dtype, seed=i).to(kernel_device) for i in (0, 1, 2, 3)
@@ -161,7 +169,7 @@ def test_without_weight_or_bias(dtype: torch.dtype, kernel_device: str) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("rows", "dim"), [(6, 8193), (2, 12288), (5, 16390), (1, 65536)])
+@pytest.mark.parametrize(("rows", "dim"), [(2, 8193), (5, 16390)])
 def test_rows_longer_than_registers(rows: int, dim: int, kernel_device: str) -> None:
     """In pieces; with more rows than programs, so that a program adds to its own sums."""
     x, more, g, g_total = (
@@ -185,9 +193,14 @@ def test_rows_longer_than_registers(rows: int, dim: int, kernel_device: str) -> 
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [*SHAPES, (0, 7), (6, 8193), (2, 16390)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "weighted"),
+    [
+        *((shape, torch.bfloat16, True) for shape in (*SHAPES, (0, 7), (2, 8193))),
+        *(((5, 123), dtype, weighted) for dtype in DTYPES for weighted in (True, False)),
+    ],
+    ids=str,
+)
 def test_backward_gives_the_norm_again(
     shape: tuple[int, ...], dtype: torch.dtype, weighted: bool, kernel_device: str
 ) -> None:
@@ -372,28 +385,43 @@ def error(name: str, driver: Driver, backend: str, device: str) -> float:
         return disagreement(driver, fast, plain, floats)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("name", "driver", "kernel_device"), placed(CASES, [*FIRST, *HIGHER, by_jvp_jvp])
+)
+def test_under_driver(name: str, driver: Driver, kernel_device: str) -> None:
+    # fp32: sums of 120 numbers of order 1, a few times over
+    assert error(name, driver, "triton", kernel_device) < 1e-4
+
+
 @pytest.mark.parametrize("driver", [*FIRST, *HIGHER, by_jvp_jvp], ids=name_of)
-@pytest.mark.parametrize("name", CASES)
-def test_under_driver(name: str, driver: Driver, backend: tuple[str, str]) -> None:
-    # sums of 120 numbers of order 1, a few times over: 1e-10 in fp64, 1e-4 in fp32
-    assert error(name, driver, *backend) < (1e-10 if backend[0] == "torch" else 1e-4)
+def test_torch_s_sum_under_driver(driver: Driver) -> None:
+    assert error("add_rms_norm", driver, "torch", "cpu") < 1e-10  # the same in fp64
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("driver", FIRST, ids=name_of)
-@pytest.mark.parametrize("name", CASES)
-def test_a_wrong_backward_shows(
-    name: str, driver: Driver, backend: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    attribute = OPS[name, backend[0]]
+def wrong_backward(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attribute = OPS[name, backend]
     op = getattr(norms, attribute)
 
     def wrong(*args: Any, **static: Any) -> Any:
         return tuple(None if g is None else 3.0 * g for g in op.backward(*args, **static))
 
     monkeypatch.setattr(norms, attribute, dataclasses.replace(op, backward=wrong))
-    assert error(name, driver, *backend) > 0.1
+
+
+@pytest.mark.parametrize(("name", "driver"), spoilt(CASES, FIRST))
+def test_a_wrong_backward_shows(
+    name: str, driver: Driver, interpreter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong_backward(name, "triton", monkeypatch)
+    assert error(name, driver, "triton", interpreter) > 0.1
+
+
+@pytest.mark.parametrize("driver", FIRST, ids=name_of)
+def test_a_wrong_backward_of_torch_s_sum_shows(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong_backward("add_rms_norm", "torch", monkeypatch)
+    assert error("add_rms_norm", driver, "torch", "cpu") > 0.1
 
 
 @pytest.mark.parametrize("driver", HIGHER, ids=name_of)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from core import preset
+from kernels import proof
 from params import flatten, init_params
 from runners.config import TrainConfig, check
 from runners.errors import UserError
@@ -243,6 +246,47 @@ def test_every_combination_is_what_was_asked_for() -> None:
         with pytest.raises(UserError, match="--state_dtype bf16 needs --optimizer adamw"):
             check(TrainConfig(state_dtype="bf16", **flags))
     check(TrainConfig(state_dtype="bf16"))
+
+
+class Eighth(torch.optim.AdamW):
+    """Stands for bitsandbytes' AdamW of 8 bits."""
+
+
+class Stuck(Eighth):
+    def step(self, closure: Any = None) -> None:
+        pass
+
+
+class Old(Eighth):
+    def step(self, closure: Any = None) -> None:
+        raise AttributeError("module has no attribute cadam8bit")
+
+
+@pytest.mark.parametrize(
+    ("library", "said"),
+    [
+        (Eighth, None),
+        (Stuck, "failed its proof: ArithmeticError: what two steps change is off by"),
+        (Old, "failed its proof: AttributeError: module has no attribute"),
+        (None, "install bitsandbytes"),
+    ],
+)
+def test_bitsandbytes_is_tried_before_it_is_used(
+    library: Any, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof, "_found", {})
+    proof.import_problem.cache_clear()
+    module = SimpleNamespace(optim=SimpleNamespace(AdamW8bit=library)) if library else None
+    monkeypatch.setitem(sys.modules, "bitsandbytes", module)
+    config = TrainConfig(optimizer="adamw8bit")
+    try:
+        if said is None:
+            assert isinstance(build_optimizer(_params(), {}, config).optimizer, Eighth)
+        else:
+            with pytest.raises(UserError, match=f"bitsandbytes: {said}"):
+                build_optimizer(_params(), {}, config)
+    finally:
+        proof.import_problem.cache_clear()
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 40), (2, 40, 24)])
