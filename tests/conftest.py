@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from core import ProjectorConfig, TextConfig, VisionConfig, VLMConfig, make_batch
 from core.batch import Batch
+from kernels import dispatch
 from params import init_params
 from params.tree import Tree, flatten, map_leaves
 
@@ -28,6 +30,26 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    """What a test changes of the process the next does not see, in whatever order they run."""
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    recording, asked = torch.is_grad_enabled(), dict(dispatch._overrides)
+    yield
+    torch.set_default_dtype(dtype)
+    if torch.get_float32_matmul_precision() != precision:
+        torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_grad_enabled(recording)
+    dispatch._overrides.clear()
+    dispatch._overrides.update(asked)
+    if torch.cuda.is_initialized() and torch.cuda.get_sync_debug_mode():
+        torch.cuda.set_sync_debug_mode(0)
+    if "torch._dynamo" in sys.modules:  # functions of one text share their limit of programs
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

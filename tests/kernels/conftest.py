@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -96,6 +98,16 @@ def kernel_device(request: pytest.FixtureRequest) -> str:
 def interpreter(request: pytest.FixtureRequest) -> str:
     """ "cpu", in the interpreter alone: for what a GPU would only show again."""
     return request.param
+
+
+@pytest.fixture
+def whole_gpu() -> Iterator[None]:
+    """Nothing that earlier tests left takes room on the GPU, and nothing of this one stays."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture

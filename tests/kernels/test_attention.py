@@ -15,6 +15,7 @@ from torch import Tensor
 
 import kernels
 from kernels import attention
+from tests.kernels.rounding import ulps
 
 module = importlib.import_module("kernels.attention")
 padded = importlib.import_module("kernels.attention_padded")
@@ -91,7 +92,9 @@ def test_backends_agree_with_torch(layout: str, causal: bool, window: int | None
             got = outputs_and_gradients(
                 lambda *x: attention(*x, cu, causal=causal, window=window), *leaves
             )
-        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            got, wanted, rtol=ulps(torch.float64, 4000), atol=ulps(torch.float64, 1000)
+        )
 
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (6, 6), (6, 1), (6, 3)])
@@ -101,7 +104,9 @@ def test_heads_share_keys_in_groups(heads: int, key_heads: int, length: int) -> 
     leaves = tensors(int(cu[-1]), heads, key_heads, dim=4)
     wanted = outputs_and_gradients(lambda *x: by_documents(*x, cu, True, None), *leaves)
     got = outputs_and_gradients(lambda *x: attention(*x, cu), *leaves)
-    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        got, wanted, rtol=ulps(torch.float64, 4000), atol=ulps(torch.float64, 1000)
+    )
 
 
 def test_scale_is_used() -> None:
@@ -157,7 +162,9 @@ def test_a_document_is_the_same_alone_and_packed(length: int, causal: bool) -> N
     here = slice(sum(others[:3]), sum(others[:3]) + length)
     alone = attention(q[here], k[here], v[here], boundaries(length), causal=causal)
     # fp32: weights in (0, 1) summing to 1, over at most 300 keys
-    torch.testing.assert_close(packed[here], alone, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(
+        packed[here], alone, rtol=ulps(torch.float32, 80), atol=ulps(torch.float32, 16)
+    )
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -214,7 +221,9 @@ def test_plans_made_in_inference_mode_serve_training() -> None:
         attention(*leaves, cu, window=3)
     wanted = outputs_and_gradients(lambda *x: by_documents(*x, cu, True, 3), *leaves)
     got = outputs_and_gradients(lambda *x: attention(*x, cu, window=3), *leaves)
-    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        got, wanted, rtol=ulps(torch.float64, 4000), atol=ulps(torch.float64, 1000)
+    )
     xs = [x.requires_grad_() for x in leaves]
     first = torch.autograd.grad(attention(*xs, cu, window=3).square().sum(), xs, create_graph=True)
     torch.autograd.grad(sum(g.sum() for g in first), xs)
@@ -303,7 +312,9 @@ def test_boundaries_may_be_batched() -> None:
     for batched in (torch.func.vmap(attention)(*examples, cu),):
         for i in range(3):
             one = attention(*(x[i] for x in examples), cu[i])
-            torch.testing.assert_close(batched[i], one, rtol=1e-12, atol=1e-13)
+            torch.testing.assert_close(
+                batched[i], one, rtol=ulps(torch.float64, 1000), atol=ulps(torch.float64, 64)
+            )
 
     def loss(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
         return attention(q, k, v, cu).square().sum()
@@ -312,7 +323,9 @@ def test_boundaries_may_be_batched() -> None:
     for i in range(3):
         one = torch.func.grad(loss, (0, 1, 2))(*(x[i] for x in examples), cu[i])
         for a, b in zip(grads, one, strict=True):
-            torch.testing.assert_close(a[i], b, rtol=1e-12, atol=1e-13)
+            torch.testing.assert_close(
+                a[i], b, rtol=ulps(torch.float64, 1000), atol=ulps(torch.float64, 64)
+            )
 
 
 def test_meta_and_compiled() -> None:
@@ -344,7 +357,9 @@ def test_length_is_as_the_boundaries(backend: str, causal: bool, window: int | N
         got = outputs_and_gradients(
             lambda *x: attention(*x, cu, causal=causal, window=window, length=6), *leaves
         )
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        got, wanted, rtol=ulps(torch.float64, 1000), atol=ulps(torch.float64, 64)
+    )
 
 
 def test_with_a_length_boundaries_are_not_read() -> None:
@@ -739,7 +754,12 @@ def test_libraries_are_told_what_is_meant(
             *x, cu, causal=causal, window=window, scale=0.2, max_seqlen=6, length=length
         )
 
-    torch.testing.assert_close(outputs_and_gradients(call, *leaves), wanted, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        outputs_and_gradients(call, *leaves),
+        wanted,
+        rtol=ulps(torch.float64, 4000),
+        atol=ulps(torch.float64, 1000),
+    )
 
 
 def loss_of(cu: Tensor, length: int | None = None) -> Callable[..., Tensor]:
@@ -853,7 +873,7 @@ def disagreement(
 def test_libraries_under_every_driver(
     driver: Any, backend: str, length: int | None, pretend: Callable[[str], None]
 ) -> None:
-    assert disagreement(driver, backend, length, pretend) < 1e-10
+    assert disagreement(driver, backend, length, pretend) < ulps(torch.float64, 4000)
 
 
 @pytest.mark.parametrize("driver", FIRST)
@@ -906,7 +926,12 @@ def test_triton_through_the_public_function(kernel_device: str) -> None:
             got = driver(loss, xs)
         for mine, right in zip(got, wanted, strict=True):
             # fp32: at most 43 weights, and sums of 64 products, of order 1
-            torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5 * float(right.abs().max()))
+            torch.testing.assert_close(
+                mine,
+                right,
+                rtol=ulps(torch.float32, 800),
+                atol=ulps(torch.float32, 80) * float(right.abs().max()),
+            )
 
 
 @pytest.mark.parametrize("backend", LIBRARIES)
@@ -939,7 +964,9 @@ def test_rows_in_any_layout(pretend: Callable[[str], None]) -> None:
             generator = torch.Generator().manual_seed(9)
             cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
             got = [out, *torch.autograd.grad(out, leaves, cotangent)]
-            torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(
+                got, wanted, rtol=ulps(torch.float64, 4000), atol=ulps(torch.float64, 1000)
+            )
             assert all(x.is_contiguous() for x in got)
 
 

@@ -408,6 +408,7 @@ def test_compiled_blocks_do_not_break_the_graph() -> None:
 
 
 @pytest.mark.parametrize("backend", PACKED)
+@pytest.mark.usefixtures("whole_gpu")
 def test_more_than_two_to_the_31_elements(backend: str) -> None:
     """q of 2.2e9 elements: the last document, past every 32-bit offset, is as it is alone."""
     needs(backend)

@@ -50,9 +50,10 @@ from tests.kernels.drivers import (
     random,
     saved_bytes,
 )
+from tests.kernels.rounding import ulps
 
 fused = importlib.import_module("kernels.fused_linear")
-TOLERANCE = 1e-10  # fp64: sums of a few hundred terms of order 1
+TOLERANCE = ulps(torch.float64, 4000)  # fp64: sums of a few hundred terms of order 1
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ROWS, INNER = 5, 7
 ACTIVATIONS = {"swiglu": swiglu, "geglu": geglu}
@@ -513,7 +514,9 @@ def test_an_unused_output_counts_as_zero() -> None:
     got = torch.autograd.grad(norm_linears(x, norm, weights, eps=1e-3)[1].sum(), leaves)
     second = exact_norm_linears(x, norm, weights[1:], [None])[0]
     wanted = torch.autograd.grad(second.sum(), leaves, materialize_grads=True)
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        got, wanted, rtol=ulps(torch.float64, 1000), atol=ulps(torch.float64, 1000)
+    )
 
 
 @pytest.mark.parametrize("summed", [True, False])
@@ -528,7 +531,9 @@ def test_unused_outputs_beside_a_sum_count_as_zero(used: list[int], summed: bool
         torch.autograd.grad(sum(ys[i].sin().sum() for i in used), leaves, materialize_grads=True)
         for ys in (outs, plain)
     )
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        got, wanted, rtol=ulps(torch.float64, 1000), atol=ulps(torch.float64, 1000)
+    )
 
 
 SOME = ["1000", "0010", "0001", "1001", "0011"]  # of x, residual, norm_weight, weight
@@ -548,7 +553,9 @@ def test_gradients_of_some_beside_a_sum(summed: bool, learn: str) -> None:
     plain = exact_add_norm_linears(x, given, norm, [weight], [None])
     leaves = [t for t in (x, given, norm, weight) if t is not None and t.requires_grad]
     got, wanted = (torch.autograd.grad(joined(ys).sin().sum(), leaves) for ys in (outs, plain))
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        got, wanted, rtol=ulps(torch.float64, 1000), atol=ulps(torch.float64, 1000)
+    )
 
 
 @pytest.mark.parametrize("summed", [True, False])
@@ -569,7 +576,9 @@ def test_a_compiled_region_may_end_with_the_sum(summed: bool) -> None:
         loss(torch.compile(region, backend="aot_eager", fullgraph=True)), leaves
     )
     wanted = torch.autograd.grad(loss(region), leaves)
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        got, wanted, rtol=ulps(torch.float64, 1000), atol=ulps(torch.float64, 1000)
+    )
 
 
 # What compilers and policies see
@@ -755,12 +764,16 @@ def test_no_rows_and_one_row(shape: tuple[int, ...]) -> None:
         ),
     ):
         assert ours.shape == (*shape[:-1], 5)
-        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            ours, plain, rtol=ulps(torch.float64, 1000), atol=ulps(torch.float64, 1000)
+        )
         got, wanted = (
             torch.autograd.grad(y.sum(), (x, weight, bias), retain_graph=True)
             for y in (ours, plain)
         )
-        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(
+            got, wanted, rtol=ulps(torch.float64, 1000), atol=ulps(torch.float64, 1000)
+        )
 
 
 ONES = torch.ones(4, 6)

@@ -195,6 +195,7 @@ def test_plans_follow_the_memory(kernel_device: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("state", [FP32, BF16])
+@pytest.mark.usefixtures("whole_gpu")
 def test_more_than_2_31_numbers(state: torch.dtype) -> None:
     """The end of a long leaf is what a short one's is; with bf16 states, to a unit."""
     size, tail = 2**31 + 5003, 5003

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import attention_triton
+from tests.kernels.rounding import attention_bounds, ulps
 
 # the interpreter's numpy warns of what masks then take out: rows past a document's end, later keys
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -110,17 +111,36 @@ def test_a_wrong_backward_would_show(interpreter: str, monkeypatch: pytest.Monke
         test_values_and_gradients("causal", torch.float32, interpreter, None)
 
 
-def test_extreme_scores(kernel_device: str) -> None:
-    """Scores of about +-1e4: the softmax is one-hot, and nothing overflows."""
-    x, g = leaves(40, 2, 1, 16, torch.float32, kernel_device)
-    x = (x[0] * 100, x[1] * 100, x[2])
-    cu = boundaries([40], kernel_device)
+def extreme(device: str) -> tuple[Leaves, Tensor]:
+    """Scores of whole numbers up to 1e4, which fp32 has exactly in any order, of pairs of keys that
+    are alike: the softmax is 1/2 for two keys, and nothing overflows."""
+    (q, k, v), g = leaves(40, 2, 1, 16, torch.float32, device)
+    k = (10 * k[::2]).round().repeat_interleave(2, 0)
+    return ((100 * q).round(), k, v), g
+
+
+def check_extreme(x: Leaves, g: Tensor, device: str, spoil: int | None = None) -> None:
     options: dict[str, Any] = {"causal": True, "window": None, "scale": 1.0}
+    cu = boundaries([40], device)
     exact = reference(x, g, cu, torch.float64, **options)
-    for got, want in zip(ours(x, g, cu, **options), exact, strict=True):
-        assert got.isfinite().all()
-        # the softmax is one-hot, so dq and dk are exactly 0 but for rounding: of 100 times 1 ulp
-        torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-2)
+    # a score is multiplied by log2(e), 1.44, and its distance from the log-sum-exp taken
+    off = 1.45 * ulps(torch.float32, 2)
+    bounds = attention_bounds(*x, g, True, off)
+    for i, (got, want, bound) in enumerate(
+        zip(ours(x, g, cu, **options), exact, bounds, strict=True)
+    ):
+        wrong = 1.05 * got if i == spoil else got
+        assert ((wrong.double() - want).abs() <= bound).all()
+
+
+def test_extreme_scores(kernel_device: str) -> None:
+    check_extreme(*extreme(kernel_device), kernel_device)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_a_wrong_extreme_would_show(index: int, interpreter: str) -> None:
+    with pytest.raises(AssertionError):
+        check_extreme(*extreme(interpreter), interpreter, spoil=index)
 
 
 @pytest.mark.gpu

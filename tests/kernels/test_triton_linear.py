@@ -25,6 +25,7 @@ from tests.kernels.drivers import (
     placed,
     random,
 )
+from tests.kernels.rounding import ulps
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CASE = Case(
@@ -44,7 +45,7 @@ def error(driver: Driver, device: str) -> float:
 )
 def test_under_driver(name: str, driver: Driver, kernel_device: str) -> None:
     """fp32: sums of a few dozen numbers of order 1, a few times over."""
-    assert error(driver, kernel_device) < 1e-4
+    assert error(driver, kernel_device) < ulps(torch.float32, 800)
 
 
 @pytest.mark.parametrize("driver", FIRST_ORDER, ids=name_of)
@@ -86,4 +87,4 @@ def test_fp64_is_summed_in_fp64(kernel_device: str) -> None:
     g = random(100, 3).to(kernel_device) + 1e8
     got = bias_gradient(g, g[0], True)
     assert got.dtype == torch.float64
-    torch.testing.assert_close(got, g.sum(0), rtol=1e-14, atol=0)
+    torch.testing.assert_close(got, g.sum(0), rtol=ulps(torch.float64, 64), atol=0)

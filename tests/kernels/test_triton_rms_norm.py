@@ -38,6 +38,7 @@ from tests.kernels.drivers import (
     random,
     spoilt,
 )
+from tests.kernels.rounding import ulps
 
 norms = importlib.import_module("kernels.rms_norm")
 EPS = 1e-5
@@ -390,12 +391,14 @@ def error(name: str, driver: Driver, backend: str, device: str) -> float:
 )
 def test_under_driver(name: str, driver: Driver, kernel_device: str) -> None:
     # fp32: sums of 120 numbers of order 1, a few times over
-    assert error(name, driver, "triton", kernel_device) < 1e-4
+    assert error(name, driver, "triton", kernel_device) < ulps(torch.float32, 800)
 
 
 @pytest.mark.parametrize("driver", [*FIRST, *HIGHER, by_jvp_jvp], ids=name_of)
 def test_torch_s_sum_under_driver(driver: Driver) -> None:
-    assert error("add_rms_norm", driver, "torch", "cpu") < 1e-10  # the same in fp64
+    assert error("add_rms_norm", driver, "torch", "cpu") < ulps(
+        torch.float64, 4000
+    )  # the same in fp64
 
 
 def wrong_backward(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,7 +455,9 @@ def test_one_output_may_go_unused(backend: tuple[str, str]) -> None:
         wanted = torch.autograd.grad(out.sin().sum(), ys, allow_unused=True)
         for a, b in zip(got, wanted, strict=True):
             b = torch.zeros_like(w, device=backend[1]) if b is None else b
-            torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                a.double(), b.double(), rtol=ulps(torch.float32, 80), atol=ulps(torch.float32, 80)
+            )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -551,6 +556,7 @@ def test_no_worse_than_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("whole_gpu")
 def test_past_two_to_the_31_elements() -> None:
     """The last rows are where a 32-bit offset would have turned negative."""
     dim = 2048
