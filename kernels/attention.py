@@ -145,29 +145,25 @@ def _kind(facts: Facts) -> Hashable:
         facts.length is None,
         facts.causal,
         facts.many,
-        _reach(facts),
+        _longest(facts) <= 128,  # within one tile
         torch.are_deterministic_algorithms_enabled(),
     )
 
 
-def _reach(facts: Facts) -> int:
-    """An upper bound on the tokens of a proof's documents: within one tile, or beyond it."""
-    longest = facts.length or facts.max_seqlen
-    return 64 if longest is not None and longest <= 128 else 512
+def _longest(facts: Facts) -> int:
+    """An upper bound on the tokens of a proof's documents."""
+    return min(facts.length or facts.max_seqlen or 512, 512)
 
 
 def prove_attention(backend: str, facts: Facts) -> None:
     """Raises whatever is wrong with a library's forward and backward of such a call, by fp64."""
-    short = _reach(facts) == 64
-    lengths = [30, 0, 64, 1, 40] if short else [70, 0, 160, 1, 40]
-    length = None
-    if facts.length is not None:
-        length = 64 if short else 160
-        lengths = [length, length]
+    longest = _longest(facts)
+    length = None if facts.length is None else longest
+    lengths = [length, length] if length else [min(n, longest) for n in (70, 0, 160, 1, 40)]
     ends = [*itertools.accumulate(lengths, initial=0)]
     cu = torch.tensor(ends + ends[-1:] * (257 if facts.many else 0), dtype=torch.int32)
     generator = torch.Generator().manual_seed(0)
-    kv_heads = 2 if facts.group <= 8 else 1
+    kv_heads = 2 if facts.group <= 4 else 1
     heads = kv_heads * facts.group
     q, k, v, grad = (
         torch.randn(ends[-1], n, facts.head_dim, generator=generator, dtype=torch.float32).to(
@@ -187,7 +183,7 @@ def prove_attention(backend: str, facts: Facts) -> None:
     exact_grads = torch.autograd.grad(exact, wide, grad.double())
     q, k, v, grad, cu = (x.to(facts.device) for x in (q, k, v, grad, cu))
     known = cu if length is None else None
-    static |= {"backend": backend, "longest": length or _reach(facts)}
+    static |= {"backend": backend, "longest": longest}
     out, lse = attention_flash.flash_forward(q, k, v, known, **static)
     grads = attention_flash.flash_backward(
         grad,
