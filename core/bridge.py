@@ -12,7 +12,6 @@ The user's own module is never changed.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +34,7 @@ from core.at_site import (
 from core.forward import ADDED, WEIGHTED, Forward, Site, beside
 from core.found import Found, find_sites, inside
 from core.layers import Logits
-from core.probes import put, skeleton
+from core.probes import copied, put, skeleton
 from params.int8 import is_scale
 from params.paths import alias_table
 from params.tree import Tree, flatten, unflatten
@@ -147,9 +146,7 @@ def _forward(
         buffers=stored,
         aux=buffers,
         modes=frozenset(m.training for m in blank.modules()),
-        in_mode=lambda mode: _forward(
-            copy.deepcopy(blank).train(mode), caller, head, blocks, buffers
-        ),
+        in_mode=lambda mode: _forward(copied(blank).train(mode), caller, head, blocks, buffers),
         unfound=tuple(unfound),
     )
 
@@ -329,7 +326,7 @@ def _wrap(
     blank: nn.Module, plan: list[Found], same: Mapping[str, list[str]], site: Site
 ) -> tuple[nn.Module, list[Read]]:
     """A copy of ``blank`` whose calls go through sites; and what is read outside of all blocks."""
-    body = copy.deepcopy(blank)
+    body = copied(blank)
     for found in plan:
         if found.site.kind in (*WEIGHTED, "norm"):
             _make_room(body, found, site)
@@ -342,7 +339,7 @@ def _wrap(
             if found.gated is None:
                 rewrite_calls(module, site, info.path)
             else:
-                plain = copy.deepcopy(blank.get_submodule(name))
+                plain = copied(blank.get_submodule(name))
                 rewrite_glu(module, plain, found.gated, site, info.path)
         elif info.kind != "weight":
             wrapper = at_site(module, site, info)

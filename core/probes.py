@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -87,7 +88,43 @@ def skeleton(module: nn.Module) -> nn.Module:
         for value in vars(m).values():  # computed from a parameter by a hook (pruning, weight_norm)
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(module, memo)
+    return copied(module, memo)
+
+
+def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy in which functions that were put on modules (a patched ``forward``, hooks) see
+    the copy where their closure held the original: a copy of a function has the same closure."""
+    memo = {} if memo is None else memo
+    out = copy.deepcopy(module, memo)
+
+    def seen(value: Any) -> Any:
+        if isinstance(value, MethodType) and id(value.__self__) in memo:
+            return MethodType(value.__func__, memo[id(value.__self__)])
+        held = isinstance(value, nn.Module | nn.Parameter)
+        return memo.get(id(value), value) if held else value
+
+    def again(function: FunctionType) -> FunctionType:
+        try:
+            held = [cell.cell_contents for cell in function.__closure__ or ()]
+        except ValueError:  # an empty cell
+            return function
+        new = [seen(value) for value in held]
+        if all(a is b for a, b in zip(new, held, strict=True)):
+            return function
+        cells = tuple(map(CellType, new))
+        made = FunctionType(
+            function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
+        )
+        made.__kwdefaults__ = function.__kwdefaults__
+        return made
+
+    for m in out.modules():
+        tables = [v for k, v in vars(m).items() if "_hooks" in k and isinstance(v, dict)]
+        for table in (vars(m), *tables):
+            for key, value in table.items():
+                if isinstance(value, FunctionType):
+                    table[key] = again(value)
+    return out
 
 
 def put(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -198,6 +198,13 @@ def test_a_patched_forward_is_kept() -> None:
     up.forward = lambda x: F.linear(x, up.weight, up.bias) * 3
     forward, params = from_module(module)
     assert torch.equal(forward(params, batch), module(batch["tokens"]))
+    other = map_leaves(lambda t: t * 1.3 + 0.05, params)  # what it captured is not the caller's
+    got = forward(other, batch)
+    assert not torch.equal(got, forward(params, batch))
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.copy_(flatten(other)[name].clone())
+    assert torch.equal(got, module(batch["tokens"]))
 
 
 def test_padding_idx_gets_no_gradient(assert_same) -> None:
