@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,9 @@ def run(paths: list[str], kind: tuple[str, ...], interpreted: bool) -> tuple[str
     """The last line of a run, and the names of what failed."""
     environment = {k: v for k, v in os.environ.items() if k not in (*VARIABLES, "TRITON_INTERPRET")}
     environment |= {name: value for name, value in zip(VARIABLES, kind, strict=True) if value}
+    # what Inductor keeps does not say for which capability it was written
+    room = Path(tempfile.gettempdir()) / f"inductor-{'-'.join(value or 'unset' for value in kind)}"
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(room)
     which = "not slow and not real_weights and not compiles"
     if interpreted:
         environment["TRITON_INTERPRET"] = "1"
