@@ -133,7 +133,11 @@ class Training:
         self.grad_fn = job.composed.gradients(job.select)
         self.late, self.pace = Late(job.device), Pace()
         self.peak = peak_flops(job.device, job.composed.dtype)
-        self.kept = [step for step in _steps(folder) if step <= learner.step]
+        steps = _steps(folder)  # those after ours go when ours has a successor
+        self.kept = [step for step in steps if step <= learner.step][
+            -max(2, job.config.keep_states) :
+        ]
+        keep_states(folder, [step for step in steps if step in self.kept or step > learner.step])
         # A first state soon, but not before its writing is little beside what it saves
         self.first_save = time.monotonic() + FIRST + 3 * num_bytes(learner.params) / FIRST_RATE
         self.unproven: int | None = None  # a state from which no step was made yet
