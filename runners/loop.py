@@ -133,10 +133,10 @@ class Training:
         self.grad_fn = job.composed.gradients(job.select)
         self.late, self.pace = Late(job.device), Pace()
         self.peak = peak_flops(job.device, job.composed.dtype)
-        steps = _steps(folder)  # those after ours go when ours has a successor
-        self.kept = [step for step in steps if step <= learner.step][
-            -max(2, job.config.keep_states) :
-        ]
+        steps = _steps(folder)
+        before = [step for step in steps if step <= learner.step]
+        self.kept = before[-max(2, self.config.keep_states) :]
+        # Those after ours, given up by resuming an older one, go when ours has a successor
         keep_states(folder, [step for step in steps if step in self.kept or step > learner.step])
         # A first state soon, but not before its writing is little beside what it saves
         self.first_save = time.monotonic() + FIRST + 3 * num_bytes(learner.params) / FIRST_RATE
