@@ -20,7 +20,7 @@ from torch import Tensor
 from core import Batch
 from kernels import attention_flash
 from params import num_bytes
-from runners.checkpoints import save_best
+from runners.checkpoints import resume_flag, save_best
 from runners.errors import UserError
 from runners.flops import measure_load, peak_flops, training_flops
 from runners.metrics import Display, Metrics, warned
@@ -283,7 +283,12 @@ class Training:
             self.learner.seconds = time.monotonic() - self.begun
             state = self.learner.state(self.job.loader.state_dict())
             self.metrics.sync()
-            save_state(self.folder, state, self.config)
+            try:
+                save_state(self.folder, state, self.config)
+            except UserError as error:
+                last = f"the state of step {self.kept[-1]} is kept" if self.kept else "none is kept"
+                again = resume_flag(self.folder)
+                raise UserError(f"{error}; {last}: mend that, and go on by {again}") from error
             self.kept.append(state.step)
             self.unproven = state.step
             self._prune()

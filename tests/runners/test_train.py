@@ -183,6 +183,28 @@ def test_the_last_usable_state_is_kept_and_named(
     assert (second / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
 
 
+def test_a_state_without_room_ends_the_run_in_a_line(
+    micro: Micro, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = iter([True, True, False])
+
+    def check(target: Path, needed: int) -> None:
+        if not next(room):
+            raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr("params.io.check_room", check)
+    with pytest.raises(UserError, match="No space left on device; the state of step 2") as caught:
+        train(micro(save_every=1), quiet())
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    flag = shlex.split(str(caught.value))[-1]
+    folder = Path(micro().runs_dir) / "micro"
+    assert flag == f"--resume={folder}"
+    assert {path.name for path in (folder / "state").iterdir()} == {"00000001", "00000002"}
+    resumed = run(micro(name=None, resume=str(folder)), quiet())
+    assert losses(resumed) == losses(run(micro(name="whole"), quiet()))
+
+
 def test_the_newest_states_are_kept(micro: Micro, quiet: Quiet) -> None:
     folder = run(micro(save_every=2, keep_states=3), quiet())
     assert [int(path.name) for path in find_states(folder)] == [2, 4, 6]
