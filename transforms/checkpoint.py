@@ -25,9 +25,10 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from core.forward import Forward, Rule, SiteInfo
 from kernels.functions import nested_forward_mode
+from transforms.kept import Keep, contexts, operation
 from transforms.legal import check_legal
 from transforms.offload import offloaded
-from transforms.recompute import Keep, functional, operation
+from transforms.recompute import functional
 
 Policy = str | Sequence[str] | Keep
 
@@ -79,7 +80,6 @@ def checkpoint(
     if every < 1:
         raise ValueError(f"every must be 1 or more, not {every}")
     check_legal(forward, "checkpoint")
-
     native = not any(site.foreign for site in forward.sites)
 
     def chosen(site: SiteInfo) -> bool:
@@ -164,8 +164,9 @@ def rematerialize(
             return offloaded(functional(f, name=name))(*args, **kwargs)
         again = partial(torch_checkpoint, f, use_reentrant=False)
         if keep is not None:
-            contexts = partial(create_selective_checkpoint_contexts, partial(_decide, keep))
-            again = partial(again, context_fn=contexts)
+            tagged = partial(create_selective_checkpoint_contexts, partial(_decide, keep))
+            # the compiler's partitioner reads PyTorch's own tags
+            again = partial(again, context_fn=tagged if compiling else partial(contexts, keep))
         if compiling or not to_the_end:
             return again(*args, **kwargs)
         with set_checkpoint_early_stop(False):

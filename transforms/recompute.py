@@ -20,11 +20,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.functions import func_levels, unexpanded
-
-Keep = Callable[[str], bool]
+from transforms.kept import Keep, Kept, Record, Replay
 
 
 def functional(
@@ -74,16 +72,6 @@ def functional(
 
 _BLANK = object()
 _Levels = torch._C._functorch.TransformType
-
-
-def operation(func: Any) -> str:
-    """What policies call an operation: ``aten.mm``, ``nanovision.flash_attention``."""
-    name = str(func.overloadpacket)
-    return _SAME_PRODUCT.get(name, name)
-
-
-# A product for which a GPU has another kernel: a policy that names aten.mm means it everywhere.
-_SAME_PRODUCT = {"nanovision.wide_linear": "aten.mm"}
 
 
 class _Closed(TorchFunctionMode):
@@ -219,7 +207,7 @@ class _Memo:
         self.phase: str | None = None
         self.beside = False
         self.levels: Counter[Any] = Counter()  # functorch's, at the recording
-        self.results: list[tuple[str, Any]] = []
+        self.kept = Kept()
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -247,47 +235,10 @@ class _Memo:
         levels = Counter(i.key() for i in func_levels())
         if self.phase == "recorded":
             self.levels = levels
-            return _Record(self)
-        return _Replay(self) if levels == self.levels + Counter([_Levels.Grad]) else nullcontext()
-
-
-class _Record(TorchDispatchMode):
-    def __init__(self, memo: _Memo) -> None:
-        super().__init__()
-        self.memo = memo
-        memo.results = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        assert self.memo.keep is not None
-        if self.memo.keep(operation(func)):
-            # a tensor of its own: what the function itself keeps alive is told by that
-            own = pytree.tree_map_only(Tensor, torch.Tensor.detach, out)
-            self.memo.results.append((operation(func), own))
-        return out
-
-
-class _Replay(TorchDispatchMode):
-    def __init__(self, memo: _Memo) -> None:
-        super().__init__()
-        self.keep, self.results = memo.keep, iter(memo.results)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        name = operation(func)
-        assert self.keep is not None
-        if not self.keep(name):
-            return func(*args, **(kwargs or {}))
-        recorded, out = next(self.results, (None, None))
-        if recorded != name:
-            raise RuntimeError(
-                f"a checkpointed function called {name} where it had called {recorded} before: "
-                "it must do the same each time"
-            )
-        return pytree.tree_map_only(Tensor, torch.Tensor.detach, out)
+            self.kept = Kept()
+            return Record(self.keep, self.kept)
+        same = levels == self.levels + Counter([_Levels.Grad])
+        return Replay(self.keep, self.kept) if same else nullcontext()
 
 
 # -- the two Functions ------------------------------------------------------------------------

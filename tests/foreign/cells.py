@@ -46,7 +46,7 @@ COLUMNS: dict[str, tuple[Callable[[Bench], None], str]] = {
     "grad": (chains.by_grad, "`torch.func.grad` over checkpoint, and over all at once"),
     "vmap": (chains.by_vmap, "`vmap(grad)` over checkpoint"),
     "hvp": (chains.by_hvp, "`jvp(grad)` over checkpoint"),
-    "comp": (chains.by_compile, "`torch.compile(loss)` over checkpoint"),
+    "comp": (chains.by_compile, "`torch.compile(loss)` over checkpoint, for one of every kind"),
 }
 DRIVERS = {"grad": "grad", "vmap": "vmap", "hvp": "hvp", "comp": "compile"}
 

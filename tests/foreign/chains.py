@@ -152,7 +152,41 @@ def by_hvp(bench: Bench) -> None:
     compare_grads(flatten(got), want, dict.fromkeys(want, 0.0), min(scale * rough, 2e-2), "Hv of")
 
 
+# Seconds each: one of every kind of model.
+COMPILED = (
+    "Llama",
+    "Qwen3",
+    "Gemma2",
+    "GPT-2",
+    "Falcon",
+    "Mixtral",
+    "gpt-oss",
+    "Mamba2",
+    "Bamba",
+    "BERT",
+    "ModernBERT",
+    "T5",
+    "BART",
+    "Whisper",
+    "ViT",
+    "Swin",
+    "ResNet",
+    "SigLIP vision",
+    "nn.TransformerEncoder",
+    "nn.MultiheadAttention",
+    "MLP in lists",
+    "lists of lists",
+    "gated MLPs",
+    "shared weights",
+    "weights read by hand",
+    "convolutions with BatchNorm",
+    "DiT",
+)
+
+
 def by_compile(bench: Bench) -> None:
+    if bench.family.name not in COMPILED:
+        raise NothingThereError
     forward, params = bench.forward()
     f = checkpoint(forward) if blocks(forward) else forward
     torch._dynamo.reset()

@@ -12,7 +12,7 @@ import kernels
 from kernels import cublas_lt, dispatch
 from kernels.cublas_lt import T128X256, T176X128, T192X192, T320X128, better, is_wide
 from kernels.product import product, wide_linear
-from transforms.recompute import operation
+from transforms.kept import operation
 
 # as cuBLAS 13.1 lists them on an H200: tile, and parts of the inner dimension
 GATE = [(T192X192, 1), (24, 1), (T128X256, 1), (T320X128, 1), (31, 1), (32, 1), (T176X128, 1)]

@@ -1,0 +1,131 @@
+"""What a policy keeps of a function that is computed again: recorded in forward, replayed after.
+
+Outputs that the function changes in place later (``clamp_`` of a product) are copied before they
+change, so that they are replayed as they were. ``torch.utils.checkpoint``'s own selective contexts
+raise for some of these changes and miss others, behind ``_unsafe_view``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Keep = Callable[[str], bool]
+
+# A product for which a GPU has another kernel: a policy that names aten.mm means it everywhere.
+_SAME_PRODUCT = {"nanovision.wide_linear": "aten.mm"}
+
+
+def operation(func: Any) -> str:
+    """What policies call an operation: ``aten.mm``, ``nanovision.flash_attention``."""
+    name = str(func.overloadpacket)
+    return _SAME_PRODUCT.get(name, name)
+
+
+@dataclass
+class Output:
+    """What an operation gave; ``changed``: whether the function changed it in place afterwards."""
+
+    operation: str
+    value: Any
+    changed: bool = False
+
+
+@dataclass
+class Kept:
+    """Outputs in the order in which they were computed; None where one was replayed and dropped."""
+
+    outputs: list[Output | None] = field(default_factory=list)
+
+    def before_change(self, tensors: Iterator[Tensor]) -> None:
+        """Copies the outputs that share memory with tensors that are about to change."""
+        for tensor in tensors:
+            memory = _memory(tensor)
+            for output in self.outputs:
+                if output is None or output.changed:
+                    continue
+                leaves = pytree.tree_leaves(output.value)
+                if any(isinstance(leaf, Tensor) and _memory(leaf) == memory for leaf in leaves):
+                    output.value = pytree.tree_map_only(Tensor, torch.clone, output.value)
+                    output.changed = True
+
+
+class Record(TorchDispatchMode):
+    """Keeps what the operations that ``keep`` names give."""
+
+    def __init__(self, keep: Keep, kept: Kept) -> None:
+        super().__init__()
+        self.keep, self.kept = keep, kept
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func._schema.is_mutable:
+            self.kept.before_change(_written(func, args, kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if self.keep(operation(func)):
+            # a tensor of its own: what the function itself keeps alive is told by that
+            own = pytree.tree_map_only(Tensor, torch.Tensor.detach, out)
+            self.kept.outputs.append(Output(operation(func), own))
+        return out
+
+
+class Replay(TorchDispatchMode):
+    """Gives what was recorded instead of computing it; ``drop``: each output once."""
+
+    def __init__(self, keep: Keep, kept: Kept, *, drop: bool = False) -> None:
+        super().__init__()
+        self.keep, self.kept, self.drop, self.count = keep, kept, drop, 0
+
+    def __enter__(self) -> Any:
+        self.count = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = operation(func)
+        if not self.keep(name):
+            return func(*args, **(kwargs or {}))
+        output = self.kept.outputs[self.count] if self.count < len(self.kept.outputs) else None
+        if output is None and self.count < len(self.kept.outputs):
+            raise RuntimeError(
+                "a second backward through a block that a checkpoint policy keeps outputs of: the "
+                "first has dropped them; use policy='nothing', or call the forward again"
+            )
+        if output is None or output.operation != name:
+            recorded = None if output is None else output.operation
+            raise RuntimeError(
+                f"a checkpointed function called {name} where it had called {recorded} before: "
+                "it must do the same each time"
+            )
+        if self.drop:
+            self.kept.outputs[self.count] = None
+        self.count += 1
+        # changed again in place, and perhaps asked for again
+        alone = torch.clone if output.changed and not self.drop else torch.Tensor.detach
+        return pytree.tree_map_only(Tensor, alone, output.value)
+
+
+def contexts(keep: Keep) -> tuple[Record, Replay]:
+    """For ``torch.utils.checkpoint(..., context_fn=)`` in eager mode."""
+    kept = Kept()
+    return Record(keep, kept), Replay(keep, kept, drop=True)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors that an operation changes."""
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[i] if i < len(args) else kwargs.get(argument.name)
+            yield from (leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor))
