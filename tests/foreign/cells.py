@@ -126,7 +126,13 @@ def is_clear(bench: Bench, error: Exception) -> bool:
     names = {n for n, _ in module.named_modules()} | {n for n, _ in module.named_parameters()}
     names |= {type(m).__name__ for m in module.modules()}
     words = {w.strip("'\",:;()[]{}.`") for w in str(error).replace("=", " ").split()}
-    return bool(words & (names | {"head", "call", "skip"} - {""})) and len(str(error)) > 30
+    return (
+        bool(
+            words
+            & (names | {"head", "call", "skip", "blocks", "buffers", "policy", "select"} - {""})
+        )
+        and len(str(error)) > 30
+    )
 
 
 def _ours(filename: str) -> bool:

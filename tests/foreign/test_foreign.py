@@ -28,6 +28,38 @@ def check(name: str, columns: list[str]) -> None:
     assert not bad, "\n".join(f"{name}, {c}: {cell.glyph} {cell.said}" for c, cell in bad.items())
 
 
+# One of each kind: a tied head, experts, weights read by hand, two towers, frozen tables, torch's
+# own layers and their fast path, shared weights; the columns that take no second.
+FEW = [
+    "Llama, tied",
+    "Mixtral",
+    "Mamba",
+    "T5",
+    "RoFormer",
+    "nn.TransformerEncoder",
+    "shared weights",
+]
+CHEAP = [
+    "same",
+    "vg",
+    "fuse",
+    "ckpt",
+    "kern",
+    "int8",
+    "fake",
+    "lora",
+    "qlora",
+    "fp8",
+    "long",
+    "grad",
+]
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_few(name: str) -> None:
+    check(name, CHEAP)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", families())
 def test_family(name: str) -> None:
