@@ -198,9 +198,12 @@ def prove_attention(backend: str, facts: Facts) -> None:
     )
     # weights, their gradients and results are rounded once each: less than an ulp in the mean
     allowed = torch.finfo(facts.dtype).eps
+    # q's and k's gradients of a document of one token are 0: differences of sums of Dh products,
+    # in fp32, times a row of norm sqrt(Dh)
+    slack = 8 * torch.finfo(torch.float32).eps * facts.head_dim * static["scale"]
     check_close("its output", out, exact.detach(), allowed)
     for name, got, right in zip("qkv", grads, exact_grads, strict=True):
-        check_close(f"its gradient of {name}", got, right, allowed)
+        check_close(f"its gradient of {name}", got, right, allowed, slack)
 
 
 for _backend, _parts in _PARTS.items():

@@ -130,7 +130,8 @@ def parity(
     Allowed is plain torch's own error in this dtype, and one eps in norm, four of the largest entry
     at any entry: weights, their gradients and the results are each rounded to dtype once, each by
     0.3 eps in the mean square. In fp32, where these are not rounded, eight times that, for sums in
-    another order and a fast exponential.
+    another order and a fast exponential. And for each row what the difference of two sums of Dh
+    products may be in fp32: q's and k's gradients of a document of one token are 0.
     """
     right, plain = references(case, head_dim, dtype)
     cu, eps = boundaries(case.lengths), torch.finfo(dtype).eps
@@ -153,8 +154,10 @@ def parity(
         assert mine.dtype == dtype
         assert mine.shape == exact.shape
         mine, theirs = mine.double() - exact, theirs.double() - exact
-        mean = mine.norm() / (theirs.norm() + eps * exact.norm())
-        most = mine.abs().max() / (theirs.abs().max() + 4 * eps * exact.abs().max())
+        slack = 8 * torch.finfo(torch.float32).eps * head_dim**0.5
+        rows = exact.shape[:-1].numel() ** 0.5
+        mean = mine.norm() / (theirs.norm() + eps * exact.norm() + slack * rows)
+        most = mine.abs().max() / (theirs.abs().max() + 4 * eps * exact.abs().max() + slack)
         share = max(float(mean), float(most))
         shares[name] = share if mine.isfinite().all() else float("inf")
     return shares

@@ -228,6 +228,24 @@ def test_a_right_attention_is_proved(kind: str, monkeypatch: pytest.MonkeyPatch)
     assert prove(kind) is None
 
 
+@pytest.mark.parametrize("kind", [{"max_seqlen": 1}, {"length": 1}])
+def test_gradients_that_are_0_are_right_to_fp32(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document of one token: q's gradient is a difference of two equal sums of Dh products."""
+
+    def backward(*args: Any) -> tuple[Tensor, ...]:
+        q, k = args[1:3]
+        dq, dk, dv = plain_backward(*args)
+        slip = torch.finfo(torch.float32).eps * q.shape[-1] ** 0.5
+        return dq + (slip * k).to(dq).repeat_interleave(q.shape[-2] // k.shape[-2], -2), dk, dv
+
+    monkeypatch.setitem(attention_flash._LIBRARIES, "cudnn", (plain, backward))
+    monkeypatch.setitem(KINDS, "one", kind)
+    assert prove("one") is None
+    monkeypatch.setitem(attention_flash._LIBRARIES, "cudnn", spoilt(1, lambda x: x + 1e-3))
+    proof._found.clear()
+    assert "gradient of q" in str(prove("one"))
+
+
 def one_row_off(x: Tensor) -> Tensor:
     x = x.clone()
     x[..., 7, :, :] *= 1.5
