@@ -19,6 +19,12 @@ from params.tree import Tree, flatten, map_leaves
 IMAGE_TOKEN = 1
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-case", action="store_true", help="on a GPU: every case of every test of a kernel"
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
