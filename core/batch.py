@@ -21,7 +21,8 @@ come cell by cell (merge x merge patches, row-major inside the cell), cells row-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ Batch = dict[str, Tensor]
 IGNORE = -100
 TEXT_FIELDS = ("tokens", "labels", "positions", "cu_seqlens")
 IMAGE_FIELDS = ("patches", "patch_positions", "image_cu_seqlens", "image_slots")
+FIELDS = (*TEXT_FIELDS, *IMAGE_FIELDS, "seed")
 
 
 def patchify(image: Tensor, patch_size: int, merge: int) -> tuple[Tensor, Tensor]:
@@ -151,6 +153,7 @@ def check_batch(batch: dict[str, Any], config: VLMConfig) -> None:
 
     Reads values, so it waits for the device: for the first batch of a run and for tests.
     """
+    check_fields(batch)
     if missing := [name for name in TEXT_FIELDS if name not in batch]:
         raise ValueError(f"the batch lacks {missing[0]!r}")
     have = [name for name in IMAGE_FIELDS if name in batch]
@@ -214,6 +217,17 @@ def _check_slots(slots: Tensor, batch: dict[str, Any], config: VLMConfig) -> Non
                 f"image_slots {what} {int(picture[1:][wrong][0])}: each document holds as many "
                 "image tokens as its pictures give"
             )
+
+
+def check_fields(batch: Mapping[str, Any]) -> None:
+    """Raises ValueError if a batch has a field that no model reads, a misspelt one for example."""
+    if strange := [name for name in batch if name not in FIELDS]:
+        near = difflib.get_close_matches(strange[0], FIELDS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"the batch has the field {strange[0]!r}, which nothing reads: {hint}"
+            f"There are {', '.join(FIELDS)}"
+        )
 
 
 def _check_shape(batch: dict[str, Any], name: str, *shape: int) -> None:

@@ -54,9 +54,9 @@ def from_module(
 
     call: ``call(run, batch)`` turns a batch, in the module's own form, into
     ``run(*args, **kwargs)`` and its result into logits. The default passes the entries of
-    ``batch`` that the module's signature names (``labels`` never; ``use_cache=False`` where it is
-    a parameter, because a cache that outlives the call is not pure) and returns ``.logits``, or
-    the output itself.
+    ``batch``, all of which the module's signature must name (``labels`` is never passed;
+    ``use_cache=False`` where it is a parameter, because a cache that outlives the call is not
+    pure) and returns ``.logits``, or the output itself.
     head: the path of the output head. The default asks ``module.get_output_embeddings()``
     (Hugging Face); without either there is no head site, and ``fuse_loss`` says so.
     blocks: path patterns of the modules that are blocks; ``()`` for none. The default takes the
@@ -430,6 +430,11 @@ def _default_call(names: frozenset[str], run: Callable[..., Any], batch: Mapping
         raise ValueError(
             f"the batch has {sorted(batch)}, none of which the module's forward takes "
             f"({sorted(names)}): rename them, or pass call="
+        )
+    if strange := sorted(batch.keys() - names - {"labels"}):
+        raise ValueError(
+            f"the batch has {strange}, which the module's forward does not take ({sorted(names)}): "
+            "leave them out, or pass call="
         )
     if "use_cache" in names:
         kwargs.setdefault("use_cache", False)

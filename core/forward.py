@@ -56,7 +56,7 @@ Select = Sequence[str] | Callable[["SiteInfo"], bool] | None
 KINDS = ("embed", "block", "linear", "norm", "rope", "attention", "glu", "head", "weight")
 WEIGHTED = ("linear", "head", "embed", "weight")  # kinds of site that own a matrix
 # What transforms put beside a weight or in its place.
-ADDED = ("weight_int8", "weight_scale", "lora_a", "lora_b")
+ADDED = ("weight_int8", "weight_scale", "weight_dtype", "lora_a", "lora_b")
 
 
 @dataclass(frozen=True)
@@ -228,6 +228,7 @@ class Forward:
     finish: Callable[[Any, Any], Any] | None = None
     around: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     around_block: Callable[[SiteFn], SiteFn] | None = None
+    dense: bool = False  # finish takes logits as a tensor, not lazy ones
     applied: tuple[str, ...] = ()  # names of the transforms, innermost first
     frozen: frozenset[str] = frozenset()
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -251,7 +252,7 @@ class Forward:
             for site in self.sites
             if site.kind == "block" and any(r.recomputes and r.applies(site) for r in self.rules)
         )
-        run = self.build(Site(table, lazy=self.finish is not None, again=again))
+        run = self.build(Site(table, lazy=self.finish is not None and not self.dense, again=again))
         finish = self.finish
 
         def call(params: Tree, batch: Any) -> Any:
@@ -273,7 +274,8 @@ class Forward:
             return tuple(s for s in found if patterns is None or patterns(s))
         for pattern in patterns:
             if not any(site.matches(pattern) for site in self.sites):
-                raise no_match(pattern, [s.path for s in self.sites] + ["lm_head"], what="sites")
+                heads = ["lm_head"] if any(s.kind == "head" for s in self.sites) else []
+                raise no_match(pattern, [s.path for s in self.sites] + heads, what="sites")
         return tuple(s for s in found if any(s.matches(pattern) for pattern in patterns))
 
     def with_rule(self, rule: Rule, *, innermost: bool = False) -> Forward:

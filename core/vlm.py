@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from core.batch import Batch, make_batch
+from core.batch import Batch, check_fields, make_batch
 from core.config import VLMConfig
 from core.forward import Forward, Site, SiteInfo, record_sites
 from core.layers import Logits
@@ -60,6 +60,7 @@ def run(
     site: Site, config: VLMConfig, longest: Longest, params: Tree, batch: Batch
 ) -> Tensor | Logits:
     """One pass over a packed batch; see ``docs/guide.md`` for the batch's fields."""
+    check_fields(batch)
     text = site.at("text")
     x = embed_tokens(text, params["text"], batch["tokens"])
     if "patches" in batch:

@@ -38,6 +38,7 @@ from kernels.functions import (
     pull,
     push,
     rows_of,
+    shaped,
     with_signature,
 )
 from kernels.operators import fake, operator
@@ -326,7 +327,7 @@ class _Linear(torch.autograd.Function):
         codes, across, scale = _quantize_op(rows_of(x), call.scaling, turned, call.triton)
         weights, _, weight_scale = _quantize_op(weight, call.scaling, False, call.triton)
         y = _product(codes, weights, scale, weight_scale.t(), x.dtype, True, call.triton, bias)
-        return y.view(*x.shape[:-1], weight.shape[0]), across, scale, weight_scale
+        return shaped(y, *x.shape[:-1], weight.shape[0]), across, scale, weight_scale
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

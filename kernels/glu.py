@@ -7,6 +7,7 @@ activations, one rounding each. Backward keeps the inputs alone: the activation 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -196,7 +197,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     [0.0, 500.0]
     """
     _check("swiglu", gate, up)
-    return _apply_swiglu(gate, up, _on_triton("swiglu", gate))
+    return _as_they_lie(_apply_swiglu, "swiglu", gate, up)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -210,7 +211,7 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     [0.0, 500.0]
     """
     _check("geglu", gate, up)
-    return _apply_geglu(gate, up, _on_triton("geglu", gate))
+    return _as_they_lie(_apply_geglu, "geglu", gate, up)
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -230,11 +231,21 @@ def relu2(x: Tensor) -> Tensor:
     [0.0, 9.0]
     """
     check_floating("relu2", x=x)
-    return _apply_relu2(x, _on_triton("relu2", x))
+    return _as_they_lie(_apply_relu2, "relu2", x)
 
 
-def _on_triton(name: str, x: Tensor) -> bool:
-    return choose(name, str(x.device), x.dtype) == "triton"
+def _as_they_lie(apply: Callable[..., Tensor], name: str, *tensors: Tensor) -> Tensor:
+    """The result in the order of dimensions in which the tensors lie in memory, as torch's own
+    elementwise operations answer; kernels write rows."""
+    x = tensors[0]
+    triton = choose(name, str(x.device), x.dtype) == "triton"
+    steps = x.stride()
+    order = sorted(range(x.ndim), key=lambda dim: -steps[dim])
+    alike = all(other.stride() == steps for other in tensors)
+    if not triton or not alike or order == list(range(x.ndim)):
+        return apply(*tensors, triton)
+    back = sorted(range(x.ndim), key=order.__getitem__)
+    return apply(*(t.permute(order) for t in tensors), triton).permute(back)
 
 
 def _check(name: str, gate: Tensor, up: Tensor) -> None:

@@ -23,6 +23,7 @@ from kernels.functions import (
     check_device,
     each_example,
     nested_forward_mode,
+    shaped,
     with_signature,
 )
 from kernels.operators import fake, operator
@@ -51,8 +52,12 @@ def row_scale(x: Tensor) -> Tensor:
 # torch: weight-only, and int8 x int8
 
 
+# Both give the product unrounded: it is scaled first, or what fp16 cannot hold would be infinite.
+
+
 def _weight_only(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    return ((x @ weight.to(x.dtype).mT) * scale).to(x.dtype)
+    wide = accumulation_dtype(x.dtype)
+    return (x.to(wide) @ weight.to(wide).mT) * scale
 
 
 def _int8_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -61,7 +66,7 @@ def _int8_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     # no clamp: |x| <= amax, so |x / step| rounds to 127 at most
     q = (rows.to(step.dtype) / step).round().to(torch.int8)
     y = _int_matmul(q, weight).to(step.dtype) * step * scale
-    return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+    return shaped(y, *x.shape[:-1], weight.shape[0])
 
 
 def _int_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -145,7 +150,7 @@ class _Linear(torch.autograd.Function):
             return _forward_op(x, weight, scale, bias, activations == "dynamic")
         multiply = _weight_only if activations is None else _int8_int8
         y = multiply(x, weight, scale)
-        return y if bias is None else y + bias.to(y.dtype)
+        return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -180,7 +185,8 @@ class _Transposed(torch.autograd.Function):
     def forward(grad: Tensor, weight: Tensor, scale: Tensor, backend: str) -> Tensor:
         if backend == "triton":
             return _transposed_op(grad, weight, scale)
-        return (grad * scale).to(grad.dtype) @ weight.to(grad.dtype)
+        wide = accumulation_dtype(grad.dtype)
+        return ((grad.to(wide) * scale) @ weight.to(wide)).to(grad.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -234,7 +240,7 @@ def _apply(
     if activations is not None:
         # the value of one with the derivatives of the other: straight through
         y = y + (_int8_int8(x.detach(), weight, scale) - y.detach())
-    return y if bias is None else y + bias.to(y.dtype)
+    return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
 
 
 # Public

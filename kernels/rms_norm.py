@@ -66,7 +66,7 @@ def layer_norm_reference(
 def _rms_forward(
     x: Tensor, weight: Tensor | None, *, eps: float
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    wide = x.to(accumulation_dtype(x.dtype))
+    wide = x.to(accumulation_dtype(x.dtype)).contiguous()  # so is y, as torch's norms answer
     r = torch.rsqrt(torch.linalg.vecdot(wide, wide).unsqueeze(-1) / x.shape[-1] + eps)
     y = wide * r
     if weight is not None:
@@ -269,7 +269,7 @@ def _apply_add_rms_norm(
 def _layer_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    wide = x.to(accumulation_dtype(x.dtype))
+    wide = x.to(accumulation_dtype(x.dtype)).contiguous()
     mean = wide.mean(-1, keepdim=True)
     centred = wide - mean
     r = torch.rsqrt(torch.linalg.vecdot(centred, centred).unsqueeze(-1) / x.shape[-1] + eps)

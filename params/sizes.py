@@ -36,9 +36,12 @@ class Size:
         return getattr(self, name)
 
     def __str__(self) -> str:
+        ratio = self.compression_ratio
+        times, than = (ratio, "smaller") if ratio >= 1 else (1 / ratio, "larger")
+        held = "as in fp16" if f"{times:.2f}" == "1.00" else f"{times:.2f}x {than} than fp16"
         return (
-            f"{self.parameters:,} parameters, {self.mb_now:,.1f} MB ({self.compression_ratio:.2f}x "
-            f"smaller than fp16); in fp32 {self.mb_fp32:,.1f}, in fp16 {self.mb_fp16:,.1f}, "
+            f"{self.parameters:,} parameters, {self.mb_now:,.1f} MB ({held}); "
+            f"in fp32 {self.mb_fp32:,.1f}, in fp16 {self.mb_fp16:,.1f}, "
             f"in int8 {self.mb_int8:,.1f} MB"
         )
 
@@ -55,7 +58,7 @@ def estimate_size(params: Mapping[str, Any]) -> Size:
 
     >>> import torch
     >>> print(estimate_size({"weight": torch.zeros(1000, 1000)}))
-    1,000,000 parameters, 4.0 MB (0.50x smaller than fp16); in fp32 4.0, in fp16 2.0, in int8 1.0 MB
+    1,000,000 parameters, 4.0 MB (2.00x larger than fp16); in fp32 4.0, in fp16 2.0, in int8 1.0 MB
     """
     flat = flatten(params)
     for path in ties(params):

@@ -24,7 +24,6 @@ from transforms import (
     unfused_loss,
     value_and_grad,
 )
-from transforms.fp8 import SKIPPED
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,8 @@ def _checkpointed(forward: Forward, config: TrainConfig, compiled: bool) -> tupl
 def _wide(model: VLMConfig) -> tuple[str, ...]:
     """What fp8 leaves alone: the head, first and last blocks, and the eye's first layer, whose
     inputs (3 x 14 x 14, say) are seldom a multiple of 16."""
-    return (*SKIPPED, "patch_embed") if model.vision is not None else SKIPPED
+    first_and_last = ("lm_head", "blocks.0", "blocks.-1")
+    return (*first_and_last, "patch_embed") if model.vision is not None else first_and_last
 
 
 def _policy(name: str) -> str | tuple[str, ...]:

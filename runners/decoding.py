@@ -49,7 +49,13 @@ def with_cache(forward: Forward, config: VLMConfig, cache: KVCache) -> Forward:
 
     The first call takes the whole prompt, with its pictures; each further one takes the tokens
     that followed, with their own ``positions``. Returns the logits of the last token, ``[1, V]``.
+    Raises ValueError for a forward that ends in a loss.
     """
+    if forward.finish is not None:
+        raise ValueError(
+            "with_cache gives logits, and this forward ends in a loss "
+            f"({', '.join(forward.applied)}): apply it to the forward without"
+        )
 
     def wrap(f: Callable[..., Tensor], path: str) -> Callable[..., Tensor]:
         layer = int(path.split(".")[2])  # text.blocks.3.attn

@@ -14,10 +14,8 @@ from kernels.fp8_linear import SCALINGS
 from params.tree import Tree, flatten
 from transforms.legal import check_legal
 
-SKIPPED = ("lm_head", "blocks.0", "blocks.-1")
 
-
-def fp8(forward: Forward, *, skip: Sequence[str] = SKIPPED, scaling: str = "tensor") -> Forward:
+def fp8(forward: Forward, *, skip: Sequence[str] | None = None, scaling: str = "tensor") -> Forward:
     """The three matrix products of linears, forward and backward, in float8; the rest as it is.
 
     The numbers are those of :func:`kernels.fp8_linear`: x and weight in e4m3, the gradient of the
@@ -27,8 +25,9 @@ def fp8(forward: Forward, *, skip: Sequence[str] = SKIPPED, scaling: str = "tens
     outside, in their own dtype; under ``mixed_precision`` the rounded weight is the cast one,
     whichever was applied first.
 
-    skip: path patterns of linears that stay; by default the first and the last block of every
-    tower, whose rounding costs most. scaling: "tensor" or "row", as in the kernel.
+    skip: path patterns of linears that stay; by default those of the first and the last block of
+    every tower of three or more, whose rounding costs most. scaling: "tensor" or "row", as in the
+    kernel.
 
     Raises ValueError if a pattern names nothing, if nothing is left to convert, or, in ``prepare``
     and at the call, for a weight ``[O, I]`` whose O or I 16 does not divide: skip it.
@@ -36,10 +35,14 @@ def fp8(forward: Forward, *, skip: Sequence[str] = SKIPPED, scaling: str = "tens
     check_legal(forward, "fp8")
     if scaling not in SCALINGS:
         raise ValueError(f"scaling is 'tensor' or 'row', not {scaling!r}")
-    skipped = {site.path for site in forward.select(("linear",), skip)}
-    paths = frozenset(site.path for site in forward.select(("linear",))) - skipped
+    linears = frozenset(site.path for site in forward.select(("linear",)))
+    if skip is None:
+        ends = _ends(forward)
+        paths = frozenset(path for path in linears if not path.startswith(ends))
+    else:
+        paths = linears - {site.path for site in forward.select(("linear",), skip)}
     if not paths:
-        raise ValueError(f"skip={tuple(skip)} leaves no linear to compute in float8")
+        raise ValueError(f"skip={skip} leaves no linear to compute in float8, of {len(linears)}")
 
     weights = {site.path: site.weight for site in forward.sites}
 
@@ -63,6 +66,16 @@ def fp8(forward: Forward, *, skip: Sequence[str] = SKIPPED, scaling: str = "tens
     # Below all other rules: it stands in for the linear that they wrap.
     rule = Rule("linear", wrap, chosen, "fp8", level=-1)
     return forward.with_rule(rule).with_step("fp8", preparations=(*forward.preparations, prepare))
+
+
+def _ends(forward: Forward) -> tuple[str, ...]:
+    """What paths in the first and the last block of every list of blocks begin with."""
+    towers: dict[str, list[str]] = {}
+    for site in forward.select(("block",)):
+        towers.setdefault(site.path.rpartition(".")[0], []).append(f"{site.path}.")
+    return tuple(
+        p for blocks in towers.values() if len(blocks) > 2 for p in (blocks[0], blocks[-1])
+    )
 
 
 def _check_shape(path: str, weight: Tensor) -> None:

@@ -36,12 +36,13 @@ def fuse_loss(
 
 
 def unfused_loss(forward: Forward, *, z_loss: float = 0.0, label_smoothing: float = 0.0) -> Forward:
-    """The same loss from dense logits ``[N, V]``: the yardstick for :func:`fuse_loss`."""
+    """The same loss from dense logits ``[N, V]``: the yardstick for :func:`fuse_loss`, and for
+    modules that do to their logits what no fused loss can follow."""
     finish = partial(_unfused, z_loss=z_loss, smoothing=label_smoothing)
-    return _with_loss(forward, "unfused_loss", finish)
+    return _with_loss(forward, "unfused_loss", finish, dense=True)
 
 
-def _with_loss(forward: Forward, name: str, finish: Any) -> Forward:
+def _with_loss(forward: Forward, name: str, finish: Any, *, dense: bool = False) -> Forward:
     check_legal(forward, name)
     if not forward.select(("head",)):
         have = ", ".join(sorted({f"{s.kind} {s.path}" for s in forward.sites})[:20])
@@ -49,14 +50,14 @@ def _with_loss(forward: Forward, name: str, finish: Any) -> Forward:
             f"{name} needs the output head, and this forward has no head site (from_module takes "
             f"head='path.of.the.linear'); it has: {have}"
         )
-    return forward.with_step(name, finish=finish)
+    return forward.with_step(name, finish=finish, dense=dense)
 
 
 def _logits(out: Any) -> Logits:
     if not isinstance(out, Logits):
         raise TypeError(
             f"the forward returned {type(out).__name__}, not lazy Logits: the model changes its "
-            "logits after the head, so that a loss cannot be fused with it"
+            "logits after the head, so that a loss cannot be fused with it: use unfused_loss"
         )
     return out
 
@@ -69,7 +70,7 @@ def _fused(
         logits.hidden.flatten(0, -2),
         logits.weight(),
         batch["labels"].flatten(),
-        bias=logits.unembed.get("bias"),
+        bias=logits.bias(),
         scale=logits.scale,
         softcap=logits.softcap,
         z_loss=z_loss,
@@ -79,6 +80,6 @@ def _fused(
 
 
 def _unfused(out: Any, batch: Any, *, z_loss: float, smoothing: float) -> Tensor:
-    dense = _logits(out).dense().flatten(0, -2)
+    dense = out.flatten(0, -2)
     labels = batch["labels"].flatten()
     return kernels.cross_entropy(dense, labels, z_loss=z_loss, label_smoothing=smoothing)

@@ -26,7 +26,7 @@ def is_adapter(path: str) -> bool:
 def lora(
     forward: Forward,
     *,
-    rank: int,
+    rank: int = 8,
     alpha: float | None = None,
     select: Sequence[str] | None = None,
 ) -> Forward:
@@ -106,7 +106,9 @@ def _fresh(flat: dict[str, Tensor], site: SiteInfo, rank: int, seed: int) -> dic
         weight = flat.get(site.beside("weight_int8"))
         if weight is None:
             raise ValueError(f"params have no leaf {site.weight} to adapt")
-        (*lead, outs, inner), dtype = weight.shape, flat[site.beside("weight_scale")].dtype
+        *lead, outs, inner = weight.shape
+        kept = (site.beside(name) for name in ("weight_dtype", "weight_scale"))
+        dtype = next(flat[path].dtype for path in kept if path in flat)
     at_a, at_b = (site.beside(name) for name in ADAPTERS)
     generator = torch.Generator(weight.device).manual_seed(leaf_seed(seed, at_a))
     a = torch.empty(*lead, rank, inner, dtype=torch.float32, device=weight.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,23 +22,24 @@ ACTIVATIONS = (None, "dynamic")
 
 
 def quantize_int8(
-    forward: Forward, *, skip: Sequence[str] = ("lm_head",), activations: str | None = None
+    forward: Forward, *, skip: Sequence[str] | None = None, activations: str | None = None
 ) -> Forward:
     """Linears, embeddings and the head on int8 weights; ``prepare`` makes them.
 
     A leaf ``weight [O, I]`` becomes ``weight_int8 [O, I]`` and ``weight_scale [O, 1]`` fp32,
-    symmetric per output channel (a transposed site's ``weight [I, O]`` is turned first). So does
-    a matrix that foreign code reads itself, experts ``[E, O, I]`` too, with a scale per row of its
-    last dim; it is made whole again, in its own dtype, where that code runs. Weights
+    symmetric per output channel (a transposed site's ``weight [I, O]`` is turned first), and the
+    empty ``weight_dtype``, which keeps the dtype that rows of a table come in. So does a matrix
+    that foreign code reads itself, experts ``[E, O, I]`` too, with a scale per row of its last dim;
+    it is made whole again, in its own dtype, where that code runs. Weights
     are frozen; gradients flow to inputs, biases and whatever else is trained (QLoRA-style). skip:
-    path patterns (``lm_head``, ``vision``, ``blocks.0``, ``blocks.-1``); a tied head that is
-    skipped keeps the embedding too. activations: None, or "dynamic" for int8 x int8 matmuls with a
-    scale per row of the input. Raises ValueError if a pattern names nothing.
+    path patterns (``lm_head``, ``vision``, ``blocks.0``, ``blocks.-1``), default the head, if there
+    is one; a tied head that is skipped keeps the embedding too. activations: None, or "dynamic" for
+    int8 x int8 matmuls with a scale per row of the input. Raises ValueError if a pattern names
+    nothing.
     """
     check_legal(forward, "quantize_int8")
     paths = targets(forward, skip, activations)
     turned = {site.weight for site in forward.sites if site.transposed}
-    dtypes = {site.weight: site.dtype for site in forward.sites}
 
     def prepare(params: Tree, seed: int) -> Tree:
         flat = flatten(params)
@@ -49,14 +50,15 @@ def quantize_int8(
             weight = weight.t().contiguous() if path in turned else weight
             q, scale = quantize_weight(weight)
             flat[beside(path, "weight_int8")], flat[beside(path, "weight_scale")] = q, scale
+            flat[beside(path, "weight_dtype")] = weight.new_empty(0)
         return unflatten(flat)
 
-    out = _with_rules(forward, paths, _int8_wraps(activations, dtypes), "quantize_int8")
+    out = _with_rules(forward, paths, _int8_wraps(activations), "quantize_int8")
     return out.with_step("quantize_int8", preparations=(*out.preparations, prepare))
 
 
 def fake_quant(
-    forward: Forward, *, skip: Sequence[str] = ("lm_head",), activations: str | None = None
+    forward: Forward, *, skip: Sequence[str] | None = None, activations: str | None = None
 ) -> Forward:
     """Quantisation-aware training: the numbers ``quantize_int8`` will give, on float weights.
 
@@ -69,10 +71,14 @@ def fake_quant(
     return out.with_step("fake_quant")
 
 
-def targets(forward: Forward, skip: Sequence[str], activations: str | None) -> frozenset[str]:
+def targets(
+    forward: Forward, skip: Sequence[str] | None, activations: str | None
+) -> frozenset[str]:
     """Paths of the leaves to quantise: none that a skipped site uses, such as a tied head's."""
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations is None or 'dynamic', not {activations!r}")
+    if skip is None:
+        skip = ("lm_head",) if forward.select(("head",)) else ()
     skipped = {site.weight for site in forward.select(WEIGHTED, skip)}
     paths = frozenset(site.weight for site in forward.select(WEIGHTED)) - skipped
     if not paths:
@@ -99,9 +105,7 @@ def _with_rules(
 # -- int8 ---------------------------------------------------------------------------------------
 
 
-def _int8_wraps(
-    activations: str | None, dtypes: Mapping[str, torch.dtype | None]
-) -> dict[str, Any]:
+def _int8_wraps(activations: str | None) -> dict[str, Any]:
     def project(p: Tree, x: Tensor) -> Tensor:
         q, scale = _int8_leaves(p)
         return kernels.int8_linear(x, q, scale, p.get("bias"), activations=activations)
@@ -112,7 +116,7 @@ def _int8_wraps(
     def embed(f: Callable[..., Any], path: str) -> Callable[..., Any]:
         def look_up(p: Tree, ids: Tensor) -> Tensor:
             q, scale = _int8_leaves(p)
-            return q[ids].to(scale.dtype) * scale[ids]
+            return dequantize_weight(q[ids], scale[ids], _dtype(p))
 
         return look_up
 
@@ -124,7 +128,7 @@ def _int8_wraps(
 
     def read(f: Callable[..., Any], path: str) -> Callable[..., Any]:
         def whole(p: Tree) -> Tensor:
-            return _dense_weight(p, dtypes[path] or torch.float32)
+            return _dense_weight(p, _dtype(p))
 
         return whole
 
@@ -138,6 +142,11 @@ def _int8_leaves(p: Tree) -> tuple[Tensor, Tensor]:
             "params = forward.prepare(params) comes first"
         )
     return p["weight_int8"], p["weight_scale"]
+
+
+def _dtype(p: Tree) -> torch.dtype:
+    """What the weight's was; of params that were saved without it, their scale's."""
+    return (p["weight_dtype"] if "weight_dtype" in p else p["weight_scale"]).dtype
 
 
 def _dense_weight(p: Tree, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ import itertools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def functional(
             given = pytree.tree_unflatten(full, spec)
             phase = memo.phase
             closed = _Closed(memo.forward_mode, itertools.compress(tensors, moving))
-            with closed, memo.watching():
+            with closed, memo.watching(), memo.autocast():
                 out, out_spec = pytree.tree_flatten(f(*given[0], **given[1]))
             out_form[:] = [[_BLANK if isinstance(o, Tensor) else o for o in out], out_spec]
             kept = [o for o in out if isinstance(o, Tensor)]
@@ -193,7 +193,8 @@ def _carry_back(old: Any, new: Any, given: Mapping[int, Any]) -> None:
 
 
 class _Memo:
-    """Of one run: the random state, to draw the same numbers again, and what ``keep`` names.
+    """Of one run: the random state, to draw the same numbers again, the state of autocast, and what
+    ``keep`` names.
 
     phase: whether results are "recorded" or "replayed" now, or tangents "pushed".
     beside: whether anything but the results left the function.
@@ -202,6 +203,10 @@ class _Memo:
     def __init__(self, keep: Keep | None) -> None:
         self.cpu = torch.get_rng_state()
         self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        self.casts = [
+            (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in ("cpu", "cuda")
+        ]
         self.keep = keep
         self.forward_mode = frozenset(i.level() for i in func_levels() if i.key() == _Levels.Jvp)
         self.phase: str | None = None
@@ -225,6 +230,17 @@ class _Memo:
             yield
         finally:
             self.phase = before
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """``torch.autocast`` as it was."""
+        with ExitStack() as stack:
+            for device, enabled, dtype in self.casts:
+                if enabled or torch.is_autocast_enabled(device):
+                    stack.enter_context(
+                        torch.autocast(device, dtype, enabled=enabled, cache_enabled=False)
+                    )
+            yield
 
     def watching(self) -> Any:
         """Around the function itself. What was kept is used only where the same operations come in

@@ -516,7 +516,7 @@ def test_int8_params_become_buffers(micro, rough, example) -> None:
     params = forward.prepare(rough(config))
     module = as_module(forward, params)
     buffers = {name for name, _ in module.named_buffers()}
-    assert buffers == {p for p in flatten(params) if p.endswith(("_int8", "_scale"))}
+    assert buffers == {p for p in flatten(params) if p.endswith(("_int8", "_scale", "_dtype"))}
     assert module.state_dict().keys() == flatten(params).keys()
     assert torch.equal(module(batch), forward(params, batch))
     other = forward.prepare(rough(config, seed=3))

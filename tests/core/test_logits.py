@@ -46,3 +46,64 @@ def test_anything_else_is_an_error(change: Callable[[Any], Any], said: str) -> N
         change(Logits(torch.zeros(1, 2), {"weight": torch.zeros(3, 2)}))
     with pytest.raises(TypeError):
         Logits(torch.zeros(1, 2), {"weight": torch.zeros(3, 2)}) * torch.ones(())
+
+
+SHAPES: dict[str, Callable[[Any], Any]] = {
+    "Whisper": lambda x: x[:, -2:, :],
+    "kept by tensor": lambda x: x[:, torch.tensor([0, 2]), :],
+    "the last": lambda x: x[:, -1],
+    "with dots": lambda x: x[..., :2, :],
+    "dots last": lambda x: x[1, ...],
+    "by a mask": lambda x: x[torch.tensor([[True, False, True], [False, True, True]])],
+    "a slice of all": lambda x: x[:, :, 0:7],
+    "a new dim": lambda x: x[None, :, 1:],
+    "OPT": lambda x: x.contiguous().view(-1, x.size(-1)),
+    "BART": lambda x: x + torch.arange(7.0).double().reshape(1, 7).to(x.device),
+    "on the left": lambda x: torch.arange(7.0).double() + 2 * x - torch.ones(1, 7).double(),
+    "scaled, then shifted": lambda x: torch.tanh((x / 4 + torch.arange(7.0).double()) / 3) * 3,
+    "reshaped": lambda x: torch.reshape(x, (3, 2, -1)).transpose(0, 1).float().double(),
+    "flat": lambda x: x.flatten(0, 1).clone().unsqueeze(0).squeeze(0),
+    "permuted": lambda x: x.permute(1, 0, 2).to(torch.float64).type_as(x),
+    "negated": lambda x: -x,
+}
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_positions_shapes_and_biases(name: str, biased: bool) -> None:
+    """The lazy logits become what the dense ones become, the loss's bias included."""
+    hidden, weight = torch.randn(2, 3, 4).double(), torch.randn(7, 4).double()
+    p = {"weight": weight} | ({"bias": torch.randn(7).double()} if biased else {})
+    lazy = SHAPES[name](Logits(hidden, p))
+    dense = SHAPES[name](hidden @ weight.T + p.get("bias", 0))
+    assert isinstance(lazy, Logits)
+    assert (lazy.shape, lazy.ndim) == (dense.shape, dense.ndim)
+    torch.testing.assert_close(lazy.dense(), dense, rtol=1e-5, atol=1e-6)  # float() rounds
+    bias = lazy.bias()
+    raw = lazy.hidden @ weight.T + (0 if bias is None else bias)
+    raw = raw * (1.0 if lazy.scale is None else lazy.scale)
+    raw = raw if lazy.softcap is None else lazy.softcap * (raw / lazy.softcap).tanh()
+    torch.testing.assert_close(raw, dense, rtol=1e-5, atol=1e-6)
+
+
+UNSERVED: dict[str, Callable[[Any], Any]] = {
+    "masked_fill": lambda x: x.masked_fill(torch.ones(7, dtype=torch.bool), -1e9),
+    "a choice from the vocabulary": lambda x: x[:, :, :5],
+    "a choice from the vocabulary ": lambda x: x[..., 3],
+    "a change in place": lambda x: x.__setitem__((slice(None), 0), 0.0),
+    "log_softmax": lambda x: x.log_softmax(-1),
+    "a view that splits the vocabulary": lambda x: x.view(-1),
+    "a sum with": lambda x: x + torch.ones(2, 3, 7),
+    "a product with": lambda x: x * torch.ones(7),
+    "a quotient with": lambda x: x / torch.ones(()),
+    "a cast to": lambda x: x.to(torch.bfloat16),
+    "a transposition of the vocabulary": lambda x: x.transpose(1, 2),
+    "topk": lambda x: torch.topk(x, 2),
+    "cat": lambda x: torch.cat([x, x]),
+}
+
+
+@pytest.mark.parametrize("what", UNSERVED)
+def test_what_no_fused_loss_can_follow_is_named(what: str) -> None:
+    with pytest.raises(TypeError, match=f"computes {what.strip()}.*: use unfused_loss"):
+        UNSERVED[what](Logits(torch.zeros(2, 3, 2), {"weight": torch.zeros(7, 2)}))

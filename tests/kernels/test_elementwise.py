@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import layer_norm, rms_norm, rope, swiglu
+from kernels import geglu, layer_norm, rms_norm, rope, swiglu
 from tests.kernels.drivers import saved_bytes
 from tests.kernels.rounding import ulps
 
@@ -306,3 +306,14 @@ def test_bad_rope_arguments_are_named(changes: dict[str, Tensor], message: str) 
     arguments.update(changes)
     with pytest.raises(ValueError, match=message):
         rope(**arguments)
+
+
+def test_strides_are_those_of_torchs_own() -> None:
+    """Norms answer contiguous; elementwise functions in the order in which x lies in memory."""
+    x, weight = torch.randn(2, 8, 5).transpose(1, 2), torch.ones(8)
+    assert rms_norm(x, weight).stride() == F.rms_norm(x, (8,), weight).stride()
+    assert layer_norm(x, weight, weight).stride() == F.layer_norm(x, (8,), weight).stride()
+    pair = torch.randn(2, 5, 16)
+    for gate, up in ((x, x), pair.chunk(2, -1)):
+        assert swiglu(gate, up).stride() == (F.silu(gate) * up).stride()
+        assert geglu(gate, up).stride() == (F.gelu(gate, approximate="tanh") * up).stride()

@@ -248,3 +248,25 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
     call: Callable[..., Tensor] = int8_linear
     with pytest.raises(ValueError, match=message):
         call(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("activations", [None, "dynamic"])
+def test_fp16_is_scaled_before_it_is_rounded(activations: str | None) -> None:
+    """Sums of codes far beyond what fp16 holds, gradients that fp16 loses once they are scaled."""
+    codes = torch.full((4, 2048), 127, dtype=torch.int8)
+    scale = torch.full((4, 1), 1e-5)
+    x = torch.ones(3, 2048, dtype=torch.float16, requires_grad=True)
+    y = int8_linear(x, codes, scale, activations=activations)
+    torch.testing.assert_close(y.detach(), torch.full_like(y, 2048 * 127e-5))
+    grad = torch.full_like(y, 1e-3)
+    (dx,) = torch.autograd.grad(y, x, grad)
+    torch.testing.assert_close(dx, torch.full_like(dx, 4 * float(grad[0, 0]) * 127e-5))
+
+
+def test_the_output_may_be_changed_in_place() -> None:
+    codes, scale = torch.ones(4, 8, dtype=torch.int8), torch.ones(4)
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    for activations in (None, "dynamic"):
+        y = int8_linear(x, codes, scale, activations=activations)
+        y += 1
+        y.sum().backward()

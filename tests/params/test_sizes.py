@@ -59,4 +59,4 @@ def test_it_reads_like_a_dict_and_prints():
     assert size["mb_now"] == size.mb_now
     with pytest.raises(KeyError):
         size["keys"]
-    assert str(size).startswith("501,000 parameters, 2.0 MB (0.50x")
+    assert str(size).startswith("501,000 parameters, 2.0 MB (2.00x larger than fp16)")

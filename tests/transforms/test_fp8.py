@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import kernels
-from core import TextConfig, VLMConfig, make_batch, vlm
+from core import TextConfig, VLMConfig, from_module, make_batch, vlm
 from params import init_params
 from params.tree import flatten, map_leaves
 from transforms import (
@@ -205,3 +205,34 @@ def test_a_model_learns_as_well(scaling: str) -> None:
     noise = (plain[last] - other[last]).square().mean().sqrt()
     assert (low[last] - plain[last]).square().mean().sqrt() <= noise
     assert not torch.equal(low, plain)
+
+
+def test_defaults_serve_a_foreign_module_and_its_changes_in_place() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.a, self.b = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(self.norm(x))
+            h += self.b(x)
+            return x + h
+
+    class Tower(nn.Module):
+        def __init__(self, count: int) -> None:
+            super().__init__()
+            self.stages = nn.ModuleList(Block() for _ in range(count))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for stage in self.stages:
+                x = stage(x)
+            return x
+
+    for count, want in ((4, {"stages.1", "stages.2"}), (2, {"stages.0", "stages.1"})):
+        forward, params = from_module(Tower(count))
+        converted = fp8(forward)
+        rule = next(rule for rule in converted.rules if rule.name == "fp8")
+        inside = {s.path.rpartition(".")[0] for s in converted.sites if rule.applies(s)}
+        assert inside == want
+        loss = lambda p, b: converted(p, b).square().mean()  # noqa: B023, E731
+        value_and_grad(loss)(params, {"x": torch.randn(2, 3, 16)})

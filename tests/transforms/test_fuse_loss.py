@@ -227,3 +227,21 @@ def test_the_sum_of_the_unembeddings_gradient_may_be_narrow() -> None:
     assert torch.equal(narrow[0], wide[0])
     for path, leaf in flatten(narrow[1]).items():  # one piece: rounded once either way
         assert torch.equal(leaf, flatten(wide[1])[path])
+
+
+def test_what_a_module_does_to_its_logits_is_left_to_the_unfused_loss() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x).masked_fill(torch.arange(7) > 4, -1e4)
+
+    module = Masked()
+    forward, params = from_module(module, head="head")
+    batch = {"x": torch.randn(3, 4), "labels": torch.tensor([0, 4, 2])}
+    with pytest.raises(TypeError, match=r"masked_fill of its logits .* use unfused_loss"):
+        fuse_loss(forward)(params, batch)
+    want = F.cross_entropy(module(batch["x"]), batch["labels"])
+    torch.testing.assert_close(unfused_loss(forward)(params, batch), want)

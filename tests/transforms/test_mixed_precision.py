@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import grad, vmap
 
 from core import Rule, TextConfig, VLMConfig, from_module, make_batch, vlm
 from params import init_params
 from params.tree import flatten, map_leaves, unflatten
 from transforms import (
+    cast_matrices,
     checkpoint,
     fake_quant,
     fuse_loss,
     mixed_precision,
     quantize_int8,
+    rematerialize,
     unfused_loss,
     value_and_grad,
 )
@@ -131,3 +136,117 @@ def test_training_sees_the_weights_that_will_be_deployed(first: str) -> None:
 
     in_bf16 = noise(mixed_precision(bare)(params, batch), bare(params, batch))
     assert noise(forward(params, batch), want) < 1.5 * in_bf16
+
+
+class RmsNorm(nn.Module):
+    """Hugging Face's: an fp32 weight makes an fp32 result of bf16 x."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(1 + 0.1 * torch.randn(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * wide.to(x.dtype)
+
+
+class Mixer(nn.Module):
+    """What is no site: attention of normed q and k and plain v, a router, a convolution, a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.of_q = RmsNorm(8), RmsNorm(8)
+        self.q, self.v, self.out = (nn.Linear(8, 8) for _ in range(3))
+        self.router, self.gate = nn.Parameter(torch.randn(4, 8)), nn.Parameter(torch.ones(8))
+        self.conv = nn.Conv1d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, v = self.of_q(self.q(h)), self.v(h)
+        h = F.scaled_dot_product_attention(q[:, None], q[:, None], v[:, None])[:, 0]
+        h = h + (q @ v.mT).softmax(-1) @ v * self.gate
+        h = h + F.linear(h, self.router).softmax(-1).amax(-1, keepdim=True)
+        return x + self.out(self.conv(h.mT).mT)
+
+
+class Mixed(nn.Module):
+    def __init__(self, rnn: bool) -> None:
+        super().__init__()
+        self.table, self.places = nn.Embedding(9, 8), nn.Parameter(0.1 * torch.randn(5, 8))
+        self.layers = nn.ModuleList(Mixer() for _ in range(2))
+        self.norm = RmsNorm(8)
+        self.rnn = nn.GRU(8, 8, batch_first=True) if rnn else None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids) + self.places
+        for layer in self.layers:
+            x = layer(x)
+        x = self.norm(x)
+        x = x if self.rnn is None else self.rnn(x)[0]
+        return x @ self.table.weight.T
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("rnn", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_modules_whose_code_brings_dtypes_together(
+    assert_same, dtype: torch.dtype, rnn: bool
+) -> None:
+    """As under torch.autocast, or wider, by every driver, checkpointed or not."""
+    forward, params = from_module(Mixed(rnn), call=lambda run, batch: run(batch["ids"]))
+    batch = {"ids": torch.randint(0, 9, (2, 5))}
+
+    def loss(f, p, b):
+        return f(p, b).float().square().mean()
+
+    want, want_grads = value_and_grad(lambda p, b: loss(forward, p, b))(params, batch)
+    tolerance = 2.0**-5 if dtype == torch.bfloat16 else 1e-5
+    mixed = mixed_precision(forward, dtype)
+    assert mixed(params, batch).dtype == dtype
+    for f in (mixed, checkpoint(mixed), mixed_precision(checkpoint(forward), dtype)):
+        value, grads = value_and_grad(lambda p, b, f=f: loss(f, p, b))(params, batch)
+        assert_same(value, want, tolerance)
+        assert_same(grads, want_grads, tolerance)
+        assert {g.dtype for g in flatten(grads).values()} == {torch.float32}
+        assert_same(grad(lambda p, f=f: loss(f, p, batch))(params), grads, tolerance)
+        if rnn:
+            continue  # torch's vmap does not take a GRU
+        rows = {"ids": batch["ids"][:, None]}
+        each = vmap(lambda b, f=f: grad(lambda p: loss(f, p, b))(params))(rows)
+        assert_same(map_leaves(lambda g: g.mean(0), each), grads, tolerance)
+    assert_same(
+        mixed(cast_matrices(params, dtype), batch).float(), forward(params, batch), tolerance
+    )
+
+
+def test_the_second_run_of_a_block_is_under_the_autocast_of_the_first() -> None:
+    seen = []
+
+    def product(x: Tensor) -> Tensor:
+        y = x @ x
+        seen.append(y.dtype)
+        return y
+
+    def loss(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return rematerialize(product)(x).float().sum()
+
+    grad(loss)(torch.ones(2, 2))
+    assert seen == [torch.bfloat16, torch.bfloat16]
+
+
+def test_dtypes_that_meet_nevertheless_are_named() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.zeros(2, 4).masked_scatter(
+                torch.ones(2, 4, dtype=torch.bool), self.line(x)
+            )
+
+    forward, params = from_module(Fixed())
+    with pytest.raises(RuntimeError, match="mixed_precision: the module's own code brings tensors"):
+        mixed_precision(forward)(params, {"x": torch.randn(2, 4)})

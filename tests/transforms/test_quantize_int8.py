@@ -6,13 +6,14 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from core import Rule, TextConfig, VLMConfig, as_module, from_module, vlm
 from params import dequantize_weight, init_params, quantize_weight
 from params.tree import flatten, map_leaves, num_bytes, unflatten
 from transforms import (
+    cast_matrices,
     fake_quant,
     fuse_loss,
     mixed_precision,
@@ -328,3 +329,24 @@ def test_config_with_dropout_and_quantisation(micro, rough, example, assert_same
     forward = quantize_int8(vlm(config))
     got = forward(forward.prepare(params), batch)
     assert_same(fake_quant(vlm(config))(params, batch), got, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_rows_of_a_table_come_in_the_dtype_that_it_had(dtype: torch.dtype, assert_same) -> None:
+    """Also where nothing else of the model has that dtype, and after a cast."""
+    module = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8, bias=False))
+    forward, params = from_module(module.to(dtype), call=lambda run, ids: run(ids))
+    int8, ids = quantize_int8(forward), torch.randint(0, 9, (2, 5))
+    prepared = int8.prepare(params)
+    out = int8(prepared, ids)
+    assert out.dtype == dtype
+    tolerance = 16 * torch.finfo(dtype).eps
+    want = fake_quant(forward)(params, ids)
+    assert_same(out.double(), want.double(), max(tolerance, 1e-6))
+    with pytest.raises(ValueError, match=r"no leaf of params can learn: .*int8.*lora"):
+        value_and_grad(lambda p, b: int8(p, b).sum())(prepared, ids)
+    cast = cast_matrices(prepared, torch.bfloat16)
+    assert int8(cast, ids).dtype == torch.bfloat16
+    assert cast["0"]["weight_scale"].dtype == torch.float32
+    flat = as_module(int8, prepared).state_dict()
+    assert flat["0.weight_dtype"].dtype == dtype
