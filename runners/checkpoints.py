@@ -28,7 +28,7 @@ from params import load_params, num_bytes, save_params
 from params.disk import make_folder, write_text
 from params.tree import Tree
 from runners.cli import explained
-from runners.config import CONFIG, TrainConfig, as_dict, differing_fields, saved_flags
+from runners.config import CONFIG, TrainConfig, as_dict, differing_fields, folder_name, saved_flags
 from runners.data.tokenizer import ChatTokenizer
 from runners.errors import UserError
 from runners.jsonfile import read_object
@@ -75,7 +75,7 @@ def claim_folder(config: TrainConfig) -> Claim:
         return _claim_path(Path(config.resume), config)
     if config.name is not None:
         return _claim_named(runs / config.name, config)
-    base = f"{Path(config.data).stem or 'data'}-{config.preset}"
+    base = f"{folder_name(Path(config.data).stem)}-{config.preset}"
     if config.resume == "auto":
         for folder in reversed(_numbered(runs, base)):
             if find_states(folder) or (_may_begin_again(folder) and _alike(folder, config)):

@@ -19,6 +19,7 @@ from core.ranges import Field, describe, fields_of, problems, shown
 from runners.errors import UserError, printable
 
 T = TypeVar("T")
+READER_GONE = 141  # as a shell says of a program that SIGPIPE ended
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 NONE = ("none", "null")
@@ -94,7 +95,7 @@ def parse(
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if _asks_for_help(argv):
-        print(help_text(cls, prog or cls.__name__, defaults, groups or {}))
+        print(help_text(cls, prog or cls.__name__, defaults, groups or {}), flush=True)
         raise SystemExit(0)
     known = fields_of(cls)
     values = {name: _convert(name, known[name], words) for name, words in given(cls, argv).items()}
@@ -135,6 +136,9 @@ def guarded(run: Callable[[], int | None]) -> int:
     except UserError as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except BrokenPipeError:  # whoever read the output has gone: `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is what is left sent
+        return READER_GONE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -381,6 +382,15 @@ def check_name(name: str) -> None:
     else:
         return
     raise UsageError(f"--name {problem}: {shown(name)}")
+
+
+def folder_name(text: str) -> str:
+    """What may be part of a folder's name of what a file is called.
+
+    >>> folder_name("*"), folder_name("../my data"), folder_name("")
+    ('data', 'my-data', 'data')
+    """
+    return re.sub(r"[^\w.-]+", "-", text)[:60].strip("-.") or "data"
 
 
 def check_preset(name: str) -> None:

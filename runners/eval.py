@@ -46,7 +46,7 @@ from runners.data.loader import Loader
 from runners.data.packing import PackSpec
 from runners.data.stats import majority_accuracy, readable
 from runners.data.types import BadRecordError, Conversation, Document, Source, Turn, alone, prompts
-from runners.errors import UserError
+from runners.errors import UserError, printable
 from runners.setup import build_encoder, plan, run_tokenizer, sample_documents
 from runners.sources import open_files, open_sources
 from runners.step import mean_loss, to_device
@@ -303,9 +303,10 @@ def run(argv: Sequence[str] | None = None) -> None:
     ask = config.ask or found.config.ask
     reports = evaluate(evaluator, chosen, config.examples, chat=found.config.chat, ask=ask)
     if config.json:
-        print(json.dumps([asdict(report) for report in reports], indent=1))
+        print(json.dumps([asdict(report) for report in reports], indent=1), flush=True)
     else:
-        print("\n".join(line for report in reports for line in report.lines()))
+        lines = [line for report in reports for line in report.lines()]
+        print(printable("\n".join(lines)), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

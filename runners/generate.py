@@ -31,7 +31,7 @@ from runners.data.types import (
     num_pictures,
 )
 from runners.decoding import Sampler, decode
-from runners.errors import UserError
+from runners.errors import UserError, printable
 from runners.eval import Evaluator, open_evaluator
 from runners.step import to_device
 
@@ -138,7 +138,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         chat=found.config.chat, max_tokens=config.max_tokens, sampler=sampler,
     )  # fmt: skip
     for piece in pieces(tokens, evaluator.encoder.tokenizer.decode):
-        sys.stdout.write(piece)
+        sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)
         sys.stdout.flush()
     print()
 

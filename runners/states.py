@@ -114,6 +114,8 @@ def save_state(folder: Path, state: State, config: TrainConfig) -> Path:
     part = target.with_name(target.name + PART)
     with explained(f"cannot write {target}"):
         make_folder(target.parent)
+        if is_state(target):  # damaged, or of another continuation: the run began at one before it
+            drop_state(target)
         _remove(part)
         part.mkdir()
         try:
@@ -132,8 +134,6 @@ def save_state(folder: Path, state: State, config: TrainConfig) -> Path:
             }
             record = json.loads(json.dumps(record))  # its keys as they will be read
             write_text(part / RECORD, json.dumps(record | {CHECKSUM: _checksum(record)}))
-            if is_state(target):  # damaged, or of another continuation
-                drop_state(target)
             rename(part, target)
         except BaseException:
             _remove(part)

@@ -159,6 +159,8 @@ def test_a_flipped_bit_is_found_and_the_state_before_it_used(
             )
             assert at < 400
         (path / name).write_bytes(whole[name])
+    (path / "state.json").write_text("{")  # and a run that goes on from the older replaces it
+    assert save_state(tmp_path, _state(config, 5), config) == newest_state(tmp_path) == path
     for damaged in (older, path):
         (damaged / "state.json").write_text("{")
     with pytest.raises(UserError, match=r"every state in .* is damaged"):

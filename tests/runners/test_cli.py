@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,21 @@ def test_guarded_gives_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "error: no \\x1b[2J\\u202e\\ud800\\x9b\n"
     with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
         guarded(lambda: 1 // 0)
+
+
+def test_a_reader_may_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by ``| head``: no traceback, the code of a program that SIGPIPE ended, and what is left in
+    the buffer goes nowhere."""
+    with (tmp_path / "out").open("w") as out:
+
+        def write() -> None:
+            raise BrokenPipeError
+
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", out)
+            assert guarded(write) == 141
+        out.write("left")
+    assert (tmp_path / "out").read_text() == ""
 
 
 def test_overrides_change_the_model() -> None:
