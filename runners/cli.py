@@ -19,7 +19,6 @@ from core.ranges import Field, describe, fields_of, problems, shown
 from runners.errors import UserError, printable
 
 T = TypeVar("T")
-READER_GONE = 141  # as a shell says of a program that SIGPIPE ended
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 NONE = ("none", "null")
@@ -136,9 +135,6 @@ def guarded(run: Callable[[], int | None]) -> int:
     except UserError as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    except BrokenPipeError:  # whoever read the output has gone: `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is what is left sent
-        return READER_GONE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -256,8 +256,7 @@ def test_guarded_gives_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_reader_may_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by ``| head``: no traceback, the code of a program that SIGPIPE ended, and what is left in
-    the buffer goes nowhere."""
+    """As by ``| head``: no traceback, and what is left in the buffer goes nowhere."""
     with (tmp_path / "out").open("w") as out:
 
         def write() -> None:
@@ -265,7 +264,7 @@ def test_a_reader_may_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
         with monkeypatch.context() as patched:
             patched.setattr(sys, "stdout", out)
-            assert guarded(write) == 141
+            assert guarded(write) == 1
         out.write("left")
     assert (tmp_path / "out").read_text() == ""
 
