@@ -25,6 +25,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Annotated, Literal
 
@@ -198,14 +199,14 @@ class Evaluator:
         """Whether each answer is exactly what greedy decoding gives."""
         documents = list(dict.fromkeys(question.document for question in asked))
         batches, places = batch_documents(documents, self._spec(documents))
-        predict = replace(self.forward, finish=_argmax_of_labelled)
         rights = []
         for batch in batches:
             if blind and "patches" in batch:
                 batch |= {"patches": torch.full_like(batch["patches"], GREY)}
             right = batch["labels"] == IGNORE
             rows = (~right).nonzero().flatten()
-            sent = to_device(batch | {"rows": rows}, self.device)
+            sent = to_device(batch, self.device)
+            predict = replace(self.forward, finish=partial(_argmax, rows=rows.to(self.device)))
             right[rows] = predict(self.params, sent).cpu() == batch["labels"][rows]
             rights.append(right)
         place_of = dict(zip(documents, places, strict=True))
@@ -239,8 +240,8 @@ class Evaluator:
         return plan(self.encoder, documents, self.rows, self.model)
 
 
-def _argmax_of_labelled(logits: Logits, batch: Batch) -> torch.Tensor:
-    return logits.at(batch["rows"]).dense().argmax(-1)
+def _argmax(logits: Logits, batch: Batch, *, rows: torch.Tensor) -> torch.Tensor:
+    return logits.at(rows).dense().argmax(-1)
 
 
 def _score(results: Sequence[tuple[Question, bool, bool]]) -> Score:
