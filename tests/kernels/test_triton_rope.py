@@ -414,11 +414,7 @@ def distance(got: Tensor, exact: Tensor) -> float:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(
-    "shape",
-    [(16384, 16, 16, 128), (16384, 12, 2, 128), (4099, 9, 3, 64), (1000, 32, 8, 80)],
-    ids=str,
-)
+@pytest.mark.parametrize("shape", [(16384, 12, 2, 128), (1000, 32, 8, 80)], ids=str)
 def test_no_worse_than_torch_at_real_size(
     shape: tuple[int, int, int, int], normed: bool, dtype: torch.dtype
 ) -> None:

@@ -227,11 +227,7 @@ print(waits, len(before) >= 4, kept() == before)
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.skipif(not compile_ahead.installed(), reason="needs flash-attn 4")
-@pytest.mark.parametrize(
-    "job",
-    [TEXT, TEXT._replace(window=100), Attention(1024, 4, 4, 4, 128, 256, 256, False, None, False)],
-    ids=["text", "window", "eye"],
-)
+@pytest.mark.parametrize("job", [TEXT])  # one kind: each takes 40 s
 def test_calls_find_what_was_compiled(job: Attention, tmp_path: Path) -> None:
     environment = os.environ | {
         program_cache.FOLDER: str(tmp_path), program_cache.ENABLED: "1",
