@@ -131,7 +131,12 @@ def _forward(
                     read.into(raw, flat, site)
             held = {} if watch.done else {name: flat[name] for name in needed if name in flat}
             before = watch.versions(held, own)
-            out = caller(lambda *args, **kwargs: given(body, flat, args, kwargs), batch)
+            try:
+                out = caller(lambda *args, **kwargs: given(body, flat, args, kwargs), batch)
+            except RuntimeError as error:
+                if (said := _two_dtypes(error, flat)) is None:
+                    raise
+                raise TypeError(said) from error
             watch.compare(before, held, own)
             if buffers:
                 return out, unflatten({name: flat[name] for name in kept})
@@ -148,6 +153,20 @@ def _forward(
         modes=frozenset(m.training for m in blank.modules()),
         in_mode=lambda mode: _forward(copied(blank).train(mode), caller, head, blocks, buffers),
         unfound=tuple(unfound),
+    )
+
+
+def _two_dtypes(error: RuntimeError, flat: Mapping[str, Tensor]) -> str | None:
+    """What to do about torch's error where params of two dtypes meet; None for any other error."""
+    held = {leaf.dtype: name for name, leaf in flat.items() if leaf.is_floating_point()}
+    words = str(error)
+    if len(held) < 2 or ("dtype" not in words and "type (" not in words):
+        return None
+    where = " and ".join(f"{name} in {dtype}" for dtype, name in held.items())
+    return (
+        f"two dtypes meet in the module's own code, which takes one only: params hold {where} "
+        f"({words.splitlines()[0]}). mixed_precision(forward) casts where they meet; or cast all "
+        "params to one dtype"
     )
 
 

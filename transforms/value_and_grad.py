@@ -68,9 +68,10 @@ def trainable(
             path: leaf for path, leaf in flat.items() if _can_learn(path, flat, constant)
         }
         if not learns:
+            layers = ", ".join([*dict.fromkeys(path.rpartition(".")[0] for path in flat)][:3])
             raise ValueError(
-                f"no leaf of params can learn: {_dtypes(flat)}. int8 weights are frozen; "
-                "lora(forward) puts adapters beside them that learn"
+                f"no leaf of params can learn ({layers}, ...): {_dtypes(flat)}. int8 weights are "
+                "frozen; lora(forward) puts adapters beside them that learn"
             )
         return unflatten(learns), unflatten({p: t for p, t in flat.items() if p not in learns})
     flat = flatten(params)

@@ -250,3 +250,23 @@ def test_dtypes_that_meet_nevertheless_are_named() -> None:
     forward, params = from_module(Fixed())
     with pytest.raises(RuntimeError, match="mixed_precision: the module's own code brings tensors"):
         mixed_precision(forward)(params, {"x": torch.randn(2, 4)})
+
+
+class Convolved(nn.Module):
+    """A convolution, which is no site, before a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.line = nn.Conv1d(4, 4, 1), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.line(self.conv(x).mT)
+
+
+def test_two_dtypes_in_foreign_code_are_named_with_the_remedy() -> None:
+    forward, params = from_module(Convolved())
+    batch = {"x": torch.randn(2, 4, 5)}
+    low = cast_matrices(params, torch.bfloat16)
+    with pytest.raises(TypeError, match=r"line\.weight in torch\.bfloat16.*mixed_precision"):
+        forward(low, batch)
+    assert mixed_precision(forward)(low, batch).dtype == torch.bfloat16
