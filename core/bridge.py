@@ -160,7 +160,7 @@ def _two_dtypes(error: RuntimeError, flat: Mapping[str, Tensor]) -> str | None:
     """What to do about torch's error where params of two dtypes meet; None for any other error."""
     held = {leaf.dtype: name for name, leaf in flat.items() if leaf.is_floating_point()}
     words = str(error)
-    if len(held) < 2 or ("dtype" not in words and "type (" not in words):
+    if len(held) < 2 or "type" not in words:
         return None
     where = " and ".join(f"{name} in {dtype}" for dtype, name in held.items())
     return (
