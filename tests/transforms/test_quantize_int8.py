@@ -343,7 +343,7 @@ def test_rows_of_a_table_come_in_the_dtype_that_it_had(dtype: torch.dtype, asser
     tolerance = 16 * torch.finfo(dtype).eps
     want = fake_quant(forward)(params, ids)
     assert_same(out.double(), want.double(), max(tolerance, 1e-6))
-    with pytest.raises(ValueError, match=r"no leaf of params can learn: .*int8.*lora"):
+    with pytest.raises(ValueError, match=r"no leaf of params can learn .*int8.*lora"):
         value_and_grad(lambda p, b: int8(p, b).sum())(prepared, ids)
     cast = cast_matrices(prepared, torch.bfloat16)
     assert int8(cast, ids).dtype == torch.bfloat16
