@@ -1,7 +1,6 @@
 """What the model is: configs, the forward and its sites, batches, the bridge to nn.Module."""
 
 from core.batch import Batch, check_batch, make_batch, patchify, stack_examples
-from core.bridge import as_module, from_module
 from core.config import (
     PRESETS,
     ProjectorConfig,
@@ -11,9 +10,10 @@ from core.config import (
     config_from_dict,
     preset,
 )
+from core.foreign.bridge import as_module, from_module
 from core.forward import Forward, Rule, Site, SiteInfo
-from core.layers import Logits
-from core.vlm import Longest, vlm
+from core.model.layers import Logits
+from core.model.vlm import Longest, vlm
 
 __all__ = [
     "PRESETS",

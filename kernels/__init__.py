@@ -1,18 +1,18 @@
 """What makes the model fast: one file a kernel, one dispatch."""
 
-from kernels.adamw import adamw_
-from kernels.attention import attention
-from kernels.cross_entropy import cross_entropy
-from kernels.dispatch import choose, override, report
-from kernels.fp8_linear import fp8_linear
-from kernels.fused_linear import add_norm_linears, glu_linear, norm_linears
-from kernels.fused_mlp import add_norm_gated_mlp
-from kernels.glu import geglu, relu2, swiglu
-from kernels.int8_linear import int8_linear
-from kernels.linear import linear
-from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.rms_norm import add_rms_norm, layer_norm, rms_norm
-from kernels.rope import rope
+from kernels.attention.attention import attention
+from kernels.linear.fused_linear import add_norm_linears, glu_linear, norm_linears
+from kernels.linear.linear import linear
+from kernels.loss.cross_entropy import cross_entropy
+from kernels.loss.linear_cross_entropy import linear_cross_entropy
+from kernels.mlp.fused_mlp import add_norm_gated_mlp
+from kernels.mlp.glu import geglu, relu2, swiglu
+from kernels.norm.rms_norm import add_rms_norm, layer_norm, rms_norm
+from kernels.optimizer.adamw import adamw_
+from kernels.quantised.fp8_linear import fp8_linear
+from kernels.quantised.int8_linear import int8_linear
+from kernels.rope.rope import rope
+from kernels.runtime.dispatch import choose, override, report
 
 __all__ = [
     "adamw_",

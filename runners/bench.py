@@ -32,7 +32,7 @@ from runners.benchmarks.memory import MemoryConfig, run_memory
 from runners.benchmarks.overhead import OverheadConfig, run_overhead
 from runners.benchmarks.trace import TraceConfig, run_trace
 from runners.benchmarks.training import TrainBenchConfig, run_train_bench
-from runners.cli import UsageError, guarded, nearest, parse
+from runners.shell.cli import UsageError, guarded, nearest, parse
 
 
 class Command(NamedTuple):

@@ -37,20 +37,20 @@ from core.batch import IGNORE
 from core.ranges import Range
 from params import init_params
 from params.tree import Tree
-from runners import digests
-from runners.checkpoints import Run, load_weights, open_run
-from runners.cli import guarded, parse
-from runners.compose import choose_device, compute_dtype
+from runners.data import digests
 from runners.data.collate import batch_documents
 from runners.data.encode import Encoder
 from runners.data.loader import Loader
 from runners.data.packing import PackSpec
+from runners.data.sources import open_files, open_sources
 from runners.data.stats import majority_accuracy, readable
 from runners.data.types import BadRecordError, Conversation, Document, Source, Turn, alone, prompts
-from runners.errors import UserError, printable
-from runners.setup import build_encoder, plan, run_tokenizer, sample_documents
-from runners.sources import open_files, open_sources
-from runners.step import mean_loss, to_device
+from runners.shell.cli import guarded, parse
+from runners.shell.errors import UserError, printable
+from runners.training.checkpoints import Run, load_weights, open_run
+from runners.training.compose import choose_device, compute_dtype
+from runners.training.setup import build_encoder, plan, run_tokenizer, sample_documents
+from runners.training.step import mean_loss, to_device
 from transforms import cast_matrices, fuse_loss
 
 logger = logging.getLogger(__name__)

@@ -14,9 +14,6 @@ from typing import Annotated, Literal
 
 from core import Batch
 from core.ranges import Range
-from runners.checkpoints import open_run
-from runners.cli import UsageError, guarded, parse
-from runners.compose import choose_device
 from runners.data.collate import collate
 from runners.data.encode import Encoder
 from runners.data.images import decode_all
@@ -30,10 +27,13 @@ from runners.data.types import (
     Turn,
     num_pictures,
 )
-from runners.decoding import Sampler, decode
-from runners.errors import UserError, printable
+from runners.engine.decoding import Sampler, decode
 from runners.eval import Evaluator, open_evaluator
-from runners.step import to_device
+from runners.shell.cli import UsageError, guarded, parse
+from runners.shell.errors import UserError, printable
+from runners.training.checkpoints import open_run
+from runners.training.compose import choose_device
+from runners.training.step import to_device
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ python -m runners.train --config runs/NAME      # the same run again, in a folde
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that follow, which take seconds
-    from runners import compile_ahead
+    from runners.shell import compile_ahead
 
     compile_ahead.expect()
 
@@ -27,28 +27,28 @@ import torch
 import kernels
 from params import count, num_bytes, unflatten
 from params.disk import write_text
-from runners import digests
-from runners.checkpoints import (
+from runners.data import digests
+from runners.data.types import BadRecordError, alone, literal, spread, without_pictures
+from runners.eval import Evaluator, Report, evaluate, questions_of
+from runners.generate import answer
+from runners.shell.cli import INTERRUPTED, guarded
+from runners.shell.lock import LOCK
+from runners.training.checkpoints import (
     check_room,
     claim_folder,
     create_folder,
     load_weights,
     record_start,
 )
-from runners.cli import INTERRUPTED, guarded
-from runners.config import TrainConfig, parse_config
-from runners.data.types import BadRecordError, alone, literal, spread, without_pictures
-from runners.eval import Evaluator, Report, evaluate, questions_of
-from runners.figures import Sample, draw_loss, draw_samples
-from runners.generate import answer
-from runners.lock import LOCK
-from runners.loop import Training, interruptible
-from runners.metrics import Display, Metrics, check_wandb, read_metrics, warned
-from runners.provenance import origin
-from runners.resume import continued
-from runners.setup import Job, build_encoder, prepare
-from runners.states import read_record
-from runners.step import Learner
+from runners.training.config import TrainConfig, parse_config
+from runners.training.figures import Sample, draw_loss, draw_samples
+from runners.training.loop import Training, interruptible
+from runners.training.metrics import Display, Metrics, check_wandb, read_metrics, warned
+from runners.training.provenance import origin
+from runners.training.resume import continued
+from runners.training.setup import Job, build_encoder, prepare
+from runners.training.states import read_record
+from runners.training.step import Learner
 from transforms import cast_matrices
 
 

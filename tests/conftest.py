@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core import ProjectorConfig, TextConfig, VisionConfig, VLMConfig, make_batch
 from core.batch import Batch
-from kernels import dispatch
+from kernels.runtime import dispatch
 from params import init_params
 from params.tree import Tree, flatten, map_leaves
 

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import (
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from core.forward import Forward, Rule, SiteInfo
-from kernels.functions import nested_forward_mode
+from kernels.runtime.autograd import nested_forward_mode
 from transforms.kept import Keep, contexts, operation
 from transforms.legal import check_legal
 from transforms.offload import offloaded

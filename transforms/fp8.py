@@ -9,8 +9,8 @@ from torch import Tensor
 
 import kernels
 from core.forward import Forward, Rule, SiteInfo
-from core.layers import weight_of
-from kernels.fp8_linear import SCALINGS
+from core.model.layers import weight_of
+from kernels.quantised.fp8_linear import SCALINGS
 from params.tree import Tree, flatten
 from transforms.legal import check_legal
 

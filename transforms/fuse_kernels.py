@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import kernels
+from core.foreign.rotary import takes_tables
 from core.forward import Forward, NormForm, Rule, SiteInfo
-from core.rotary import takes_tables
 from params.tree import Tree
 from transforms.legal import check_legal
 

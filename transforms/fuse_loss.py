@@ -9,7 +9,7 @@ from torch import Tensor
 
 import kernels
 from core.forward import Forward
-from core.layers import Logits
+from core.model.layers import Logits
 from transforms.legal import check_legal
 
 

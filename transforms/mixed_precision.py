@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from core.forward import ADDED, WEIGHTED, Forward, Rule, Site
-from core.layers import Logits
+from core.model.layers import Logits
 from params.int8 import is_mark, is_scale
 from params.tree import Tree, flatten, map_with_path
 from transforms.legal import check_legal

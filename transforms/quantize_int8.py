@@ -11,9 +11,9 @@ from torch import Tensor
 
 import kernels
 from core.forward import WEIGHTED, Forward, Rule, SiteInfo, beside
-from core.layers import Logits
-from kernels.dynamo import allow_in_graph, check_hidden
-from kernels.functions import nested_forward_mode
+from core.model.layers import Logits
+from kernels.runtime.autograd import nested_forward_mode
+from kernels.runtime.dynamo import allow_in_graph, check_hidden
 from params.int8 import dequantize_weight, quantize_weight
 from params.tree import Tree, flatten, unflatten
 from transforms.legal import check_legal

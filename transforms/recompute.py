@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
-from kernels.functions import func_levels, unexpanded
+from kernels.runtime.autograd import func_levels, unexpanded
 from transforms.kept import Keep, Kept, Record, Replay
 
 

@@ -36,12 +36,12 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from runners.checkpoints import open_run
-from runners.cli import INTERRUPTED
 from runners.data.text import TextFiles
 from runners.data.tokenizer import load_tokenizer, sample_texts, train_tokenizer
 from runners.data.types import spread
-from runners.metrics import read_metrics
+from runners.shell.cli import INTERRUPTED
+from runners.training.checkpoints import open_run
+from runners.training.metrics import read_metrics
 
 Curve = list[tuple[float, float]]  # tokens, validation loss
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
-from kernels.dispatch import BACKENDS
+from kernels.runtime.dispatch import BACKENDS
 from runners.benchmarks.harness import Case
 from runners.benchmarks.providers import Forward, Inputs, MissingError, Provider, ours
 

@@ -21,9 +21,9 @@ from params import init_params
 from params.tree import Tree, flatten, unflatten
 from runners.benchmarks.fitting import free, largest, limited
 from runners.benchmarks.report import console
-from runners.cli import UsageError, nearest
-from runners.config import check_preset
-from runners.errors import UserError
+from runners.shell.cli import UsageError, nearest
+from runners.shell.errors import UserError
+from runners.training.config import check_preset
 from transforms import checkpoint, compile, fuse_loss, mixed_precision, value_and_grad
 
 WAYS: dict[str, Callable[[Forward], Forward]] = {

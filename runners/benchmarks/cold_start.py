@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernels import program_cache
+from kernels.runtime import program_cache
 from runners.data.tokenizer import train_tokenizer
 
 # `python -m runners.train` that says when its modules are there

@@ -22,9 +22,9 @@ from torch import Tensor
 import kernels
 from core import PRESETS, Forward, VLMConfig, make_batch
 from core.forward import Site, record_sites
-from core.fused import normed_mlp
-from core.layers import head, linear, rms_norm, rope, swiglu
-from core.text import attend, rope_angles
+from core.model.fused import normed_mlp
+from core.model.layers import head, linear, rms_norm, rope, swiglu
+from core.model.text import attend, rope_angles
 from params import init_params
 from params.tree import Tree, flatten, map_leaves, unflatten
 from runners.benchmarks import roofline
@@ -42,9 +42,9 @@ from runners.benchmarks.records import environment
 from runners.benchmarks.report import console, markdown_row, teller
 from runners.benchmarks.roofline import Work
 from runners.benchmarks.training import choose_clock, measured_ceilings, strict_fp32
-from runners.cli import UsageError, nearest
-from runners.config import TrainConfig, check_preset
-from runners.optim import build_optimizer, clipping
+from runners.shell.cli import UsageError, nearest
+from runners.training.config import TrainConfig, check_preset
+from runners.training.optim import build_optimizer, clipping
 from transforms import cast_matrices, compile, fuse_loss, unfused_loss
 
 PARTS = ("attention", "mlp", "norms", "loss", "optimizer")

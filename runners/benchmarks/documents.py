@@ -13,10 +13,10 @@ import torch
 
 from core import Batch, Longest, VLMConfig, make_batch
 from runners.benchmarks.pictures import MARK, Pictures
-from runners.config import TrainConfig
 from runners.data.collate import collate
 from runners.data.images import ImageSpec
 from runners.data.packing import WINDOW, PackSpec, choose_row, plan_spec
+from runners.data.sources import open_sources
 from runners.data.types import (
     NO_LABEL,
     Conversation,
@@ -25,8 +25,9 @@ from runners.data.types import (
     Turn,
     without_pictures,
 )
-from runners.flops import Load
-from runners.setup import (
+from runners.training.config import TrainConfig
+from runners.training.flops import Load
+from runners.training.setup import (
     SAMPLE,
     bounds,
     build_encoder,
@@ -35,7 +36,6 @@ from runners.setup import (
     sample_documents,
     whole_pictures,
 )
-from runners.sources import open_sources
 
 PAD = 0  # the token that fills rows of drawn documents up; they have none of it
 MULTIPLE = 8  # padded rows are as long as the longest document, up to a multiple of this

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from runners.benchmarks.clock import Clock, DeviceLostError, first_line
 from runners.benchmarks.providers import MissingError
-from runners.errors import UserError
+from runners.shell.errors import UserError
 
 Step = Callable[[], Tensor]  # one whole step; what it returns begins with the loss
 LONGEST = 4.0  # seconds of a round of steps, so that a slow rung takes fewer

@@ -23,11 +23,11 @@ from runners.benchmarks.records import environment
 from runners.benchmarks.report import console, teller
 from runners.benchmarks.step_report import RUNGS, Report, describe
 from runners.benchmarks.training import choose_clock, measured_ceilings
-from runners.cli import UsageError, nearest
-from runners.config import TrainConfig, check_preset, model_config
-from runners.errors import UserError
-from runners.flops import peak_flops, training_flops
-from runners.step import GradFn, Learner
+from runners.shell.cli import UsageError, nearest
+from runners.shell.errors import UserError
+from runners.training.config import TrainConfig, check_preset, model_config
+from runners.training.flops import peak_flops, training_flops
+from runners.training.step import GradFn, Learner
 from transforms import checkpoint, compile, cuda_graph, fuse_kernels, fuse_loss, value_and_grad
 
 LAYOUT = replace(

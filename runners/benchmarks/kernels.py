@@ -16,8 +16,8 @@ from runners.benchmarks.clock import Clock, CudaClock, DeviceLostError
 from runners.benchmarks.harness import UNITS, Case, Ceiling, Row, Settings, measure
 from runners.benchmarks.records import environment, plain, read_jsonl, write_jsonl
 from runners.benchmarks.report import console, teller, write_report
-from runners.cli import UsageError, nearest
-from runners.errors import UserError
+from runners.shell.cli import UsageError, nearest
+from runners.shell.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from core import VLMConfig
-from runners.config import TrainConfig
+from runners.training.config import TrainConfig
 
 # The last rung of the ladder, from which leaves branch off: the first of these that there is.
 TOPS = ("graph", "blocks")

@@ -39,10 +39,10 @@ from runners.benchmarks.training import (
     strict_fp32,
     training,
 )
-from runners.cli import UsageError, nearest
-from runners.config import Policy, TrainConfig, check_preset, model_config
-from runners.errors import UserError
-from runners.flops import peak_flops, training_flops
+from runners.shell.cli import UsageError, nearest
+from runners.shell.errors import UserError
+from runners.training.config import Policy, TrainConfig, check_preset, model_config
+from runners.training.flops import peak_flops, training_flops
 
 LONG = "checkpoint"  # the rung of rows that are longer than a step has tokens
 SHORT = 2048  # tokens of the row that a line of one step is made ready on

@@ -28,11 +28,11 @@ from runners.benchmarks.ladder import text_only
 from runners.benchmarks.records import Environment, environment
 from runners.benchmarks.report import console, markdown_row, teller
 from runners.benchmarks.training import choose_clock
-from runners.cli import UsageError, nearest
-from runners.compose import choose_backends, compose, compute_dtype
-from runners.config import TrainConfig, check_preset
-from runners.setup import build_params
-from runners.step import GradFn, Learner
+from runners.shell.cli import UsageError, nearest
+from runners.training.compose import choose_backends, compose, compute_dtype
+from runners.training.config import TrainConfig, check_preset
+from runners.training.setup import build_params
+from runners.training.step import GradFn, Learner
 from transforms import cast_matrices, checkpoint, fuse_loss, lora, quantize_int8, value_and_grad
 
 SMALLEST, GRID = 1024, 128  # tokens: the shortest row that is tried, and the search's grid

@@ -10,8 +10,8 @@ import torch
 
 from runners.benchmarks.harness import Case
 from runners.benchmarks.providers import Forward, Inputs, Provider
-from runners.config import TrainConfig
-from runners.optim import build_optimizer
+from runners.training.config import TrainConfig
+from runners.training.optim import build_optimizer
 
 BYTES = 28  # a parameter: itself, its gradient and two moments are read, all but one are written
 

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 import kernels
 from core import TextConfig, VLMConfig, from_module, make_batch, vlm
-from core.text import rope_angles
+from core.model.text import rope_angles
 from params import init_params
 from params.tree import flatten
 from runners.benchmarks.clock import Clock, CpuClock, CudaClock
 from runners.benchmarks.providers import version
 from runners.benchmarks.report import console
-from runners.cli import UsageError
-from runners.errors import UserError
+from runners.shell.cli import UsageError
+from runners.shell.errors import UserError
 
 Run = Callable[[], Tensor]
 HEADERS = ("device", "tokens", "by", "forward", "ms", "p20 - p80", "over the module", "goal", "met")

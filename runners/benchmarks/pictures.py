@@ -9,7 +9,7 @@ import numpy as np
 from core import VLMConfig
 from runners.data.images import ImageSpec, patchify
 from runners.data.types import NO_LABEL, Document
-from runners.setup import image_spec
+from runners.training.setup import image_spec
 
 MARK = 1  # the token that stands where a picture's go: its row of the embedding is replaced
 

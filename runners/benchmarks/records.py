@@ -17,8 +17,8 @@ import torch
 
 from runners.benchmarks.harness import SCALE, UNITS, Ceiling, Row
 from runners.benchmarks.providers import PEERS, version
-from runners.cli import explained
-from runners.errors import UserError
+from runners.shell.cli import explained
+from runners.shell.errors import UserError
 
 
 @dataclass(frozen=True)

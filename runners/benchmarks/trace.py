@@ -21,11 +21,11 @@ from torch.profiler import ProfilerActivity, profile
 
 import kernels
 from runners.benchmarks.report import console
-from runners.cli import UsageError
-from runners.config import TrainConfig, parse_config
-from runners.errors import UserError
-from runners.setup import Job, prepare
-from runners.step import Learner
+from runners.shell.cli import UsageError
+from runners.shell.errors import UserError
+from runners.training.config import TrainConfig, parse_config
+from runners.training.setup import Job, prepare
+from runners.training.step import Learner
 
 # Kernels of attention libraries, as the profiler names them: flash-attn and torch's copy of it say
 # flash, cuDNN sdpa or fmha.
@@ -133,8 +133,8 @@ def kernels_of(record: profile, device: torch.device) -> list[Seen]:
 def our_kernels() -> set[str]:
     """The names of all Triton kernels in `kernels`."""
     names: set[str] = set()
-    for module in pkgutil.iter_modules(kernels.__path__):
-        members = vars(importlib.import_module(f"kernels.{module.name}"))
+    for module in pkgutil.walk_packages(kernels.__path__, "kernels."):
+        members = vars(importlib.import_module(module.name))
         names |= {n for n in members if n.endswith("_kernel") and not n.startswith("_")}
     return names
 

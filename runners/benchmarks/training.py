@@ -34,13 +34,13 @@ from runners.benchmarks.pictures import pictures_of
 from runners.benchmarks.records import environment
 from runners.benchmarks.report import console, teller
 from runners.benchmarks.step_report import PICTURED, RUNGS, Report, describe, report_floor
-from runners.cli import UsageError, explained, nearest
-from runners.compose import Composed, compose
-from runners.config import TrainConfig, check_preset, model_config
-from runners.errors import UserError
-from runners.flops import peak_flops, training_flops
-from runners.setup import build_params
-from runners.step import GradFn, Learner
+from runners.shell.cli import UsageError, explained, nearest
+from runners.shell.errors import UserError
+from runners.training.compose import Composed, compose
+from runners.training.config import TrainConfig, check_preset, model_config
+from runners.training.flops import peak_flops, training_flops
+from runners.training.setup import build_params
+from runners.training.step import GradFn, Learner
 
 # What a config may change of without another program being traced.
 SAME_PROGRAM = {

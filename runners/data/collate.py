@@ -11,7 +11,7 @@ import torch
 from runners.data.layout import Rows, batch_shapes, lay_out
 from runners.data.packing import WINDOW, PackSpec, choose_row
 from runners.data.types import Document
-from runners.data.wire import Arrays
+from runners.shell.wire import Arrays
 
 Batch = dict[str, torch.Tensor]
 

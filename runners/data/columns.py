@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from runners.data.types import BadRecordError, Document, Result
-from runners.data.wire import Arrays, Link, Shapes
+from runners.shell.wire import Arrays, Link, Shapes
 
 _COLUMNS = ("tokens", "labels", "slots", "patches", "patch_positions")
 # id, lengths of tokens, slots and patches, patch_counts, truncated

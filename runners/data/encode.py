@@ -26,7 +26,7 @@ from runners.data.types import (
     between_pictures,
     num_pictures,
 )
-from runners.errors import UserError
+from runners.shell.errors import UserError
 
 
 class Encoder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from pathlib import Path
 
-from runners.errors import UserError
+from runners.shell.errors import UserError
 
 BOM = codecs.BOM_UTF8
 # Of UTF-32 first: its little-endian mark begins with that of UTF-16.

@@ -8,8 +8,8 @@ import numpy as np
 
 from runners.data.packing import PackSpec
 from runners.data.types import NO_LABEL, Document
-from runners.data.wire import Arrays, Shapes
-from runners.errors import UserError
+from runners.shell.errors import UserError
+from runners.shell.wire import Arrays, Shapes
 
 Rows = Sequence[Sequence[Document]]
 

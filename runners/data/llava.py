@@ -25,7 +25,7 @@ from runners.data.types import (
     questions_and_answers,
     spread,
 )
-from runners.errors import UserError
+from runners.shell.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from runners.data.stats import Stats
 from runners.data.stream import State, Stream
 from runners.data.types import Encode, Source
 from runners.data.workers import check_workers, feed_here, pickled_job
-from runners.errors import UserError
+from runners.shell.errors import UserError
 
 
 class Loader:

@@ -12,8 +12,8 @@ import pickle
 
 from runners.data.layout import batch_shapes, lay_out
 from runners.data.stream import State, Stream
-from runners.data.wire import Link
 from runners.data.workers import Workers
+from runners.shell.wire import Link
 
 Job = tuple[Stream, State, bytes, int, int, int]
 

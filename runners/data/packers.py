@@ -8,11 +8,11 @@ import threading
 import weakref
 from collections.abc import Iterator
 
-from runners.data import process
 from runners.data.collate import Batch, as_tensors
 from runners.data.stream import State, Stream
-from runners.data.wire import Gone
-from runners.errors import UserError
+from runners.shell import process
+from runners.shell.errors import UserError
+from runners.shell.wire import Gone
 
 
 class Packer:

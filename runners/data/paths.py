@@ -7,7 +7,7 @@ import stat
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from runners.data.types import BadRecordError
-from runners.errors import UserError
+from runners.shell.errors import UserError
 
 
 class DataFolder:

@@ -16,7 +16,7 @@ from typing import Any
 
 from runners.data.encoding import decoded
 from runners.data.types import IMAGE, BadRecordError, Turn, num_pictures
-from runners.errors import UserError, printable
+from runners.shell.errors import UserError, printable
 
 MAX_TEXT = 1 << 22  # characters of a record: encoding them takes seconds
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}

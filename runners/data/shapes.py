@@ -18,7 +18,7 @@ import numpy as np
 
 from runners.data.questions import KINDS, PLACES, QA, Scene, Thing
 from runners.data.types import IMAGE, Conversation, Turn
-from runners.errors import UserError
+from runners.shell.errors import UserError
 
 COLOURS = {
     "red": (220, 40, 40),

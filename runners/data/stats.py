@@ -16,7 +16,7 @@ from runners.data.types import (
     questions_and_answers,
     spread,
 )
-from runners.errors import UserError
+from runners.shell.errors import UserError
 
 logger = logging.getLogger(__name__)
 _REPORT_AT = 10_000  # documents

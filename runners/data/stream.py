@@ -13,7 +13,7 @@ import numpy as np
 from runners.data.packing import PackSpec, choose_row
 from runners.data.stats import Stats
 from runners.data.types import BadRecordError, Document, Request, Result
-from runners.errors import UserError
+from runners.shell.errors import UserError
 
 State = dict[str, Any]
 Feed = Callable[[Iterable[Request]], Iterator[tuple[Request, Result]]]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from runners.data.encoding import BOM, decoded
 from runners.data.split import digest_of, groups_of, hold_out, shuffled, unique
 from runners.data.types import CONTINUED, Conversation, Turn
-from runners.errors import UserError
+from runners.shell.errors import UserError
 
 _BLANK_LINE = re.compile(rb"\r?\n[ \t]*\r?\n\s*")
 MAX_BYTES = 1 << 16  # of a part: what is tokenised at once

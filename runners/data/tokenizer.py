@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from runners.data.types import BadRecordError, Source, literal, spread, without_pictures
 from runners.data.vocabulary import part
-from runners.errors import UserError
+from runners.shell.errors import UserError
 
 PAD, USER, ASSISTANT, END, IMAGE_TOKEN = SPECIALS = (
     "<|pad|>",

@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from runners.errors import UserError
+from runners.shell.errors import UserError
 
 MAX_ID = 1 << 22  # the largest public vocabularies have about 2**20 tokens
 # <s>, </s>, <|end|>, <|im start|>, <<SYS>>, [CLS], [/INST], [unused7]; full-width bars as well.

@@ -7,7 +7,7 @@ import pickle
 from runners.data.columns import send_results
 from runners.data.encode import item_seed
 from runners.data.types import BadRecordError, Encode, Request, Result, Source
-from runners.data.wire import Link
+from runners.shell.wire import Link
 
 
 def encode_item(source: Source, encode: Encode, seed: int | None, epoch: int, index: int) -> Result:

@@ -10,12 +10,12 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from runners.data import process
 from runners.data.columns import results_of
 from runners.data.types import Encode, Request, Result, Source
-from runners.data.wire import Gone, Link
 from runners.data.worker import encode_item
-from runners.errors import UserError
+from runners.shell import process
+from runners.shell.errors import UserError
+from runners.shell.wire import Gone, Link
 
 CHUNK = 16  # items a message
 AHEAD = 2  # messages a worker has before it

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-import core.text
+import core.model.text
 from core import VLMConfig, make_batch, stack_examples, vlm
-from core.layers import dropout
+from core.model.layers import dropout
 from params.tree import map_leaves
 from transforms import checkpoint, fuse_loss, value_and_grad
 
@@ -133,7 +133,7 @@ def test_every_call_has_its_own_salt(wet, rough, example, monkeypatch) -> None:
         return dropout(x, rate, seed, salt)
 
     forward = vlm(wet)
-    monkeypatch.setattr(core.text, "dropout", watch)
+    monkeypatch.setattr(core.model.text, "dropout", watch)
     forward(rough(wet), example(wet) | {"seed": torch.tensor(0)})
     assert len(salts) == 2 * wet.text.layers  # after attention and after the MLP of every layer
     assert len(set(salts)) == len(salts)

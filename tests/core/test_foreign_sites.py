@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
-from core import Forward, Rule, bridge, from_module
+from core import Forward, Rule, from_module
+from core.foreign import bridge
+from core.foreign.found import is_norm, norm_form
+from core.foreign.rotary import is_rotary
 from core.forward import NormForm
-from core.found import is_norm, norm_form
-from core.rotary import is_rotary
 from params.int8 import dequantize_weight, quantize_weight
 from params.tree import Tree, flatten, map_leaves
 from tests.transforms.table import check

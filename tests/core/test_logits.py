@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from core.layers import Logits
+from core.model.layers import Logits
 
 CHAINS: dict[str, Callable[[Any], Any]] = {
     "Gemma-2": lambda x: torch.tanh(x / 30.0) * 30.0,

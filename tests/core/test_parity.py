@@ -28,8 +28,8 @@ from core import (
     vlm,
 )
 from core.forward import Site
-from core.text import rope_angles
-from core.vision import encode, grid_coordinates, learned_positions, sincos_positions
+from core.model.text import rope_angles
+from core.model.vision import encode, grid_coordinates, learned_positions, sincos_positions
 from params.tree import flatten, unflatten
 from transforms import unfused_loss, value_and_grad
 

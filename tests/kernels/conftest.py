@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.launch import INTERPRETED
+from kernels.runtime.launch import INTERPRETED
 
 
 class Allocations(TorchDispatchMode):
@@ -36,7 +36,7 @@ class Allocations(TorchDispatchMode):
             torch.ops.nanovision.linear_cross_entropy_triton.default: "_fused",
         }
         if func in hosts:
-            module = importlib.import_module("kernels.linear_cross_entropy")
+            module = importlib.import_module("kernels.loss.linear_cross_entropy")
             with self:  # a dispatch mode does not see into a custom op by itself
                 return getattr(module, hosts[func])(*args)
         out = func(*args, **(kwargs or {}))

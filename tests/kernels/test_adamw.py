@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.adamw import _noise, _stochastic, adamw_, grad_norm
+from kernels.optimizer.adamw import _noise, _stochastic, adamw_, grad_norm
 from tests.kernels.rounding import ulps
 
 SHAPES = ((3, 5), (1,), (7,), (1023,), (2, 0), (1025,), (64, 33))

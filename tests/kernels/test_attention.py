@@ -17,9 +17,9 @@ import kernels
 from kernels import attention
 from tests.kernels.rounding import ulps
 
-module = importlib.import_module("kernels.attention")
-padded = importlib.import_module("kernels.attention_padded")
-flash = importlib.import_module("kernels.attention_flash")
+module = importlib.import_module("kernels.attention.attention")
+padded = importlib.import_module("kernels.attention.attention_padded")
+flash = importlib.import_module("kernels.attention.attention_flash")
 
 
 def boundaries(*lengths: int) -> Tensor:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import attention, dispatch
+from kernels import attention
+from kernels.runtime import dispatch
 
-module = importlib.import_module("kernels.attention")
+module = importlib.import_module("kernels.attention.attention")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -207,7 +208,7 @@ def test_exactly_the_tested_sizes_are_served(backend: str) -> None:
 
 def test_a_wrong_gradient_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """By 2% in norm, from the library that every torch has."""
-    flash = importlib.import_module("kernels.attention_flash")
+    flash = importlib.import_module("kernels.attention.attention_flash")
     forward, backward = flash._LIBRARIES["torch-varlen"]
 
     def wrong(*args: Any) -> tuple[Tensor, ...]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.column_sums import COLS, ROWS, column_sums, launch_column_sums
-from kernels.compiled import resources
-from kernels.launch import recording
+from kernels.linear.column_sums import COLS, ROWS, column_sums, launch_column_sums
+from kernels.runtime.launch import recording
+from kernels.runtime.resources import resources
 from tests.kernels.drivers import random
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

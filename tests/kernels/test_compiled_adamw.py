@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import compiled
-from kernels.adamw_triton import BLOCK, COLUMNS, HEADER, WARPS, Plan, adamw_launch
-from kernels.launch import Launch, recording, triton
+from kernels.optimizer.adamw_triton import BLOCK, COLUMNS, HEADER, WARPS, Plan, adamw_launch
+from kernels.runtime import resources as compiled
+from kernels.runtime.launch import Launch, recording, triton
 
 pytestmark = pytest.mark.compiles
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import attention_triton
-from kernels.compiled import resources
-from kernels.launch import recording, triton
+from kernels.attention import attention_triton
+from kernels.runtime.launch import recording, triton
+from kernels.runtime.resources import resources
 from tests.kernels.archs import SHARED, compiled_for
 
 pytestmark = [

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import glu_triton, rope_triton
-from kernels.compiled import resources
-from kernels.launch import Launch, recording
+from kernels.mlp import glu_triton
+from kernels.rope import rope_triton
+from kernels.runtime.launch import Launch, recording
+from kernels.runtime.resources import resources
 
 pytestmark = pytest.mark.compiles
 

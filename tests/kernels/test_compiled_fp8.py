@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import fp8_triton
-from kernels.compiled import resources
-from kernels.launch import Launch, recording
+from kernels.quantised import fp8_triton
+from kernels.runtime.launch import Launch, recording
+from kernels.runtime.resources import resources
 
 pytestmark = pytest.mark.compiles
 

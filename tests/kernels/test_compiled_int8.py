@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.compiled import resources
-from kernels.launch import Launch, recording
+from kernels.runtime.launch import Launch, recording
+from kernels.runtime.resources import resources
 from tests.kernels.archs import SHARED, compiled_for
 
 pytestmark = pytest.mark.compiles
 
-linear = importlib.import_module("kernels.int8_linear")
+linear = importlib.import_module("kernels.quantised.int8_linear")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # (rows, inner, outs, dtype, activations, bias): every launch configuration, then what masks do
 CASES = [

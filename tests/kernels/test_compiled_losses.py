@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import cross_entropy_triton
-from kernels.compiled import resources
-from kernels.launch import Launch, recording, triton
+from kernels.loss import cross_entropy_triton
+from kernels.runtime.launch import Launch, recording, triton
+from kernels.runtime.resources import resources
 from tests.kernels.archs import compiled_for
 
 pytestmark = [
@@ -19,8 +19,8 @@ pytestmark = [
     pytest.mark.skipif(triton is None, reason="triton is not installed"),
 ]
 
-ce = importlib.import_module("kernels.cross_entropy")
-lce = importlib.import_module("kernels.linear_cross_entropy")
+ce = importlib.import_module("kernels.loss.cross_entropy")
+lce = importlib.import_module("kernels.loss.linear_cross_entropy")
 
 ARCHS = {80: ((8, 0), 108, 163), 90: ((9, 0), 132, 227), 100: ((10, 0), 148, 227)}  # KB a program
 PLAIN = (-100, 0.0, 0.0, None)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import layer_norm_triton, rms_norm_triton
-from kernels.compiled import resources
-from kernels.launch import Launch, recording
+from kernels.norm import layer_norm_triton, rms_norm_triton
+from kernels.runtime.launch import Launch, recording
+from kernels.runtime.resources import resources
 from tests.kernels.archs import SHARED, compiled_for
 
 pytestmark = pytest.mark.compiles

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import kernels
-from kernels import cublas_lt, dispatch, launch, muon, proof
-from kernels.product import product, wide_linear
+from kernels.linear import cublas_lt
+from kernels.linear.product import product, wide_linear
+from kernels.optimizer import muon
+from kernels.runtime import dispatch, launch, proof
 
-attention_module = importlib.import_module("kernels.attention")
+attention_module = importlib.import_module("kernels.attention.attention")
 
 
 def no_library() -> None:

@@ -60,9 +60,12 @@ def make_cases() -> dict[str, Case]:
     scale = rand(5, 1, seed=6).abs()
     ragged = torch.tensor([0, 3, 3, 8, 10, 12, 12, 12], dtype=torch.int32)
     uniform = torch.tensor([0, 4, 8, 12, 12], dtype=torch.int32)
-    ln, rn = module("rms_norm").layer_norm_reference, module("rms_norm").rms_norm_reference
-    ce = module("cross_entropy")
-    plain_attention = module("attention").attention_reference
+    ln, rn = (
+        module("norm.rms_norm").layer_norm_reference,
+        module("norm.rms_norm").rms_norm_reference,
+    )
+    ce = module("loss.cross_entropy")
+    plain_attention = module("attention.attention").attention_reference
 
     def attention_case(cu: Tensor, causal: bool, window: int | None) -> Case:
         def fast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -72,7 +75,7 @@ def make_cases() -> dict[str, Case]:
             return plain_attention(q, k, v, cu, causal=causal, window=window, scale=0.5)
 
         floats = (rand(N, 4, 4), rand(N, 2, 4, seed=1), rand(N, 2, 4, seed=2))
-        return Case(fast, plain, floats, ("attention_padded", "PADDED"), compiled=False)
+        return Case(fast, plain, floats, ("attention.attention_padded", "PADDED"), compiled=False)
 
     def joined(pair: tuple[Tensor, Tensor]) -> Tensor:
         return torch.cat([part.flatten() for part in pair])
@@ -82,7 +85,7 @@ def make_cases() -> dict[str, Case]:
             lambda z: cross_entropy(z, labels, **options),
             lambda z: ce.cross_entropy_reference(z, labels, **everything),
             (rand(N, VOCAB),),
-            ("cross_entropy", "OP"),
+            ("loss.cross_entropy", "OP"),
         ),
         "linear_cross_entropy": Case(
             lambda h, w, b: linear_cross_entropy(
@@ -90,50 +93,50 @@ def make_cases() -> dict[str, Case]:
             ),
             lambda h, w, b: ce.cross_entropy_reference((h @ w.mT + b) * 0.7, labels, **everything),
             (rand(N, DIM), rand(VOCAB, DIM, seed=1), rand(VOCAB, seed=2)),
-            ("linear_cross_entropy", "OP"),
+            ("loss.linear_cross_entropy", "OP"),
         ),
         "rms_norm": Case(
             lambda x, w: rms_norm(x, w, 1e-3),
             lambda x, w: rn(x, w, eps=1e-3),
             (rand(N, DIM), rand(DIM, seed=1)),
-            ("rms_norm", "RMS_NORM"),
+            ("norm.rms_norm", "RMS_NORM"),
         ),
         "rms_norm without weight": Case(
             lambda x: rms_norm(x, None, 1e-3),
             lambda x: rn(x, None, eps=1e-3),
             (rand(3, 4, DIM),),
-            ("rms_norm", "RMS_NORM"),
+            ("norm.rms_norm", "RMS_NORM"),
         ),
         "layer_norm": Case(
             lambda x, w, b: kernels.layer_norm(x, w, b, 1e-3),
             lambda x, w, b: ln(x, w, b, eps=1e-3),
             (rand(3, 4, DIM), rand(DIM, seed=1), rand(DIM, seed=2)),
-            ("rms_norm", "LAYER_NORM"),
+            ("norm.rms_norm", "LAYER_NORM"),
         ),
         "layer_norm without leaves": Case(
             lambda x: kernels.layer_norm(x, None, None, 1e-3),
             lambda x: ln(x, None, None, eps=1e-3),
             (rand(N, DIM),),
-            ("rms_norm", "LAYER_NORM"),
+            ("norm.rms_norm", "LAYER_NORM"),
         ),
         "swiglu": Case(
             kernels.swiglu,
-            module("glu").swiglu_reference,
+            module("mlp.glu").swiglu_reference,
             (rand(N, DIM), rand(N, DIM, seed=1)),
-            ("glu", "SWIGLU"),
+            ("mlp.glu", "SWIGLU"),
         ),
         "geglu": Case(
             kernels.geglu,
-            module("glu").geglu_reference,
+            module("mlp.glu").geglu_reference,
             (rand(N, DIM), rand(N, DIM, seed=1)),
-            ("glu", "GEGLU"),
+            ("mlp.glu", "GEGLU"),
         ),
         "relu2": Case(
-            kernels.relu2, module("glu").relu2_reference, (rand(N, DIM),), ("glu", "RELU2")
+            kernels.relu2, module("mlp.glu").relu2_reference, (rand(N, DIM),), ("mlp.glu", "RELU2")
         ),
         "rope": Case(
             lambda q, k: joined(rope(q, k, cos, sin, positions)),
-            lambda q, k: joined(module("rope").rope_reference(q, k, cos, sin, positions)),
+            lambda q, k: joined(module("rope.rope").rope_reference(q, k, cos, sin, positions)),
             (rand(N, 4, 4), rand(N, 2, 4, seed=1)),
             function=("rope", "_Rotate"),
         ),
@@ -142,14 +145,18 @@ def make_cases() -> dict[str, Case]:
                 rope(q, k, cos, sin, positions, q_weight=a, k_weight=b, eps=1e-3)
             ),
             lambda q, k, a, b: joined(
-                module("rope").rope_qk_norm_reference(q, k, a, b, cos, sin, positions, eps=1e-3)
+                module("rope.rope").rope_qk_norm_reference(
+                    q, k, a, b, cos, sin, positions, eps=1e-3
+                )
             ),
             (rand(N, 4, 4), rand(N, 2, 4, seed=1), rand(4, seed=2), rand(4, seed=3)),
-            ("rope", "QK_NORM"),
+            ("rope.rope", "QK_NORM"),
         ),
         "int8_linear": Case(
             lambda x, b: int8_linear(x, weight, scale, b),
-            lambda x, b: module("int8_linear").int8_linear_reference(x, weight, scale) + b,
+            lambda x, b: (
+                module("quantised.int8_linear").int8_linear_reference(x, weight, scale) + b
+            ),
             (rand(2, 3, DIM), rand(5, seed=1)),
             function=("int8_linear", "_Linear"),
         ),

@@ -48,7 +48,7 @@ def test_gradients_are_right_in_every_order_of_imports(lines: tuple[str, ...]) -
 
 def test_a_dynamo_that_was_not_told_is_refused() -> None:
     """Without fullgraph Dynamo steps back instead, and the function runs as it is."""
-    untold = "import kernels.dynamo; kernels.dynamo._waiting.clear()"
+    untold = "import kernels.runtime.dynamo; kernels.runtime.dynamo._waiting.clear()"
     whole = COMPILED.replace("backend=", "fullgraph=True, backend=")
     done = run(OURS, untold, whole)
     assert done.returncode != 0

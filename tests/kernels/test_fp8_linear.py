@@ -16,12 +16,13 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, jacrev, jvp, vjp, vmap
 
-from kernels import dispatch, fp8_linear
+from kernels import fp8_linear
+from kernels.runtime import dispatch
 from tests.kernels import drivers
 from tests.kernels.drivers import directions, examples, random, scalar
 from tests.kernels.rounding import ulps
 
-module = importlib.import_module("kernels.fp8_linear")
+module = importlib.import_module("kernels.quantised.fp8_linear")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SCALINGS = ["tensor", "row"]
 SHAPES = [((1, 16), 16), ((21, 48), 32), ((2, 3, 160), 64)]

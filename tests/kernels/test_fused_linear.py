@@ -52,7 +52,7 @@ from tests.kernels.drivers import (
 )
 from tests.kernels.rounding import ulps
 
-fused = importlib.import_module("kernels.fused_linear")
+fused = importlib.import_module("kernels.linear.fused_linear")
 TOLERANCE = ulps(torch.float64, 4000)  # fp64: sums of a few hundred terms of order 1
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ROWS, INNER = 5, 7

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels import add_norm_gated_mlp, dispatch
+from kernels import add_norm_gated_mlp
+from kernels.runtime import dispatch
 from tests.kernels.drivers import Case, Driver, broken, disagreement, joined, name_of, random
 from tests.kernels.rounding import ulps
 from tests.kernels.test_fused_linear import FIRST, HIGHER, parameters
 
-fused = importlib.import_module("kernels.fused_mlp")
+fused = importlib.import_module("kernels.mlp.fused_mlp")
 BF16, FP32 = torch.bfloat16, torch.float32
 ROWS, DIM, INNER, OUT, EPS = 5, 7, 6, 3, 1e-3
 

@@ -16,7 +16,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from kernels import cross_entropy, linear_cross_entropy
 from tests.kernels.rounding import ulps
 
-lce = importlib.import_module("kernels.linear_cross_entropy")
+lce = importlib.import_module("kernels.loss.linear_cross_entropy")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import compiled, dispatch
-from kernels.launch import recording
-from kernels.muon import gather_momenta, move_
-from kernels.muon_triton import gather_launch, move_launch
+from kernels.optimizer.muon import gather_momenta, move_
+from kernels.optimizer.muon_triton import gather_launch, move_launch
+from kernels.runtime import dispatch
+from kernels.runtime import resources as compiled
+from kernels.runtime.launch import recording
 from tests.kernels.rounding import ulps
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels import linear_cross_entropy
-from kernels.operators import NAMES
+from kernels.runtime.operators import NAMES
 
 
 def test_every_operator_has_a_fake() -> None:

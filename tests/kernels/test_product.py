@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import kernels
-from kernels import cublas_lt, dispatch
-from kernels.cublas_lt import T128X256, T176X128, T192X192, T320X128, better, is_wide
-from kernels.product import product, wide_linear
+from kernels.linear import cublas_lt
+from kernels.linear.cublas_lt import T128X256, T176X128, T192X192, T320X128, better, is_wide
+from kernels.linear.product import product, wide_linear
+from kernels.runtime import dispatch
 from transforms.kept import operation
 
 # as cuBLAS 13.1 lists them on an H200: tile, and parts of the inner dimension

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import program_cache
+from kernels.runtime import program_cache
 
 
 @pytest.fixture

@@ -15,10 +15,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
-from kernels import attention_flash, cublas_lt, dispatch, proof
-from kernels.dispatch import Facts
+from kernels.attention import attention_flash
+from kernels.linear import cublas_lt
+from kernels.runtime import dispatch, proof
+from kernels.runtime.dispatch import Facts
 
-attention = importlib.import_module("kernels.attention")
+attention = importlib.import_module("kernels.attention.attention")
 BF16 = torch.bfloat16
 
 

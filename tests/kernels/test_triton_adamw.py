@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import adamw, adamw_triton, dispatch
-from kernels.adamw import adamw_
+from kernels.optimizer import adamw, adamw_triton
+from kernels.optimizer.adamw import adamw_
+from kernels.runtime import dispatch
 from tests.kernels.test_adamw import BF16, BF16_MAX, DECAYS, FP16, FP32, leaves, zeros
 
 

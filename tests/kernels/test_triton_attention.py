@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import attention_triton
+from kernels.attention import attention_triton
 from tests.kernels.rounding import attention_bounds, ulps
 
 # the interpreter's numpy warns of what masks then take out: rows past a document's end, later keys
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-attention_module = importlib.import_module("kernels.attention")
+attention_module = importlib.import_module("kernels.attention.attention")
 Leaves = tuple[Tensor, Tensor, Tensor]
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import dispatch, geglu, relu2, rope, swiglu
+from kernels import geglu, relu2, rope, swiglu
+from kernels.runtime import dispatch
 from tests.kernels.drivers import (
     FIRST_ORDER,
     Case,
@@ -33,8 +34,8 @@ from tests.kernels.drivers import (
 )
 from tests.kernels.rounding import ulps
 
-glu = importlib.import_module("kernels.glu")
-ropes = importlib.import_module("kernels.rope")
+glu = importlib.import_module("kernels.mlp.glu")
+ropes = importlib.import_module("kernels.rope.rope")
 TOLERANCE = ulps(
     torch.float32, 800
 )  # fp32: sums of a few hundred numbers of order 1, a few times over

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import dispatch, fp8_triton
-from kernels.fp8_triton import LARGEST, Config
+from kernels.quantised import fp8_triton
+from kernels.quantised.fp8_triton import LARGEST, Config
+from kernels.runtime import dispatch
 from tests.kernels.drivers import random
 
-linear = importlib.import_module("kernels.fp8_linear")
+linear = importlib.import_module("kernels.quantised.fp8_linear")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1, 1), (5, 7), (16, 48), (130, 70), (33, 257)]

@@ -22,15 +22,15 @@ from torch.func import grad, hessian
 from kernels import (
     add_norm_linears,
     add_rms_norm,
-    dispatch,
     geglu,
     glu_linear,
-    glu_triton,
     norm_linears,
     rms_norm,
-    rms_norm_triton,
     swiglu,
 )
+from kernels.mlp import glu_triton
+from kernels.norm import rms_norm_triton
+from kernels.runtime import dispatch
 from tests.kernels.drivers import (
     FIRST_ORDER,
     Case,
@@ -62,7 +62,7 @@ from tests.kernels.test_fused_linear import (
     roundings,
 )
 
-fused = importlib.import_module("kernels.fused_linear")
+fused = importlib.import_module("kernels.linear.fused_linear")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TOLERANCE = ulps(
     torch.float32, 800

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, vmap
 
-from kernels import dispatch, geglu, glu_triton, relu2, swiglu
+from kernels import geglu, relu2, swiglu
+from kernels.mlp import glu_triton
+from kernels.runtime import dispatch
 from tests.kernels.drivers import random
 from tests.kernels.rounding import ulps
 

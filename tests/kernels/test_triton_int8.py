@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from kernels import choose, dispatch, int8_few, int8_linear, int8_matmul
+from kernels import choose, int8_linear
+from kernels.quantised import int8_few, int8_matmul
+from kernels.runtime import dispatch
 from tests.kernels.rounding import ulps
 
-linear = importlib.import_module("kernels.int8_linear")
+linear = importlib.import_module("kernels.quantised.int8_linear")
 EPS32 = torch.finfo(torch.float32).eps
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # leading shape, inner, outs: one of everything; bytes that are no vectors; each number of rows that

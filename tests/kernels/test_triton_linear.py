@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import dispatch
-from kernels.linear import bias_gradient, linear
+from kernels.linear.linear import bias_gradient, linear
+from kernels.runtime import dispatch
 from tests.kernels.drivers import (
     FIRST_ORDER,
     Case,
@@ -29,7 +29,11 @@ from tests.kernels.rounding import ulps
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CASE = Case(
-    linear, F.linear, ((5, 7), (3, 7), (3,)), importlib.import_module("kernels.linear"), "LINEAR"
+    linear,
+    F.linear,
+    ((5, 7), (3, 7), (3,)),
+    importlib.import_module("kernels.linear.linear"),
+    "LINEAR",
 )
 HIGHER = [by_jvp, by_double_backward, by_hvp, by_vmap_hvp, by_jvp_jvp]
 

@@ -16,14 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import cross_entropy, cross_entropy_triton, dispatch, linear_cross_entropy
-from kernels.cross_entropy_triton import Config
-from kernels.launch import recording
+from kernels import cross_entropy, linear_cross_entropy
+from kernels.loss import cross_entropy_triton
+from kernels.loss.cross_entropy_triton import Config
+from kernels.runtime import dispatch
+from kernels.runtime.launch import recording
 from tests.kernels.drivers import placed, random, spoilt
 from tests.kernels.rounding import ulps
 
-ce = importlib.import_module("kernels.cross_entropy")
-lce = importlib.import_module("kernels.linear_cross_entropy")
+ce = importlib.import_module("kernels.loss.cross_entropy")
+lce = importlib.import_module("kernels.loss.linear_cross_entropy")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS32 = torch.finfo(torch.float32).eps

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import add_rms_norm, choose, dispatch, layer_norm, rms_norm, rms_norm_triton
+from kernels import add_rms_norm, choose, layer_norm, rms_norm
+from kernels.norm import rms_norm_triton
+from kernels.runtime import dispatch
 from tests.kernels.drivers import (
     Driver,
     by_autograd,
@@ -40,7 +42,7 @@ from tests.kernels.drivers import (
 )
 from tests.kernels.rounding import ulps
 
-norms = importlib.import_module("kernels.rms_norm")
+norms = importlib.import_module("kernels.norm.rms_norm")
 EPS = 1e-5
 EPS32 = torch.finfo(torch.float32).eps
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from kernels import dispatch, rope, rope_triton
+from kernels import rope
+from kernels.rope import rope_triton
+from kernels.runtime import dispatch
 from tests.kernels.drivers import random
 from tests.kernels.rounding import ulps
 

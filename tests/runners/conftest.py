@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-import runners.compose
-from runners.config import TrainConfig
-from runners.metrics import Display
+import runners.training.compose
 from runners.train import train
+from runners.training.config import TrainConfig
+from runners.training.metrics import Display
 
 OVERRIDE = (
     *("text.dim=32", "text.layers=2", "text.heads=4", "text.kv_heads=2", "text.mlp_dim=48"),
@@ -44,7 +44,7 @@ def quiet() -> Callable[[], Display]:
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile takes seconds a program: here forwards stay as they are."""
-    monkeypatch.setattr(runners.compose, "compile", lambda forward, **_: forward)
+    monkeypatch.setattr(runners.training.compose, "compile", lambda forward, **_: forward)
 
 
 @pytest.fixture(scope="session")

@@ -24,9 +24,9 @@ from stat import S_ISREG
 import torch
 from rich.console import Console
 
-from runners.config import TrainConfig
-from runners.metrics import Display, read_metrics
 from runners.train import train
+from runners.training.config import TrainConfig
+from runners.training.metrics import Display, read_metrics
 from tests.runners.conftest import BASE
 
 WATCHED = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")

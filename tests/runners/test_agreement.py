@@ -15,12 +15,12 @@ from rich.console import Console
 from torch import Tensor
 
 from params import flatten
-from runners.config import TrainConfig
 from runners.data.collate import collate
-from runners.metrics import Display, read_metrics
-from runners.setup import prepare, sample_documents
-from runners.step import Learner, accumulate
 from runners.train import train
+from runners.training.config import TrainConfig
+from runners.training.metrics import Display, read_metrics
+from runners.training.setup import prepare, sample_documents
+from runners.training.step import Learner, accumulate
 from transforms import cast_matrices, value_and_grad
 
 Micro = Callable[..., TrainConfig]

@@ -46,9 +46,9 @@ from runners.benchmarks.kernels import (
 from runners.benchmarks.providers import Inputs, MissingError, Provider, simple
 from runners.benchmarks.records import read_jsonl
 from runners.benchmarks.report import best, markdown, missing
-from runners.cli import UsageError
-from runners.config import TrainConfig
-from runners.errors import UserError
+from runners.shell.cli import UsageError
+from runners.shell.errors import UserError
+from runners.training.config import TrainConfig
 
 LIMITS: dict[Ceiling, float] = {"copy": 4e12, "bf16": 700e12, "int8": 900e12}
 QUICK = Settings(rounds=2, seconds=1e-4, backend="eager")

@@ -13,8 +13,8 @@ from rich.console import Console
 from runners.bench import run
 from runners.benchmarks import checkpointing
 from runners.benchmarks.checkpointing import WAYS, CheckpointingConfig, bench, check, longest_row
-from runners.cli import UsageError
-from runners.errors import UserError
+from runners.shell.cli import UsageError
+from runners.shell.errors import UserError
 
 CPU = torch.device("cpu")
 SMALL = CheckpointingConfig(preset="tiny", rows=1, length=16, by=("eager",), steps=1, rounds=2)

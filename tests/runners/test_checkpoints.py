@@ -15,17 +15,17 @@ import torch
 
 from core import config_from_dict
 from params import init_params
-from runners.checkpoints import (
+from runners.data.tokenizer import train_tokenizer
+from runners.shell.errors import UserError
+from runners.training.checkpoints import (
     check_room,
     claim_folder,
     create_folder,
     load_weights,
     open_run,
 )
-from runners.config import TrainConfig, model_config
-from runners.data.tokenizer import train_tokenizer
-from runners.errors import UserError
-from runners.states import (
+from runners.training.config import TrainConfig, model_config
+from runners.training.states import (
     State,
     find_states,
     keep_states,
@@ -34,7 +34,7 @@ from runners.states import (
     save_state,
     sweep_states,
 )
-from runners.step import rng_state, set_rng_state
+from runners.training.step import rng_state, set_rng_state
 
 Micro = Callable[..., TrainConfig]
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def test_a_state_that_cannot_be_written_leaves_nothing(
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("runners.states.write_text", full)
+    monkeypatch.setattr("runners.training.states.write_text", full)
     with pytest.raises(UserError, match=r"cannot write .*00000004: .*No space left on device"):
         save_state(tmp_path, _state(config, 4), config)
     assert [p.name for p in (tmp_path / "state").iterdir()] == ["00000003"]

@@ -13,8 +13,9 @@ from core import PRESETS
 from core.ranges import fields_of
 from runners import bench, generate, train
 from runners import eval as evaluation
-from runners.cli import ALIASES, UsageError, guarded, help_text, parse
-from runners.config import (
+from runners.shell.cli import ALIASES, UsageError, guarded, help_text, parse
+from runners.shell.errors import UserError
+from runners.training.config import (
     FREE_FIELDS,
     GROUPS,
     TrainConfig,
@@ -24,7 +25,6 @@ from runners.config import (
     model_config,
     parse_config,
 )
-from runners.errors import UserError
 
 EXTRA = ("--kinds", "colour", "--override=text.dropout=0.5")
 

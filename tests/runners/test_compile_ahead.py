@@ -18,13 +18,15 @@ import torch
 
 import kernels
 from core import Longest
-from kernels import attention_flash, dispatch, program_cache
-from runners import compile_ahead, loop, warming
-from runners.compile_ahead import PARTS, Attention
-from runners.config import TrainConfig
-from runners.setup import bounds, prepare
-from runners.step import to_device
+from kernels.attention import attention_flash
+from kernels.runtime import dispatch, program_cache
+from runners.shell import compile_ahead
+from runners.shell.compile_ahead import PARTS, Attention
 from runners.train import train
+from runners.training import loop, warming
+from runners.training.config import TrainConfig
+from runners.training.setup import bounds, prepare
+from runners.training.step import to_device
 from tests.runners.conftest import OVERRIDE
 
 TEXT = Attention(512, 8, 4, 2, 64, 256, None, True, None, False)
@@ -68,7 +70,7 @@ def test_processes_are_begun_early_where_nothing_is_compiled(
     gpu: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compile_ahead.expect()
-    assert started == ["runners.compiler"] * len(PARTS)
+    assert started == ["runners.shell.compiler"] * len(PARTS)
     (gpu / "source" / "fwd").mkdir(parents=True)
     (gpu / "source" / "fwd" / "kernel.o").touch()
     compile_ahead.expect()
@@ -246,7 +248,7 @@ import json, sys
 from runners import compile_ahead
 compile_ahead.expect()
 from runners import loop, train
-from runners.metrics import read_metrics
+from runners.training.metrics import read_metrics
 rehearse, rehearsed = loop.rehearse, []
 loop.rehearse = lambda *args: rehearsed.append(rehearse(*args))
 assert train.main() == 0

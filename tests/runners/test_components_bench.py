@@ -30,8 +30,8 @@ from runners.benchmarks.components import (
     parts_of,
     pulled,
 )
-from runners.cli import UsageError
-from runners.errors import UserError
+from runners.shell.cli import UsageError
+from runners.shell.errors import UserError
 from transforms import cast_matrices, fuse_loss, value_and_grad
 
 NANO = VLMConfig(

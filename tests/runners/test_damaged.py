@@ -15,15 +15,16 @@ import pytest
 import torch
 
 from params import init_params
-from runners import digests, generate
 from runners import eval as evaluation
-from runners.checkpoints import load_weights, open_run
-from runners.cli import UsageError
-from runners.config import parse_config
+from runners import generate
+from runners.data import digests
 from runners.data.tokenizer import load_tokenizer
-from runners.errors import UserError
 from runners.eval import open_evaluator
-from runners.metrics import read_metrics
+from runners.shell.cli import UsageError
+from runners.shell.errors import UserError
+from runners.training.checkpoints import load_weights, open_run
+from runners.training.config import parse_config
+from runners.training.metrics import read_metrics
 
 ODD = (
     None, True, -1, 0, 10**30, 1.5, 1e308, "", "x", "\x1b[31m", "\ud800", [], [1], {}, {"a": 1},

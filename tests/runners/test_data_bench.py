@@ -24,15 +24,15 @@ from runners.benchmarks.training import (
     documents_of,
     starting_config,
 )
-from runners.cli import UsageError
-from runners.config import model_config
 from runners.data.loader import Loader
+from runners.data.sources import open_sources
 from runners.data.tokenizer import ChatTokenizer, sample_texts, train_tokenizer
 from runners.data.types import Document
-from runners.errors import UserError
-from runners.flops import measure_load, training_flops
-from runners.setup import build_encoder
-from runners.sources import open_sources
+from runners.shell.cli import UsageError
+from runners.shell.errors import UserError
+from runners.training.config import model_config
+from runners.training.flops import measure_load, training_flops
+from runners.training.setup import build_encoder
 
 MICRO = (
     "text.dim=32", "text.layers=2", "text.heads=4", "text.kv_heads=2", "text.mlp_dim=48",

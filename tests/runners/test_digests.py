@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runners import digests
 from runners import eval as evaluation
-from runners.config import TrainConfig, model_config
-from runners.errors import UserError
-from runners.metrics import Display
-from runners.setup import prepare
-from runners.sources import open_sources
+from runners.data import digests
+from runners.data.sources import open_sources
+from runners.shell.errors import UserError
 from runners.train import train
+from runners.training.config import TrainConfig, model_config
+from runners.training.metrics import Display
+from runners.training.setup import prepare
 
 Micro = Callable[..., TrainConfig]
 Quiet = Callable[[], Display]

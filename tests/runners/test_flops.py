@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from core import make_batch
-from runners.config import TrainConfig, model_config
 from runners.data.collate import collate
-from runners.flops import Load, measure_load, peak_flops, training_flops
-from runners.setup import prepare, sample_documents
+from runners.training.config import TrainConfig, model_config
+from runners.training.flops import Load, measure_load, peak_flops, training_flops
+from runners.training.setup import prepare, sample_documents
 
 Micro = Callable[..., TrainConfig]
 

@@ -14,14 +14,14 @@ from core import Batch, VLMConfig, make_batch, vlm
 from params import init_params
 from params.tree import Tree
 from runners import generate
-from runners.config import TrainConfig, model_config
 from runners.data.types import IMAGE, Conversation, Turn
-from runners.decoding import KVCache, Sampler, attend_last, decode, with_cache
-from runners.errors import UserError
+from runners.engine.decoding import KVCache, Sampler, attend_last, decode, with_cache
 from runners.generate import pieces, prompt_batch
-from runners.metrics import Display
-from runners.setup import prepare
+from runners.shell.errors import UserError
 from runners.train import train
+from runners.training.config import TrainConfig, model_config
+from runners.training.metrics import Display
+from runners.training.setup import prepare
 from transforms import cast_matrices, mixed_precision
 
 Micro = Callable[..., TrainConfig]

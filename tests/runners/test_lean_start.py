@@ -29,10 +29,10 @@ train.main()
 """
 # Seconds on a slow core, torch 2.13; beside an H200 about twice that
 LATER = {
-    "torch._dynamo": "1.2: kernels.dynamo tells it what it has to know once it is imported",
+    "torch._dynamo": "1.2: kernels.runtime.dynamo tells it what it has to know once it is imported",
     "torch._inductor": "1 more: only torch.compile needs it",
     "matplotlib": "0.5: the pictures come at the end",
-    "tensorboard": "0.3: for the first row of numbers (runners.metrics)",
+    "tensorboard": "0.3: for the first row of numbers (runners.training.metrics)",
     "torch.utils.tensorboard": "as tensorboard",
     "transformers": "seconds: only foreign models need it",
     "wandb": "seconds: only with --wandb",

@@ -18,10 +18,10 @@ from runners.benchmarks.clock import CpuClock
 from runners.benchmarks.documents import batches_of, draw_documents
 from runners.benchmarks.ladder import text_only
 from runners.benchmarks.lengths import LengthsConfig, bench, check, lines_of
-from runners.cli import UsageError
-from runners.config import parse_config
-from runners.errors import UserError
-from runners.flops import training_flops
+from runners.shell.cli import UsageError
+from runners.shell.errors import UserError
+from runners.training.config import parse_config
+from runners.training.flops import training_flops
 
 MICRO = (
     "text.dim=32", "text.layers=2", "text.heads=4", "text.kv_heads=2", "text.mlp_dim=48",

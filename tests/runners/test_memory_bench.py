@@ -18,8 +18,8 @@ from runners.bench import run
 from runners.benchmarks import memory
 from runners.benchmarks.fitting import Search, Try, largest, limited
 from runners.benchmarks.memory import WAYS, MemoryConfig, bench, check, model_bytes, trained_by
-from runners.cli import UsageError
-from runners.errors import UserError
+from runners.shell.cli import UsageError
+from runners.shell.errors import UserError
 
 CPU = torch.device("cpu")
 NANO = VLMConfig(

@@ -15,10 +15,18 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from runners.config import TrainConfig
-from runners.errors import UserError
-from runners.figures import RIGHT, WRONG, Sample, draw_loss, draw_samples, side_by_side, smooth
-from runners.metrics import Display, Metrics, check_wandb, read_metrics, warned
+from runners.shell.errors import UserError
+from runners.training.config import TrainConfig
+from runners.training.figures import (
+    RIGHT,
+    WRONG,
+    Sample,
+    draw_loss,
+    draw_samples,
+    side_by_side,
+    smooth,
+)
+from runners.training.metrics import Display, Metrics, check_wandb, read_metrics, warned
 
 Micro = Callable[..., TrainConfig]
 ROW = {"step": 3, "loss": 1.5, "lr": 0.1, "grad_norm": 2.0, "tokens_per_s": 1e4, "mfu": 0.5}
@@ -65,7 +73,7 @@ def test_boards_and_figures_that_cannot_be_written_are_warnings(
     def full(*args: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr("runners.metrics._board", full)
+    monkeypatch.setattr("runners.training.metrics._board", full)
     metrics = Metrics(tmp_path, micro(tensorboard=True))
     metrics.write(ROW)
     metrics.write(ROW | {"step": 4})

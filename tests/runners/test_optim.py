@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from core import preset
-from kernels import proof
+from kernels.runtime import proof
 from params import flatten, init_params
-from runners.config import TrainConfig, check
-from runners.errors import UserError
-from runners.optim import (
+from runners.shell.errors import UserError
+from runners.training.config import TrainConfig, check
+from runners.training.optim import (
     build_optimizer,
     choose_rates,
     clipping,
@@ -26,7 +26,7 @@ from runners.optim import (
     learning_rate,
     wsd,
 )
-from runners.optimizers import Muon, Optimizer, Rates, newton_schulz, stacks_of
+from runners.training.optimizers import Muon, Optimizer, Rates, newton_schulz, stacks_of
 
 
 def test_cosine_warms_up_peaks_and_falls() -> None:

@@ -15,8 +15,8 @@ from runners import bench as command_line
 from runners.benchmarks import overhead
 from runners.benchmarks.clock import CpuClock, Run
 from runners.benchmarks.overhead import OverheadConfig, Row
-from runners.cli import UsageError
-from runners.errors import UserError
+from runners.shell.cli import UsageError
+from runners.shell.errors import UserError
 
 SMALL = OverheadConfig(tokens=(6,), layers=2, width=64, rounds=2, seconds=1e-3)
 

@@ -19,10 +19,10 @@ from runners.benchmarks.documents import PAD, Documents, batches_of, draw_docume
 from runners.benchmarks.pictures import MARK, pictures_of
 from runners.benchmarks.roofline import training_step
 from runners.benchmarks.training import TrainBenchConfig, bench, check
-from runners.cli import UsageError
-from runners.config import model_config
-from runners.errors import UserError
-from runners.flops import measure_load, training_flops
+from runners.shell.cli import UsageError
+from runners.shell.errors import UserError
+from runners.training.config import model_config
+from runners.training.flops import measure_load, training_flops
 
 MICRO = (
     "text.dim=32", "text.layers=2", "text.heads=4", "text.kv_heads=2", "text.mlp_dim=48",

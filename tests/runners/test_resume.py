@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from params import flatten, load_params
-from runners import provenance
-from runners.cli import UsageError
-from runners.config import TrainConfig, parse_config, read_config
-from runners.errors import UserError
-from runners.metrics import Display, read_metrics, run_id
-from runners.optim import learning_rate
-from runners.resume import continued
+from runners.shell.cli import UsageError
+from runners.shell.errors import UserError
 from runners.train import train, within
+from runners.training import provenance
+from runners.training.config import TrainConfig, parse_config, read_config
+from runners.training.metrics import Display, read_metrics, run_id
+from runners.training.optim import learning_rate
+from runners.training.resume import continued
 
 Micro = Callable[..., TrainConfig]
 Quiet = Callable[[], Display]
@@ -172,5 +172,5 @@ def test_a_run_says_what_it_comes_from(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(provenance, "_git", lambda root, *args: said[args[0]])
     ask = provenance.revision.__wrapped__
     assert ask(tmp_path) == ("abc", False)
-    said["status"] = " M core/vlm.py\n"
+    said["status"] = " M core/model/vlm.py\n"
     assert ask(tmp_path) == ("abc", True)

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from core import check_batch
-from runners.budget import check_memory, memory_of
-from runners.config import TrainConfig, model_config
+from runners.data.sources import open_sources
 from runners.data.tokenizer import train_tokenizer
-from runners.errors import UserError
-from runners.setup import choose_select, choose_workers, image_spec, prepare
-from runners.sources import open_sources
+from runners.shell.errors import UserError
+from runners.training.budget import check_memory, memory_of
+from runners.training.config import TrainConfig, model_config
+from runners.training.setup import choose_select, choose_workers, image_spec, prepare
 
 Micro = Callable[..., TrainConfig]
 
@@ -94,7 +94,7 @@ def test_held_out_data_that_cannot_be_used_is_said_when_asked_for(
     def refuse(*_: object) -> None:
         raise ValueError("no batch of ours")
 
-    monkeypatch.setattr("runners.setup.check_batch", refuse)
+    monkeypatch.setattr("runners.training.setup.check_batch", refuse)
     with pytest.raises(UserError, match="no batch of ours"):
         prepare(micro(workers=0))
     beside = prepare(micro(workers=1))
@@ -252,7 +252,7 @@ def test_workers(micro: Micro) -> None:
 def test_what_cannot_fit_is_refused_before_it_is_made(
     micro: Micro, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
 ) -> None:
-    monkeypatch.setattr("runners.budget.memory_of", lambda device: 2**32)
+    monkeypatch.setattr("runners.training.budget.memory_of", lambda device: 2**32)
     config = micro(**{"override": (), "device_batch_size": 1, **changes})
     with pytest.raises(UserError) as caught:
         prepare(config)

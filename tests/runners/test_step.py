@@ -15,13 +15,13 @@ from core import Batch
 from core.batch import IGNORE
 from params import flatten, init_params
 from params.tree import Tree
-from runners.compose import choose_backends, compose, is_compiled, is_graphed
-from runners.config import TrainConfig, model_config
 from runners.data.collate import collate
-from runners.errors import UserError
-from runners.loop import Late, Pace, Step
-from runners.setup import Job, prepare, sample_documents
-from runners.step import Learner, accumulate, mean_loss
+from runners.shell.errors import UserError
+from runners.training.compose import choose_backends, compose, is_compiled, is_graphed
+from runners.training.config import TrainConfig, model_config
+from runners.training.loop import Late, Pace, Step
+from runners.training.setup import Job, prepare, sample_documents
+from runners.training.step import Learner, accumulate, mean_loss
 from transforms import value_and_grad
 
 Micro = Callable[..., TrainConfig]

@@ -16,16 +16,16 @@ import torch
 
 from params import flatten, init_params, load_metadata, load_params
 from runners import train as train_module
-from runners.checkpoints import open_run
-from runners.config import TrainConfig
 from runners.data.types import Conversation
-from runners.errors import UserError
 from runners.eval import Evaluator
-from runners.figures import Sample, draw_samples
-from runners.loop import Late, Read, Step
-from runners.metrics import Display, read_metrics
-from runners.states import find_states, newest_state
+from runners.shell.errors import UserError
 from runners.train import train
+from runners.training.checkpoints import open_run
+from runners.training.config import TrainConfig
+from runners.training.figures import Sample, draw_samples
+from runners.training.loop import Late, Read, Step
+from runners.training.metrics import Display, read_metrics
+from runners.training.states import find_states, newest_state
 
 Micro = Callable[..., TrainConfig]
 Quiet = Callable[[], Display]
@@ -118,7 +118,7 @@ def test_the_line_of_an_interrupted_step_is_of_that_step(
             self._waiting.append((step, values, self._now()))
             yield from self.flush(keep=1)
 
-    monkeypatch.setattr("runners.loop.Late", Behind)
+    monkeypatch.setattr("runners.training.loop.Late", Behind)
     before = time.perf_counter()
     assert train(micro(stop_at=4), quiet()) is None
     spent = time.perf_counter() - before
@@ -167,7 +167,7 @@ def test_the_last_usable_state_is_kept_and_named(
     micro: Micro, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates = iter([1e-3, 1e-3, 1e30, 1e30, 1e30])
-    monkeypatch.setattr("runners.step.learning_rate", lambda config, step: next(rates))
+    monkeypatch.setattr("runners.training.step.learning_rate", lambda config, step: next(rates))
     config = micro(save_every=1, runs_dir=str(Path(micro().runs_dir) / "of mine"))
     with pytest.raises(UserError, match=r"loss of batch 4 is not finite \(step 4\)") as caught:
         train(config, quiet())
@@ -239,7 +239,7 @@ def test_the_first_state_comes_early(
     monkeypatch.setattr(Display, "advance", lambda self, step: stepped.append(find_states(folder)))
     run(micro(steps=3), quiet())
     assert [[p.name for p in found] for found in stepped] == [[], [], ["00000002"]]
-    monkeypatch.setattr("runners.loop.FIRST", -1e9)
+    monkeypatch.setattr("runners.training.loop.FIRST", -1e9)
     stepped.clear()
     folder = Path(micro().runs_dir) / "early"
     run(micro(name="early", steps=3), quiet())
@@ -250,7 +250,7 @@ def test_the_best_weights_are_kept_not_the_last(
     micro: Micro, quiet: Quiet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     curve = iter([5.0, 2.0, 3.0, 2.5])
-    monkeypatch.setattr("runners.loop.mean_loss", lambda *args: next(curve))
+    monkeypatch.setattr("runners.training.loop.mean_loss", lambda *args: next(curve))
     folder = run(micro(steps=4, val_every=1), quiet())
     assert [r["val_loss"] for r in read_metrics(folder) if "val_loss" in r] == [5.0, 2.0, 3.0, 2.5]
     assert load_metadata(folder / "model.safetensors")["step"] == "2"

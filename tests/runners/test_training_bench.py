@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-import runners.compose
+import runners.training.compose
 import transforms
 from core import PRESETS
 from core.batch import IGNORE
@@ -28,11 +28,11 @@ from runners.benchmarks.entries import Entry, Measured, Pace, measure_round
 from runners.benchmarks.ladder import TOPS, ladder, plans, text_only
 from runners.benchmarks.roofline import optimizer_bytes, pairs, training_step
 from runners.benchmarks.training import Programs, TrainBenchConfig, bench, check
-from runners.cli import UsageError
-from runners.compose import is_compiled, is_graphed
-from runners.config import TrainConfig
-from runners.errors import UserError
-from runners.flops import measure_load
+from runners.shell.cli import UsageError
+from runners.shell.errors import UserError
+from runners.training.compose import is_compiled, is_graphed
+from runners.training.config import TrainConfig
+from runners.training.flops import measure_load
 
 MICRO = (
     "text.dim=32", "text.layers=2", "text.heads=4", "text.kv_heads=2", "text.mlp_dim=48",
@@ -244,7 +244,7 @@ def test_compiled_rungs_run_through_the_compiler(tmp_path: Path, monkeypatch) ->
         scopes.append(blocks)
         return transforms.compile(forward, blocks=blocks, backend="eager")
 
-    monkeypatch.setattr(runners.compose, "compile", through_dynamo)
+    monkeypatch.setattr(runners.training.compose, "compile", through_dynamo)
     only = ("compile", "adamw", "blocks")
     rows = measured(replace(SMALL, out=str(tmp_path), only=only, rounds=1, steps=1))
     assert [row["reason"] for row in rows] == [None] * 3

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from runners import warming
+from runners.training import warming
 
 
 def names() -> set[str]:

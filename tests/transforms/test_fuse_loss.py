@@ -21,7 +21,7 @@ from transforms import checkpoint, fuse_loss, quantize_int8, unfused_loss, value
 VOCAB, TOKENS, CHUNK = 61, 200, 64
 
 
-fused_kernel = importlib.import_module("kernels.linear_cross_entropy")
+fused_kernel = importlib.import_module("kernels.loss.linear_cross_entropy")
 
 
 class Shapes(TorchDispatchMode):

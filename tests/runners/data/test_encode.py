@@ -8,7 +8,7 @@ from runners.data.images import Augment, ImageSpec, patchify
 from runners.data.shapes import Shapes
 from runners.data.tokenizer import ChatTokenizer
 from runners.data.types import CONTINUED, BadRecordError, Conversation, Turn
-from runners.errors import UserError
+from runners.shell.errors import UserError
 
 SQUARE = np.arange(32 * 32 * 3, dtype=np.uint32).reshape(32, 32, 3).astype(np.uint8)
 

@@ -15,7 +15,7 @@ from runners.data.images import check_pixels
 from runners.data.llava import Llava
 from runners.data.stats import readable
 from runners.data.types import BadRecordError, Turn, questions_and_answers
-from runners.errors import UserError
+from runners.shell.errors import UserError
 
 WriteLlava = Callable[..., Path]
 

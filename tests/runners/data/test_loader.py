@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 
-from runners.data import process, wire
 from runners.data.collate import Batch
 from runners.data.columns import results_of
 from runners.data.encode import Encoder
@@ -30,9 +29,10 @@ from runners.data.shapes import Shapes
 from runners.data.text import TextFiles
 from runners.data.tokenizer import ChatTokenizer
 from runners.data.types import Conversation, Turn
-from runners.data.wire import Gone
 from runners.data.workers import Workers, pickled_job
-from runners.errors import UserError
+from runners.shell import process, wire
+from runners.shell.errors import UserError
+from runners.shell.wire import Gone
 
 WriteLlava = Callable[..., Path]
 

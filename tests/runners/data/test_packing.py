@@ -13,8 +13,8 @@ from runners.data.images import ImageSpec
 from runners.data.packing import Budget, PackSpec, choose_row, plan_spec
 from runners.data.shapes import Shapes
 from runners.data.types import Cost, Document
-from runners.errors import UserError
-from runners.setup import whole_pictures
+from runners.shell.errors import UserError
+from runners.training.setup import whole_pictures
 
 CELLS = ImageSpec(patch_size=2, image_size=8, merge=2)
 QUERIES = ImageSpec(patch_size=2, image_size=8, merge=2, projector="resampler", queries=3)

@@ -7,7 +7,7 @@ from runners.data.questions import KINDS
 from runners.data.shapes import COLOURS, GROUND, SHAPES, Shapes, mask
 from runners.data.stats import answers_by_kind, majority_accuracy
 from runners.data.types import alone, questions_and_answers
-from runners.errors import UserError
+from runners.shell.errors import UserError
 
 NAMES = list(COLOURS)[:6]
 

@@ -10,7 +10,7 @@ from runners.data.encode import Encoder
 from runners.data.text import MAX_BYTES, TextFiles, num_bytes
 from runners.data.tokenizer import ChatTokenizer
 from runners.data.types import CONTINUED
-from runners.errors import UserError
+from runners.shell.errors import UserError
 
 
 def words(source: TextFiles) -> list[str]:

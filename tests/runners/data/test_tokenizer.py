@@ -18,7 +18,7 @@ from runners.data.tokenizer import (
     train_tokenizer,
 )
 from runners.data.types import BadRecordError
-from runners.errors import UserError
+from runners.shell.errors import UserError
 
 TEXTS = ["plain words", "Ünïcödé 漢字 🙂", "a\n\n b\t", "<|end|> is <|image|>", "\x00\x7f", ""]
 

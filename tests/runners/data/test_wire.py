@@ -10,7 +10,7 @@ import pytest
 
 from runners.data.columns import results_of, send_results
 from runners.data.types import BadRecordError, Document
-from runners.data.wire import Gone, Link, Shapes
+from runners.shell.wire import Gone, Link, Shapes
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Modules of other libraries as forwards: finding sites and rewriting calls."""

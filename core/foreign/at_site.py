@@ -1,0 +1,334 @@
+"""What stands where a layer of a foreign module stood: the same names, its call through a site.
+
+Everything here is a part of the private copy that ``from_module`` works on.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial, reduce
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from core.foreign.found import scaled
+from core.foreign.gated import Gated, product
+from core.foreign.reroute import reroute
+from core.foreign.rotary import is_rotary
+from core.forward import ADDED, Site, SiteInfo, beside
+from core.model.layers import embed, head, linear, weight_of
+from params.tree import Tree, flatten, unflatten
+
+
+def given(module: nn.Module, flat: Tree, args: Any, kwargs: Any) -> Any:
+    """``functional_call``, which would leave the tensors in a layer that has two names."""
+    return functional_call(module, flat, args, kwargs, tie_weights=False)
+
+
+@dataclass(frozen=True)
+class Read:
+    """A weight that model code reads itself, by one of its names; ``source``: the name it is held
+    under, both as the params of its scope (the model or a block) have them."""
+
+    name: str
+    source: str
+    path: str
+
+    def into(self, held: Tree, flat: Tree, site: Site) -> None:
+        """Puts what the site makes of the weight, one of ``held``, where the code reads it."""
+        names = {"weight": self.source, **{each: beside(self.source, each) for each in ADDED}}
+        p = {each: held[name] for each, name in names.items() if name in held}
+        flat[self.name] = site("weight", weight_of, p, at=self.path)
+
+
+class AtSite(nn.Module):
+    """Stands where a module stood, under its name, and makes its call through a site."""
+
+    def __init__(self, inner: nn.Module, site: Site, info: SiteInfo) -> None:
+        super().__init__()
+        # leaves, added: name, module and key of every tensor inside, so that a call need not walk
+        vars(self).update(inner=inner, site=site, info=info, leaves=[], added=[])
+        for name in ("_parameters", "_buffers", "_modules", "training", "_is_full_backward_hook"):
+            vars(self)[name] = vars(inner)[name]
+        for name, hooks in vars(inner).items():
+            if "_hooks" in name and isinstance(hooks, dict):
+                # around the site, not inside: a block that is recomputed calls them once
+                vars(self)[name], vars(inner)[name] = hooks, type(hooks)()
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # foreign code may look for its layers by isinstance
+        return type(self.__dict__["inner"])
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # what model code reads off a layer: .attention_type, ...
+            return getattr(self.__dict__["inner"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["inner"], name, value)
+
+    def own_params(self) -> dict[str, Tensor]:
+        """The leaves in place now; what params lack is None."""
+        flat = {}
+        for name, module, key in self.added:
+            if (leaf := module._buffers[key]) is not None:
+                flat[name] = leaf
+        for name, module, key in self.leaves:
+            if (leaf := module._parameters[key]) is not None:
+                flat[name] = leaf
+        if not flat and self.leaves:
+            raise RuntimeError(
+                f"{self.info.path} was called outside of the forward, where it has no params: a "
+                "module that checkpoints itself does so in backward. Switch that off "
+                "(gradient_checkpointing_disable()) and use transforms.checkpoint"
+            )
+        return flat
+
+    def _call(
+        self,
+        p: Tree,
+        x: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        named: str = "",
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if named:
+            return given(self.inner, flatten(p), args, {named: x, **kwargs})
+        return given(self.inner, flatten(p), (x, *args), kwargs)
+
+
+class Block(AtSite):
+    """A block; ``reads``: the weights that code in it reads itself, where rules stand there."""
+
+    def __init__(self, inner: nn.Module, site: Site, info: SiteInfo) -> None:
+        super().__init__(inner, site, info)
+        vars(self)["reads"] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        named = "" if args else next(iter(kwargs))  # x, where it is given by name
+        x, *rest = args or (kwargs.pop(named),)
+        call = partial(self._call, named=named)
+        p = unflatten(self.own_params())
+        return self.site("block", call, p, x, tuple(rest), kwargs, at=self.info.path)
+
+    def _call(self, p: Tree, *args: Any, **kwargs: Any) -> Any:
+        if self.reads:
+            held = flatten(p)
+            flat = dict(held)
+            for read in self.reads:
+                read.into(held, flat, self.site)
+            p = unflatten(flat)
+        return super()._call(p, *args, **kwargs)
+
+
+class Container(Block):
+    """A block that is a Sequential: the model may take it apart instead of calling it."""
+
+    def _whole(self) -> Any:
+        if self.site.bound("block", self.info.path):
+            raise ValueError(
+                f"the model takes the block {self.info.path} apart instead of calling it, so that "
+                "no rule can act on it as a block: from_module(..., blocks=()) makes its layers "
+                "sites of their own"
+            )
+        return self.inner
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._whole())
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._whole()[key]
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+
+class Layer(AtSite):
+    """A linear, an embed, a norm or the head."""
+
+    def __init__(self, inner: nn.Module, site: Site, info: SiteInfo) -> None:
+        super().__init__(inner, site, info)
+        parameters = inspect.signature(inner.forward).parameters
+        vars(self)["defaults"] = {name: each.default for name, each in parameters.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        # no property: torch.compile would run it where the params are not
+        if name == "weight" and name in self._parameters:
+            return self._read()
+        return super().__getattr__(name)
+
+    def _read(self) -> Tensor:
+        """What model code gets that reads the weight itself: from a site of kind ``weight``."""
+        p = self.own_params()
+        if "weight" in p and not self.site.bound("weight", self.info.weight):
+            return p["weight"]
+        out = self.site("weight", weight_of, _turned(p, self.info), at=self.info.weight)
+        return out.t() if self.info.transposed else out
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) + len(kwargs) != 1:
+            args, kwargs = self._set(args, kwargs)
+            if len(args) + len(kwargs) != 1:
+                return self._with_more(args, kwargs)
+        (x,) = (*args, *kwargs.values())
+        kind, path, p = self.info.kind, self.info.path, self.own_params()
+        if kind == "head":
+            out = self.site("head", head, p, x, at=path)
+            return out if self.site.lazy else out.dense()
+        out = self.site(kind, self._function(), _turned(p, self.info), x, at=path)
+        scale = self.info.scale
+        return out if scale is None else scaled(out, scale, self.info.scale_cast)
+
+    def _set(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The arguments that are not what they would be by default."""
+        names = [*self.defaults]
+        while 1 < len(args) <= len(names) and args[-1] is self.defaults[names[len(args) - 1]]:
+            args = args[:-1]
+        empty = inspect.Parameter.empty
+        return args, {k: v for k, v in kwargs.items() if v is not self.defaults.get(k, empty)}
+
+    def _with_more(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that gives more than x: not what a rule at a linear or an embed knows."""
+        kind, path = self.info.kind, self.info.path
+        if kind == "norm":
+            named = "" if args else next(iter(kwargs))
+            x, *rest = args or (kwargs.pop(named),)
+            call = partial(self._call, args=tuple(rest), kwargs=kwargs, named=named)
+            return self.site("norm", call, self.own_params(), x, at=path)
+        if self.site.bound(kind, path) and not self.site.bound("weight", self.info.weight):
+            raise ValueError(
+                f"the model calls {path} with more than its input, which a rule at a {kind} does "
+                "not see: leave it out of the rule (skip=, select=)"
+            )
+        p = {name: leaf for name, leaf in self.own_params().items() if name not in ADDED}
+        return given(self.inner, {**p, "weight": self._read()}, args, kwargs)
+
+    def _function(self) -> Callable[..., Any]:
+        if self.info.kind == "embed":
+            return partial(embed, padding_idx=getattr(self.inner, "padding_idx", None))
+        if self.info.kind == "norm":
+            torchs = (
+                isinstance(self.inner, nn.LayerNorm | nn.RMSNorm) and self.inner.eps is not None
+            )
+            return self._torch_norm if torchs else self._call
+        return linear if type(self.inner) is nn.Linear else self._linear
+
+    def _linear(self, p: Tree, x: Tensor) -> Tensor:
+        """A linear that is no nn.Linear, with the weight ``[O, I]``, in the weight's dtype."""
+        weight = weight_of(p)
+        p = {name: leaf.to(weight.dtype) for name, leaf in p.items()}
+        return self._call(_turned(p, self.info), x.to(weight.dtype))
+
+    def _torch_norm(self, p: Tree, x: Tensor) -> Tensor:
+        """torch's norms want x and weights of one dtype; others are normed in the wider, as x's.
+
+        Where torch takes them as they are (bf16 and fp32 on a CPU), this is the same to the bit.
+        """
+        if all(leaf.dtype == x.dtype for leaf in p.values()):
+            return self._call(p, x)
+        wide = reduce(torch.promote_types, (leaf.dtype for leaf in p.values()), x.dtype)
+        return self._call({k: v.to(wide) for k, v in p.items()}, x.to(wide)).to(x.dtype)
+
+
+def _turned(p: dict[str, Tensor], site: SiteInfo) -> dict[str, Tensor]:
+    """A transposed linear's leaves with ``weight`` the other way round."""
+    if not site.transposed or "weight" not in p:
+        return p
+    return {**p, "weight": p["weight"].t()}
+
+
+def at_site(module: nn.Module, site: Site, info: SiteInfo) -> AtSite:
+    """What to put in a module's place."""
+    if info.kind != "block":
+        return Layer(module, site, info)
+    return (Container if isinstance(module, nn.Sequential) else Block)(module, site, info)
+
+
+# -- calls inside a module, which owns no params of its own ---------------------------------------
+
+
+def rewrite_calls(module: nn.Module, site: Site, path: str) -> None:
+    """Sends a module's calls of attention and of rotary positions through sites with rules."""
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **others: Any,
+    ) -> Any:
+        options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, **others}
+        return site("attention", _attend, {}, query, key, value, options, at=path)
+
+    def stand_in(value: Any) -> Any:
+        if value is F.scaled_dot_product_attention:
+            return attention if site.bound("attention", path) else None
+        if site.bound("rope", path) and is_rotary(value):
+            return partial(_turn, site, path, value)
+        return None
+
+    for name, method in reroute(module, stand_in).items():
+        vars(module)[name] = MethodType(method, module)
+
+
+def _turn(
+    site: Site,
+    path: str,
+    function: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    *rest: Any,
+    **more: Any,
+) -> Any:
+    """A call of rotary positions; ``rest``: cos and sin, and what is not at its default."""
+
+    def turn(p: Tree, q: Tensor, k: Tensor, *rest: Any) -> Any:
+        return function(q, k, *rest, **more)
+
+    if more or len(rest) != 2:
+        return turn({}, q, k, *rest)
+    return site("rope", turn, {}, q, k, *rest, at=path)
+
+
+def _attend(p: Tree, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+def rewrite_glu(module: nn.Module, plain: nn.Module, gated: Gated, site: Site, path: str) -> None:
+    """Sends what a gated MLP does between its linears through the site; ``plain``: a copy of it."""
+    compute = product(plain, gated)
+
+    def between(p: Tree, gate: Tensor, up: Tensor) -> Tensor:
+        return compute(gate, up)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        (x,) = (*args, *kwargs.values())
+        gate, up = gated.split([self.get_submodule(name)(x) for name in gated.into])
+        h = site("glu", between, {}, gate, up, at=path)
+        return self.get_submodule(gated.down)(h)
+
+    vars(module)["forward"] = MethodType(forward, module)
+
+
+def leave_fast_paths(body: nn.Module, bound: Callable[[str], bool]) -> None:
+    """Layers of torch that hand their children's weights to one fused function call them instead,
+    where rules stand inside.
+
+    bound: whether a rule stands in the module of that name.
+    """
+    for name, module in body.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and bound(name):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and bound(name):
+            module.use_nested_tensor = False

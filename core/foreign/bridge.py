@@ -1,0 +1,469 @@
+"""Both ways between a Forward and torch.nn.Module, through ``torch.func.functional_call``.
+
+``from_module`` works on a *private* copy of the module tree: parameters on the meta device, real
+buffers. Repeated blocks, linears, embeddings, norms and the output head of the copy are replaced by
+wrappers (at_site.py) that keep every name and route the call through a site, with the params as
+explicit arguments. So whatever recomputes a block (checkpointing) uses the weights it was given,
+which ``torch.utils.checkpoint`` around a module inside ``functional_call`` does not. Gated MLPs and
+attention own no params: theirs are calls inside a ``forward``, rewritten where a rule is bound. And
+a matrix that model code reads itself is put through its site before that code runs.
+The user's own module is never changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.foreign.at_site import (
+    AtSite,
+    Read,
+    at_site,
+    given,
+    leave_fast_paths,
+    rewrite_calls,
+    rewrite_glu,
+)
+from core.foreign.found import Found, find_sites, inside
+from core.foreign.probes import copied, put, skeleton
+from core.forward import ADDED, WEIGHTED, Forward, Site, beside
+from core.model.layers import Logits
+from params.int8 import is_scale
+from params.paths import alias_table
+from params.tree import Tree, flatten, unflatten
+
+Call = Callable[[Callable[..., Any], Any], Any]
+
+
+def from_module(
+    module: nn.Module,
+    *,
+    call: Call | None = None,
+    head: str | None = None,
+    blocks: Sequence[str] | None = None,
+    buffers: bool = False,
+) -> tuple[Forward, Tree]:
+    """Any ``nn.Module`` as ``(forward, params)``; ``forward(params, batch)`` equals the module.
+
+    call: ``call(run, batch)`` turns a batch, in the module's own form, into
+    ``run(*args, **kwargs)`` and its result into logits. The default passes the entries of
+    ``batch``, all of which the module's signature must name (``labels`` is never passed;
+    ``use_cache=False`` where it is a parameter, because a cache that outlives the call is not
+    pure) and returns ``.logits``, or the output itself.
+    head: the path of the output head. The default asks ``module.get_output_embeddings()``
+    (Hugging Face); without either there is no head site, and ``fuse_loss`` says so.
+    blocks: path patterns of the modules that are blocks; ``()`` for none. The default takes the
+    members of lists of layers.
+    buffers: whether what the module keeps beside its parameters (running statistics) passes through
+    the call. Then params hold its buffers too, and ``forward(params, batch)`` returns
+    ``(out, buffers)``, the second as they are afterwards; the caller puts them into the next params
+    (``params.merge(learning, buffers)``). Otherwise a change of theirs is lost, with a warning.
+
+    params share memory with the module's parameters. A tied parameter appears once, under its first
+    name. One that does not require gradients is a constant (``forward.frozen``): its gradient is 0,
+    and ``value_and_grad`` leaves it out; if none does, all are taken to learn. Layers stay in the
+    mode, training or not, that they are in now (``forward.with_mode(False)`` is another's).
+
+    Sites are found by what modules do, on made-up numbers; a gated MLP that drops out while
+    training is none. A layer with hooks or a patched ``forward`` is left as it is: no site, but the
+    same numbers (hooks of a block or of attention stay around its site). ``forward.explain()``
+    lists what is no site, and why. Raises ValueError if ``head`` names no linear layer, a pattern
+    of ``blocks`` no module, or the module is a wrapper that cannot be copied.
+    """
+    if isinstance(module, _TreeModule):
+        return module.forward_fn, module.params()
+    module = _unwrapped(module)
+    head = _find_head(module, head)
+    params = {name: p.detach() for name, p in module.named_parameters()}
+    blank = _pure(skeleton(module))
+    caller = call or partial(_default_call, frozenset(inspect.signature(module.forward).parameters))
+    forward = _forward(blank, caller, head, blocks, buffers)
+    return forward, unflatten(params | (dict(blank.named_buffers()) if buffers else {}))
+
+
+def _forward(
+    blank: nn.Module, caller: Call, head: str | None, blocks: Sequence[str] | None, buffers: bool
+) -> Forward:
+    """The forward of a module whose parameters are not there."""
+    params = dict(blank.named_parameters())
+    frozen = frozenset(name for name, p in params.items() if not p.requires_grad)
+    frozen = frozen if len(frozen) < len(params) else frozenset()
+    plan, unfound = find_sites(blank, head, blocks)
+    aliases = alias_table([found.site.path for found in plan])
+    sites = tuple(replace(f.site, aliases=aliases[f.site.path]) for f in plan)
+    same, ties = _same_modules(blank), _ties(blank)
+    kept = dict(blank.named_buffers())
+    saved = blank.state_dict()
+    stored = {name: leaf for name, leaf in kept.items() if buffers or name in saved}
+    weights = {s.weight for s in sites if s.kind in WEIGHTED}
+    places = {beside(weight, name) for weight in weights for name in ADDED}
+    known = {*params, *kept, *ties, *places}
+    watch = _Watch()
+
+    def build(site: Site) -> Callable[[Tree, Any], Any]:
+        body, reads = _wrap(blank, plan, same, site)
+        bound = {w for w in weights if site.bound("weight", w) or _at_a_layer(plan, w)}
+        needed = {name: beside(name, "weight_int8") if name in bound else name for name in params}
+        own = dict(body.named_buffers())
+
+        def run(params: Tree, batch: Any) -> Any:
+            flat = flatten(params)
+            lacking = [n for n, other in needed.items() if n not in flat and other not in flat]
+            if lacking:
+                raise ValueError(f"params lack {lacking[:4]}, which the module has")
+            if strange := [name for name in flat if name not in known]:
+                raise ValueError(f"params hold {strange[:4]}, for which the module has no place")
+            for name in frozen & flat.keys():
+                flat[name] = flat[name].detach()
+            if buffers:
+                flat |= {name: flat.get(name, leaf).clone() for name, leaf in kept.items()}
+            flat |= {name: flat[held] for name, held in ties.items() if held in flat}
+            if reads:
+                raw = dict(flat)
+                for read in reads:
+                    read.into(raw, flat, site)
+            held = {} if watch.done else {name: flat[name] for name in needed if name in flat}
+            before = watch.versions(held, own)
+            try:
+                out = caller(lambda *args, **kwargs: given(body, flat, args, kwargs), batch)
+            except RuntimeError as error:
+                if (said := _two_dtypes(error, flat)) is None:
+                    raise
+                raise TypeError(said) from error
+            watch.compare(before, held, own)
+            if buffers:
+                return out, unflatten({name: flat[name] for name in kept})
+            return out
+
+        return run
+
+    return Forward(
+        build,
+        sites,
+        frozen=frozen,
+        buffers=stored,
+        aux=buffers,
+        modes=frozenset(m.training for m in blank.modules()),
+        in_mode=lambda mode: _forward(copied(blank).train(mode), caller, head, blocks, buffers),
+        unfound=tuple(unfound),
+    )
+
+
+def _two_dtypes(error: RuntimeError, flat: Mapping[str, Tensor]) -> str | None:
+    """What to do about torch's error where params of two dtypes meet; None for any other error."""
+    held = {leaf.dtype: name for name, leaf in flat.items() if leaf.is_floating_point()}
+    words = str(error)
+    if len(held) < 2 or "type" not in words:
+        return None
+    where = " and ".join(f"{name} in {dtype}" for dtype, name in held.items())
+    return (
+        f"two dtypes meet in the module's own code, which takes one only: params hold {where} "
+        f"({words.splitlines()[0]}). mixed_precision(forward) casts where they meet; or cast all "
+        "params to one dtype"
+    )
+
+
+def _at_a_layer(plan: list[Found], weight: str) -> bool:
+    """Whether all that use a weight are layers, which say themselves what they miss."""
+    return all(f.site.kind != "weight" for f in plan if f.site.weight == weight)
+
+
+def as_module(forward: Forward, params: Tree) -> nn.Module:
+    """A module whose ``module(batch)`` is ``forward(params, batch)``.
+
+    Its state-dict names are the dotted paths of ``params``; floating-point leaves become parameters
+    (sharing memory; frozen ones do not require gradients), others buffers, as do the scales of
+    quantised weights. The buffers of a module that ``from_module`` took are buffers here, and a
+    call changes them as it did there. It works with ``torch.optim``, ``.to``, ``state_dict`` and
+    ``functional_call(module, flat_params, (batch,))``, and ``from_module`` gives the same forward
+    back. ``train`` and ``eval`` act on the layers that ``from_module`` took.
+    """
+    flat = flatten(params)
+    buffers = {name: leaf for name, leaf in forward.buffers.items() if name not in flat}
+    kept = {*forward.buffers, *(name for name in flat if _is_buffer(name, flat))}
+    root = _TreeModule(unflatten({**flat, **buffers}), kept, forward.frozen)
+    root.forward_fn = forward
+    root.training = forward.modes != {False}
+    return root
+
+
+def _is_buffer(name: str, flat: Tree) -> bool:
+    leaf = flat[name]
+    return not (leaf.is_floating_point() or leaf.is_complex()) or is_scale(name, flat)
+
+
+class _TreeModule(nn.Module):
+    """A pytree of tensors held as a tree of modules.
+
+    buffers, frozen: full paths of the leaves that are no parameters, or do not learn.
+    """
+
+    forward_fn: Forward
+
+    def __init__(
+        self, tree: Mapping[str, Any], buffers: set[str], frozen: frozenset[str], at: str = ""
+    ) -> None:
+        super().__init__()
+        for name, value in tree.items():
+            path = f"{at}.{name}" if at else name
+            if isinstance(value, Mapping):
+                self.add_module(name, _TreeModule(value, buffers, frozen, path))
+            elif path in buffers:
+                self.register_buffer(name, value)
+            else:
+                self.register_parameter(name, nn.Parameter(value, path not in frozen))
+
+    def params(self) -> Tree:
+        """The leaves that are in place now: under ``functional_call``, the ones it was given."""
+        own: Tree = {**self._parameters, **self._buffers}
+        own = {name: leaf for name, leaf in own.items() if leaf is not None}
+        return own | {k: m.params() for k, m in self._modules.items() if isinstance(m, _TreeModule)}
+
+    def train(self, mode: bool = True) -> Any:
+        forward = vars(self).get("forward_fn")
+        if forward is not None:
+            self.forward_fn = forward.with_mode(mode)
+        return super().train(mode)
+
+    def forward(self, batch: Any) -> Any:
+        return self.forward_fn(self.params(), batch)
+
+
+# -- from_module: sites in the private copy -----------------------------------------------------
+
+
+def _find_head(module: nn.Module, path: str | None) -> str | None:
+    modules = dict(module.named_modules())
+    if path is None:
+        getter = getattr(module, "get_output_embeddings", None)
+        found = None if getter is None else getter()
+        path = next((name for name, m in modules.items() if m is found), None)
+        return path if path is not None and isinstance(found, nn.Linear) else None
+    if not isinstance(modules.get(path), nn.Linear):
+        linears = [name for name, m in modules.items() if isinstance(m, nn.Linear)]
+        raise ValueError(f"head={path!r} names no linear layer; linear layers: {linears[-8:]}")
+    return path
+
+
+def _pure(body: nn.Module) -> nn.Module:
+    """A copy without a cache (one that grows when a block is recomputed is not pure), and without
+    checkpoints of its own (they would recompute when the params are gone)."""
+    own = []
+    for name, m in body.named_modules():
+        config = getattr(m, "config", None)
+        if config is not None and hasattr(config, "use_cache"):
+            config.use_cache = False
+        for flag in ("gradient_checkpointing", "grad_checkpointing"):
+            if vars(m).get(flag) is True:
+                setattr(m, flag, False)
+                own.append(name)
+    if own:
+        warnings.warn(
+            f"the module checkpoints itself (at {own[0] or 'its root'!r}): not in this forward, "
+            "where transforms.checkpoint does it",
+            stacklevel=3,
+        )
+    return body
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself, out of torch.compile's wrapper. Raises ValueError for other wrappers."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(
+            "a TorchScript module has no Python code to find sites in: from_module takes the "
+            "module that it was made from"
+        )
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(f"from_module takes what {type(module).__name__} wraps: module.module")
+    if any(nn.parameter.is_lazy(p) for p in (*module.parameters(), *module.buffers())):
+        raise ValueError("the module has lazy parameters: call it once before from_module")
+    own = module._modules.get("_orig_mod")
+    return module if own is None else own
+
+
+class _Watch:
+    """Looks once, at the first eager call, whether a module changes what it was given."""
+
+    done = False
+
+    def versions(self, *trees: Mapping[str, Tensor]) -> list[dict[str, int]]:
+        if self.done or torch.compiler.is_compiling():
+            return []
+        return [{name: leaf._version for name, leaf in tree.items()} for tree in trees]
+
+    def compare(
+        self, before: list[dict[str, int]], params: Mapping[str, Tensor], own: Mapping[str, Tensor]
+    ) -> None:
+        if not before:
+            return
+        self.done = True
+        trees = zip(before, (params, own), strict=True)
+        changed, lost = ([n for n in old if old[n] != new[n]._version] for old, new in trees)
+        if changed:
+            raise RuntimeError(
+                f"the module changes its parameters {changed[:4]} in place while it runs, and they "
+                "are the caller's params: no pure function. Have it done before from_module, or "
+                "switch it off (training mode, an option of the model)"
+            )
+        if lost:
+            layers = list(dict.fromkeys(name.rpartition(".")[0] for name in lost))
+            warnings.warn(
+                f"a call changes the buffers of {layers[:4]} ({len(layers)} layers in all), and "
+                "the change is lost: from_module(..., buffers=True) returns it",
+                stacklevel=5,
+            )
+
+
+def _same_modules(module: nn.Module) -> dict[str, list[str]]:
+    """The first name of every module -> all its names: a shared layer has several."""
+    names: dict[int, list[str]] = {}
+    for name, m in module.named_modules(remove_duplicate=False):
+        names.setdefault(id(m), []).append(name)
+    return {first: [first, *others] for first, *others in names.values()}
+
+
+def _ties(module: nn.Module) -> dict[str, str]:
+    """Name of a tied parameter -> the name that params hold it under."""
+    held: dict[int, str] = {}
+    ties = {}
+    for prefix, m in module.named_modules():
+        for leaf, p in m._parameters.items():
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            if p is not None and (first := held.setdefault(id(p), name)) != name:
+                ties[name] = first
+    return ties
+
+
+def _wrap(
+    blank: nn.Module, plan: list[Found], same: Mapping[str, list[str]], site: Site
+) -> tuple[nn.Module, list[Read]]:
+    """A copy of ``blank`` whose calls go through sites; and what is read outside of all blocks."""
+    body = copied(blank)
+    for found in plan:
+        if found.site.kind in (*WEIGHTED, "norm"):
+            _make_room(body, found, site)
+    for found in reversed(plan):  # inner ones first, so that an outer one holds the wrapped
+        name, info = found.name, found.site
+        module = body.get_submodule(name)
+        if info.kind in ("glu", "attention", "rope"):
+            if not site.bound(info.kind, info.path):
+                continue
+            if found.gated is None:
+                rewrite_calls(module, site, info.path)
+            else:
+                plain = copied(blank.get_submodule(name))
+                rewrite_glu(module, plain, found.gated, site, info.path)
+        elif info.kind != "weight":
+            wrapper = at_site(module, site, info)
+            if not name:
+                body = wrapper
+            for each in filter(None, same[name]):
+                put(body, each, wrapper)
+    _tell_leaves(body, plan)
+    leave_fast_paths(body, lambda name: _is_bound(plan, site, name))
+    return body, _tell_reads(body, plan, site)
+
+
+def _make_room(body: nn.Module, found: Found, site: Site) -> None:
+    """Places for functional_call to put a weight and what a transform puts beside it.
+
+    As plain attributes they would have to be searched for at every call, which costs time and
+    which torch.compile cannot follow. They are buffers, because model code asks its parameters for
+    their dtype. A weight that is not there is None: no code can take the copy's for it.
+    """
+    for leaf in (found.leaf, found.site.weight) if found.site.kind in WEIGHTED else ():
+        owner, _, key = leaf.rpartition(".")
+        module = body.get_submodule(owner)
+        for name in ADDED:
+            module._buffers.setdefault(beside(key, name), None)
+    if found.site.kind != "weight":
+        module = body.get_submodule(found.name)
+        module._parameters.update(dict.fromkeys(module._parameters))
+    elif site.bound("weight", found.site.path):
+        owner, _, key = found.leaf.rpartition(".")
+        body.get_submodule(owner)._parameters[key] = None
+
+
+def _tell_leaves(body: nn.Module, plan: list[Found]) -> None:
+    """Tells every wrapper which leaves are inside it."""
+    weights = {found.leaf: found.site.weight for found in plan if found.site.kind in WEIGHTED}
+    names = {id(m): name for name, m in body.named_modules()}
+    wrapper: Any
+    for wrapper in body.modules():
+        if not issubclass(type(wrapper), AtSite):
+            continue
+        for at, m in wrapper.named_modules():
+            for key in m._parameters:
+                wrapper.leaves.append((_join(at, key), m, key))
+                leaf = _join(names[id(m)], key)
+                # where params hold a tied weight, unless it is given here
+                for held in dict.fromkeys((weights[leaf], leaf) if leaf in weights else ()):
+                    owner, _, own = held.rpartition(".")
+                    wrapper.added += [
+                        (_join(at, beside(key, a)), body.get_submodule(owner), beside(own, a))
+                        for a in ADDED
+                    ]
+
+
+def _tell_reads(body: nn.Module, plan: list[Found], site: Site) -> list[Read]:
+    """Tells every block which weights its code reads itself, where rules stand; returns others."""
+    blocks = [found.name for found in plan if found.site.kind == "block"]
+    outside = []
+    for found in plan:
+        if found.site.kind != "weight" or not site.bound("weight", found.site.path):
+            continue
+        block = next((block for block in blocks if inside(found.leaf, block)), None)
+        if block is None:
+            outside.append(Read(found.leaf, found.site.path, found.site.path))
+            continue
+        name = found.leaf.removeprefix(f"{block}.")
+        wrapper: Any = body.get_submodule(block)
+        wrapper.reads.append(Read(name, name, found.site.path))
+    return outside
+
+
+def _is_bound(plan: list[Found], site: Site, name: str) -> bool:
+    """Whether a rule stands at anything smaller than a block in the module of this name."""
+    return any(
+        inside(f.name, name) and (site.bound(kind, path) or site.bound("weight", f.site.weight))
+        for f in plan
+        for kind, path in [(f.site.kind, f.site.path)]
+        if kind != "block"
+    )
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _default_call(names: frozenset[str], run: Callable[..., Any], batch: Mapping[str, Any]) -> Any:
+    kwargs = {k: v for k, v in batch.items() if k in names and k != "labels"}
+    if not kwargs:
+        raise ValueError(
+            f"the batch has {sorted(batch)}, none of which the module's forward takes "
+            f"({sorted(names)}): rename them, or pass call="
+        )
+    if strange := sorted(batch.keys() - names - {"labels"}):
+        raise ValueError(
+            f"the batch has {strange}, which the module's forward does not take ({sorted(names)}): "
+            "leave them out, or pass call="
+        )
+    if "use_cache" in names:
+        kwargs.setdefault("use_cache", False)
+    out = run(**kwargs)
+    if isinstance(out, Tensor | Logits):
+        return out
+    if isinstance(logits := getattr(out, "logits", None), Tensor | Logits):
+        return logits
+    parts = list(out) if isinstance(out, Mapping) else f"{len(out)} parts" if out else "nothing"
+    raise TypeError(
+        f"the module returned {type(out).__name__} ({parts}), no tensor and no logits: say which "
+        "is meant, call=lambda run, batch: run(batch['...'])[0] or .last_hidden_state"
+    )

@@ -1,0 +1,173 @@
+"""Gated MLPs of whatever make: found, and taken apart at the product of gate and up."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from core.foreign.probes import close, is_plain, noise, put, skeleton, takes_one
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+@dataclass(frozen=True)
+class Gated:
+    """The linears of a gated MLP: ``down(act(gate) * up)``.
+
+    into: the names of gate and up, or of one linear that computes both, side by side; first: which
+    half of that is the gate.
+    """
+
+    into: tuple[str, ...]
+    down: str
+    first: bool = True
+    activation: str | None = None
+
+    def split(self, outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Gate and up, from what ``into`` returned."""
+        a, b = outputs if len(outputs) == 2 else outputs[0].chunk(2, -1)
+        return (a, b) if self.first else (b, a)
+
+    def join(self, gate: Tensor, up: Tensor) -> list[Tensor]:
+        """The inverse of :meth:`split`."""
+        pair = [gate, up] if self.first else [up, gate]
+        return pair if len(self.into) == 2 else [torch.cat(pair, -1)]
+
+
+class Slot(nn.Module):
+    """Stands for a linear layer whose output is known, or which shall return its input."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer
+        self.register_buffer("value", None)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # what a forward may ask a layer for: .weight.dtype, ...
+            return getattr(self.__dict__["layer"], name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.value is None else self.value
+
+
+def product(module: nn.Module, gated: Gated) -> Callable[[Tensor, Tensor], Tensor]:
+    """``act(gate) * up`` exactly as the module computes it: the module between its linears.
+
+    ``module`` becomes that: give it a copy.
+    """
+    for name in (*gated.into, gated.down):
+        put(module, name, Slot(module.get_submodule(name)))
+
+    def compute(gate: Tensor, up: Tensor) -> Tensor:
+        values = zip(gated.into, gated.join(gate, up), strict=True)
+        return functional_call(module, {f"{name}.value": v for name, v in values}, (gate,))
+
+    return compute
+
+
+def find_gated(module: nn.Module, at: str, traits: Mapping[str, Any]) -> Gated | None:
+    """The linears of the module at this path, if it is a gated MLP and nothing else.
+
+    Its linears are replaced by slots, so that no weights are needed: given what gate and up return,
+    does down receive an elementwise ``act(gate) * up``, and is its output the module's?
+    """
+    holders = [n for n, m in module.named_modules() if any(True for _ in m.parameters(False))]
+    if not 2 <= len(holders) <= 3 or type(module) is nn.Sequential or not takes_one(module):
+        return None
+    layouts = {name: traits.get(f"{at}.{name}" if at else name) for name in holders}
+    if not set(layouts.values()) <= {"linear", "transposed"}:
+        return None
+    if not all(is_plain(m) for m in module.modules()):
+        return None
+    sizes = {}  # of the inputs and outputs of each
+    for name in holders:
+        weight: Any = module.get_submodule(name).weight
+        sizes[name] = tuple(weight.shape)[:: 1 if layouts[name] == "transposed" else -1]
+    for *into, down in itertools.permutations(holders):
+        width = sizes[down][0] * (1 if len(into) == 2 else 2)
+        if len({sizes[name] for name in into}) == 1 and sizes[into[0]][1] == width:
+            for first in (True, False) if len(into) == 1 else (True,):
+                gated = Gated(tuple(into), down, first)
+                activation = _probe_gated(module, gated, sizes[into[0]][0], sizes[down])
+                if activation is not None:
+                    return Gated(tuple(into), down, first, activation or None)
+    return None
+
+
+def _probe_gated(module: nn.Module, gated: Gated, dim: int, down: tuple[int, int]) -> str | None:
+    """The activation's name, "" for one without a name, None if the module is something else."""
+    body = skeleton(module).float()
+    compute = product(body, gated)
+    seen: dict[str, list[Tensor]] = {name: [] for name in (*gated.into, gated.down)}
+    for name, calls in seen.items():
+        body.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, calls=calls: calls.append(*args)
+        )
+    x, out = noise(1, 2, dim), noise(1, 2, down[1], seed=3)
+    gate, up = noise(1, 2, down[0], seed=4) * 2, noise(1, 2, down[0], seed=5)
+    values = dict(zip(gated.into, gated.join(gate, up), strict=True)) | {gated.down: out}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            got = functional_call(body, {f"{n}.value": v for n, v in values.items()}, (x,))
+            inputs = [seen[name][:] for name in (*gated.into, gated.down)]
+            h, act = compute(gate, up), compute(gate, torch.ones_like(up))
+            shifted = compute(gate + (noise(down[0], seed=6) > 0), torch.ones_like(up))
+        except Exception:  # foreign code, given what it may not take: any error means no
+            return None
+    is_mlp = (
+        isinstance(got, Tensor)
+        and torch.equal(got, out)
+        and all(len(calls) == 1 for calls in inputs)
+        and all(torch.equal(calls[0], x) for calls in inputs[:-1])
+        and torch.equal(inputs[-1][0], h)
+    )
+    same = (noise(down[0], seed=6) <= 0).expand_as(gate)
+    # a product with up, of a function of each number of gate by itself
+    if not is_mlp or not close(h, act * up, 1e-5) or not close(shifted[same], act[same], 1e-5):
+        return None
+    known = (
+        n
+        for n, f in ACTIVATIONS.items()
+        if close(act, f(gate), 1e-5) and _is_so_at_any_size(module, gated, f, down[0])
+    )
+    return next(known, "")
+
+
+def _is_so_at_any_size(
+    module: nn.Module, gated: Gated, act: Callable[[Tensor], Tensor], width: int
+) -> bool:
+    """Whether what lies between the linears is ``act(gate) * up`` for numbers of every size: a
+    limit, of gate, up or their product, shows at large ones, in one dtype or in all."""
+    rows = 4 + 1024 // width
+    share = torch.rand(2, 1, rows, width, generator=torch.Generator().manual_seed(7))
+    signs = noise(2, 1, rows, width, seed=8).sign()
+    for dtype, most in ((torch.float32, 38.5), (torch.float16, 4.8)):
+        exponent = share[0] * (most + 4) - 4  # of gate; the product of gate and up has room
+        gate = (signs[0] * 10**exponent).to(dtype)
+        up = (signs[1] * 10 ** (share[1] * (most - exponent.clamp(min=0)))).to(dtype)
+        compute = product(skeleton(module).to(dtype), gated)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            try:
+                got = compute(gate, up)
+            except Exception:  # foreign code, given a dtype that it may not take
+                return False
+        tolerance = 8 * torch.finfo(dtype).eps
+        want = act(gate) * up
+        # at 0 by the size of what is subtracted there, a number near 1
+        if not torch.allclose(got, want, rtol=tolerance, atol=tolerance):
+            return False
+    return True

@@ -1,0 +1,1 @@
+"""Linear layers, alone and fused with what stands before them."""

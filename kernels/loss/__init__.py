@@ -1,0 +1,1 @@
+"""Cross-entropy, alone and fused with the output head."""

@@ -1,0 +1,399 @@
+"""The MLP of a decoder's block as one function, from the residual stream on.
+
+It keeps what stands before the activation and nothing else. What comes behind it, and the norm's
+output, are made again by passes that backward makes anyway.
+
+Each forward is plain operations, the matrix products among them, so that a compiler leaves out of a
+recomputed block what no gradient needs: the last product. Each backward is one operator, as in
+`fused_linear`. Where what is kept will not be asked for again, its memory becomes that of
+gradients: [N, F] twice, of the most that the backward of a block holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels.linear.fused_linear import (
+    add_norm,
+    check_norm_linears,
+    check_residual,
+    glu,
+    glu_gradients,
+    like,
+    norm_again,
+    norm_gradients,
+    nothing,
+)
+from kernels.linear.linear import add_product, linear_reference
+from kernels.linear.product import product, wide_linear
+from kernels.loss.cross_entropy import is_last_backward
+from kernels.mlp.glu import SWIGLU
+from kernels.norm.rms_norm import RMS_NORM
+from kernels.runtime.autograd import (
+    Dims,
+    Op,
+    Tensors,
+    check_floating,
+    fold_all,
+    rows_of,
+    run_of_sum,
+)
+from kernels.runtime.dispatch import choose
+from kernels.runtime.dynamo import allow_in_graph
+from kernels.runtime.operators import fake, operator
+
+_CHUNK_BYTES = 2**30  # of the three tensors that a recomputed chunk holds
+
+
+def _alone() -> bool:
+    """Whether no torch.func transform is active, which may ask for what is kept more than once."""
+    return not torch._C._are_functorch_transforms_active()
+
+
+# RMSNorm, gate and up, SwiGLU, down, of x + residual
+
+
+def gated_reference(
+    total: Tensor,
+    norm_weight: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    eps: float,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """What `add_norm_gated_mlp` computes of the sum; plain torch, differentiable to any order."""
+    h = RMS_NORM.formula(total, norm_weight, eps=eps)
+    act = SWIGLU.formula(linear_reference(h, gate, None), linear_reference(h, up, None))
+    return linear_reference(act, down, None), total
+
+
+def _chunks(rows: int, width: int, size: int) -> Iterator[slice]:
+    """Rows at a time of a recomputed MLP, whose three [rows, F] are to stay small."""
+    most = max(128, _CHUNK_BYTES // (3 * width * size) // 128 * 128)
+    for start in range(0, max(1, rows), most):
+        yield slice(start, start + most)
+
+
+def _gated_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    *,
+    eps: float,
+    norm_triton: bool,
+    glu_triton: bool,
+    keep: bool,
+    **_: Any,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+    h, total, r = add_norm(x, residual, norm_weight, eps, norm_triton)
+    if keep:
+        a, b = wide_linear(h, gate), wide_linear(h, up)
+        return (linear_reference(glu(a, b, "swiglu", glu_triton), down, None), total), (r, a, b)
+    h = rows_of(h)
+    parts = []
+    for here in _chunks(len(h), len(gate), gate.element_size()):
+        a, b = wide_linear(h[here], gate), wide_linear(h[here], up)
+        parts.append(linear_reference(glu(a, b, "swiglu", glu_triton), down, None))
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return (y.view(*x.shape[:-1], down.shape[0]), total), (r,)
+
+
+def _gated_gradients(
+    grad: Tensor,  # [..., O]
+    grad_total: Tensor,  # [..., D]: to be added to the gradient of x
+    x: Tensor,  # [..., D]
+    norm_weight: Tensor,  # [D]
+    gate: Tensor,  # [F, D]
+    up: Tensor,  # [F, D]
+    down: Tensor,  # [O, F]
+    r: Tensor,  # [..., 1]
+    a: Tensor | None,  # [..., F]: what gate gave; None: made again, some rows at a time
+    b: Tensor | None,  # [..., F]: what up gave
+    eps: float,
+    norm_triton: bool,
+    glu_triton: bool,
+    needs_input: bool,
+    needs: Sequence[bool],  # of norm_weight, gate, up, down
+    overwrite: bool = False,
+) -> list[Tensor]:
+    """The gradients of x, norm_weight, gate, up and down (empty where not asked for).
+
+    overwrite: the memory of a and b becomes that of gradients (in Triton). Beside them [..., F] is
+    allocated once then, else three times; and while it is, nothing else that can wait.
+    """
+    dy, dtype = rows_of(grad), gate.dtype
+    back, forth = needs_input or needs[0], needs[1] or needs[2]
+    later = back and norm_triton  # the norm's backward makes h in passing
+    chunks = [slice(None)] if a is not None else [*_chunks(len(dy), len(gate), gate.element_size())]
+    h: Tensor | None = None
+    if a is None or (forth and not later):
+        h = rows_of(norm_again(x, norm_weight, eps, norm_triton)).to(dtype)
+    # several chunks are added up in fp32, as one product adds up its terms
+    wide = dtype if len(chunks) == 1 else torch.promote_types(dtype, torch.float32)
+    learnt: dict[str, Tensor] = {}
+
+    def learn(name: str, need: bool, grad: Tensor, given: Tensor) -> None:
+        if need:
+            first = name not in learnt
+            if first:
+                learnt[name] = grad.new_empty(grad.shape[1], given.shape[1], dtype=wide)
+            add_product(learnt[name], grad.t(), given, first)
+
+    dh: Tensor | None = None
+    da = db = act = None
+    for here in chunks:
+        del da, db, act  # before the next
+        if a is not None and b is not None:
+            of_gate, of_up = rows_of(a), rows_of(b)
+        else:
+            assert h is not None
+            of_gate, of_up = (product(h[here], w.t()) for w in (gate, up))
+            if later and len(chunks) == 1:
+                h = None
+        act = None if glu_triton or not needs[3] else glu(of_gate, of_up, "swiglu", False)
+        spend = overwrite or a is None
+        da, db, value = glu_gradients(
+            product(dy[here], down), of_gate, of_up, "swiglu", glu_triton, needs[3], spend
+        )
+        act = value if act is None else act
+        del of_gate, of_up, value
+        if act is not None:
+            learn("down", needs[3], dy[here], act.to(dtype))
+            act = None
+        if back:
+            dh = dy.new_empty(len(dy), gate.shape[1]) if dh is None else dh
+            torch.mm(da, gate, out=dh[here])
+            dh[here].addmm_(db, up)  # added where the product is made, in fp32
+        if h is not None:
+            learn("gate", needs[1], da, h[here])
+            learn("up", needs[2], db, h[here])
+    dx: Tensor | None = None
+    dw: Tensor | None = None
+    if dh is not None:
+        dx, dw, made = norm_gradients(
+            dh.view(x.shape), grad_total, x, norm_weight, r, eps, norm_triton, needs[0],
+            forth and h is None,
+        )  # fmt: skip
+        if made is not None:
+            assert da is not None
+            assert db is not None
+            made = rows_of(made).to(dtype)
+            learn("gate", needs[1], da, made)
+            learn("up", needs[2], db, made)
+    weights = {"gate": gate, "up": up, "down": down}
+    return [
+        nothing(x) if dx is None else dx,
+        nothing(norm_weight) if dw is None else dw,
+        *(learnt[n].to(dtype) if n in learnt else nothing(w) for n, w in weights.items()),
+    ]
+
+
+_gated_op = operator("gated_mlp_backward")(_gated_gradients)
+
+
+@operator("gated_mlp_backward_", mutates=("a", "b"))
+def _last_gated_op(
+    grad: Tensor,
+    grad_total: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    r: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: float,
+    norm_triton: bool,
+    glu_triton: bool,
+    needs_input: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    return _gated_gradients(
+        grad, grad_total, x, norm_weight, gate, up, down, r, a, b,
+        eps, norm_triton, glu_triton, needs_input, needs, overwrite=True,
+    )  # fmt: skip
+
+
+@fake("gated_mlp_backward")
+@fake("gated_mlp_backward_")
+def _(
+    grad: Tensor,
+    grad_total: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    r: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    eps: float,
+    norm_triton: bool,
+    glu_triton: bool,
+    needs_input: bool,
+    needs: Sequence[bool],
+    overwrite: bool = False,
+) -> list[Tensor]:
+    leaves = zip((norm_weight, gate, up, down), needs, strict=True)
+    return [like(x, needs_input or needs[0]), *(like(leaf, need) for leaf, need in leaves)]
+
+
+def _gated_backward(
+    grads: tuple[Tensor, Tensor],
+    needs: tuple[bool, ...],
+    tensors: tuple[Tensor, ...],
+    kept: tuple[Tensor, ...],
+    *,
+    eps: float,
+    norm_triton: bool,
+    glu_triton: bool,
+    keep: bool,
+    alone: bool,
+) -> tuple[Tensor | None, ...]:
+    r, a, b = kept if keep else (kept[0], None, None)
+    last = alone and keep and is_last_backward(grads[0])
+    op = _last_gated_op if last else _gated_op
+    made = op(*grads, *tensors, r, a, b, eps, norm_triton, glu_triton, needs[0], list(needs[1:]))
+    return tuple(g if need else None for g, need in zip(made, needs, strict=True))
+
+
+def _gated_fold_backward(
+    batch_size: int, needs: tuple[bool, ...], dims: Dims, saved: Tensors
+) -> Tensors | None:
+    """A leaf's gradient is one an example, where one call would give their sum."""
+    leaves = slice(3, 3 + len(needs) - 1)  # behind two gradients and x
+    if any(needs[1:]) or any(dim is not None for dim in dims[leaves]):
+        return None
+    front = fold_all(batch_size, dims[:3], saved[:3])
+    kept = fold_all(batch_size, dims[leaves.stop :], saved[leaves.stop :])
+    return front + saved[leaves] + kept
+
+
+GATED_MLP = Op(
+    "gated_mlp",
+    gated_reference,
+    _gated_forward,
+    _gated_backward,
+    outputs=2,
+    fold_backward=_gated_fold_backward,
+)
+
+
+@allow_in_graph
+def _apply_gated(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    eps: float,
+    norm_triton: bool,
+    glu_triton: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    return run_of_sum(
+        GATED_MLP, x, residual, norm_weight, gate, up, down,
+        eps=eps, norm_triton=norm_triton, glu_triton=glu_triton, keep=keep, alone=_alone(),
+    )  # fmt: skip
+
+
+@register_flop_formula(
+    [torch.ops.nanovision.gated_mlp_backward, torch.ops.nanovision.gated_mlp_backward_]
+)
+def _gated_flops(
+    grad: Sequence[int],
+    grad_total: Any,
+    x: Sequence[int],
+    norm_weight: Any,
+    gate: Sequence[int],
+    up: Any,
+    down: Sequence[int],
+    r: Any,
+    a: Any,
+    b: Any,
+    eps: float,
+    norm_triton: bool,
+    glu_triton: bool,
+    needs_input: bool,
+    needs: Sequence[bool],
+    *_: Any,
+    **__: Any,
+) -> int:
+    (width, dim), out = gate, down[0]
+    products = out * (1 + needs[3])
+    products += dim * (2 * (needs_input or needs[0]) + needs[1] + needs[2] + 2 * (a is None))
+    return 2 * math.prod(grad[:-1]) * width * products
+
+
+# Public
+
+
+def add_norm_gated_mlp(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    eps: float = 1e-6,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The MLP of a decoder's block, and the residual stream that it begins from: (y, total).
+
+    total = x + residual; h = rms_norm(total, norm_weight, eps); y = (silu(h Wg') * h Wu') Wd'
+    (arXiv 2002.05202). To the bit what `add_norm_linears` of gate and up and then `glu_linear` of
+    down give, forward and backward, in less memory.
+
+    Args:
+        x: [..., D], any floating dtype.
+        residual: as x; or None, which adds nothing: total is x then, without a copy.
+        norm_weight: [D], any floating dtype.
+        gate, up: [F, D].
+        down: [O, F], of their dtype.
+        keep: the outputs of gate and up are kept for backward, [..., F] twice; else only total is,
+            and they are computed again, some rows at a time, so that no tensor of [N, F] lives for
+            long rows. Inside of a compiled block that is recomputed anyway that costs nothing.
+
+    Returns:
+        y [..., O] in the weights' dtype, total [..., D] in x.dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+
+    >>> import torch
+    >>> x, one, eye = torch.tensor([1.0, 2.0]), torch.ones(2), torch.eye(2)
+    >>> y, total = add_norm_gated_mlp(x, torch.tensor([2.0, 1.0]), one, 9 * eye, eye, eye)
+    >>> y.round().tolist(), total.tolist()
+    ([9.0, 9.0], [3.0, 3.0])
+    """
+    where = "add_norm_gated_mlp"
+    check_floating(where, x=x, residual=residual, down=down)
+    check_norm_linears(where, x, norm_weight, (gate, up), (None, None), eps)
+    fits = down.ndim == 2 and down.shape[1] == len(gate) and down.dtype == gate.dtype
+    if gate.shape != up.shape or not fits:
+        raise ValueError(
+            f"{where}: gate and up must be alike, [F, D], and down [O, F] of their dtype; got "
+            f"{gate.dtype} {tuple(gate.shape)}, {tuple(up.shape)} and {down.dtype} "
+            f"{tuple(down.shape)}."
+        )
+    check_residual(where, x, residual)
+    norm_triton, glu_triton = (
+        choose(op, str(x.device), dtype) == "triton"
+        for op, dtype in (("rms_norm", x.dtype), ("swiglu", gate.dtype))
+    )
+    return _apply_gated(
+        x, residual, norm_weight, gate, up, down, eps, norm_triton, glu_triton, keep
+    )

@@ -1,0 +1,1 @@
+"""RMS norm and layer norm, with the addition of a residual."""

@@ -1,0 +1,1 @@
+"""Linears whose weights are int8 or fp8."""

@@ -1,0 +1,319 @@
+"""Linear layer over an int8 weight with one scale an output channel.
+
+On a GPU the kernels of `int8_few` and `int8_matmul` run: few rows read the weight
+as int8 and widen it in registers, int8 activations are multiplied as int8, and many rows of a float
+x meet a copy of the weight that lives as long as one matmul. Elsewhere it is torch, with such a
+copy always. The layer is linear in x, and its transpose is a Function of the same kind, so
+derivatives of any order keep the int8 weight and the scale alone; a float weight is never saved.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.quantised import int8_few, int8_matmul
+from kernels.runtime.autograd import (
+    accumulation_dtype,
+    check_device,
+    each_example,
+    nested_forward_mode,
+    shaped,
+    with_signature,
+)
+from kernels.runtime.dispatch import choose
+from kernels.runtime.dynamo import allow_in_graph, check_hidden
+from kernels.runtime.operators import fake, operator
+
+# Reference: plain torch
+
+
+def int8_linear_reference(
+    x: Tensor, weight: Tensor, scale: Tensor, *, activations: str | None = None
+) -> Tensor:
+    """x @ (weight * scale).T in the accumulation dtype, x rounded to int8 first if dynamic."""
+    dtype = accumulation_dtype(x.dtype)
+    wide = x.to(dtype)
+    if activations == "dynamic":
+        step = row_scale(x)
+        wide = (wide / step).round() * step
+    return (wide @ (weight.to(dtype) * scale.reshape(-1, 1).to(dtype)).mT).to(x.dtype)
+
+
+def row_scale(x: Tensor) -> Tensor:
+    """Symmetric int8 step of each row of x: amax / 127, or 1 for a row of zeros. [..., 1]."""
+    amax = x.abs().amax(-1, keepdim=True).to(accumulation_dtype(x.dtype))
+    return torch.where(amax == 0, 1.0, amax / 127.0)
+
+
+# torch: weight-only, and int8 x int8
+
+
+# Both give the product unrounded: it is scaled first, or what fp16 cannot hold would be infinite.
+
+
+def _weight_only(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    wide = accumulation_dtype(x.dtype)
+    return (x.to(wide) @ weight.to(wide).mT) * scale
+
+
+def _int8_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    step = row_scale(rows)
+    # no clamp: |x| <= amax, so |x / step| rounds to 127 at most
+    q = (rows.to(step.dtype) / step).round().to(torch.int8)
+    y = _int_matmul(q, weight).to(step.dtype) * step * scale
+    return shaped(y, *x.shape[:-1], weight.shape[0])
+
+
+def _int_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """[M, K] int8 @ [O, K].T int8 -> int32."""
+    m, k = a.shape
+    o = b.shape[0]
+    if a.device.type == "cuda":
+        # cuBLAS takes M > 16 and K, O in multiples of 8; zeros add nothing to an integer sum
+        a = torch.nn.functional.pad(a, (0, -k % 8, 0, max(0, 17 - m)))
+        b = torch.nn.functional.pad(b, (0, -k % 8, 0, -o % 8))
+    return torch._int_mm(a, b.t())[:m, :o]
+
+
+# Triton, a custom op a direction: the compiler sees one node each
+
+
+def _forward_kernel(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dynamic: bool
+) -> Tensor:
+    """[..., I] -> [..., O]. What runs depends on the number of rows alone."""
+    rows = _as_rows(x)
+    weight, scale = weight.contiguous(), scale.contiguous()
+    if rows.numel() == 0 or weight.numel() == 0:
+        y = rows.new_zeros(rows.shape[0], weight.shape[0])
+        y = y if bias is None else y + bias.to(y.dtype)
+    elif dynamic:
+        q, step = int8_matmul.quantize_rows(rows)
+        y = int8_matmul.matmul_rows(q, step, weight, scale, bias, x.dtype)
+    elif int8_few.is_few(rows.shape[0], rows.shape[1], x.dtype):
+        y = int8_few.few(rows, weight, scale, bias)
+    else:
+        wide = int8_matmul.widen(weight, scale, x.dtype).t()
+        y = rows @ wide if bias is None else torch.addmm(bias.to(x.dtype), rows, wide)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _transposed_kernel(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """[..., O] -> [..., I]."""
+    rows = _as_rows(grad)
+    if weight.numel() == 0:
+        return grad.new_zeros(*grad.shape[:-1], weight.shape[1])
+    wide = int8_matmul.widen(weight.contiguous(), scale.contiguous(), grad.dtype)
+    return (rows @ wide).reshape(*grad.shape[:-1], weight.shape[1])
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+
+
+_forward_op = operator("int8_linear_forward")(_forward_kernel)
+_transposed_op = operator("int8_linear_transposed")(_transposed_kernel)
+
+
+@fake("int8_linear_forward")
+def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@fake("int8_linear_transposed")
+def _(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], weight.shape[1])
+
+
+# Autograd
+
+
+@with_signature
+class _Linear(torch.autograd.Function):
+    """x [..., I] -> [..., O]. Rounding x to int8 is passed straight through (arXiv 1308.3432)."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        activations: str | None,
+        backend: str,
+    ) -> Tensor:
+        if backend == "triton":
+            return _forward_op(x, weight, scale, bias, activations == "dynamic")
+        multiply = _weight_only if activations is None else _int8_int8
+        y = multiply(x, weight, scale)
+        return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.bias, ctx.backend = inputs[3] is not None and inputs[3].dtype, inputs[5]
+        ctx.save_for_backward(*inputs[1:3])
+        ctx.save_for_forward(*inputs[1:3])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx = db = None
+        if ctx.needs_input_grad[0]:
+            dx = _Transposed.apply(grad, *ctx.saved_tensors, ctx.backend)
+        if ctx.needs_input_grad[3]:
+            rows = grad.reshape(-1, grad.shape[-1])
+            db = rows.sum(0, dtype=accumulation_dtype(grad.dtype)).to(ctx.bias)
+        return dx, None, None, db, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _w: None, _s: None, bias: Tensor | None, *_: Any) -> Tensor:
+        return _Linear.apply(tangent, *ctx.saved_tensors, bias, None, ctx.backend)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        return _vmap(_Linear, args[4:], info, in_dims[:4], *args[:4]), 0
+
+
+@with_signature
+class _Transposed(torch.autograd.Function):
+    """g [..., O] -> [..., I]: the adjoint of `_Linear`, whose adjoint it is in turn."""
+
+    @staticmethod
+    def forward(grad: Tensor, weight: Tensor, scale: Tensor, backend: str) -> Tensor:
+        if backend == "triton":
+            return _transposed_op(grad, weight, scale)
+        wide = accumulation_dtype(grad.dtype)
+        return ((grad.to(wide) * scale) @ weight.to(wide)).to(grad.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.backend = inputs[3]
+        ctx.save_for_backward(*inputs[1:3])
+        ctx.save_for_forward(*inputs[1:3])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Linear.apply(grad, *ctx.saved_tensors, None, None, ctx.backend), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return _Transposed.apply(tangent, *ctx.saved_tensors, ctx.backend)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        return _vmap(_Transposed, args[3:], info, in_dims[:3], *args[:3]), 0
+
+
+def _vmap(
+    function: type[torch.autograd.Function],
+    static: tuple[Any, ...],
+    info: Any,
+    in_dims: tuple[Any, ...],
+    x: Tensor,
+    *leaves: Tensor | None,
+) -> Tensor:
+    if all(dim is None for dim in in_dims[1:]):  # examples are just more rows
+        return function.apply(x.movedim(in_dims[0], 0), *leaves, *static)
+
+    def one(*example: Tensor) -> tuple[Tensor]:
+        return (function.apply(*example, *static),)
+
+    return each_example(one, info.batch_size, in_dims, (x, *leaves))[0]
+
+
+@allow_in_graph
+def _apply(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activations: str | None,
+    backend: str,
+) -> Tensor:
+    check_hidden()
+    if not nested_forward_mode():
+        return _Linear.apply(x, weight, scale, bias, activations, backend)
+    y = _weight_only(x, weight, scale)
+    if activations is not None:
+        # the value of one with the derivatives of the other: straight through
+        y = y + (_int8_int8(x.detach(), weight, scale) - y.detach())
+    return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
+
+
+# Public
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activations: str | None = None,
+) -> Tensor:
+    """x @ (weight * scale).T + bias with an int8 weight.
+
+    Gradients flow to x (and bias), so adapters and inputs can learn through a frozen int8 layer
+    (QLoRA, arXiv 2305.14314); there is none for weight and scale. Only these two are saved.
+
+    Args:
+        x: [..., I], any floating dtype.
+        weight: [O, I] int8; copied at every call if it is not contiguous.
+        scale: [O] or [O, 1], floating point: value = weight * scale.
+        bias: [O] or None, floating point.
+        activations: None multiplies in x.dtype; "dynamic" also rounds each row of x to int8 (step
+            amax / 127) and multiplies int8 x int8 with int32 sums; its gradient is straight
+            through.
+
+    Returns:
+        [..., O] in x.dtype.
+
+    Raises:
+        ValueError: wrong shapes, dtypes or devices, an unknown `activations`, a scale that
+            requires a gradient.
+
+    >>> import torch
+    >>> weight, scale = torch.tensor([[1, 2]], dtype=torch.int8), torch.tensor([0.5])
+    >>> int8_linear(torch.tensor([[4.0, 6.0]]), weight, scale).tolist()
+    [[8.0]]
+    """
+    _check(x, weight, scale, bias, activations)
+    backend = choose("int8_linear", str(x.device), x.dtype)
+    return _apply(x, weight, scale.reshape(-1), bias, activations, backend)
+
+
+def _check(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, activations: str | None
+) -> None:
+    if weight.dtype != torch.int8 or weight.ndim != 2:
+        raise ValueError(
+            f"int8_linear: weight must be int8 [O, I], got {weight.dtype} {tuple(weight.shape)}."
+        )
+    out, inner = weight.shape
+    if not x.dtype.is_floating_point or x.ndim == 0 or x.shape[-1] != inner:
+        raise ValueError(
+            f"int8_linear: x must be floating point [..., {inner}] to match weight "
+            f"{tuple(weight.shape)}, got {x.dtype} {tuple(x.shape)}."
+        )
+    if not scale.dtype.is_floating_point or tuple(scale.shape) not in ((out,), (out, 1)):
+        raise ValueError(
+            f"int8_linear: scale must be floating point [{out}] or [{out}, 1], "
+            f"got {scale.dtype} {tuple(scale.shape)}."
+        )
+    if bias is not None and tuple(bias.shape) != (out,):
+        raise ValueError(f"int8_linear: bias must have shape [{out}], got {tuple(bias.shape)}.")
+    for name, tensor in (("weight", weight), ("scale", scale), ("bias", bias)):
+        if tensor is not None:
+            check_device("int8_linear", "x", x, name, tensor)
+    if scale.requires_grad:
+        raise ValueError(
+            "int8_linear: scale requires a gradient, but int8 weights and their scales do not "
+            "learn; select other leaves, or train with fake quantisation."
+        )
+    if activations not in (None, "dynamic"):
+        raise ValueError(
+            f'int8_linear: activations must be None or "dynamic", got {activations!r}.'
+        )

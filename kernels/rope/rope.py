@@ -1,0 +1,410 @@
+"""Rotary position embedding, half-split (NeoX) convention, with QK-norm before it if asked.
+
+On a GPU the kernels of `rope_triton` run: q and k in one launch each way. The rotation is
+linear in x and its transpose is the rotation by the opposite angle, so one Function is its own
+backward (to any order), and keeps only the shared tables. With the norms, backward keeps q and k as
+they came, and computes the norms again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.norm.rms_norm import rms_norm_reference
+from kernels.rope import rope_triton
+from kernels.runtime.autograd import (
+    Dims,
+    Op,
+    Tensors,
+    accumulation_dtype,
+    batch_first,
+    can_read,
+    check_device,
+    check_floating,
+    each_example,
+    nested_forward_mode,
+    run,
+    with_signature,
+)
+from kernels.runtime.dispatch import choose
+from kernels.runtime.dynamo import allow_in_graph, check_hidden
+from kernels.runtime.operators import fake, operator
+
+# References: plain torch, differentiable to any order (in the tables too)
+
+
+def rope_reference(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """What `rope` computes without weights."""
+    dtype = accumulation_dtype(q.dtype)
+    half = q.shape[-1] // 2
+    c, s = (_rows(table, positions).to(dtype) for table in (cos, sin))
+    if cos.shape[1] == half:
+        c, s = torch.cat((c, c), -1), torch.cat((s, s), -1)
+    if inverse:  # the transposed map: each half takes the sine of the other
+        s = -torch.roll(s, half, -1)
+    # (a, b) -> (a c - b s, b c2 + a s2), both halves in one pass
+    s = torch.cat((-s[..., :half], s[..., half:]), -1)
+    c, s = c.unsqueeze(-2), s.unsqueeze(-2)  # [N, 1, Dh]
+    # widened before multiplying: on CPU bf16 * fp32 takes 5 times as long
+    wide_q, wide_k = q.to(dtype), k.to(dtype)
+    turned_q = wide_q * c + torch.roll(wide_q, half, -1) * s
+    turned_k = wide_k * c + torch.roll(wide_k, half, -1) * s
+    return turned_q.to(q.dtype), turned_k.to(k.dtype)
+
+
+def _rows(table: Tensor, positions: Tensor) -> Tensor:
+    """table [T, X], positions [..., N] -> [..., N, X]."""
+    return table.index_select(0, positions.reshape(-1)).reshape(*positions.shape, table.shape[1])
+
+
+def rope_qk_norm_reference(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    *,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """What `rope` computes with weights: one rounding, after the rotation."""
+    dtype = accumulation_dtype(q.dtype)
+    normed_q = rms_norm_reference(q.to(dtype), q_weight, eps=eps)
+    normed_k = rms_norm_reference(k.to(dtype), k_weight, eps=eps)
+    turned_q, turned_k = rope_reference(normed_q, normed_k, cos, sin, positions)
+    return turned_q.to(q.dtype), turned_k.to(k.dtype)
+
+
+# Custom operators: what a compiler sees of the launches
+
+
+@operator("rope")
+def _rope_op(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    eps: float,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    return rope_triton.rope_turn(q, k, q_weight, k_weight, cos, sin, positions, eps, inverse)
+
+
+@operator("rope_qk_norm_backward")
+def _backward_op(
+    q_grad: Tensor,
+    k_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    eps: float,
+    needs_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The weights' gradients are empty if they are not asked for."""
+    dq, dk, dq_weight, dk_weight = rope_triton.rope_qk_norm_backward(
+        q_grad, k_grad, q, k, q_weight, k_weight, cos, sin, positions, eps, needs_weights
+    )
+    if dq_weight is None or dk_weight is None:
+        return dq, dk, q_weight.new_empty(0), k_weight.new_empty(0)
+    return dq, dk, dq_weight, dk_weight
+
+
+@fake("rope")
+def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@fake("rope_qk_norm_backward")
+def _(
+    q_grad: Tensor,
+    k_grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    eps: float,
+    needs_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq_weight = q_weight.new_empty(q_weight.shape if needs_weights else 0)
+    dk_weight = k_weight.new_empty(k_weight.shape if needs_weights else 0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), dq_weight, dk_weight
+
+
+# The plain form
+
+
+@with_signature
+class _Rotate(torch.autograd.Function):
+    """Gradients flow to q and k alone."""
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        inverse: bool,
+        triton: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if triton:
+            return _rope_op(q, k, None, None, cos, sin, positions, 0.0, inverse)
+        return rope_reference(q, k, cos, sin, positions, inverse=inverse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tables, ctx.inverse, ctx.triton = inputs[2:]
+        ctx.save_for_backward(*tables)
+        ctx.save_for_forward(*tables)
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        back = _Rotate.apply(grad_q, grad_k, *ctx.saved_tensors, not ctx.inverse, ctx.triton)
+        return (*back, None, None, None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent_q: Tensor, tangent_k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return _Rotate.apply(tangent_q, tangent_k, *ctx.saved_tensors, ctx.inverse, ctx.triton)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:
+        *tensors, inverse, triton = args
+        *dims, _, _ = in_dims
+        if dims[2] is None and dims[3] is None:  # shared tables: examples are more tokens
+            batched = [
+                batch_first(t, d, info.batch_size) for t, d in zip(tensors, dims, strict=True)
+            ]
+            q, k, positions = (batched[i].flatten(0, 1) for i in (0, 1, 4))
+            outs = _Rotate.apply(q, k, tensors[2], tensors[3], positions, inverse, triton)
+            return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outs), (0, 0)
+        outs = each_example(
+            lambda *example: _Rotate.apply(*example, inverse, triton),
+            info.batch_size,
+            tuple(dims),
+            tuple(tensors),
+        )
+        return outs, (0, 0)
+
+
+@allow_in_graph
+def _apply(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, triton: bool
+) -> tuple[Tensor, Tensor]:
+    check_hidden()
+    if nested_forward_mode():
+        return rope_reference(q, k, cos, sin, positions)
+    return _Rotate.apply(q, k, cos, sin, positions, False, triton)
+
+
+# With QK-norm
+
+Grads = tuple[Tensor | None, ...]
+
+
+def _forward(*tensors: Tensor, eps: float) -> tuple[tuple[Tensor, Tensor], tuple[()]]:
+    return rope_qk_norm_reference(*tensors, eps=eps), ()
+
+
+def _backward(
+    grads: tuple[Tensor, Tensor],
+    needs: tuple[bool, ...],
+    tensors: tuple[Tensor, ...],
+    _: tuple[()],
+    *,
+    eps: float,
+) -> Grads:
+    """With t = g turned back, u = x r and v = t w: dx = r (v - u mean(v u)), dw = sum t u."""
+    q, k, q_weight, k_weight, cos, sin, positions = tensors
+    dtype = accumulation_dtype(q.dtype)
+    turned = rope_reference(
+        grads[0].to(dtype), grads[1].to(dtype), cos, sin, positions, inverse=True
+    )
+    d_heads, d_weights = [], []
+    for t, x, weight in zip(turned, (q, k), (q_weight, k_weight), strict=True):
+        wide = x.to(dtype)
+        r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        u, v = wide * r, t * weight.to(dtype)
+        d_heads.append((r * (v - u * (v * u).mean(-1, keepdim=True))).to(x.dtype))
+        d_weights.append((t * u).flatten(0, -2).sum(0).to(weight.dtype))
+    return (*d_heads, *d_weights, None, None, None)
+
+
+def _forward_triton(*tensors: Tensor, eps: float) -> tuple[tuple[Tensor, Tensor], tuple[()]]:
+    return _rope_op(*tensors, eps, False), ()
+
+
+def _backward_triton(
+    grads: tuple[Tensor, Tensor],
+    needs: tuple[bool, ...],
+    tensors: tuple[Tensor, ...],
+    _: tuple[()],
+    *,
+    eps: float,
+) -> Grads:
+    return (*_backward_op(*grads, *tensors, eps, needs[2] or needs[3]), None, None, None)
+
+
+def _fold(batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
+    """Examples are more tokens, if they share weights and tables."""
+    if any(dim is not None for dim in dims[-5:-1]):
+        return None
+    folded = (
+        t if t is None or -5 <= i < -1 else batch_first(t, dim, batch_size)
+        for i, (t, dim) in enumerate(zip(tensors, dims, strict=True), -len(dims))
+    )
+    return tuple(folded)
+
+
+def _fold_backward(
+    batch_size: int, needs: tuple[bool, ...], dims: Dims, saved: Tensors
+) -> Tensors | None:
+    """A weight's gradient is a sum over tokens: one an example, if it is asked for."""
+    return None if needs[2] or needs[3] else _fold(batch_size, dims, saved)
+
+
+QK_NORM = Op(
+    "rope",
+    rope_qk_norm_reference,
+    _forward,
+    _backward,
+    outputs=2,
+    fold=_fold,
+    fold_backward=_fold_backward,
+    vmappable=True,
+)
+QK_NORM_TRITON = replace(
+    QK_NORM, forward=_forward_triton, backward=_backward_triton, vmappable=False
+)
+
+
+@allow_in_graph
+def _apply_qk_norm(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    eps: float,
+    triton: bool,
+) -> tuple[Tensor, Tensor]:
+    op = QK_NORM_TRITON if triton else QK_NORM
+    return run(op, q, k, q_weight, k_weight, cos, sin, positions, eps=eps)
+
+
+# Public
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Turns the pairs (x[i], x[i + Dh/2]) of each head by the angle of its position.
+
+    RoFormer (arXiv 2104.09864) with the halves split as GPT-NeoX and Hugging Face's Llama do.
+    With weights each head is RMS-normed first (QK-norm: Qwen3, Gemma-3), in the same pass over
+    memory. Arithmetic is fp32 (fp64 for fp64), rounded once at the end.
+
+    Args:
+        q: [N, H, Dh], any floating dtype; Dh even. On a GPU slices of one projection [N, ...] are
+            read where they lie, without a copy.
+        k: [N, Hk, Dh].
+        cos, sin: [T, Dh/2] tables (fp32), one row a position; or [T, Dh], as Hugging Face makes
+            them: a row's first half turns x[:Dh/2], its second x[Dh/2:]. Constants: no gradient
+            flows to them.
+        positions: [N] int64 in [0, T).
+        q_weight, k_weight: [Dh] each, any floating dtype, or None for no norm.
+        eps: of the norms: x / sqrt(mean(x^2) + eps) * weight.
+
+    Returns:
+        q and k turned, in their own dtypes.
+
+    Raises:
+        ValueError: wrong shapes, dtypes or devices, tables that require a gradient, one weight
+            without the other; on CPU also a position outside [0, T) (unless positions cannot be
+            read: compiled, vmapped or meta). On a GPU the heads at such a position are NaN.
+
+    >>> import torch
+    >>> x = torch.tensor([[[1.0, 0.0]]])
+    >>> quarter = torch.tensor([[0.0]]), torch.tensor([[1.0]])  # cos and sin of 90 degrees
+    >>> rope(x, x, *quarter, torch.tensor([0]))[0].tolist()
+    [[[0.0, 1.0]]]
+    """
+    check_floating("rope", q=q, k=k, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight)
+    check_device("rope", "q", q, "positions", positions)
+    n, _, dim = _three_dims("q", q)
+    if dim % 2:
+        raise ValueError(f"rope: the head size must be even, got q {tuple(q.shape)}.")
+    if _three_dims("k", k) != (n, k.shape[1], dim):
+        raise ValueError(
+            f"rope: k must have shape [{n}, Hk, {dim}] to match q {tuple(q.shape)}, "
+            f"got {tuple(k.shape)}."
+        )
+    if cos.ndim != 2 or cos.shape[1] not in (dim // 2, dim) or cos.shape != sin.shape:
+        raise ValueError(
+            f"rope: cos and sin must have shape [T, {dim // 2}] or [T, {dim}] for head size {dim}, "
+            f"got {tuple(cos.shape)} and {tuple(sin.shape)}."
+        )
+    if positions.dtype != torch.int64 or tuple(positions.shape) != (n,):
+        raise ValueError(
+            f"rope: positions must be int64 of shape [{n}], "
+            f"got {positions.dtype} {tuple(positions.shape)}."
+        )
+    if cos.requires_grad or sin.requires_grad:
+        raise ValueError(
+            "rope: cos and sin are constants, but one of them requires a gradient; detach them."
+        )
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError(
+            f"rope: {'q' if q_weight is None else 'k'}_weight is missing; QK-norm takes two."
+        )
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None and tuple(weight.shape) != (dim,):
+            raise ValueError(
+                f"rope: {name} must have shape [{dim}] for head size {dim}, "
+                f"got {tuple(weight.shape)}."
+            )
+    if eps < 0.0:
+        raise ValueError(f"rope: eps must be >= 0, got {eps}.")
+    if can_read(positions) and n:
+        low, high = (int(end) for end in torch.aminmax(positions))
+        if low < 0 or high >= cos.shape[0]:
+            raise ValueError(
+                f"rope: position {low if low < 0 else high} is outside the tables of "
+                f"{cos.shape[0]} positions; make longer cos and sin tables."
+            )
+    triton = choose("rope", str(q.device), torch.promote_types(q.dtype, k.dtype)) == "triton"
+    if q_weight is None or k_weight is None:
+        return _apply(q, k, cos, sin, positions, triton)
+    return _apply_qk_norm(q, k, q_weight, k_weight, cos, sin, positions, eps, triton)
+
+
+def _three_dims(name: str, x: Tensor) -> tuple[int, int, int]:
+    if x.ndim != 3:
+        raise ValueError(f"rope: {name} must be [N, heads, head size], got {tuple(x.shape)}.")
+    return x.shape[0], x.shape[1], x.shape[2]

@@ -1,0 +1,1 @@
+"""What every kernel stands on: dispatch, proofs, launching, operators, autograd, Dynamo."""

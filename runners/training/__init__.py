@@ -1,0 +1,1 @@
+"""The training run: config, set-up, loop, optimizers, checkpoints, metrics."""

@@ -1,0 +1,84 @@
+"""Whether a run can fit into a machine at all, estimated before anything is allocated."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from core import VLMConfig
+from runners.shell.errors import UserError
+from runners.training.config import TrainConfig
+
+# Bytes an element of what learns, beside its weight: the gradient and the optimizer's moments
+MOMENTS = {"adamw": 8, "adamw8bit": 2, "muon": 4}
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def check_memory(
+    config: TrainConfig, model: VLMConfig, device: torch.device, *, everything: bool
+) -> None:
+    """Raises UserError naming the flags if a run needs more memory than there is.
+
+    Counted is what no setting avoids: weights, the gradients and moments of what learns (if that is
+    ``everything``), and what each block hands to the next: what passes may still be too large.
+    """
+    states = 2 if config.state_dtype == "bf16" else 4
+    learns = states + (4 if states == 2 else MOMENTS[config.optimizer])
+    params = model.num_params()
+    held = params * (states + (learns if everything else 0))
+    tokens = config.device_batch_size * config.sequence_len
+    if tokens >= 2**31:
+        raise UserError(
+            f"--device_batch_size {config.device_batch_size} rows of --sequence_len "
+            f"{config.sequence_len} are {tokens:,} tokens, more than can be counted in 32 bits"
+        )
+    passed = 2 * tokens * model.text.dim
+    if not (config.use_gradient_checkpointing and config.checkpoint_policy == "offload"):
+        passed *= model.text.layers  # checkpointed or not, each block's input waits
+    if config.data == "shapes" and model.vision is not None:
+        picture = model.image_tokens(model.vision.grid**2)
+        if picture > config.sequence_len:
+            raise UserError(
+                f"a picture of vision.image_size {model.vision.image_size} takes {picture:,} "
+                f"tokens, more than --sequence_len {config.sequence_len}"
+            )
+    have = memory_of(device)
+    if have is None or held + passed <= have:
+        return
+    most, flags = max(
+        (held, f"{params:,} parameters (--preset, --override)"),
+        (passed, f"{tokens:,} tokens at once (--device_batch_size, --sequence_len)"),
+    )
+    raise UserError(
+        f"{flags} take at least {_gib(most)} GiB, and this {_name(device)} has {_gib(have)} GiB: "
+        "choose a smaller run"
+    )
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of a GPU, or of this machine as far as it may be used; None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    found = [_number(Path(path)) for path in LIMITS]
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min((size for size in found if size), default=None)
+
+
+def _number(path: Path) -> int | None:
+    """What a control group allows; ``max`` is no limit."""
+    try:
+        word = path.read_text().strip()
+    except OSError:  # not there, or not ours to read
+        return None
+    return int(word) if word.isdigit() else None
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.1f}"
+
+
+def _name(device: torch.device) -> str:
+    return "GPU" if device.type == "cuda" else "machine"

@@ -1,0 +1,344 @@
+"""The training loop: gradients of a few batches, one step, and what is written down about it."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from core import Batch
+from kernels.attention import attention_flash
+from params import num_bytes
+from runners.shell.errors import UserError
+from runners.training.checkpoints import resume_flag, save_best
+from runners.training.flops import measure_load, peak_flops, training_flops
+from runners.training.metrics import Display, Metrics, warned
+from runners.training.optim import learning_rate
+from runners.training.profiling import Profiler
+from runners.training.rehearsal import rehearse
+from runners.training.setup import Job
+from runners.training.states import STATES, drop_state, find_states, keep_states, save_state
+from runners.training.step import Learner, mean_loss
+
+FIRST, FIRST_RATE = 5.0, 1e8  # seconds before the first state, and bytes a second beyond them
+Read = tuple["Step", list[float], float]  # a step, its values, and the seconds that it took
+
+
+class Late:
+    """Reads values off a device one step behind, so that neither waits for the other.
+
+    A step's seconds are those from the end of the one before to its own, by the device's clock: the
+    moments at which the host reads two steps can lie next to each other, whatever the steps took.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._waiting: list[tuple[Step, Tensor, float | torch.cuda.Event]] = []
+        self._before = self._now()
+
+    def push(self, step: Step, values: Tensor) -> Iterator[Read]:
+        """Takes a step's values; gives those that are ready (on a CPU: the same)."""
+        if self._cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
+        self._waiting.append((step, values, self._now()))
+        yield from self.flush(keep=1 if self._cuda else 0)
+
+    def flush(self, keep: int = 0) -> Iterator[Read]:
+        while len(self._waiting) > keep:
+            step, values, end = self._waiting.pop(0)
+            if not isinstance(end, float):
+                end.synchronize()
+            seconds, self._before = _seconds(self._before, end), end
+            yield step, values.tolist(), seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside belongs to no step. Everything pushed was read before."""
+        yield
+        self._before = self._now()
+
+    def _now(self) -> float | torch.cuda.Event:
+        """When all work given to the device so far ends."""
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _seconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    if isinstance(start, float) or isinstance(end, float):
+        assert isinstance(start, float)
+        assert isinstance(end, float)
+        return end - start
+    return start.elapsed_time(end) / 1e3
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is known of a step before its values are."""
+
+    number: int  # counted from 1
+    lr: float
+    tokens: int
+    flops: float
+    waited: float = 0.0  # seconds for its batches: the device may have had work left meanwhile
+
+
+@dataclass
+class Pace:
+    """Steps since the last line of the log, what they computed and how long they took."""
+
+    steps: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    waited: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, step: Step, seconds: float) -> None:
+        self.steps += 1
+        self.tokens += step.tokens
+        self.flops += step.flops
+        self.waited += step.waited
+        self.seconds += seconds
+
+
+class Training:
+    """A run from its first (or resumed) step to its last."""
+
+    def __init__(
+        self,
+        job: Job,
+        learner: Learner,
+        folder: Path,
+        metrics: Metrics,
+        display: Display,
+        begun: float,
+    ) -> None:
+        """begun: when the command was started, by ``time.monotonic``."""
+        self.job, self.learner, self.folder = job, learner, folder
+        self.metrics, self.display, self.config = metrics, display, job.config
+        self.grad_fn = job.composed.gradients(job.select)
+        self.late, self.pace = Late(job.device), Pace()
+        self.peak = peak_flops(job.device, job.composed.dtype)
+        steps = _steps(folder)
+        before = [step for step in steps if step <= learner.step]
+        self.kept = before[-max(2, self.config.keep_states) :]
+        # Those after ours, given up by resuming an older one, go when ours has a successor
+        keep_states(folder, [step for step in steps if step in self.kept or step > learner.step])
+        # A first state soon, but not before its writing is little beside what it saves
+        self.first_save = time.monotonic() + FIRST + 3 * num_bytes(learner.params) / FIRST_RATE
+        self.unproven: int | None = None  # a state from which no step was made yet
+        self.begun = begun - learner.seconds  # as if all commands of the run were one
+        self.profiler = Profiler(folder, job.device) if self.config.profile else None
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
+        """True if it came to the end; False if ``stop()`` or ``--stop_at`` ended it, resumably."""
+        config, learner = self.config, self.learner
+        batches, rehearsed = iter(self.job.loader), False
+        while learner.step < config.steps:
+            if not self.kept and self._is_time_for_the_first(learner.step + 1):
+                self._save()
+            group, waited = self._next(batches)
+            step = self._describe(group, waited)
+            if attention_flash.waiting() and not rehearsed:
+                rehearsed = True  # once: a frozen tower's backward is waited for by nobody
+                rehearse(self.job, learner.working, group[0])
+            values = learner.train_step(self.grad_fn, group)
+            if self.profiler is not None:
+                with warned("the profile"):
+                    if written := self.profiler.after_step():
+                        self.display.say(written)
+            self.display.advance(learner.step)
+            for read in self.late.push(step, values):
+                self._log(*read)
+            last, stopping = learner.step == config.steps, stop() or learner.step == config.stop_at
+            if self._validates(learner.step):
+                self._validate()
+            if last or stopping or self._due(config.save_every or config.val_every):
+                self._save()
+            if stopping and not last:
+                return False
+        return True
+
+    def _next(self, batches: Iterator[Batch]) -> tuple[list[Batch], float]:
+        """The batches of a step, and the seconds they were waited for."""
+        start = time.perf_counter()
+        group = [next(batches) for _ in range(self.config.grad_accum_steps)]
+        return group, time.perf_counter() - start
+
+    def _validates(self, step: int) -> bool:
+        every = self.config.val_every
+        due = every > 0 and step % every == 0
+        return step == self.config.steps or due or step in self.config.ends
+
+    def _is_time_for_the_first(self, step: int) -> bool:
+        """Weights are kept by validations: there is a state before them, to begin again from."""
+        return self._validates(step) or time.monotonic() > self.first_save
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.learner.step % every == 0
+
+    def _describe(self, group: Sequence[Batch], waited: float) -> Step:
+        loads = [measure_load(self.job.model, batch, self.job.pad) for batch in group]
+        flops = sum(training_flops(self.job.model, load, self.job.learns) for load in loads)
+        step = self.learner.step
+        lr = learning_rate(self.config, step)
+        return Step(step + 1, lr, sum(load.tokens for load in loads), flops, waited)
+
+    def _log(self, step: Step, numbers: list[float], seconds: float) -> None:
+        loss, norm, *losses = numbers
+        if not all(map(math.isfinite, numbers)):
+            self._refuse(_what_failed(step.number, losses), step.number)
+        if self.unproven is not None and step.number > self.unproven:
+            self.unproven = None
+            self._prune()
+        self.pace.add(step, seconds)
+        self.learner.tokens += step.tokens
+        if step.number % self.config.log_every and step.number != self.config.steps:
+            return
+        pace, self.pace = self.pace, Pace()
+        row: dict[str, float | int | str | None] = {
+            "step": step.number,
+            "loss": loss,
+            "lr": step.lr,
+            "grad_norm": norm,
+            "tokens_per_s": pace.tokens / pace.seconds,
+            "mfu": pace.flops / pace.seconds / self.peak if self.peak else None,
+            "s_per_step": pace.seconds / pace.steps,
+            "data_wait": pace.waited / pace.seconds,
+            "tokens": self.learner.tokens,
+            "seconds": time.monotonic() - self.begun,
+        }
+        self.metrics.write(row)
+        left = self.config.steps - step.number
+        self.display.show(row, self.config.steps, left * pace.seconds / pace.steps)
+
+    def _refuse(self, what: str, step: int) -> NoReturn:
+        """Ends a run that computed something that is not finite. A state that this process wrote
+        and that leads to nothing else is no use to anybody, and goes."""
+        if self.unproven is not None:
+            drop_state(self.folder / STATES / f"{self.unproven:08d}")
+            self.kept.remove(self.unproven)
+        what = f"{what} is not finite (step {step})"
+        mend = "a lower --lr, a longer --warmup_steps or --dtype fp32"
+        kept = [path for path in find_states(self.folder) if int(path.name) in self.kept]
+        if not kept:
+            again = " and --resume=auto" if self.config.name else ""
+            raise UserError(f"{what}; no state was kept: start again with {mend}{again}")
+        start = shlex.quote(f"--init_from={kept[-1]}")
+        raise UserError(
+            f"{what}; the state of step {int(kept[-1].name)} is kept: start a new run, of another "
+            f"--name, from its weights by {start} with {mend}"
+        )
+
+    def _settle(self) -> None:
+        """Waits for all values of the steps made, so that nothing bad is ever written."""
+        for read in self.late.flush():
+            self._log(*read)
+
+    def _validate(self) -> None:
+        """Measures the validation loss; keeps these weights if they are the best so far."""
+        self._settle()
+        self._check()
+        learner = self.learner
+        with self.late.paused():
+            loss = mean_loss(self.job.composed.eval_loss, learner.working, self.job.validation)
+            if loss is not None and not math.isfinite(loss):
+                self._refuse("the validation loss", learner.step)
+            if better := loss is None or learner.best is None or loss < learner.best:
+                learner.best = loss
+            if better or self.config.keep == "last":
+                save_best(self.folder, learner.params, learner.step)
+            if loss is not None:
+                seconds = time.monotonic() - self.begun
+                row = {"step": learner.step, "val_loss": loss, "tokens": learner.tokens}
+                self.metrics.write(row | {"seconds": seconds})
+                star = " (the best so far)" if better else ""
+                self.display.say(f"step {learner.step}: validation loss {loss:.4f}{star}")
+
+    def _check(self) -> None:
+        """Weights that are not finite are kept nowhere."""
+        with self.late.paused():
+            if bad := self.learner.not_finite():
+                self._refuse(f"{bad}, after its last update,", self.learner.step)
+
+    def _save(self) -> None:
+        """Saves a state; the ones before it go when it is on the disk."""
+        self._settle()
+        self._check()
+        with self.late.paused():
+            self.learner.seconds = time.monotonic() - self.begun
+            state = self.learner.state(self.job.loader.state_dict())
+            self.metrics.sync()
+            try:
+                save_state(self.folder, state, self.config)
+            except UserError as error:
+                last = f"the state of step {self.kept[-1]} is kept" if self.kept else "none is kept"
+                again = resume_flag(self.folder)
+                raise UserError(f"{error}; {last}: mend that, and go on by {again}") from error
+            self.kept.append(state.step)
+            self.unproven = state.step
+            self._prune()
+
+    def _prune(self) -> None:
+        """Keeps the newest states, and of an unproven one the one before it: its weights may be
+        such that the next loss is not finite."""
+        self.kept = self.kept[-max(self.config.keep_states, 1 if self.unproven is None else 2) :]
+        keep_states(self.folder, self.kept)
+
+
+def _steps(folder: Path) -> list[int]:
+    return [int(path.name) for path in find_states(folder)]
+
+
+def _what_failed(step: int, losses: list[float]) -> str:
+    bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    number = (step - 1) * len(losses) + (0 if bad is None else bad) + 1
+    return f"the gradient after batch {number}" if bad is None else f"the loss of batch {number}"
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Gives ``stop()``: whether Ctrl-C, SIGTERM or (unless ignored, as by nohup) SIGHUP came. A
+    second one ends the program at once.
+
+    Outside the main thread, where Python takes no signals, it never has.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        for one in old:
+            signal.signal(one, old[one])
+
+    numbers = (
+        signal.SIGINT,
+        signal.SIGTERM,
+        *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []),
+    )
+    old = {one: signal.getsignal(one) for one in numbers}
+    old = {one: handler for one, handler in old.items() if handler is not signal.SIG_IGN}
+    for one in old:
+        signal.signal(one, ask)
+    try:
+        yield lambda: asked
+    finally:
+        for one, handler in old.items():
+            signal.signal(one, handler)

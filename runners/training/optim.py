@@ -1,0 +1,145 @@
+"""Which optimizer, with which rates for which leaf; learning-rate schedules; clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from kernels.optimizer.adamw import grad_norm
+from params.paths import matches, select_paths
+from runners.shell.cli import explained
+from runners.shell.errors import UserError
+from runners.training.config import TrainConfig, lr_scales
+from runners.training.optimizers import (
+    AdamW,
+    AdamW8bit,
+    Muon,
+    Optimizer,
+    Rates,
+    TorchAdamW,
+    adamw8bit_problem,
+)
+
+
+def warmup(step: int, warmup_steps: int) -> float:
+    """1/w, 2/w, ... 1: step 0 already learns."""
+    return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+
+
+def cosine(step: int, *, steps: int, warmup_steps: int, final: float = 0.0) -> float:
+    """Warm-up, then half a cosine towards ``final``, where the step after the last would be.
+
+    SGDR without restarts, https://arxiv.org/abs/1608.03983.
+
+    >>> [round(cosine(s, steps=6, warmup_steps=2), 2) for s in range(6)]
+    [0.5, 1.0, 0.9, 0.65, 0.35, 0.1]
+    """
+    if step < warmup_steps:
+        return warmup(step, warmup_steps)
+    done = (step - warmup_steps + 1) / (steps - warmup_steps + 1)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def wsd(
+    step: int,
+    *,
+    steps: int,
+    warmup_steps: int,
+    decay: float,
+    final: float = 0.0,
+    ends: Sequence[int] = (),
+) -> float:
+    """Warm-up, stable, then ``1 - sqrt`` over the last ``decay`` share of the steps.
+
+    MiniCPM, https://arxiv.org/abs/2404.06395; the decay's shape is from
+    https://arxiv.org/abs/2405.18392. ends: earlier steps before which it fell as well, to rise
+    again after them (WSD-S, https://arxiv.org/abs/2410.05192); the share is of the steps between.
+
+    >>> [round(wsd(s, steps=7, warmup_steps=2, decay=0.43), 2) for s in range(7)]
+    [0.5, 1.0, 1.0, 1.0, 0.5, 0.29, 0.13]
+    """
+    since = max((end for end in ends if end <= step), default=0)
+    until = min((end for end in ends if end > step), default=steps)
+    length, left = round(decay * (until - since)), until - step
+    if left > length:
+        return warmup(step, warmup_steps)
+    falling = final + (1 - final) * (1 - math.sqrt(1 - left / (length + 1)))
+    return min(warmup(step, warmup_steps), falling)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of a step, counted from 0."""
+    steps, warm, final = config.steps, config.warmup_steps, config.final_lr
+    if config.schedule == "cosine":
+        return config.lr * cosine(step, steps=steps, warmup_steps=warm, final=final)
+    if config.schedule == "wsd":
+        decay, ends = config.decay_fraction, config.ends
+        return config.lr * wsd(
+            step, steps=steps, warmup_steps=warm, decay=decay, final=final, ends=ends
+        )
+    return config.lr * warmup(step, warm)
+
+
+def build_optimizer(
+    params: Mapping[str, Tensor], copies: Mapping[str, Tensor], config: TrainConfig
+) -> Optimizer:
+    """The optimizer that a config asks for, over ``{path: tensor}``; copies: bf16 twins of some.
+
+    Raises UserError where it cannot be had.
+    """
+    rates = choose_rates(params, config)
+    betas = {"beta1": config.beta1, "beta2": config.beta2}
+    if config.optimizer == "adamw8bit":
+        problem = adamw8bit_problem(next(iter(params.values())).device)
+        if problem is not None:
+            raise UserError(f"--optimizer adamw8bit is done by bitsandbytes: {problem}")
+        return AdamW8bit(params, copies, rates, **betas)
+
+    def adamw(some: Mapping[str, Tensor]) -> Optimizer:
+        theirs = {path: copy for path, copy in copies.items() if path in some}
+        if config.use_fused_adamw:
+            return AdamW(some, theirs, rates, **betas, seed=config.seed)
+        return TorchAdamW(some, theirs, rates, **betas)
+
+    if config.optimizer == "adamw":
+        return adamw(params)
+    turned = {path: leaf for path, leaf in params.items() if is_turned(path, leaf)}
+    rest = {path: leaf for path, leaf in params.items() if path not in turned}
+    return Muon(turned, copies, rates, adamw(rest), momentum=config.momentum)
+
+
+def choose_rates(params: Mapping[str, Tensor], config: TrainConfig) -> dict[str, Rates]:
+    """Of every leaf, by the path patterns of ``--no_decay`` and ``--lr_scale``. Raises UserError
+    for a pattern of the latter that names no leaf."""
+    scales: dict[str, float] = {}
+    with explained("--lr_scale"):
+        for pattern, factor in lr_scales(config).items():
+            scales |= dict.fromkeys(select_paths(pattern, params), factor)
+    spared = {path for path in params if any(matches(p, path) for p in config.no_decay)}
+    return {
+        path: Rates(0.0 if path in spared else config.weight_decay, scales.get(path, 1.0))
+        for path in params
+    }
+
+
+FEATURES = ("text.blocks", "vision.blocks", "projector")
+TABLES = ("positions", "queries")
+
+
+def is_turned(path: str, leaf: Tensor) -> bool:
+    """Whether Muon is for this leaf: a matrix that maps features to features. Tables, the head and
+    the first layer of the eye are not."""
+    inside = any(matches(pattern, path) for pattern in FEATURES)
+    return leaf.ndim == 2 and inside and not any(matches(pattern, path) for pattern in TABLES)
+
+
+def clipping(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor | None]:
+    """``(norm, factor)``: the gradient's norm, and what brings it down to ``max_norm`` (0: None).
+
+    fp32 scalars on the gradients' device: nothing waits for them
+    (https://arxiv.org/abs/1211.5063).
+    """
+    norm = grad_norm(grads)
+    return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else None

@@ -1,0 +1,148 @@
+"""One training step: gradients of a few batches as if they were one, and the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from core import Batch
+from core.batch import IGNORE
+from params import flatten
+from params.tree import Tree
+from runners.training.config import TrainConfig
+from runners.training.optim import build_optimizer, clipping, learning_rate
+from runners.training.states import State
+from transforms import cast_matrices, trainable
+
+GradFn = Callable[[Tree, Batch], tuple[Tensor, Tree]]
+
+
+class Learner:
+    """All that training changes: params (in place), the optimizer's moments, the step reached.
+
+    ``params`` are what learns and is saved, ``working`` what the forward takes: the same leaves,
+    but of matrices that are kept in another dtype a copy in the compute dtype. The optimizer writes
+    both, so that a cast costs no pass of its own, and gradients come in the compute dtype: half the
+    bytes.
+    """
+
+    def __init__(
+        self,
+        params: Tree,
+        config: TrainConfig,
+        select: Sequence[str] | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.params, self.working = params, cast_matrices(params, dtype)
+        # Sorted, because sums over it (the gradient's norm) must not depend on where params came
+        # from: fresh ones and those of a file come in different orders.
+        self.learning = dict(sorted(flatten(trainable(params, select)[0]).items()))
+        working = flatten(self.working)
+        copies = {p: working[p] for p, leaf in self.learning.items() if working[p] is not leaf}
+        self.optimizer = build_optimizer(self.learning, copies, config)
+        self.config = config
+        self.step = 0
+        self.best: float | None = None
+        self.tokens, self.seconds = 0, 0.0  # what the steps took, over all commands of the run
+
+    def state(self, loader: dict[str, object]) -> State:
+        return State(
+            self.step, self.params, self.optimizer.state(), loader, self.best, rng_state(),
+            self.tokens, self.seconds,
+        )  # fmt: skip
+
+    def not_finite(self) -> str | None:
+        """The first leaf of params or moments that holds a NaN or an infinity."""
+        for path, leaf in (flatten(self.params) | self.optimizer.state()).items():
+            # aminmax takes no memory, and a NaN is both of its results
+            if not leaf.is_floating_point() or not leaf.numel():
+                continue
+            if not torch.stack(leaf.detach().aminmax()).isfinite().all():
+                return path
+        return None
+
+    def restore(self, state: State) -> None:
+        """Continues where ``state`` was taken; the params are those of the state already."""
+        if state.step:
+            self.optimizer.load(state.moments)
+        self.step, self.best = state.step, state.best
+        self.tokens, self.seconds = state.tokens, state.seconds
+        set_rng_state(state.rng)
+
+    def train_step(self, grad_fn: GradFn, batches: Sequence[Batch]) -> Tensor:
+        """One step on CPU batches. Returns fp32 ``[2 + len(batches)]`` on the params' device: the
+        loss, the gradient's norm before clipping, and the loss of each batch."""
+        loss, losses, grads = accumulate(grad_fn, self.working, self._prepared(batches))
+        norm, factor = clipping([grads[path] for path in self.learning], self.config.grad_clip)
+        lr = learning_rate(self.config, self.step)
+        self.step += 1
+        self.optimizer.step(grads, number=self.step, lr=lr, factor=factor)
+        return torch.stack([loss, norm, *losses])
+
+    def _prepared(self, batches: Sequence[Batch]) -> list[Batch]:
+        """With the seed that dropout is to use: a function of the run's seed and the step."""
+        first = self.step * len(batches) + (self.config.seed * 0x9E3779B1)
+        seeds = [torch.tensor(first + i & 0x7FFFFFFF) for i in range(len(batches))]
+        return [batch | {"seed": seed} for batch, seed in zip(batches, seeds, strict=True)]
+
+
+def accumulate(
+    grad_fn: GradFn, params: Tree, batches: Sequence[Batch]
+) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+    """``(loss, losses of each, gradients by path)`` of several batches, as if they were one.
+
+    Batches weigh as many as their labelled tokens, so the result is the mean over all labelled
+    tokens. They lie on the CPU, where counting waits for nothing.
+    """
+    device = next(iter(flatten(params).values())).device
+    counts = [int((batch["labels"] != IGNORE).sum()) for batch in batches]
+    losses: list[Tensor] = []
+    total: dict[str, Tensor] = {}
+    for batch, count in zip(batches, counts, strict=True):
+        loss, tree = grad_fn(params, to_device(batch, device))
+        losses.append(loss.clone())  # a CUDA graph writes the next one in its place
+        grads, weight = flatten(tree), count / max(1, sum(counts))
+        if len(batches) == 1:
+            return loss, losses, grads
+        if not total:
+            # fp32: in bf16 the eighth batch would add three bits to the sum
+            total = {p: torch.zeros_like(g, dtype=torch.float32) for p, g in grads.items()}
+        torch._foreach_add_(list(total.values()), [grads[p] for p in total], alpha=weight)
+    shares = torch.tensor(counts, device=device) / max(1, sum(counts))
+    return (torch.stack(losses) * shares).sum(), losses, total
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A CPU batch on the device, without waiting for the copy."""
+    if device.type == "cpu":
+        return batch
+    return {name: t.pin_memory().to(device, non_blocking=True) for name, t in batch.items()}
+
+
+@torch.no_grad()
+def mean_loss(
+    loss_fn: Callable[[Tree, Batch], Tensor], params: Tree, batches: Sequence[Batch]
+) -> float | None:
+    """The mean over all labelled tokens of some CPU batches, or None if there is none."""
+    device = next(iter(flatten(params).values())).device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    counts = [int((batch["labels"] != IGNORE).sum()) for batch in batches]
+    for batch, count in zip(batches, counts, strict=True):
+        total += loss_fn(params, to_device(batch, device)).double() * count
+    return float(total) / sum(counts) if sum(counts) else None
+
+
+def rng_state() -> dict[str, Tensor]:
+    """The states of PyTorch's global generators, uint8. Training draws from neither: this is for
+    what users add to it."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_rng_state(state: dict[str, Tensor]) -> None:
+    """The inverse of :func:`rng_state`."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
