@@ -23,7 +23,7 @@ from runners.data.tokenizer import train_tokenizer
 # `python -m runners.train` that says when its modules are there
 IMPORTED = "imported"
 PROGRAM = (
-    "from runners import compile_ahead; compile_ahead.expect(); import runners.train as t; "
+    "from runners.shell import compile_ahead; compile_ahead.expect(); import runners.train as t; "
     f"print({IMPORTED!r}, flush=True); raise SystemExit(t.main())"
 )
 STEPS = 14  # lines of the log that are waited for

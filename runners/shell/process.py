@@ -33,7 +33,7 @@ def watch():
     os._exit(0)
 threading.Thread(target=watch, daemon=True).start()
 import importlib
-from runners.data import process
+from runners.shell import process
 process.run(importlib.import_module({module!r}).serve, {fd})
 """
 PATIENCE = 3.0  # seconds that a worker has to end by itself; the packer waits for its workers

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Distributions that numbers may depend on, where they are installed
 PACKAGES = (
     "torch", "triton", "numpy", "pillow", "tokenizers", "safetensors", "flash-attn", "flash-attn-4",

@@ -138,7 +138,7 @@ def make_cases() -> dict[str, Case]:
             lambda q, k: joined(rope(q, k, cos, sin, positions)),
             lambda q, k: joined(module("rope.rope").rope_reference(q, k, cos, sin, positions)),
             (rand(N, 4, 4), rand(N, 2, 4, seed=1)),
-            function=("rope", "_Rotate"),
+            function=("rope.rope", "_Rotate"),
         ),
         "rope with norms": Case(
             lambda q, k, a, b: joined(
@@ -158,7 +158,7 @@ def make_cases() -> dict[str, Case]:
                 module("quantised.int8_linear").int8_linear_reference(x, weight, scale) + b
             ),
             (rand(2, 3, DIM), rand(5, seed=1)),
-            function=("int8_linear", "_Linear"),
+            function=("quantised.int8_linear", "_Linear"),
         ),
         "attention ragged causal": attention_case(ragged, True, None),
         "attention ragged full": attention_case(ragged, False, None),

@@ -59,7 +59,7 @@ def test_a_dynamo_that_was_not_told_is_refused() -> None:
 def test_what_marks_functions_while_dynamo_waits() -> None:
     done = run(
         "import torch",
-        "from kernels import dynamo",
+        "from kernels.runtime import dynamo",
         "at_once = torch.compiler.disable",
         "with dynamo.not_yet():",
         "    double = torch.compiler.disable(lambda x: 2 * x)",

@@ -208,7 +208,7 @@ def test_every_number_has_a_range(name: str) -> None:
 
 
 def test_every_field_has_help() -> None:
-    source = Path(train.__file__).with_name("config.py").read_text()
+    source = (Path(train.__file__).with_name("training") / "config.py").read_text()
     body = source[source.index("class TrainConfig") : source.index("def chat")]
     documented = re.findall(r'^    (\w+): .*\n    """', body, flags=re.MULTILINE)
     assert documented == [f.name for f in dataclasses.fields(TrainConfig)]

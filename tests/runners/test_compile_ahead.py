@@ -198,8 +198,9 @@ def test_what_is_compiled_is_what_a_run_calls(
 
 CALLS = """
 import glob, os, torch
-from kernels import attention, attention_flash, override
-from runners import compile_ahead
+from kernels import attention, override
+from kernels.attention import attention_flash
+from runners.shell import compile_ahead
 job = compile_ahead.Attention(*{job!r})
 compile_ahead.begin([job])
 waits = {{part: len(found) for part, found in attention_flash._until.items()}}
@@ -245,9 +246,10 @@ def test_calls_find_what_was_compiled(job: Attention, tmp_path: Path) -> None:
 
 RUN = """
 import json, sys
-from runners import compile_ahead
+from runners.shell import compile_ahead
 compile_ahead.expect()
-from runners import loop, train
+from runners import train
+from runners.training import loop
 from runners.training.metrics import read_metrics
 rehearse, rehearsed = loop.rehearse, []
 loop.rehearse = lambda *args: rehearsed.append(rehearse(*args))

@@ -15,7 +15,8 @@ from tests.runners.conftest import OVERRIDE
 # `python -m runners.train` that ends after its first step, and says which modules are there
 PROGRAM = """
 import json, sys
-from runners import step, train
+from runners import train
+from runners.training import step
 
 before = step.Learner.train_step
 

@@ -419,7 +419,7 @@ def test_signals_that_end_a_run_are_left_to_its_owner():
 def test_processes_end_with_their_owner_while_they_start():
     code = """
     import os
-    from runners.data import process
+    from runners.shell import process
     started = [process.start("runners.data.worker", group=i == 0) for i in range(3)]
     print(*[popen.pid for _, popen in started], flush=True)
     os.kill(os.getpid(), 9)
