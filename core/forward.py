@@ -88,6 +88,8 @@ class SiteInfo:
     activation: of a glu: "silu", "gelu", "gelu_tanh", or None for any other.
     leaf: path of the leaf that holds the weight, if that is not ``{path}.weight``.
     shape, dtype: of the weight, as it was in the module.
+    computed: whether the weight that model code uses is computed from this leaf and others
+    (``torch.nn.utils.parametrize``).
     """
 
     kind: str
@@ -102,6 +104,7 @@ class SiteInfo:
     leaf: str | None = None
     shape: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
+    computed: bool = False
     like: Hashable = field(default=None, compare=False)
     aliases: Mapping[int, str] = field(default_factory=dict, compare=False)
 
@@ -217,8 +220,8 @@ class Forward:
 
     Of a module of someone else's: ``frozen``, paths of params that did not require gradients there;
     ``buffers``, what it keeps beside params; ``aux``, whether a call returns them too, ``(out,
-    buffers)``; ``modes``, whether its layers are in training mode, and ``in_mode``, which makes the
-    bare forward of another; ``unfound``, what is no site.
+    buffers)``; ``modes``, whether its layers are in training mode; ``remade``, which makes the bare
+    forward of the module after a change (``lambda m: m.train()``); ``unfound``, what is no site.
     """
 
     build: Callable[[Site], Callable[[Tree, Any], Any]]
@@ -234,7 +237,7 @@ class Forward:
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     aux: bool = False
     modes: frozenset[bool] = frozenset()
-    in_mode: Callable[[bool], Forward] | None = None
+    remade: Callable[[Callable[[Any], Any]], Forward] | None = None
     unfound: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -309,9 +312,9 @@ class Forward:
     def with_mode(self, training: bool) -> Forward:
         """The same with a foreign module's layers in training mode, or not; a native forward has
         no mode. A site that is none in the other mode (a gated MLP with dropout) meets no rule."""
-        if self.in_mode is None or self.modes == {training}:
+        if self.remade is None or self.modes == {training}:
             return self
-        bare = self.in_mode(training)
+        bare = self.remade(lambda module: module.train(training))
         changes = {name: getattr(bare, name) for name in ("build", "sites", "modes", "unfound")}
         return replace(self, **changes)
 

@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from core.foreign.at_site import place_of
 from core.forward import ADDED, WEIGHTED, Forward, Rule, Site
 from core.model.layers import Logits
 from params.int8 import is_mark, is_scale
@@ -26,18 +27,19 @@ def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Fo
 
     In a module of someone else's, norms answer in the dtype that they were given, and what its own
     code computes between sites runs under ``torch.autocast``: products in ``dtype``, whatever they
-    are given. A dtype of more than 16 bits is wider, not lower: there all params and all of the
+    are given; a weight that is computed from others (``torch.nn.utils.parametrize``) is computed in
+    their dtype. A dtype of more than 16 bits is wider, not lower: there all params, buffers and the
     batch's floating-point tensors are cast. Raises RuntimeError where tensors of two dtypes still
     meet in that code.
     """
     check_legal(forward, "mixed_precision")
     foreign = any(site.foreign for site in forward.sites)
     if foreign and dtype.itemsize > 2:
-        build = partial(_widened, forward.build, dtype)
-        return forward.with_step("mixed_precision", build=build)
+        return _wide(forward, dtype).with_step("mixed_precision")
     layers = {s.path for s in forward.sites if s.kind in WEIGHTED and s.kind != "weight"}
     weights = {s for s in forward.sites if s.kind == "weight"}
     read = {s.weight for s in weights} | {s.beside(name) for s in weights for name in ADDED}
+    computed = _owners(forward)
     name = f"cast to {str(dtype).removeprefix('torch.')}"
 
     def at_site(f: Callable[..., Any], path: str) -> Callable[..., Any]:
@@ -49,10 +51,11 @@ def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Fo
     def at_gather(f: Callable[..., Any], path: str) -> Callable[..., Any]:
         def others(leaf: str) -> bool:
             full = f"{path}.{leaf}"
-            if full in read:
+            owner = full.rpartition(".")[0]
+            if full in read or owner in computed:
                 return False
             # a table's mark: its rows come in that dtype
-            return leaf.endswith("weight_dtype") or full.rpartition(".")[0] not in layers
+            return leaf.endswith("weight_dtype") or owner not in layers
 
         def run(p: Tree, *args: Any) -> Any:
             if path in read or not args:
@@ -72,18 +75,18 @@ def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Fo
         # Innermost: what else is done to a weight (rounding by fake_quant) is done in its own
         # dtype, or training would see other int8 codes than quantize_int8 will give.
         forward = forward.with_rule(Rule(kind, at_site, name=name), innermost=True)
-    if any(site.foreign and site.kind in WEIGHTED for site in forward.sites):
+    if any(s.foreign and s.kind in WEIGHTED and not s.computed for s in forward.sites):
         # outermost: what model code reads itself is of this dtype, whatever is done to it before
-        forward = forward.with_rule(Rule("weight", at_read, name=name, level=2))
+        rule = Rule("weight", at_read, lambda site: not site.computed, name, level=2)
+        forward = forward.with_rule(rule)
     forward = forward.with_rule(Rule("gather", at_gather, name=name))
     if foreign:
-        loose = _loose(forward)
         for kind in sorted(kinds & {*WEIGHTED, "norm"} - {"weight"}):
             # outside of all: whatever computes at a site has its dtypes from its arguments
             forward = forward.with_rule(Rule(kind, _by_itself, name="no autocast", level=3))
         if "attention" in kinds:  # as autocast does it, which does not see it under vmap
             forward = forward.with_rule(Rule("attention", _attends_in(dtype), name=name, level=3))
-        forward = replace(forward, build=partial(_autocast, forward.build, dtype, loose))
+        forward = _around(forward, lambda f: partial(_autocast, f.build, dtype, _loose(f)))
     return forward.with_step("mixed_precision")
 
 
@@ -126,13 +129,35 @@ def _cast(p: Tree, dtype: torch.dtype, chosen: Callable[[str], bool] = lambda le
 
 
 Run = Callable[[Tree, Any], Any]
+Build = Callable[[Site], Run]
 
 
-def _widened(build: Callable[[Site], Run], dtype: torch.dtype, site: Site) -> Run:
-    run = build(site)
+def _around(forward: Forward, build: Callable[[Forward], Build]) -> Forward:
+    """The forward with another ``build``, made of its own, in whichever mode its layers are."""
+    remade = forward.remade
+    again = None if remade is None else lambda change: _around(remade(change), build)
+    return replace(forward, build=build(forward), remade=again)
 
+
+def _wide(forward: Forward, dtype: torch.dtype) -> Forward:
     def wide(x: Any) -> Any:
         return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    def widen(module: nn.Module) -> nn.Module:
+        for m in module.modules():
+            m._buffers.update({name: wide(leaf) for name, leaf in m._buffers.items()})
+        return module
+
+    def build(forward: Forward) -> Build:
+        assert forward.remade is not None  # as every forward of from_module's has it
+        return partial(_widened, forward.remade(widen).build, wide, forward.aux)
+
+    buffers = {name: wide(leaf) for name, leaf in forward.buffers.items()}
+    return replace(_around(forward, build), buffers=buffers)
+
+
+def _widened(build: Build, wide: Callable[[Any], Any], aux: bool, site: Site) -> Run:
+    run = build(site)
 
     def call(params: Tree, batch: Any) -> Any:
         flat = flatten(params)
@@ -140,20 +165,28 @@ def _widened(build: Callable[[Site], Run], dtype: torch.dtype, site: Site) -> Ru
         def cast(path: str, leaf: Tensor) -> Tensor:
             return leaf if is_scale(path, flat) and not is_mark(path, flat) else wide(leaf)
 
-        return run(map_with_path(cast, params), torch.utils._pytree.tree_map(wide, batch))
+        out = run(map_with_path(cast, params), torch.utils._pytree.tree_map(wide, batch))
+        if not aux:
+            return out
+        out, buffers = out  # these in the dtypes that params hold them in
+        return out, map_with_path(lambda at, leaf: leaf.to(flat.get(at, leaf).dtype), buffers)
 
     return call
+
+
+def _owners(forward: Forward) -> frozenset[str]:
+    """Modules whose leaves their weight is computed from, in the leaves' own dtype."""
+    return frozenset(s.weight.rpartition(".")[0] for s in forward.sites if s.computed)
 
 
 def _loose(forward: Forward) -> Callable[[str], bool]:
     """Whether a leaf lies in no site: no gather meets it."""
     places = tuple({f"{site.path}." for site in forward.sites if site.outermost})
-    return lambda path: not path.startswith(places)
+    computed = _owners(forward)
+    return lambda path: not path.startswith(places) and path.rpartition(".")[0] not in computed
 
 
-def _autocast(
-    build: Callable[[Site], Run], dtype: torch.dtype, loose: Callable[[str], bool], site: Site
-) -> Run:
+def _autocast(build: Build, dtype: torch.dtype, loose: Callable[[str], bool], site: Site) -> Run:
     run = build(site)
 
     def call(params: Tree, batch: Any) -> Any:
@@ -162,13 +195,14 @@ def _autocast(
         try:
             with torch.autocast(device, dtype, cache_enabled=False):
                 return run(params, batch)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError) as error:
             if "dtype" not in str(error) and "scalar type" not in str(error):
                 raise
+            said = error.__cause__ or error  # torch's own words
             raise RuntimeError(
-                f"mixed_precision: the module's own code brings tensors of two dtypes together, "
-                f"where torch.autocast casts none ({error}). Cast there in the module, or use the "
-                f"module itself in one dtype: from_module(module.to({dtype}))"
+                f"mixed_precision: the module's own code, {place_of(error)}, brings tensors of two "
+                f"dtypes together, where torch.autocast casts none ({said}). Cast there in the "
+                f"module, or use the module itself in one dtype: from_module(module.to({dtype}))"
             ) from error
 
     return call

@@ -6,6 +6,7 @@ Everything here is a part of the private copy that ``from_module`` works on.
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -29,6 +30,21 @@ from params.tree import Tree, flatten, unflatten
 def given(module: nn.Module, flat: Tree, args: Any, kwargs: Any) -> Any:
     """``functional_call``, which would leave the tensors in a layer that has two names."""
     return functional_call(module, flat, args, kwargs, tie_weights=False)
+
+
+def place_of(error: Exception) -> str:
+    """Where in a foreign module an error was raised: "Conv1d of Mixer in model.layers.0"."""
+    within: list[str] = []
+    path = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner: Any = frame.f_locals.get("self")
+        if issubclass(type(owner), AtSite):
+            path = owner.info.path
+        elif isinstance(owner, nn.Module):
+            torchs = type(owner).__module__.startswith("torch.")
+            within = [type(owner).__name__, *(within[-1:] if torchs else [])]
+    where = " of ".join(within) or "the module"
+    return f"{where} in {path}" if path else where
 
 
 @dataclass(frozen=True)

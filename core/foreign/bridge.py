@@ -28,6 +28,7 @@ from core.foreign.at_site import (
     at_site,
     given,
     leave_fast_paths,
+    place_of,
     rewrite_calls,
     rewrite_glu,
 )
@@ -134,7 +135,8 @@ def _forward(
             try:
                 out = caller(lambda *args, **kwargs: given(body, flat, args, kwargs), batch)
             except RuntimeError as error:
-                if (said := _two_dtypes(error, flat)) is None:
+                named = {name: leaf for name, leaf in (own | flat).items() if name not in ties}
+                if (said := _two_dtypes(error, named)) is None:
                     raise
                 raise TypeError(said) from error
             watch.compare(before, held, own)
@@ -151,22 +153,22 @@ def _forward(
         buffers=stored,
         aux=buffers,
         modes=frozenset(m.training for m in blank.modules()),
-        in_mode=lambda mode: _forward(copied(blank).train(mode), caller, head, blocks, buffers),
+        remade=lambda change: _forward(change(copied(blank)), caller, head, blocks, buffers),
         unfound=tuple(unfound),
     )
 
 
-def _two_dtypes(error: RuntimeError, flat: Mapping[str, Tensor]) -> str | None:
-    """What to do about torch's error where params of two dtypes meet; None for any other error."""
-    held = {leaf.dtype: name for name, leaf in flat.items() if leaf.is_floating_point()}
+def _two_dtypes(error: RuntimeError, leaves: Mapping[str, Tensor]) -> str | None:
+    """What to do about torch's error where leaves of two dtypes meet; None for any other error."""
+    held = {leaf.dtype: name for name, leaf in leaves.items() if leaf.is_floating_point()}
     words = str(error)
     if len(held) < 2 or "type" not in words:
         return None
-    where = " and ".join(f"{name} in {dtype}" for dtype, name in held.items())
+    where = " and ".join(f"{name} is {dtype}" for dtype, name in held.items())
     return (
-        f"two dtypes meet in the module's own code, which takes one only: params hold {where} "
-        f"({words.splitlines()[0]}). mixed_precision(forward) casts where they meet; or cast all "
-        "params to one dtype"
+        f"two dtypes meet in the module's own code, in {place_of(error)}, which takes one only: "
+        f"{where} ({words.splitlines()[0]}). mixed_precision(forward, dtype) casts where they "
+        "meet; or from_module(module.to(dtype)) has all params and buffers in one"
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from core.foreign.gated import Gated, find_gated
 from core.foreign.probes import close, failed, failures, is_plain, noise, probe, takes_one
@@ -99,7 +100,12 @@ def _find(
                 leaf = f"{name}.{key}" if name else key
                 held = names.get(id(p), leaf)
                 info = SiteInfo("weight", held, not inner, foreign=True, leaf=held)
-                yield Found(name, replace(info, shape=tuple(p.shape), dtype=p.dtype), leaf)
+                about: Any = {
+                    "shape": tuple(p.shape),
+                    "dtype": p.dtype,
+                    "computed": _computes_from(m),
+                }
+                yield Found(name, replace(info, **about), leaf)
 
 
 def _site(m: nn.Module, name: str, names: Mapping[int, str], kind: str, **more: Any) -> Found:
@@ -122,6 +128,13 @@ def is_matrix(owner: nn.Module, p: Tensor) -> bool:
     with, or looked up in. A convolution's is not."""
     conv = isinstance(owner, nn.modules.conv._ConvNd)
     return p.is_floating_point() and p.ndim >= 2 and min(p.shape) > 1 and not conv
+
+
+def _computes_from(owner: nn.Module) -> bool:
+    """Whether a module's parameters are what its weight is computed from, before each use."""
+    made = any(isinstance(value, Tensor) for value in vars(owner).values())  # by a hook
+    by_hook = made and bool(owner._forward_pre_hooks)
+    return isinstance(owner, parametrize.ParametrizationList) or by_hook
 
 
 def inside(path: str, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 import warnings
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from tests.foreign import chains, columns
 from tests.foreign.bench import Bench, NothingThereError
 from tests.foreign.families import Family
-from tests.foreign.oracle import Oracle, WrongError
+from tests.foreign.oracle import BareFailsError, Oracle, WrongError
 
 OURS = ("core", "params", "transforms", "kernels")
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +77,8 @@ def cell(bench: Bench, column: str) -> Cell:
                 bench.said += [str(w.message) for w in caught]
     except NothingThereError:
         return Cell("-")
+    except BareFailsError as theirs:
+        return Cell("b", str(theirs))
     except WrongError as wrong:
         return Cell("W", str(wrong))
     except Exception as error:
@@ -85,7 +88,7 @@ def cell(bench: Bench, column: str) -> Cell:
 
 def _failed(bench: Bench, column: str, error: Exception) -> Cell:
     said = f"{type(error).__name__}: {error}"
-    if is_clear(bench, error):
+    if is_clear(bench.family, error):
         return Cell("c", said)
     if column in DRIVERS and (theirs := bench.oracle.bare(DRIVERS[column])):
         return Cell("b", theirs)
@@ -116,23 +119,28 @@ def bare_in(bench: Bench, dtype: torch.dtype, train: bool) -> str:
     return ""
 
 
-def is_clear(bench: Bench, error: Exception) -> bool:
-    """An error of ours that names a module, a weight or the argument that remedies it."""
+REMEDIES = {"head", "call", "skip", "blocks", "buffers", "policy", "select", "from_module"}
+
+
+def is_clear(family: Family, error: Exception) -> bool:
+    """An error of ours that names a module, a weight or the argument that remedies it.
+
+    Ours: a ``raise`` of ours made it. What torch raises below a call of ours has that call as its
+    last line of Python, and may happen to name a head.
+    """
     if not isinstance(error, ValueError | TypeError | NotImplementedError | RuntimeError):
         return False
-    if not _ours(traceback.extract_tb(error.__traceback__)[-1].filename):
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    if not _ours(last.filename) or not (last.line or "").startswith("raise "):
         return False
-    module = bench.family.fresh()
-    names = {n for n, _ in module.named_modules()} | {n for n, _ in module.named_parameters()}
+    module = family.fresh()
+    names = {n for n, _ in module.named_modules(remove_duplicate=False)}
+    names |= {n for n, _ in module.named_parameters(remove_duplicate=False)}
+    names |= {n for n, _ in module.named_buffers(remove_duplicate=False)}
     names |= {type(m).__name__ for m in module.modules()}
-    words = {w.strip("'\",:;()[]{}.`") for w in str(error).replace("=", " ").split()}
-    return (
-        bool(
-            words
-            & (names | {"head", "call", "skip", "blocks", "buffers", "policy", "select"} - {""})
-        )
-        and len(str(error)) > 30
-    )
+    words = set(re.split(r"[\s'\",:;()\[\]{}`=]+", str(error)))
+    words |= {word.strip(".") for word in words}
+    return bool(words & (names | REMEDIES) - {""}) and len(str(error)) > 30
 
 
 def _ours(filename: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +14,7 @@ from core import Forward, from_module
 from params import num_bytes
 from params.tree import Tree, flatten
 from tests.foreign.bench import ALPHA, RANK, Bench, NothingThereError, adapted, int8_weights, shaken
-from tests.foreign.families import Batch
-from tests.foreign.oracle import Named, WrongError, compare, compare_grads
+from tests.foreign.oracle import BareFailsError, Named, WrongError, compare, compare_grads
 from transforms import (
     accumulate,
     checkpoint,
@@ -132,49 +132,88 @@ def chained(forward: Forward) -> list[Forward]:
     return [checkpoint(forward) if blocks(forward) else forward]
 
 
-def half_precision(bench: Bench, f: Any, params: Tree, batch: Batch) -> None:
-    """Near the exact result, as near as PyTorch's own ways of bf16, and not the fp32 one."""
-    exact = bench.oracle.result()
-    peers = [bench.oracle.result(dtype=torch.bfloat16)]
-    if (autocast := bench.oracle.autocast()) is not None:
+BATCHES = 8  # of which one may fall well or ill
+
+
+@dataclass
+class Errors:
+    """Squares of the distances from the exact result, of ours and of each of PyTorch's own ways."""
+
+    ours: float
+    theirs: list[float]
+    size: float
+
+    def __add__(self, other: Errors) -> Errors:
+        theirs = [a + b for a, b in zip(self.theirs, other.theirs, strict=True)]
+        return Errors(self.ours + other.ours, theirs, self.size + other.size)
+
+    def beyond(self, factor: float, slack: float) -> bool:
+        """Whether ours is more than so many times as far off as the worst of PyTorch's ways."""
+        return not self.ours**0.5 <= factor * max(self.theirs) ** 0.5 + slack * self.size**0.5
+
+    def __str__(self) -> str:
+        return f"{self.ours**0.5:.3g}; bf16's and autocast's by {max(self.theirs) ** 0.5:.3g}"
+
+
+def half_precision(bench: Bench, f: Any, params: Tree, dtype: torch.dtype) -> None:
+    """Near the exact result, as near as PyTorch's own ways of bf16, and not the fp32 one.
+
+    Four times as far off are allowed. An error of one batch is one draw of a distribution with long
+    tails, though: what is farther off there is judged by the root mean square over eight batches,
+    of which twice PyTorch's is allowed. NaN where both of PyTorch's ways have it is the module's.
+    """
+    first = errors(bench, f, params, dtype, 0)
+    far = {name for name, e in first.items() if e.beyond(4, 2.0**-6)}
+    if not far:
+        return
+    total = {name: first[name] for name in far}
+    for seed in range(1, BATCHES):
+        more = errors(bench, f, params, dtype, seed)
+        total = {name: total[name] + more[name] for name in far}
+    for name, e in total.items():
+        if e.beyond(2, 2.0**-6):
+            raise WrongError(f"{name} off by {e}, in {BATCHES} batches")
+
+
+def errors(bench: Bench, f: Any, params: Tree, dtype: torch.dtype, seed: int) -> dict[str, Errors]:
+    exact = bench.oracle.result(seed=seed)
+    peers = [bench.oracle.result(dtype=torch.bfloat16, seed=seed)]
+    if (autocast := bench.oracle.autocast(seed)) is not None:
         peers.append(autocast)
+    batch = bench.batch(dtype, seed)
     out = f(params, batch)
-    size = float(exact.out.abs().max())
-    error, *errors = (
-        float((o.double() - exact.out.double()).abs().max())
-        for o in (out, *(peer.out for peer in peers))
-    )
-    if not error <= 4 * max(errors) + 2.0**-8 * size:
-        raise WrongError(f"output off by {error:.3g}; bf16 and autocast by {errors}")
+    outs = [(peer.out.double() - exact.out.double()).abs().max().item() for peer in peers]
+    error, size = (float((o.double()).abs().max()) for o in (out - exact.out, exact.out))
+    if not error <= 4 * max(outs) + 2.0**-8 * size:
+        raise WrongError(f"output off by {error:.3g}; bf16 and autocast by {outs}")
     if error <= 1e-6 * size:
         raise WrongError(f"output off by {error:.3g} of {size:.3g}: nothing was computed in bf16")
     _, grads = value_and_grad(bench.loss(f))(params, batch)
-    flat = flatten(grads)
+    flat, held = flatten(grads), flatten(params)
     largest = max(float(g.abs().max()) for g in exact.grads.values())
+    found = {}
     for name, g in exact.grads.items():
-        if flat[name].dtype != flatten(params)[name].dtype:
+        if flat[name].dtype != held[name].dtype:
             raise WrongError(f"the gradient of {name} is {flat[name].dtype}")
-        error = float((flat[name].double() - g.double()).norm())
-        theirs = max(float((t.grads[name].double() - g).norm()) for t in peers)
-        slack = 2.0**-6 * max(float(g.norm()), 1e-2 * largest * g.numel() ** 0.5)
-        if not error <= 4 * theirs + slack:
-            raise WrongError(
-                f"gradient of {name} off by {error:.3g}; bf16's and autocast's by {theirs:.3g}"
-            )
+        known = [p.grads[name] for p in peers if p.grads[name].isfinite().all()]
+        if not known:
+            raise BareFailsError(f"the bare module's gradient of {name} is not finite in bf16")
+        ours, *theirs = (float((t.double() - g).norm()) ** 2 for t in (flat[name], *known))
+        size = max(float(g.norm()), 1e-2 * largest * g.numel() ** 0.5)
+        found[f"gradient of {name}"] = Errors(ours, theirs, size**2)
+    return found
 
 
 def bf16(bench: Bench) -> None:
     """mixed_precision over fp32 weights."""
     forward, params = bench.forward(torch.float32)
-    half_precision(bench, mixed_precision(forward), params, bench.batch(torch.float32))
+    half_precision(bench, mixed_precision(forward), params, torch.float32)
 
 
 def cast(bench: Bench) -> None:
     """cast_matrices once, then the bare forward."""
     forward, params = bench.forward(torch.float32)
-    half_precision(
-        bench, forward, cast_matrices(params, torch.bfloat16), bench.batch(torch.bfloat16)
-    )
+    half_precision(bench, forward, cast_matrices(params, torch.bfloat16), torch.bfloat16)
 
 
 def fp64(bench: Bench) -> None:

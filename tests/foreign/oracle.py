@@ -108,11 +108,11 @@ class Oracle:
         self.known[full] = Result(out.detach(), loss.detach(), named, frozen)
         return self.known[full]
 
-    def autocast(self) -> Result | None:
+    def autocast(self, seed: int = 0) -> Result | None:
         """The fp32 module under PyTorch's own mixed precision; None if it cannot."""
-        if "autocast" not in self.known:
+        if ("autocast", seed) not in self.known:
             module = self.family.fresh()
-            batch = self.family.batch()
+            batch = self.family.batch(seed)
             learned = {n: p for n, p in module.named_parameters() if p.requires_grad}
             try:
                 with torch.autocast("cpu", torch.bfloat16):
@@ -120,10 +120,10 @@ class Oracle:
                 loss = loss_of(out, batch)
                 grads = torch.autograd.grad(loss, list(learned.values()), materialize_grads=True)
                 named = dict(zip(learned, grads, strict=True))
-                self.known["autocast"] = Result(out.detach(), loss.detach(), named)
+                self.known["autocast", seed] = Result(out.detach(), loss.detach(), named)
             except (RuntimeError, TypeError, ValueError):
-                self.known["autocast"] = None
-        return self.known["autocast"]
+                self.known["autocast", seed] = None
+        return self.known["autocast", seed]
 
     def noise(self, **given: Any) -> Result:
         """How far results move if every parameter moves by one rounding."""
@@ -245,6 +245,10 @@ class _Bound:
 
 class WrongError(AssertionError):
     """A cell's number, dtype or size is not what it should be."""
+
+
+class BareFailsError(Exception):
+    """The bare module gives no number there either."""
 
 
 def compare(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, vmap
+from torch.nn.utils import parametrizations
 
 from core import Rule, TextConfig, VLMConfig, from_module, make_batch, vlm
 from params import init_params
@@ -248,7 +251,7 @@ def test_dtypes_that_meet_nevertheless_are_named() -> None:
             )
 
     forward, params = from_module(Fixed())
-    with pytest.raises(RuntimeError, match="mixed_precision: the module's own code brings tensors"):
+    with pytest.raises(RuntimeError, match="mixed_precision: the module's own code, Fixed, brings"):
         mixed_precision(forward)(params, {"x": torch.randn(2, 4)})
 
 
@@ -267,6 +270,59 @@ def test_two_dtypes_in_foreign_code_are_named_with_the_remedy() -> None:
     forward, params = from_module(Convolved())
     batch = {"x": torch.randn(2, 4, 5)}
     low = cast_matrices(params, torch.bfloat16)
-    with pytest.raises(TypeError, match=r"line\.weight in torch\.bfloat16.*mixed_precision"):
+    with pytest.raises(TypeError, match=r"Conv1d of Convolved.* is torch\.bfloat16.*mixed_"):
         forward(low, batch)
     assert mixed_precision(forward)(low, batch).dtype == torch.bfloat16
+
+
+class Counted(nn.Module):
+    """Convolutions and running statistics; a matrix that is no parameter and is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)
+        self.line = parametrizations.orthogonal(nn.Linear(4, 4))
+        self.register_buffer("mix", torch.randn(4, 4), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.line(self.norm(self.conv(x)).mT) @ self.mix
+
+
+@pytest.mark.filterwarnings("ignore:a call changes the buffers")
+@pytest.mark.parametrize("buffers", [False, True])
+def test_a_wider_dtype_takes_buffers_too(buffers: bool, assert_same) -> None:
+    module, x = Counted(), torch.randn(2, 4, 5)
+    forward, params = from_module(module, buffers=buffers)
+    want = copy.deepcopy(module).double()
+    out = mixed_precision(forward, torch.float64)(params, {"x": x})
+    assert_same(out[0] if buffers else out, want(x.double()), 1e-14)
+    if buffers:
+        held = dict(module.named_buffers())  # they come back in the dtypes that they came in
+        kept = {name: leaf.to(held[name].dtype) for name, leaf in want.named_buffers()}
+        assert_same(out[1], unflatten(kept), 0)
+    with torch.no_grad():
+        still = mixed_precision(forward, torch.float64).with_mode(False)(params, {"x": x})
+    before = copy.deepcopy(module).double().eval()
+    assert_same(still[0] if buffers else still, before(x.double()), 1e-14)
+
+
+def test_a_weight_that_is_computed_is_computed_in_its_own_dtype() -> None:
+    """Householder's products end in NaN in bf16; autocast leaves what they are made of alone."""
+    torch.manual_seed(0)
+    forward, params = from_module(
+        nn.Sequential(nn.Linear(16, 16), nn.Tanh(), parametrizations.orthogonal(nn.Linear(16, 16)))
+    )
+    low = mixed_precision(forward)
+    x = {"input": torch.randn(3, 16)}
+    _, grads = value_and_grad(lambda p, b: low(p, b).float().square().mean())(params, x)
+    _, want = value_and_grad(lambda p, b: forward(p, b).square().mean())(params, x)
+    for path, g in flatten(want).items():
+        assert (flatten(grads)[path] - g).norm() <= 0.05 * g.norm() + 1e-4, path
+
+
+def test_another_mode_is_in_low_precision_too() -> None:
+    forward, params = from_module(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4)))
+    low = mixed_precision(forward)
+    assert low(params, {"input": torch.ones(2, 4)}).dtype == torch.bfloat16
+    still = low.with_mode(False)
+    assert still(params, {"input": torch.ones(2, 4)}).dtype == torch.bfloat16
