@@ -67,15 +67,15 @@ def allocations_in() -> type[Allocations]:
 
 
 def beyond_a_sample(items: Iterable[pytest.Item]) -> list[pytest.Item]:
-    """The cases that a GPU leaves out of tests which the interpreter runs in full: all but three of
-    each test, the first, the middle and the last. Each case is a kernel to compile, for a second or
+    """The cases that a GPU leaves out of tests which the interpreter runs in full: all but two of
+    each test, the first and the last. Each case is a kernel to compile, for a second or
     more; the interpreter shows that a kernel is right, a GPU that compiled it is the same."""
     cases: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("gpu") and "kernel_device" in getattr(item, "fixturenames", ()):
             test = getattr(item, "originalname", item.name)
             cases.setdefault((str(item.path), test), []).append(item)
-    kept = {id(each[i]) for each in cases.values() for i in (0, len(each) // 2, -1)}
+    kept = {id(each[i]) for each in cases.values() for i in (0, -1)}
     return [item for each in cases.values() for item in each if id(item) not in kept]
 
 
@@ -92,6 +92,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if any(absent and item.get_closest_marker(mark) for mark, absent in cannot.items())
     ]
     if not config.getoption("every_case"):
+        out += [item for item in items if item.get_closest_marker("every_case")]
         out += beyond_a_sample(item for item in items if item not in out)
     if out:
         config.hook.pytest_deselected(items=out)

@@ -164,23 +164,31 @@ def parity(
     return shares
 
 
+# What runs without `--every-case`, by head size. Each of flash-attn 4 takes 10 s to compile, and
+# whatever kind of call is made is proved when it is made (test_proof.py).
+SAMPLE = {
+    "flash-attn-4": {64: ("causal", "uniform full"), 128: ("causal",)},
+    "cudnn": {64: ("uniform full",), 128: ("uniform causal",)},
+    "torch-varlen": {8: ("causal",), 64: tuple(CASES), 256: ("full window",)},
+    "flash-attn": {8: ("causal",), 64: tuple(CASES), 256: ("full window",)},
+    "triton": {16: ("causal",), 64: ("full window", "uniform window"), 256: ("causal",)},
+}
+
+
 def tested() -> list[Any]:
-    """(library, head size, case, dtype). Few of flash-attn-4, of which each takes 10 s to compile:
-    whatever kind of call is made is also proved when it is (test_proof.py)."""
+    """(library, head size, case, dtype) of everything that `dispatch.TESTED` promises."""
+    half, single = torch.float16, torch.float32
     out = []
     for backend in LIBRARIES:
         for head_dim in dispatch.TESTED[backend]:
             names = tuple(CASES) if head_dim in (64, 128) else ("causal", "full window")
-            if backend == "triton":  # the interpreter has the other sizes' other cases
-                names = tuple(CASES) if head_dim == 64 else ("causal",)
-            if backend == "flash-attn-4":  # for the other size as for 64
-                names = FLASH_4 if head_dim == 64 else ("causal",)
-            out += [pytest.param(backend, head_dim, name, torch.bfloat16) for name in names]
-            if head_dim == 64:
-                out.append(pytest.param(backend, head_dim, "causal", torch.float16))
-            if backend == "triton" and head_dim in (64, 72):
-                out.append(pytest.param(backend, head_dim, "causal", torch.float32))
-                out.append(pytest.param(backend, head_dim, "full window", torch.float32))
+            for name in names:
+                often = name in SAMPLE[backend].get(head_dim, ())
+                marks = () if often else pytest.mark.every_case
+                out.append(pytest.param(backend, head_dim, name, torch.bfloat16, marks=marks))
+        out.append(pytest.param(backend, 64, "causal", half, marks=pytest.mark.every_case))
+    out.append(pytest.param("triton", 64, "causal", single, marks=pytest.mark.every_case))
+    out.append(pytest.param("triton", 72, "full window", single))
     return out
 
 
