@@ -8,11 +8,6 @@ python -m runners.train --config runs/NAME      # the same run again, in a folde
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports that follow, which take seconds
-    from runners.shell import compile_ahead
-
-    compile_ahead.expect()
-
 import json
 import shlex
 import sys

@@ -18,14 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Keep = Callable[[str], bool]
 
-# A product for which a GPU has another kernel: a policy that names aten.mm means it everywhere.
-_SAME_PRODUCT = {"nanovision.wide_linear": "aten.mm"}
-
 
 def operation(func: Any) -> str:
     """What policies call an operation: ``aten.mm``, ``nanovision.flash_attention``."""
-    name = str(func.overloadpacket)
-    return _SAME_PRODUCT.get(name, name)
+    return str(func.overloadpacket)
 
 
 @dataclass

@@ -63,7 +63,6 @@ def _flash_attn_4_options(cu: Tensor | None, how: _How) -> dict[str, Any]:
 def _flash_attn_4_forward(
     q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, how: _How
 ) -> tuple[Tensor, Tensor]:
-    _wait_for("forward")
     # one level under its autograd Function of 33 arguments, which has no vmap and no setup_context
     forward = _function("flash_attn.cute.interface", "_flash_attn_fwd")
     with torch.cuda.device_of(q):  # it launches on the current device
@@ -81,7 +80,6 @@ def _flash_attn_4_backward(
     cu: Tensor | None,
     how: _How,
 ) -> tuple[Tensor, ...]:
-    _wait_for("backward")
     backward = _function("flash_attn.cute.interface", "_flash_attn_bwd")
     options = _flash_attn_4_options(cu, how)
     with torch.cuda.device_of(q):
@@ -89,63 +87,6 @@ def _flash_attn_4_backward(
             q, k, v, out, grad, lse, **options, deterministic=how.deterministic
         )
     return dq, dk, dv
-
-
-_until: dict[str, list[Callable[[], None]]] = {"forward": [], "backward": []}
-
-
-def before_first(part: str, wait: Callable[[], None]) -> None:
-    """The next call of flash-attn 4's "forward" or "backward" calls `wait` before it compiles what
-    is not in its cache: another process is at it."""
-    _until[part].append(wait)
-
-
-def waiting() -> bool:
-    """Whether a first call of flash-attn 4 will wait for another process."""
-    return any(_until.values())
-
-
-def _wait_for(part: str) -> None:
-    waits = _until[part]
-    while waits:
-        waits.pop()()
-
-
-def compile_flash_attn_4(
-    part: str,
-    tokens: int,
-    documents: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    longest: int,
-    length: int | None,
-    causal: bool,
-    window: int | None,
-    deterministic: bool,
-) -> None:
-    """Has flash-attn 4 compile what a "forward" or "backward" launches, in bf16.
-
-    Arguments are those of `kernels.attention`, sizes for tensors. Inside a FakeTensorMode, so that
-    nothing is launched: the library compiles for the GPU that its environment variables name.
-    """
-
-    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="cuda")
-
-    q, k, v = (empty(tokens, n, head_dim) for n in (heads, kv_heads, kv_heads))
-    ends = None if length is not None else empty(documents + 1, dtype=torch.int32)
-    (q, k, v, out), cu = _arranged((q, k, v, torch.empty_like(q)), ends, "flash-attn-4", length)
-    options = _flash_attn_4_options(cu, _How(length or longest, causal, window, head_dim**-0.5))
-    if part == "forward":
-        forward = _function("flash_attn.cute.interface", "_flash_attn_fwd")
-        forward(q, k, v, **options, return_lse=True)
-        return
-    lse = empty(
-        *_lse_shape(empty(tokens, heads, head_dim), "flash-attn-4", length), dtype=torch.float32
-    )
-    backward = _function("flash_attn.cute.interface", "_flash_attn_bwd")
-    backward(q, k, v, out, torch.empty_like(out), lse, **options, deterministic=deterministic)
 
 
 def _flash_attn_2_forward(

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from kernels.linear.linear import add_product
-from kernels.linear.product import check_request, product
 from kernels.loss import cross_entropy_triton
 from kernels.loss.cross_entropy import (
     capped,
@@ -180,7 +179,7 @@ def _fused(
         here = slice(start, start + rows)
         h, y, out = clean[here], labels[here], losses[here]
         z = buffer[: h.shape[0]]
-        product(h, unembed.t(), out=z)
+        torch.mm(h, unembed.t(), out=z)
         if not (need_hidden or need_unembed or need_bias):
             cross_entropy_triton.forward_rows(z, y, bias, out, None, None, *options)
             continue
@@ -453,7 +452,6 @@ def linear_cross_entropy(
         raise ValueError(f"{where}: accumulate='bf16' is for bf16 weights, got {unembed.dtype}.")
     check_label_range(where, labels, unembed.shape[0], ignore_index, check_labels)
     triton = choose("linear_cross_entropy", str(hidden.device), hidden.dtype) == "triton"
-    check_request(hidden)
     if chunk is None:
         chunk = chunk_within(memory, unembed.shape[0], hidden, triton)
     # fp16 gradients wait for the backward: loss scaling has to come before they are rounded

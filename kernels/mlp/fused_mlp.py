@@ -31,7 +31,6 @@ from kernels.linear.fused_linear import (
     nothing,
 )
 from kernels.linear.linear import add_product, linear_reference
-from kernels.linear.product import product, wide_linear
 from kernels.loss.cross_entropy import is_last_backward
 from kernels.mlp.glu import SWIGLU
 from kernels.norm.rms_norm import RMS_NORM
@@ -96,14 +95,15 @@ def _gated_forward(
     keep: bool,
     **_: Any,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+    dtype = gate.dtype
     h, total, r = add_norm(x, residual, norm_weight, eps, norm_triton)
     if keep:
-        a, b = wide_linear(h, gate), wide_linear(h, up)
+        a, b = (linear_reference(h.to(dtype), w, None) for w in (gate, up))
         return (linear_reference(glu(a, b, "swiglu", glu_triton), down, None), total), (r, a, b)
     h = rows_of(h)
     parts = []
     for here in _chunks(len(h), len(gate), gate.element_size()):
-        a, b = wide_linear(h[here], gate), wide_linear(h[here], up)
+        a, b = (linear_reference(h[here].to(dtype), w, None) for w in (gate, up))
         parts.append(linear_reference(glu(a, b, "swiglu", glu_triton), down, None))
     y = parts[0] if len(parts) == 1 else torch.cat(parts)
     return (y.view(*x.shape[:-1], down.shape[0]), total), (r,)
@@ -158,13 +158,13 @@ def _gated_gradients(
             of_gate, of_up = rows_of(a), rows_of(b)
         else:
             assert h is not None
-            of_gate, of_up = (product(h[here], w.t()) for w in (gate, up))
+            of_gate, of_up = (torch.mm(h[here], w.t()) for w in (gate, up))
             if later and len(chunks) == 1:
                 h = None
         act = None if glu_triton or not needs[3] else glu(of_gate, of_up, "swiglu", False)
         spend = overwrite or a is None
         da, db, value = glu_gradients(
-            product(dy[here], down), of_gate, of_up, "swiglu", glu_triton, needs[3], spend
+            torch.mm(dy[here], down), of_gate, of_up, "swiglu", glu_triton, needs[3], spend
         )
         act = value if act is None else act
         del of_gate, of_up, value

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from kernels.linear import cublas_lt
 from kernels.runtime import dynamo, launch
 from kernels.runtime.proof import import_problem, proof_problem, warn_once
 
@@ -47,7 +46,6 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "adamw": ("triton", "torch"),
     "muon": ("triton", "torch"),
     "fp8_linear": ("triton", "torch"),
-    "product": ("cublas-lt", "torch"),
 }
 
 _FLASH_NAMES = {
@@ -213,19 +211,15 @@ def _problem(op: str, backend: str, facts: Facts, prove: bool) -> str | None:
     return proof_problem(proof.libraries, lambda: proof.case(facts), key, facts.device)
 
 
-def why_not(
-    op: str, backend: str, *facts: Any, installed: bool = False, **named: Any
-) -> str | None:
+def why_not(op: str, backend: str, *facts: Any, **named: Any) -> str | None:
     """Why a backend cannot serve a call, as a clause ("needs a CUDA GPU"), or None if it can.
 
     Nothing is run: a backend from outside may still fail its proof. Arguments as for `choose`.
-
-    installed: an attention's library is taken to be, without the import that tells.
     """
-    return _why_not(op, backend, Facts(*facts, **named), installed)
+    return _why_not(op, backend, Facts(*facts, **named))
 
 
-def _why_not(op: str, backend: str, facts: Facts, installed: bool = False) -> str | None:
+def _why_not(op: str, backend: str, facts: Facts) -> str | None:
     device, dtype, head_dim = facts.device, facts.dtype, facts.head_dim
     if op == "layer_norm" and backend == "triton" and head_dim > 8192:
         return f"keeps rows in registers, of up to 8192 entries, not {head_dim}"
@@ -233,8 +227,6 @@ def _why_not(op: str, backend: str, facts: Facts, installed: bool = False) -> st
         has = torch.cuda.get_device_capability(device)
         if has < (9, 0):
             return f"needs compute capability 9.0, this GPU has {has[0]}.{has[1]}"
-    if backend == "cublas-lt":
-        return _hopper_problem(device, dtype) or cublas_lt.problem()
     if op != "attention":
         return launch.why_not(device, dtype) if backend == "triton" else None
     if backend == "plain":
@@ -270,26 +262,7 @@ def _why_not(op: str, backend: str, facts: Facts, installed: bool = False) -> st
         return "counts the entries of q's gradient in 32 bits"
     if head_dim not in TESTED[backend]:
         return f"is not tested for head size {head_dim}"
-    return None if installed else _library_problem(backend)
-
-
-def wants_flash_attn_4(**facts: Any) -> bool:
-    """Whether `choose` takes flash-attn 4 for an attention if it is installed and proves right,
-    without a look at whether it is, which would import it. Arguments as for `choose`."""
-    known = Facts(**facts)
-    asked = requested("attention")
-    first = asked or _attention_order(known)[0]
-    return first == "flash-attn-4" and _why_not("attention", first, known, installed=True) is None
-
-
-def _hopper_problem(device: str, dtype: torch.dtype) -> str | None:
-    """None where bf16 products are computed that were measured on compute capability 9.0 alone."""
-    if torch.device(device).type != "cuda":
-        return "needs a CUDA GPU"
-    has = torch.cuda.get_device_capability(device)
-    if has != (9, 0):
-        return f"is measured for compute capability 9.0, this GPU has {has[0]}.{has[1]}"
-    return None if dtype == torch.bfloat16 else f"takes bfloat16, not {dtype}"
+    return _library_problem(backend)
 
 
 def _library_problem(backend: str) -> str | None:
@@ -339,7 +312,6 @@ def report(
     dtype: torch.dtype = torch.float32,
     attentions: Mapping[str, Mapping[str, Any]] = MappingProxyType({"text": {}}),
     operations: Sequence[str] = _FUSED,
-    products: Sequence[tuple[int, int, int, bool]] = (),
     fused_loss: bool = True,
     flash_attention: bool = True,
     fused_kernels: bool = True,
@@ -355,7 +327,6 @@ def report(
         attentions: what is known of each of the model's attentions, by its name, as `choose` takes
             it (head_dim, group, max_seqlen, length); those that get the same backend share a line.
         operations: which of rms_norm, layer_norm, swiglu and rope the model has.
-        products: (rows, inner, wide, transposed) of the model's widest products: x W^T, or x W.
         fused_loss, flash_attention, fused_kernels: what the user wants.
 
     >>> for line in report(flash_attention=False, fused_kernels=False): print(line)
@@ -392,10 +363,6 @@ def report(
     if not fused_kernels:
         lines.append("Fused kernels off")
         return lines
-    if any(cublas_lt.is_wide(*sizes[:3]) for sizes in products):
-        economical = choose("product", device, dtype) == "cublas-lt"
-        if economical and any(cublas_lt.fires(device, *sizes) for sizes in products):
-            lines.append("Using the most economical of cuBLAS's kernels for wide products")
     served_by: dict[str, list[str]] = {}
     for op in operations:
         backend = choose(op, device, dtype)

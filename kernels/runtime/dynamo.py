@@ -8,14 +8,11 @@ here until somebody imports it, us or a user who calls torch.compile; no other f
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
-import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -61,47 +58,6 @@ def check_hidden() -> None:
     """
     if torch.compiler.is_dynamo_compiling():
         raise RuntimeError("torch._dynamo was imported without telling nanovision: a bug of ours")
-
-
-@contextmanager
-def not_yet() -> Iterator[None]:
-    """A library that marks functions for Dynamo when it is imported is imported without it.
-
-    `torch.compiler.disable` and `torch.compile` import it at once (and `torch.compile` all of
-    Inductor: 2.3 s for quack-kernels 0.6.5, which compiles functions that we never call). In here
-    they do what PyTorch's own modules do: they wait for the first call of such a function.
-    """
-    if NAME in sys.modules:
-        yield
-        return
-    at_once, compiled = torch.compiler.disable, torch.compile
-
-    def later(fn: Any = None, recursive: bool = True, *, reason: str | None = None) -> Any:
-        return torch._disable_dynamo(fn, recursive)
-
-    # named, because quack asks whether it can be said (from torch 2.13 on) or Dynamo must be told
-    def compile_later(
-        model: Any = None, *, recompile_limit: int | None = None, **options: Any
-    ) -> Any:
-        if "recompile_limit" in inspect.signature(compiled).parameters:
-            options["recompile_limit"] = recompile_limit
-        if model is None:
-            return functools.partial(compile_later, **options)
-        made: list[Any] = []
-
-        @functools.wraps(model)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if not made:
-                made.append(compiled(model, **options))
-            return made[0](*args, **kwargs)
-
-        return run
-
-    torch.compiler.disable, torch.compile = later, compile_later
-    try:
-        yield
-    finally:
-        torch.compiler.disable, torch.compile = at_once, compiled
 
 
 class _Watch(MetaPathFinder):

@@ -19,8 +19,6 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from kernels.runtime import dynamo, program_cache
-
 PATIENCE = 900.0  # seconds that a proof may take: compiling its kernels is part of it
 _log = logging.getLogger(__name__)
 _found: dict[Hashable, str | None] = {}
@@ -116,11 +114,8 @@ def import_problem(module: str, remedy: str) -> str | None:
 
     A library that is installed and broken is also warned of, once.
     """
-    if module == "flash_attn.cute":
-        program_cache.keep()
     try:
-        # quack, which flash-attn 4 is made with, imports Dynamo: 1.2 of the 1.9 s that this takes
-        with dynamo.not_yet(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module(module)
     except ModuleNotFoundError as error:

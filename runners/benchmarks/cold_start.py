@@ -17,15 +17,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernels.runtime import program_cache
 from runners.data.tokenizer import train_tokenizer
+from runners.shell import kernel_cache
 
 # `python -m runners.train` that says when its modules are there
 IMPORTED = "imported"
-PROGRAM = (
-    "from runners.shell import compile_ahead; compile_ahead.expect(); import runners.train as t; "
-    f"print({IMPORTED!r}, flush=True); raise SystemExit(t.main())"
-)
+PROGRAM = f"import runners.train as t; print({IMPORTED!r}, flush=True); raise SystemExit(t.main())"
 STEPS = 14  # lines of the log that are waited for
 STEADY = 8  # the last of them, which say what the trainer reaches
 PATIENCE = 300.0  # seconds without a line: something hangs
@@ -72,8 +69,8 @@ def measure(
         caches = {
             "TORCHINDUCTOR_CACHE_DIR": "inductor",
             "TRITON_CACHE_DIR": "triton",
-            program_cache.FOLDER: "flash",
-            program_cache.QUACK_FOLDER: "quack",
+            kernel_cache.FOLDER: "flash",
+            kernel_cache.QUACK_FOLDER: "quack",
         }
         environment = os.environ | {k: str(folder / v) for k, v in caches.items()}
         environment["PYTHONUNBUFFERED"] = "1"

@@ -49,13 +49,12 @@ class Process(NamedTuple):
     popen: subprocess.Popen[bytes]
 
 
-def start(module: str, *, group: bool = False, quiet: bool = False) -> Process:
+def start(module: str, *, group: bool = False) -> Process:
     """Run `serve(link)` of a module, given by its full name. group: in a group of its own, with all
     that it starts.
 
     When its owner is gone, the leader of a group has a moment to end those that it started itself.
-    quiet: it writes nowhere, so that whoever reads our output need not wait for its end. Raises
-    UserError where the system has no room for another process.
+    Raises UserError where the system has no room for another process.
     """
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     # One thread each: there are as many workers as the user wants cores used.
@@ -74,8 +73,6 @@ def start(module: str, *, group: bool = False, quiet: bool = False) -> Process:
                     env={**os.environ, "PYTHONPATH": path, **limits},
                     pass_fds=(theirs.fileno(),),
                     stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL if quiet else None,
-                    stderr=subprocess.DEVNULL if quiet else None,
                     process_group=0 if group else None,
                 )
         finally:

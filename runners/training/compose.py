@@ -12,7 +12,6 @@ import torch
 import kernels
 from core import Forward, Longest, VLMConfig, vlm
 from core.model.vlm import ANY
-from kernels.loss.linear_cross_entropy import chunk_within
 from runners.shell.errors import UserError
 from runners.training.config import TrainConfig
 from transforms import (
@@ -53,13 +52,11 @@ def compose(
     model: VLMConfig,
     device: torch.device,
     longest: Longest = ANY,
-    tokens: int | None = None,
 ) -> Composed:
     """The forward of a model and the loss of a training run, from its config.
 
-    Order matters to speed and memory, not to the numbers. tokens: of a batch, if known; the report
-    then says which kernels products of that size take. Raises UserError naming the flag that the
-    device cannot serve.
+    Order matters to speed and memory, not to the numbers. Raises UserError naming the flag that
+    the device cannot serve.
     """
     dtype, why = compute_dtype(config, device)
     graphed = is_graphed(config, device)
@@ -112,7 +109,6 @@ def compose(
             dtype=dtype,
             attentions=_attentions(model, longest),
             operations=_operations(model),
-            products=_products(config, model, tokens, dtype, device),
             fused_loss=config.use_fused_loss,
             flash_attention=config.use_flash_attn,
             fused_kernels=config.use_fused_kernels,
@@ -202,36 +198,13 @@ def _operations(model: VLMConfig) -> tuple[str, ...]:
     return (*norms, "swiglu", "rope")
 
 
-def _products(
-    config: TrainConfig,
-    model: VLMConfig,
-    tokens: int | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> list[tuple[int, int, int, bool]]:
-    """The widest products of a step, as ``kernels.report`` takes them: of the decoder's MLPs, but
-    for those in fp8, and of the head."""
-    if tokens is None or not config.use_fused_kernels:
-        return []
-    text = model.text
-    found = []
-    if not config.use_fp8:
-        found = [(tokens, text.dim, text.mlp_dim, way) for way in (True, False)]
-    if config.use_fused_loss:
-        like = torch.empty(tokens, 0, dtype=dtype, device="meta")
-        triton = kernels.choose("linear_cross_entropy", str(device), dtype) == "triton"
-        rows = min(tokens, chunk_within(None, text.vocab_size, like, triton))
-        found += [(rows, text.dim, text.vocab_size, True)] if triton else []
-    return found
-
-
 def choose_backends(config: TrainConfig, device: torch.device) -> dict[str, str]:
     """The kernels that flags turn off, as ``kernels.override`` takes them."""
     chosen = {}
     if not config.use_flash_attn and device.type == "cuda":
         chosen["attention"] = "plain"
     if not config.use_fused_kernels:
-        ops = ("linear", "rms_norm", "layer_norm", "swiglu", "rope", "product")
+        ops = ("linear", "rms_norm", "layer_norm", "swiglu", "rope")
         chosen |= dict.fromkeys(ops, "torch")
     return chosen
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from core import Batch
-from kernels.attention import attention_flash
 from params import num_bytes
 from runners.shell.errors import UserError
 from runners.training.checkpoints import resume_flag, save_best
@@ -26,7 +25,6 @@ from runners.training.flops import measure_load, peak_flops, training_flops
 from runners.training.metrics import Display, Metrics, warned
 from runners.training.optim import learning_rate
 from runners.training.profiling import Profiler
-from runners.training.rehearsal import rehearse
 from runners.training.setup import Job
 from runners.training.states import STATES, drop_state, find_states, keep_states, save_state
 from runners.training.step import Learner, mean_loss
@@ -147,15 +145,14 @@ class Training:
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """True if it came to the end; False if ``stop()`` or ``--stop_at`` ended it, resumably."""
         config, learner = self.config, self.learner
-        batches, rehearsed = iter(self.job.loader), False
+        batches = iter(self.job.loader)
+        if self.job.device.type == "cuda":
+            self.display.say("Compiling kernels in the first step, those that no earlier run kept")
         while learner.step < config.steps:
             if not self.kept and self._is_time_for_the_first(learner.step + 1):
                 self._save()
             group, waited = self._next(batches)
             step = self._describe(group, waited)
-            if attention_flash.waiting() and not rehearsed:
-                rehearsed = True  # once: a frozen tower's backward is waited for by nobody
-                rehearse(self.job, learner.working, group[0])
             values = learner.train_step(self.grad_fn, group)
             if self.profiler is not None:
                 with warned("the profile"):

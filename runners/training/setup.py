@@ -24,15 +24,14 @@ from runners.data.sources import Sources, open_sources
 from runners.data.tokenizer import ChatTokenizer, load_tokenizer, sample_texts, train_tokenizer
 from runners.data.types import BadRecordError, Document, Source, spread
 from runners.data.workers import check_workers, cores
-from runners.shell import compile_ahead
 from runners.shell.cli import explained
 from runners.shell.errors import UserError
+from runners.shell.kernel_cache import keep_compiled
 from runners.training.budget import check_memory
 from runners.training.checkpoints import TOKENIZER, Run, load_weights, open_run
 from runners.training.compose import Composed, choose_device, compose
 from runners.training.config import TrainConfig, model_config
 from runners.training.states import State, load_state, run_folder
-from runners.training.warming import attentions, warming
 from transforms import cast_matrices, trainable
 
 SAMPLE = 256  # documents looked at to size the batches
@@ -71,7 +70,8 @@ class Job:
 def prepare(config: TrainConfig, state_path: Path | None = None) -> Job:
     """Opens the data, builds tokenizer, model, loader, params. Raises UserError; writes nothing."""
     device = choose_device(config)
-    with ExitStack() as unfinished, warming(device):
+    keep_compiled(device)
+    with ExitStack() as unfinished:
         job = _prepare(config, state_path, device, unfinished)
         unfinished.pop_all()
     return job
@@ -105,8 +105,7 @@ def _prepare(
     unfinished.callback(loader.close)
     if state_path is None:
         loader.start()
-    compile_ahead.begin(attentions(config, model, device, spec, bounds(spec)))
-    composed = compose(config, model, device, bounds(spec), spec.rows * spec.row_len)
+    composed = compose(config, model, device, bounds(spec))
     params, state = build_params(config, model, device, state_path)
     with explained("--trainable"):
         learning = flatten(trainable(params, select)[0])

@@ -11,16 +11,10 @@ import pytest
 import torch
 
 import kernels
-from kernels.linear import cublas_lt
-from kernels.linear.product import product, wide_linear
 from kernels.optimizer import muon
 from kernels.runtime import dispatch, launch, proof
 
 attention_module = importlib.import_module("kernels.attention.attention")
-
-
-def no_library() -> None:
-    raise OSError("none here")
 
 
 @pytest.fixture
@@ -30,7 +24,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     def pretend(capability: tuple[int, int] = (9, 0), missing: tuple[str, ...] = ()) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-        monkeypatch.setattr(cublas_lt, "library", no_library)  # tests are alike with any torch
         monkeypatch.setattr(
             dispatch, "import_problem", lambda name, remedy: remedy if name in missing else None
         )
@@ -42,7 +35,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 FLASH_4, FLASH_2 = "flash_attn.cute", "flash_attn.flash_attn_interface"
-OWN_RULES = ("attention", "fp8_linear", "product")
+OWN_RULES = ("attention", "fp8_linear")
 
 
 @pytest.mark.parametrize(
@@ -226,22 +219,6 @@ def test_fused_kernels_on_a_gpu(
     assert {dispatch.choose(op, "cuda", dtype) for op in others} == {chosen}
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype", "problem"),
-    [
-        ((9, 0), torch.bfloat16, "cannot load cuBLASLt: none here"),
-        ((9, 0), torch.float32, "takes bfloat16, not torch.float32"),
-        ((10, 0), torch.bfloat16, "is measured for compute capability 9.0, this GPU has 10.0"),
-    ],
-)
-def test_wide_products_on_a_gpu(
-    capability: tuple[int, int], dtype: torch.dtype, problem: str, gpu: Any
-) -> None:
-    gpu(capability)
-    assert dispatch.why_not("product", "cublas-lt", "cuda", dtype) == problem
-    assert dispatch.choose("product", "cuda", dtype) == "torch"
-
-
 def test_triton_on_a_cpu_is_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "INTERPRETED", False)
     assert dispatch.choose("rms_norm") == "torch"
@@ -299,31 +276,6 @@ def test_report_on_a_gpu(gpu: Any) -> None:
         assert dispatch.report(device="cuda", dtype=torch.bfloat16)[1] == (
             "Flash attention off: plain was asked for; using plain attention (torch)"
         )
-
-
-@pytest.mark.parametrize(
-    ("products", "listed", "said"),
-    [
-        ([(16384, 1536, 8960, True)], True, True),
-        ([(16384, 1536, 8960, True)], False, False),  # the first choice is good
-        ([(16384, 512, 2048, True), (64, 1536, 8960, True)], True, False),  # none is wide
-        ([], True, False),
-    ],
-)
-def test_report_names_wide_products_where_there_are_any(
-    products: list[tuple[int, int, int, bool]],
-    listed: bool,
-    said: bool,
-    gpu: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    gpu()
-    monkeypatch.setattr(cublas_lt, "problem", lambda: None)
-    monkeypatch.setattr(cublas_lt, "_plan", lambda *_: "a plan" if listed else None)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    lines = dispatch.report(device="cuda", dtype=torch.bfloat16, products=products)
-    line = "Using the most economical of cuBLAS's kernels for wide products"
-    assert (line in lines) == said
 
 
 # A backend that was asked for and cannot serve: every operation, backend and public function
@@ -412,12 +364,6 @@ CALLS: dict[str, dict[str, Call]] = {
         ),
     },
     "fp8_linear": {"fp8_linear": lambda x, w: kernels.fp8_linear(x, w)},
-    "product": {
-        "wide_linear": lambda x, w: wide_linear(x, w),
-        "product": lambda x, w: product(x, w),
-        "add_norm_gated_mlp": lambda x, w: kernels.add_norm_gated_mlp(x, None, w[0], w, w, w),
-        "linear_cross_entropy": lambda x, w: kernels.linear_cross_entropy(x, w, LABELS),
-    },
 }
 
 

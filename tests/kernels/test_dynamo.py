@@ -54,20 +54,3 @@ def test_a_dynamo_that_was_not_told_is_refused() -> None:
     assert done.returncode != 0
     assert "without telling nanovision" in done.stderr
     assert "gradient" not in done.stdout
-
-
-def test_what_marks_functions_while_dynamo_waits() -> None:
-    done = run(
-        "import torch",
-        "from kernels.runtime import dynamo",
-        "at_once = torch.compiler.disable",
-        "with dynamo.not_yet():",
-        "    double = torch.compiler.disable(lambda x: 2 * x)",
-        "    triple = torch.compiler.disable(recursive=False)(lambda x: 3 * x)",
-        "    five = torch.compile(lambda x: 5 * x, backend='eager', recompile_limit=9)",
-        "    six = torch.compile(backend='eager')(lambda x: 6 * x)",
-        "assert torch.compiler.disable is at_once",
-        ABSENT,
-        "print(double(2), triple(2), 'torch._dynamo' in sys.modules, five(2), six(2))",
-    )
-    assert done.stdout.split() == ["4", "6", "True", "10", "12"], done.stderr

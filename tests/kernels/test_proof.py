@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 from kernels.attention import attention_flash
-from kernels.linear import cublas_lt
 from kernels.runtime import dispatch, proof
 from kernels.runtime.dispatch import Facts
 
@@ -282,7 +281,6 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     monkeypatch.setattr(dispatch, "import_problem", lambda module, remedy: None)
     monkeypatch.setattr(dispatch.launch, "triton", object())
     monkeypatch.setattr(proof, "_run", lambda case, device: proved(case))
-    monkeypatch.setattr(cublas_lt, "library", lambda: None)
 
     def proved(case: Callable[[], None]) -> BaseException | None:
         try:
@@ -307,22 +305,20 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 def test_a_library_that_fails_gives_way_to_the_next(
     hopper: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hopper["broken"] += ["flash-attn-4", "cudnn", "cublas-lt"]
+    hopper["broken"] += ["flash-attn-4", "cudnn"]
     for _ in range(2):
         assert dispatch.choose("attention", "cuda", BF16) == "triton"
         assert dispatch.choose("attention", "cuda", BF16, length=256) == "triton"
-        assert dispatch.choose("product", "cuda", BF16) == "torch"
     assert len(hopper["flash-attn-4"]) == 2  # packed and dense
-    assert len(hopper["cudnn"]) == len(hopper["cublas-lt"]) == 1
+    assert len(hopper["cudnn"]) == 1
     assert "flash-attn-4 " in caplog.text
     assert "nvidia-cutlass-dsl" in caplog.text
     assert "TypeError: epilogue fn depends on <ContextVar>" in caplog.text
-    for op, backend in (("attention", "flash-attn-4"), ("product", "cublas-lt")):
-        with (
-            kernels.override(**{op: backend}),
-            pytest.raises(RuntimeError, match=f"{backend} requested .* failed its proof: TypeErr"),
-        ):
-            dispatch.choose(op, "cuda", BF16)
+    with (
+        kernels.override(attention="flash-attn-4"),
+        pytest.raises(RuntimeError, match=r"flash-attn-4 requested .* failed its proof: TypeErr"),
+    ):
+        dispatch.choose("attention", "cuda", BF16)
 
 
 def test_each_kind_of_call_is_proved(hopper: Any) -> None:

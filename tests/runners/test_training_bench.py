@@ -368,7 +368,6 @@ def program(tmp_path: Path, monkeypatch, body: str) -> None:
     package = tmp_path / "runners"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    (package / "compile_ahead.py").write_text("def expect(): pass\n")
     (package / "train.py").write_text(textwrap.dedent(body))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
