@@ -43,19 +43,22 @@ def lora(
     ``w_lora_b [E, O, rank]``.
 
     alpha: default rank, a factor of 1. select: path patterns of linears (``attn.[qv]``,
-    ``text.blocks``) and of such matrices; default: all linears, and matrices of two dims. Raises
+    ``text.blocks``) and of such matrices; default: all linears, and
+    matrices of two dims that no embed or head shares. Raises
     ValueError if rank is not positive or a pattern names none.
     """
     if rank < 1:
         raise ValueError(f"rank must be 1 or more, not {rank}")
     check_legal(forward, "lora")
-    chosen_sites = [site for site in forward.select(KINDS, select) if select or _is_flat(site)]
+    default = _by_default(forward)
+    chosen_sites = [site for site in forward.select(KINDS, select) if select or default(site)]
     sites = {site.weight: site for site in chosen_sites}
     if both := [s.weight for s in chosen_sites if s.transposed != sites[s.weight].transposed]:
         raise ValueError(f"lora: {both[0]} is used both as it is and transposed: leave it out")
     if not sites:
         have = sorted({site.path for site in forward.sites if site.kind in KINDS})
-        raise ValueError(f"lora: {select} names no linear; there are {have[:12]}")
+        asked = "select is None, and no site is a linear" if select is None else f"select={select}"
+        raise ValueError(f"lora: {asked}: nothing to adapt; of linears there are {have[:12]}")
     factor = 1.0 if alpha is None else alpha / rank
 
     def prepare(params: Tree, seed: int) -> Tree:
@@ -119,8 +122,15 @@ def _fresh(flat: dict[str, Tensor], site: SiteInfo, rank: int, seed: int) -> dic
     return {at_a: a.to(dtype), at_b: b}
 
 
-def _is_flat(site: SiteInfo) -> bool:
-    return site.kind == "linear" or (site.shape is not None and len(site.shape) == 2)
+def _by_default(forward: Forward) -> Callable[[SiteInfo], bool]:
+    """Linears; and matrices of two dims, save those of an embed or head, which is not adapted."""
+    others = {site.weight for site in forward.sites if site.kind in ("embed", "head")}
+
+    def chosen(site: SiteInfo) -> bool:
+        flat = site.shape is not None and len(site.shape) == 2
+        return site.kind == "linear" or (flat and site.weight not in others)
+
+    return chosen
 
 
 def merge_lora(

@@ -19,6 +19,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from kernels.runtime.autograd import func_levels, unexpanded
@@ -50,7 +51,9 @@ def functional(
             given = pytree.tree_unflatten(full, spec)
             phase = memo.phase
             closed = _Closed(memo.forward_mode, itertools.compress(tensors, moving))
-            with closed, memo.watching(), memo.autocast():
+            # no fused attention of torch's has tangents
+            plain = sdpa_kernel([SDPBackend.MATH]) if memo.forward_mode else nullcontext()
+            with closed, memo.watching(), memo.autocast(), plain:
                 out, out_spec = pytree.tree_flatten(f(*given[0], **given[1]))
             out_form[:] = [[_BLANK if isinstance(o, Tensor) else o for o in out], out_spec]
             kept = [o for o in out if isinstance(o, Tensor)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from core.forward import Forward
 from params.int8 import is_scale
@@ -47,7 +48,15 @@ def value_and_grad(
         leaves = {path: leaf.detach().requires_grad_() for path, leaf in flatten(learning).items()}
         out = loss_fn(merge(unflatten(leaves), frozen), batch)
         loss, *aux = out if has_aux else (out,)
-        grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        try:
+            grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        except CheckpointError as error:
+            raise RuntimeError(
+                "a block that checkpoint runs again in backward computes something else there: a "
+                "module in it keeps a state from call to call, such as a cache (Hugging Face: "
+                "use_cache=False, in call= or in the config). Switch that off, or leave checkpoint "
+                f"out ({str(error).splitlines()[0]})"
+            ) from error
         value = (loss.detach(), *aux) if has_aux else loss.detach()
         return value, unflatten(dict(zip(leaves, grads, strict=True)))
 

@@ -5,6 +5,7 @@ Everything here is a part of the private copy that ``from_module`` works on.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -132,7 +133,9 @@ class Block(AtSite):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         named = "" if args else next(iter(kwargs))  # x, where it is given by name
         x, *rest = args or (kwargs.pop(named),)
-        call = partial(self._call, named=named)
+        call: Callable[..., Any] = partial(self._call, named=named)
+        if any(map(_is_cache, (*rest, *kwargs.values()))):
+            call = _with_the_first_cache(call)
         p = unflatten(self.own_params())
         return self.site("block", call, p, x, tuple(rest), kwargs, at=self.info.path)
 
@@ -144,6 +147,44 @@ class Block(AtSite):
                 read.into(held, flat, self.site)
             p = unflatten(flat)
         return super()._call(p, *args, **kwargs)
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether a value is a cache of keys and values, by Hugging Face's protocol."""
+    return hasattr(type(value), "get_seq_length") and hasattr(type(value), "update")
+
+
+def _with_the_first_cache(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's function that, when it is run again, finds caches as they were the first time:
+    keys that are added once more would be attended to twice."""
+    before: list[dict[int, Any]] = []
+
+    def run(p: Tree, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = [each for each in (*args, *kwargs.values()) if _is_cache(each)]
+        if torch.compiler.is_compiling():
+            return call(p, x, args, kwargs)
+        if not before:
+            before.append({id(cache): _copied_cache(cache) for cache in given})
+            return call(p, x, args, kwargs)
+        held = {i: _copied_cache(cache) for i, cache in before[0].items()}
+        args = tuple(held.get(id(each), each) for each in args)
+        return call(p, x, args, {name: held.get(id(v), v) for name, v in kwargs.items()})
+
+    return run
+
+
+def _copied_cache(value: Any, module: str = "") -> Any:
+    """A copy that holds the same tensors, of a cache and the layers in it."""
+    if isinstance(value, list | tuple):
+        return type(value)(_copied_cache(each, module) for each in value)
+    if isinstance(value, dict):
+        return type(value)((key, _copied_cache(each, module)) for key, each in value.items())
+    if module and type(value).__module__ != module:
+        return value
+    out = copy.copy(value)
+    module = type(value).__module__
+    vars(out).update({key: _copied_cache(each, module) for key, each in vars(value).items()})
+    return out
 
 
 class Container(Block):

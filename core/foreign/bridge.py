@@ -34,6 +34,8 @@ from core.foreign.at_site import (
 )
 from core.foreign.found import Found, find_sites, inside
 from core.foreign.probes import copied, put, skeleton
+from core.foreign.reroute import written
+from core.foreign.watch import Watch
 from core.forward import ADDED, WEIGHTED, Forward, Site, beside
 from core.model.layers import Logits
 from params.int8 import is_scale
@@ -56,8 +58,9 @@ def from_module(
     call: ``call(run, batch)`` turns a batch, in the module's own form, into
     ``run(*args, **kwargs)`` and its result into logits. The default passes the entries of
     ``batch``, all of which the module's signature must name (``labels`` is never passed;
-    ``use_cache=False`` where it is a parameter, because a cache that outlives the call is not
-    pure) and returns ``.logits``, or the output itself.
+    ``use_cache=False`` where it is a parameter, because a cache that outlives the call is not pure)
+    and returns ``.logits``, or the output itself. Without a cache, Hugging Face's models take
+    ``position_ids`` that restart, with no mask beside, for several documents.
     head: the path of the output head. The default asks ``module.get_output_embeddings()``
     (Hugging Face); without either there is no head site, and ``fuse_loss`` says so.
     blocks: path patterns of the modules that are blocks; ``()`` for none. The default takes the
@@ -106,7 +109,7 @@ def _forward(
     weights = {s.weight for s in sites if s.kind in WEIGHTED}
     places = {beside(weight, name) for weight in weights for name in ADDED}
     known = {*params, *kept, *ties, *places}
-    watch = _Watch()
+    watch = Watch(written(blank, params))
 
     def build(site: Site) -> Callable[[Tree, Any], Any]:
         body, reads = _wrap(blank, plan, same, site)
@@ -117,6 +120,11 @@ def _forward(
         def run(params: Tree, batch: Any) -> Any:
             flat = flatten(params)
             lacking = [n for n, other in needed.items() if n not in flat and other not in flat]
+            twice = [name for name, held in ties.items() if name in flat]
+            if twice and (at := ties[twice[0]]) and flat.get(at) is not flat[twice[0]]:
+                raise ValueError(
+                    f"params hold {twice[0]}, which the module ties to {at}: hold it there alone"
+                )
             if lacking:
                 raise ValueError(f"params lack {lacking[:4]}, which the module has")
             if strange := [name for name in flat if name not in known]:
@@ -130,16 +138,17 @@ def _forward(
                 raw = dict(flat)
                 for read in reads:
                     read.into(raw, flat, site)
-            held = {} if watch.done else {name: flat[name] for name in needed if name in flat}
-            before = watch.versions(held, own)
+
+            def call(batch: Any) -> Any:
+                return caller(lambda *args, **kwargs: given(body, flat, args, kwargs), batch)
+
             try:
-                out = caller(lambda *args, **kwargs: given(body, flat, args, kwargs), batch)
+                out = watch.call(call, batch, flat, needed, own)
             except RuntimeError as error:
                 named = {name: leaf for name, leaf in (own | flat).items() if name not in ties}
                 if (said := _two_dtypes(error, named)) is None:
                     raise
                 raise TypeError(said) from error
-            watch.compare(before, held, own)
             if buffers:
                 return out, unflatten({name: flat[name] for name in kept})
             return out
@@ -288,39 +297,6 @@ def _unwrapped(module: nn.Module) -> nn.Module:
         raise ValueError("the module has lazy parameters: call it once before from_module")
     own = module._modules.get("_orig_mod")
     return module if own is None else own
-
-
-class _Watch:
-    """Looks once, at the first eager call, whether a module changes what it was given."""
-
-    done = False
-
-    def versions(self, *trees: Mapping[str, Tensor]) -> list[dict[str, int]]:
-        if self.done or torch.compiler.is_compiling():
-            return []
-        return [{name: leaf._version for name, leaf in tree.items()} for tree in trees]
-
-    def compare(
-        self, before: list[dict[str, int]], params: Mapping[str, Tensor], own: Mapping[str, Tensor]
-    ) -> None:
-        if not before:
-            return
-        self.done = True
-        trees = zip(before, (params, own), strict=True)
-        changed, lost = ([n for n in old if old[n] != new[n]._version] for old, new in trees)
-        if changed:
-            raise RuntimeError(
-                f"the module changes its parameters {changed[:4]} in place while it runs, and they "
-                "are the caller's params: no pure function. Have it done before from_module, or "
-                "switch it off (training mode, an option of the model)"
-            )
-        if lost:
-            layers = list(dict.fromkeys(name.rpartition(".")[0] for name in lost))
-            warnings.warn(
-                f"a call changes the buffers of {layers[:4]} ({len(layers)} layers in all), and "
-                "the change is lost: from_module(..., buffers=True) returns it",
-                stacklevel=5,
-            )
 
 
 def _same_modules(module: nn.Module) -> dict[str, list[str]]:

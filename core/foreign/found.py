@@ -212,7 +212,7 @@ def _traits(module: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
             if gated:
                 traits[name] = gated
             elif why:
-                reasons[name] = "; ".join(dict.fromkeys(why))
+                reasons.setdefault(name, "; ".join(dict.fromkeys(why)))
     return traits, {name: reason for name, reason in reasons.items() if name not in traits}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from core.foreign.probes import close, is_plain, noise, put, skeleton, takes_one
+from core.foreign.probes import close, failed, is_plain, noise, put, skeleton, takes_one
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -86,30 +86,58 @@ def find_gated(module: nn.Module, at: str, traits: Mapping[str, Any]) -> Gated |
     does down receive an elementwise ``act(gate) * up``, and is its output the module's?
     """
     holders = [n for n, m in module.named_modules() if any(True for _ in m.parameters(False))]
-    if not 2 <= len(holders) <= 3 or type(module) is nn.Sequential or not takes_one(module):
+    if not 2 <= len(holders) <= 3 or type(module) is nn.Sequential:
         return None
     layouts = {name: traits.get(f"{at}.{name}" if at else name) for name in holders}
     if not set(layouts.values()) <= {"linear", "transposed"}:
-        return None
-    if not all(is_plain(m) for m in module.modules()):
         return None
     sizes = {}  # of the inputs and outputs of each
     for name in holders:
         weight: Any = module.get_submodule(name).weight
         sizes[name] = tuple(weight.shape)[:: 1 if layouts[name] == "transposed" else -1]
-    for *into, down in itertools.permutations(holders):
-        width = sizes[down][0] * (1 if len(into) == 2 else 2)
-        if len({sizes[name] for name in into}) == 1 and sizes[into[0]][1] == width:
-            for first in (True, False) if len(into) == 1 else (True,):
-                gated = Gated(tuple(into), down, first)
-                activation = _probe_gated(module, gated, sizes[into[0]][0], sizes[down])
-                if activation is not None:
-                    return Gated(tuple(into), down, first, activation or None)
+    candidates = [
+        Gated(tuple(into), down, first)
+        for *into, down in itertools.permutations(holders)
+        if _fit([sizes[name] for name in into], sizes[down])
+        for first in ((True, False) if len(into) == 1 else (True,))
+    ]
+    if not candidates:
+        return None
+    looks = "its linears have the sizes of a gated MLP's, but"
+    if not takes_one(module):
+        failed(f"{looks} its forward does not take exactly one argument")
+        return None
+    if not all(is_plain(m) for m in module.modules()):
+        failed(f"{looks} there are hooks in it, which would see other calls")
+        return None
+    reasons = []
+    for gated in candidates:
+        found = _probe_gated(module, gated, sizes[gated.into[0]][0], sizes[gated.down])
+        if isinstance(found, str):
+            return replace(gated, activation=found or None)
+        reasons.append(found)
+    failed(f"{looks} {REASONS[max(reasons)]}")  # of the candidate that came furthest
     return None
 
 
-def _probe_gated(module: nn.Module, gated: Gated, dim: int, down: tuple[int, int]) -> str | None:
-    """The activation's name, "" for one without a name, None if the module is something else."""
+def _fit(into: list[tuple[int, int]], down: tuple[int, int]) -> bool:
+    """Whether linears of these inputs and outputs can be gate and up (or both), and down."""
+    width = down[0] * (1 if len(into) == 2 else 2)
+    return len(set(into)) == 1 and into[0][1] == width
+
+
+REASONS = (
+    "its probe ended in an error",
+    "they are not what it gives its input to, each once",
+    "its result is not that of the last one",
+    "what the last one is given changes from call to call, as dropout's does",
+    "it computes no act(gate) * up of each number by itself",
+)
+
+
+def _probe_gated(module: nn.Module, gated: Gated, dim: int, down: tuple[int, int]) -> str | int:
+    """The activation's name, "" for one without a name; or, if the module is something else, the
+    number of the reason."""
     body = skeleton(module).float()
     compute = product(body, gated)
     seen: dict[str, list[Tensor]] = {name: [] for name in (*gated.into, gated.down)}
@@ -126,19 +154,20 @@ def _probe_gated(module: nn.Module, gated: Gated, dim: int, down: tuple[int, int
             inputs = [seen[name][:] for name in (*gated.into, gated.down)]
             h, act = compute(gate, up), compute(gate, torch.ones_like(up))
             shifted = compute(gate + (noise(down[0], seed=6) > 0), torch.ones_like(up))
-        except Exception:  # foreign code, given what it may not take: any error means no
-            return None
-    is_mlp = (
-        isinstance(got, Tensor)
-        and torch.equal(got, out)
-        and all(len(calls) == 1 for calls in inputs)
-        and all(torch.equal(calls[0], x) for calls in inputs[:-1])
-        and torch.equal(inputs[-1][0], h)
-    )
+        except Exception as error:  # foreign code, given what it may not take: any error means no
+            failed("as a gated MLP, its probe ended in", error)
+            return 0
+    if not all(len(calls) == 1 for calls in inputs):
+        return 1
+    if not all(torch.equal(calls[0], x) for calls in inputs[:-1]):
+        return 1
+    if not (isinstance(got, Tensor) and torch.equal(got, out)):
+        return 2
+    if not torch.equal(inputs[-1][0], h):
+        return 3
     same = (noise(down[0], seed=6) <= 0).expand_as(gate)
-    # a product with up, of a function of each number of gate by itself
-    if not is_mlp or not close(h, act * up, 1e-5) or not close(shifted[same], act[same], 1e-5):
-        return None
+    if not close(h, act * up, 1e-5) or not close(shifted[same], act[same], 1e-5):
+        return 4
     known = (
         n
         for n, f in ACTIVATIONS.items()

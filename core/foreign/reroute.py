@@ -7,8 +7,10 @@ but ``torch.compile`` refuses to enter one inside ``torch.utils.checkpoint``.
 
 from __future__ import annotations
 
+import dis
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
@@ -19,6 +21,8 @@ from torch import nn
 StandIn = Callable[[Any], Callable[..., Any] | None]  # what to call in place of a value, or None
 MODULES = (torch, torch.nn, F)
 DEPTH = 3  # functions called by functions called by forward
+KEEP = {"requires_grad_", "retain_grad_", "share_memory_", "rename_"}  # a tensor's numbers
+IN_PLACE = {n for n in dir(torch.Tensor) if n[-1] == "_" != n[-2] and n[0] != "_"} - KEEP | {"data"}
 
 
 def attention_to(to: Callable[..., Any]) -> StandIn:
@@ -48,9 +52,8 @@ def reroute(module: nn.Module, stand_in: StandIn) -> dict[str, FunctionType]:
     return new
 
 
-def names_of(module: nn.Module) -> set[str]:
-    """Every name that ``forward``, methods that it calls and functions that they call may read."""
-    names: set[str] = set()
+def functions_of(module: nn.Module) -> Iterator[FunctionType]:
+    """``forward``, methods that it may call, and theirs; none of torch's own."""
     seen: set[str] = set()
     waiting = ["forward"]
     while waiting:
@@ -60,13 +63,55 @@ def names_of(module: nn.Module) -> set[str]:
             continue
         seen.add(name)
         if isinstance(plain := inspect.unwrap(method), FunctionType):
-            found = _names(plain.__code__)
-            waiting += found
-            for called in found & plain.__globals__.keys():
-                if isinstance(f := plain.__globals__[called], FunctionType) and not _is_torchs(f):
-                    names |= _names(f.__code__)
-            names |= found
+            waiting += _names(plain.__code__)
+            yield plain
+
+
+def names_of(module: nn.Module) -> set[str]:
+    """Every name that ``forward``, methods that it calls and functions that they call may read."""
+    names: set[str] = set()
+    for function in functions_of(module):
+        found = _names(function.__code__)
+        names |= found
+        for called in found & function.__globals__.keys():
+            f = function.__globals__[called]
+            if isinstance(f, FunctionType) and not _is_torchs(f):
+                names |= _names(f.__code__)
     return names
+
+
+def written(module: nn.Module, names: Collection[str]) -> set[str]:
+    """Which of these tensors the module's code changes in place, where it says so in one
+    expression: ``block.output.weight.div_(2)``, ``self.weight.data.copy_(w)``."""
+    found: set[str] = set()
+    for prefix, m in module.named_modules():
+        under = [name for name in names if not prefix or name.startswith(f"{prefix}.")]
+        for function in functions_of(m):
+            for chain in _changed(function.__code__):
+                tails = (".".join(chain[:i]) for i in range(len(chain), 0, -1))
+                hits = ([n for n in under if f".{n}".endswith(f".{tail}")] for tail in tails)
+                found.update(next(filter(None, hits), ()))
+    return found
+
+
+@functools.cache
+def _changed(code: CodeType) -> frozenset[tuple[str, ...]]:
+    """The chains of attributes that end in a method of tensors which changes them in place."""
+    found: set[tuple[str, ...]] = set()
+    for inner in code.co_consts:
+        found |= _changed(inner) if isinstance(inner, CodeType) else set()
+    if not IN_PLACE & set(code.co_names):
+        return frozenset(found)
+    chain: tuple[str, ...] = ()
+    for each in dis.get_instructions(code):
+        if each.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+            chain = () if each.opname != "CACHE" else chain
+        elif each.argval in IN_PLACE:
+            found |= {chain} if chain else set()
+            chain = (*chain, each.argval)
+        else:
+            chain = (*chain, each.argval)
+    return frozenset(found)
 
 
 class _Rewriter:

@@ -393,22 +393,6 @@ def test_a_module_that_checkpoints_itself() -> None:
         value_and_grad(lambda p, b: forward(p, b).sum())(params, batch)
 
 
-def test_a_module_that_changes_its_params_is_named() -> None:
-    class Rescales(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.line = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.no_grad():
-                self.line.weight.div_(2)
-            return self.line(x)
-
-    forward, params = from_module(Rescales())
-    with pytest.raises(RuntimeError, match=r"changes its parameters \['line.weight'\] in place"):
-        forward(params, {"x": torch.randn(2, 4)})
-
-
 # -- explain --------------------------------------------------------------------------------------
 
 

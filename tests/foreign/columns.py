@@ -14,7 +14,15 @@ from core import Forward, from_module
 from params import num_bytes
 from params.tree import Tree, flatten
 from tests.foreign.bench import ALPHA, RANK, Bench, NothingThereError, adapted, int8_weights, shaken
-from tests.foreign.oracle import BareFailsError, Named, WrongError, compare, compare_grads
+from tests.foreign.families import Batch
+from tests.foreign.oracle import (
+    BareFailsError,
+    Named,
+    WrongError,
+    compare,
+    compare_grads,
+    loss_of,
+)
 from transforms import (
     accumulate,
     checkpoint,
@@ -59,14 +67,69 @@ def padded(bench: Bench) -> None:
     batch = bench.batch()
     if "input_ids" not in batch or "attention_mask" not in names or "attention_mask" in batch:
         raise NothingThereError
-    mask = torch.ones_like(batch["input_ids"])
-    mask[1, -3:] = 0
-    batch |= {"attention_mask": mask}
-    if "labels" in batch and batch["labels"].shape == mask.shape:
-        batch["labels"] = batch["labels"].masked_fill(mask == 0, -100)
-    forward, params = bench.forward()
+    for side, gap in (("right", slice(-3, None)), ("left", slice(3))):
+        mask = torch.ones_like(batch["input_ids"])
+        mask[1, gap] = 0
+        one = batch | {"attention_mask": mask}
+        if "labels" in batch and batch["labels"].shape == mask.shape:
+            one["labels"] = batch["labels"].masked_fill(mask == 0, -100)
+        as_bare(bench, f"padded {side}", one)
+
+
+def positions(bench: Bench) -> None:
+    """Two documents in a row of tokens."""
+    batch = bench.batch()
+    names = inspect.signature(bench.family.fresh().forward).parameters
+    if "input_ids" not in batch or "position_ids" not in names or "position_ids" in batch:
+        raise NothingThereError
+    length = batch["input_ids"].shape[1]
+    order = torch.cat([torch.arange(length - 4), torch.arange(4)])
+    as_bare(bench, "positions", batch | {"position_ids": order.expand_as(batch["input_ids"])})
+
+
+def caching(bench: Bench) -> None:
+    """The module is asked for its cache and for what its layers gave."""
+    names = inspect.signature(bench.family.fresh().forward).parameters
+    options = {"use_cache": True, "output_hidden_states": True}
+    asked = {name: value for name, value in options.items() if name in names or "kwargs" in names}
+    if not asked or bench.family.call is not None or "input_ids" not in names:
+        raise NothingThereError
+    module = bench.family.fresh(bench.dtype)
+
+    def call(run: Any, batch: Batch) -> Tensor:
+        out = run(**{k: v for k, v in batch.items() if k != "labels"}, **asked)
+        return torch.cat([out.logits, *([h[-1]] if (h := out.get("hidden_states")) else [])], -1)
+
+    batch = {k: v for k, v in bench.batch().items() if k != "labels"}
+    params = dict(module.named_parameters())
+    try:
+        loss = loss_of(call(module, batch), batch)
+    except Exception as error:
+        raise NothingThereError from error
+    learned = {n: p for n, p in params.items() if p.requires_grad}
+    grads = torch.autograd.grad(loss, list(learned.values()), materialize_grads=True)
+    want = dict(zip(learned, grads, strict=True))
+    forward, ready = from_module(module, call=call)
     for f in (forward, *chained(forward)):
-        bench.check(f, params, batch=batch, key="padded")
+        _, got = value_and_grad(lambda p, b, f=f: loss_of(f(p, b), b))(ready, batch)
+        compare_grads(flatten(got), want, bench.oracle.noise().grads)
+
+
+def partly(bench: Bench) -> None:
+    """Every third parameter frozen: the others' gradients are what they were."""
+    module = bench.family.fresh(bench.dtype)
+    names = [name for name, p in module.named_parameters() if p.requires_grad]
+    if len(names) < 3:
+        raise NothingThereError
+    still = {*names[::3]}
+    for name, p in module.named_parameters():
+        p.requires_grad_(p.requires_grad and name not in still)
+    forward, params = from_module(module, call=bench.family.call, head=bench.family.head)
+    result, noise = bench.oracle.result(), bench.oracle.noise().grads
+    want = {name: g for name, g in result.grads.items() if name not in still}
+    for f in (forward, *chained(forward)):
+        _, grads = value_and_grad(bench.loss(f))(params, bench.batch())
+        compare_grads(flatten(grads), want, noise)
 
 
 def embeds(bench: Bench) -> None:
@@ -76,18 +139,27 @@ def embeds(bench: Bench) -> None:
     names = inspect.signature(module.forward).parameters
     if "inputs_embeds" not in names or set(batch) - {"input_ids", "labels"}:
         raise NothingThereError
-    width = module.get_input_embeddings().embedding_dim
-    x = torch.randn(
-        *batch.pop("input_ids").shape, width, generator=torch.Generator().manual_seed(3)
-    )
-    batch["inputs_embeds"] = x.to(bench.dtype)
     try:
-        bench.oracle.result("embeds", batch=batch)
+        rows: Any = module.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError) as error:
+        raise NothingThereError from error
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(*batch.pop("input_ids").shape, rows.shape[1], generator=generator)
+    batch["inputs_embeds"] = x.to(bench.dtype)
+    as_bare(bench, "embeds", batch)
+
+
+def as_bare(bench: Bench, key: str, batch: Batch) -> None:
+    """A batch of another form, by the bare forward and by the chain, if the module takes it."""
+    try:
+        own = bench.oracle.result(key, batch={name: leaf.clone() for name, leaf in batch.items()})
     except Exception as error:
         raise NothingThereError from error
+    if not own.out.isfinite().all():
+        return  # rows that begin with padding, which some attention answers with NaN
     forward, params = bench.forward()
     for f in (forward, *chained(forward)):
-        bench.check(f, params, batch=batch, key="embeds")
+        bench.check(f, params, batch=batch, key=key)
 
 
 def gradients(bench: Bench) -> None:

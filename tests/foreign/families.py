@@ -60,7 +60,8 @@ class Family:
             return self.call(module, batch)
         names = inspect.signature(module.forward).parameters
         kwargs: dict[str, Any] = {k: v for k, v in batch.items() if k in names and k != "labels"}
-        if "use_cache" in names:
+        caches = any(hasattr(getattr(m, "config", None), "use_cache") for m in module.modules())
+        if "use_cache" in names or ("kwargs" in names and caches):
             kwargs["use_cache"] = False
         out = module(**kwargs)
         return out if isinstance(out, Tensor) else out.logits

@@ -234,7 +234,8 @@ class _Bound:
     """A module that holds other tensors while it is called."""
 
     def __init__(self, module: nn.Module, params: Named) -> None:
-        self.module, self.params, self.forward = module, params, module.forward
+        self.module, self.params = module, params
+        self.forward, self.modules = module.forward, module.modules
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return functional_call(self.module, self.params, args, kwargs)
@@ -265,6 +266,8 @@ def compare(
     """
     if got.shape != want.shape:
         raise WrongError(f"{what}: shape {list(got.shape)}, not {list(want.shape)}")
+    if not want.isfinite().all():
+        raise BareFailsError(f"{what}: the bare module's is not finite")
     error = float((got.double() - want.double()).abs().max()) if want.numel() else 0.0
     size = max(float(want.double().abs().max()) if want.numel() else 0.0, floor)
     limit = 64 * float(noise) + rtol * size
