@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jacrev, jvp, vjp, vmap
 
 Loss = Callable[..., Tensor]
 Driver = Callable[[Loss, tuple[Tensor, ...]], list[Tensor]]
@@ -51,8 +51,11 @@ class Case:
 
 
 def broken(case: Case, hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes a function of the case's Op, or of its Function, wrong by a factor of 3."""
+    """Makes the backward or the formula of the case's Op wrong by a factor of 3; a Function's
+    formula is its jvp."""
     owner = getattr(case.module, case.op)
+    if isinstance(owner, type) and hook == "formula":
+        hook = "jvp"
     right = getattr(owner, hook)
 
     def wrong(*args: Any, **static: Any) -> Any:
@@ -101,6 +104,15 @@ def backend_of(floats: tuple[Tensor, ...]) -> str:
     return "inductor" if floats[0].is_cuda else "aot_eager"
 
 
+def by_value(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    with torch.no_grad():
+        return [loss(*floats)]
+
+
+def by_vmap(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    return [vmap(loss)(*examples(floats))]
+
+
 def by_autograd(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
     xs = [x.clone().requires_grad_() for x in floats]
     value = loss(*xs)
@@ -128,6 +140,12 @@ def by_vmap_grad_shared(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
     return list(vmap(grad(loss, everyone(floats)), dims)(examples(floats)[0], *floats[1:]))
 
 
+def by_grad_of_vmap(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    dims = (0, *(None for _ in floats[1:]))
+    total = grad(lambda *xs: vmap(loss, dims)(*xs).sum(), everyone(floats))
+    return list(total(examples(floats)[0], *floats[1:]))
+
+
 def by_vmap_twice(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
     nested = tuple(torch.stack([x, 0.5 * x]) for x in examples(floats))
     return list(vmap(vmap(grad(loss, everyone(floats))), in_dims=1)(*nested))
@@ -137,6 +155,11 @@ def by_autograd_of_vmap(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
     dims = (0, *(None for _ in floats[1:]))
     xs = [x.clone().requires_grad_() for x in (examples(floats)[0], *floats[1:])]
     return list(torch.autograd.grad(vmap(loss, dims)(*xs).sum(), xs))
+
+
+def by_vjp(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    value, pull = vjp(loss, *floats)
+    return [value, *pull(torch.full_like(value, 0.7))]
 
 
 def by_compile(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
@@ -166,33 +189,70 @@ def by_jvp_of_one(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
     return out
 
 
+def by_vmap_jvp(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    tangents = examples(directions(floats))
+    return [vmap(lambda *t: jvp(loss, floats, t)[1])(*tangents)]
+
+
 def by_double_backward(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
     xs = [x.clone().requires_grad_() for x in floats]
     first = torch.autograd.grad(loss(*xs), xs, create_graph=True)
-    pairs = zip(first, directions(floats), strict=True)
-    return list(torch.autograd.grad(torch.stack([(g * d).sum() for g, d in pairs]).sum(), xs))
+    return list(torch.autograd.grad(along(first, floats), xs))
+
+
+def along(gradients: Iterable[Tensor], floats: tuple[Tensor, ...]) -> Tensor:
+    pairs = zip(gradients, directions(floats), strict=True)
+    return torch.stack([(g * d).sum() for g, d in pairs]).sum()
+
+
+def by_grad_grad(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    every = everyone(floats)
+    return list(grad(lambda *xs: along(grad(loss, every)(*xs), floats), every)(*floats))
+
+
+def by_jacrev_jacrev(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    """As in torch.func.hessian: the inner gradient is taken under a vmap."""
+    every = everyone(floats)
+    return list(jacrev(lambda *xs: along(jacrev(loss, every)(*xs), floats), every)(*floats))
 
 
 def by_hvp(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
     return list(jvp(grad(loss, everyone(floats)), floats, directions(floats))[1])
 
 
+def by_jvp_jacrev(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    return list(jvp(jacrev(loss, everyone(floats)), floats, directions(floats))[1])
+
+
+def by_grad_jvp(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    slope = grad(lambda *xs: jvp(loss, xs, directions(floats))[1], everyone(floats))
+    return list(slope(*floats))
+
+
 def by_vmap_hvp(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
     """The curvature of examples: a derivative of a backward that serves them all."""
+    moves, gradient = directions(floats), grad(loss, everyone(floats))
+    return list(vmap(lambda *xs: jvp(gradient, xs, moves)[1])(*examples(floats)))
 
-    moves = directions(floats)
 
-    def hvp(*xs: Tensor) -> tuple[Tensor, ...]:
-        return jvp(grad(loss, everyone(floats)), xs, moves)[1]
+def by_hvp_of_many(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    """The curvature along several directions at once."""
+    gradient = grad(loss, everyone(floats))
+    tangents = examples(directions(floats))
+    return list(vmap(lambda *t: jvp(gradient, floats, t)[1])(*tangents))
 
-    return list(vmap(hvp)(*examples(floats)))
+
+def moving_slope(loss: Loss) -> Loss:
+    """The derivative along a direction that depends on the point."""
+    return lambda *xs: jvp(loss, xs, tuple(torch.cos(x) for x in xs))[1]
 
 
 def by_jvp_jvp(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
-    def slope(*xs: Tensor) -> Tensor:
-        return jvp(loss, xs, tuple(torch.cos(x) for x in xs))[1]
+    return [jvp(moving_slope(loss), floats, directions(floats))[1]]
 
-    return [jvp(slope, floats, directions(floats))[1]]
+
+def by_third_order(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
+    return by_hvp(moving_slope(loss), floats)
 
 
 FIRST_ORDER: list[Driver] = [
@@ -205,6 +265,19 @@ FIRST_ORDER: list[Driver] = [
     by_autograd_of_vmap,
     by_compile,
     by_compiled_grad,
+]
+HIGHER_ORDER: list[Driver] = [by_jvp, by_double_backward, by_hvp, by_vmap_hvp, by_jvp_jvp]
+EVERY_FIRST: list[Driver] = [*FIRST_ORDER, by_grad_of_vmap, by_vjp]
+EVERY_HIGHER: list[Driver] = [
+    *HIGHER_ORDER,
+    by_jvp_of_one,
+    by_vmap_jvp,
+    by_grad_grad,
+    by_jacrev_jacrev,
+    by_jvp_jacrev,
+    by_grad_jvp,
+    by_hvp_of_many,
+    by_third_order,
 ]
 
 

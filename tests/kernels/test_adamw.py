@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.optimizer.adamw import _noise, _stochastic, adamw_, grad_norm
-from tests.kernels.rounding import ulps
+from tests.rounding import ulps
 
 SHAPES = ((3, 5), (1,), (7,), (1023,), (2, 0), (1025,), (64, 33))
 DECAYS = (0.1, 0.0, 0.3, 0.1, 0.1, 0.0, 0.2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import itertools
 from collections.abc import Callable
@@ -15,7 +14,23 @@ from torch import Tensor
 
 import kernels
 from kernels import attention
-from tests.kernels.rounding import ulps
+from tests.kernels.drivers import (
+    FIRST_ORDER,
+    Case,
+    Driver,
+    broken,
+    by_autograd,
+    by_double_backward,
+    by_hvp,
+    by_jvp,
+    by_vmap_grad,
+    disagreement,
+    name_of,
+    random,
+    saved_bytes,
+    scalar,
+)
+from tests.rounding import ulps
 
 module = importlib.import_module("kernels.attention.attention")
 padded = importlib.import_module("kernels.attention.attention_padded")
@@ -277,18 +292,8 @@ def test_memory_does_not_grow_with_the_square(allocations_in: Any) -> None:
 def test_what_is_saved(lengths: tuple[int, ...], kept_per_token_and_head: int) -> None:
     cu = boundaries(*lengths)
     leaves = [x.requires_grad_() for x in tensors(int(cu[-1]), dtype=torch.bfloat16)]
-    own = {x.untyped_storage()._cdata for x in leaves}
-    saved: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        if x.untyped_storage()._cdata not in own:
-            saved[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = attention(*leaves, cu)
-    assert out.requires_grad
-    assert sum(saved.values()) == int(cu[-1]) * 4 * kept_per_token_and_head * 2
+    saved = saved_bytes(lambda: attention(*leaves, cu), *leaves)
+    assert saved == int(cu[-1]) * 4 * kept_per_token_and_head * 2
 
 
 def test_buckets_waste_little() -> None:
@@ -762,140 +767,48 @@ def test_libraries_are_told_what_is_meant(
     )
 
 
-def loss_of(cu: Tensor, length: int | None = None) -> Callable[..., Tensor]:
-    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = attention(q, k, v, cu, window=4, length=length)
-        weights = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype, device=out.device)
-        weights = weights.reshape(out.shape)
-        return (torch.sin(out) * weights).sum()
-
-    return loss
+MORE = [by_double_backward, by_hvp, by_jvp]
 
 
-Loss = Callable[..., Tensor]
-Tensors = tuple[Tensor, ...]
+def case(length: int | None = None) -> Case:
+    cu = boundaries(0, 5, 6, 1, 0) if length is None else boundaries(6, 6)
+    return Case(
+        lambda q, k, v: attention(q, k, v, cu.to(q.device), window=4, length=length),
+        lambda q, k, v: module.attention_reference(
+            q, k, v, cu.to(q.device), causal=True, window=4, scale=q.shape[-1] ** -0.5
+        ),
+        ((12, 4, 4), (12, 2, 4), (12, 2, 4)),
+        module,
+        "FLASH",
+    )
 
 
-def examples_of(xs: Tensors) -> Tensors:
-    return tuple(torch.stack([x, x.flip(0), x * 0.5]) for x in xs)
+def error(case: Case, driver: Driver) -> float:
+    floats = tuple(random(*shape, seed=i) for i, shape in enumerate(case.shapes))
+    return disagreement(driver, case.fast, case.plain, floats)
 
 
-def gradient(loss: Loss) -> Callable[..., Tensors]:
-    return torch.func.grad(loss, (0, 1, 2))
-
-
-def by_autograd(loss: Loss, xs: Tensors) -> Any:
-    leaves = [x.clone().requires_grad_() for x in xs]
-    return torch.autograd.grad(loss(*leaves), leaves)
-
-
-def by_func_grad(loss: Loss, xs: Tensors) -> Any:
-    return gradient(loss)(*xs)
-
-
-def by_vmap_grad(loss: Loss, xs: Tensors) -> Any:
-    return torch.func.vmap(gradient(loss))(*examples_of(xs))
-
-
-def by_vmap_grad_shared(loss: Loss, xs: Tensors) -> Any:
-    return torch.func.vmap(gradient(loss), (0, None, None))(examples_of(xs)[0], *xs[1:])
-
-
-def by_nested_vmap_grad(loss: Loss, xs: Tensors) -> Any:
-    twice = examples_of(examples_of(xs))
-    return torch.func.vmap(torch.func.vmap(gradient(loss)))(*twice)
-
-
-def by_grad_of_vmap(loss: Loss, xs: Tensors) -> Any:
-    return gradient(lambda *y: torch.func.vmap(loss)(*y).sum())(*examples_of(xs))
-
-
-def by_autograd_of_vmap(loss: Loss, xs: Tensors) -> Any:
-    return by_autograd(lambda *y: torch.func.vmap(loss)(*y).sum(), examples_of(xs))
-
-
-def by_compile(loss: Loss, xs: Tensors) -> Any:
-    return by_autograd(torch.compile(loss, backend="aot_eager", fullgraph=True), xs)
-
-
-def by_compiled_grad(loss: Loss, xs: Tensors) -> Any:
-    return torch.compile(gradient(loss), backend="aot_eager", fullgraph=True)(*xs)
-
-
-def by_double_backward(loss: Loss, xs: Tensors) -> Any:
-    leaves = [x.clone().requires_grad_() for x in xs]
-    first = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
-    return torch.autograd.grad(sum(torch.sin(g).sum() for g in first), leaves)
-
-
-def by_jvp_of_grad(loss: Loss, xs: Tensors) -> Any:
-    return torch.func.jvp(gradient(loss), xs, tuple(torch.cos(x) for x in xs))[1]
-
-
-def by_jvp(loss: Loss, xs: Tensors) -> Any:
-    return [torch.func.jvp(loss, xs, tuple(torch.cos(x) for x in xs))[1]]
-
-
-FIRST = [
-    by_autograd,
-    by_func_grad,
-    by_vmap_grad,
-    by_vmap_grad_shared,
-    by_nested_vmap_grad,
-    by_grad_of_vmap,
-    by_autograd_of_vmap,
-    by_compile,
-    by_compiled_grad,
-]
-HIGHER = [by_double_backward, by_jvp_of_grad, by_jvp]
-EAGER = {by_compile: by_autograd, by_compiled_grad: by_func_grad}
-
-
-def disagreement(
-    driver: Any, backend: str, length: int | None, pretend: Callable[[str], None]
-) -> float:
-    torch._dynamo.reset()
-    loss = loss_of(boundaries(0, 5, 6, 1, 0) if length is None else boundaries(6, 6), length)
-    xs = tensors(12, dim=4)
-    pretend("plain")
-    wanted = EAGER.get(driver, driver)(loss, xs)
-    pretend(backend)
-    got = driver(loss, xs)
-    errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, wanted, strict=True)]
-    assert all(a.shape == b.shape for a, b in zip(got, wanted, strict=True))
-    return max(e if e == e else float("inf") for e in errors)
-
-
-@pytest.mark.parametrize("driver", [*FIRST, *HIGHER])
+@pytest.mark.parametrize("driver", [*FIRST_ORDER, *MORE], ids=name_of)
 @pytest.mark.parametrize(
     ("backend", "length"), [("flash-attn-4", None), ("flash-attn-4", 6), ("flash-attn", 6)]
 )
 def test_libraries_under_every_driver(
-    driver: Any, backend: str, length: int | None, pretend: Callable[[str], None]
+    driver: Driver, backend: str, length: int | None, pretend: Callable[[str], None]
 ) -> None:
-    assert disagreement(driver, backend, length, pretend) < ulps(torch.float64, 4000)
+    pretend(backend)
+    assert error(case(length), driver) < ulps(torch.float64, 4000)
 
 
-@pytest.mark.parametrize("driver", FIRST)
-def test_a_wrong_backward_shows(
-    driver: Any, pretend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("part", "driver"),
+    [*(("backward", driver) for driver in FIRST_ORDER), *(("formula", driver) for driver in MORE)],
+)
+def test_what_is_wrong_shows(
+    part: str, driver: Driver, pretend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(*args: Any, **static: Any) -> tuple[Tensor | None, ...]:
-        return tuple(None if g is None else 3.0 * g for g in flash.backward(*args, **static))
-
-    monkeypatch.setattr(module, "FLASH", dataclasses.replace(module.FLASH, backward=wrong))
-    assert disagreement(driver, "flash-attn-4", None, pretend) > 0.1
-
-
-@pytest.mark.parametrize("driver", HIGHER)
-def test_a_wrong_formula_shows(
-    driver: Any, pretend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def wrong(*args: Any, **static: Any) -> Tensor:
-        return 3.0 * module._flash_formula(*args, **static)
-
-    monkeypatch.setattr(module, "FLASH", dataclasses.replace(module.FLASH, formula=wrong))
-    assert disagreement(driver, "flash-attn-4", None, pretend) > 0.1
+    pretend("flash-attn-4")
+    broken(case(), part, monkeypatch)
+    assert error(case(), driver) > 0.1
 
 
 @pytest.mark.parametrize("length", [None, 6])
@@ -910,28 +823,26 @@ def test_examples_of_a_vmap_are_one_call(
             STAND_INS, name, lambda q, *args, _f=right, **o: (seen.append(q), _f(q, *args, **o))[1]
         )
     pretend("flash-attn-4")
-    loss = loss_of(boundaries(0, 5, 6, 1, 0) if length is None else boundaries(6, 6), length)
-    torch.func.vmap(gradient(loss))(*examples_of(tensors(12, dim=4)))
-    assert [x.shape[:-2].numel() for x in seen] == [36, 36]
+    by_vmap_grad(scalar(case(length).fast), tensors(12, dim=4))
+    assert [x.shape[:-2].numel() for x in seen] == [24, 24]
 
 
-def test_triton_through_the_public_function(kernel_device: str) -> None:
-    cu = boundaries(0, 9, 33, 1, 0).to(kernel_device)
-    xs = [x.to(kernel_device) for x in tensors(43, 2, 1, 64, torch.float32)]
-    for driver, length in ((by_autograd, None), (by_vmap_grad, 43)):
-        loss = loss_of(boundaries(43).to(kernel_device) if length else cu, length)
-        with kernels.override(attention="plain"):
-            wanted = driver(loss, xs)
-        with kernels.override(attention="triton"):
-            got = driver(loss, xs)
-        for mine, right in zip(got, wanted, strict=True):
-            # fp32: at most 43 weights, and sums of 64 products, of order 1
-            torch.testing.assert_close(
-                mine,
-                right,
-                rtol=ulps(torch.float32, 800),
-                atol=ulps(torch.float32, 80) * float(right.abs().max()),
-            )
+@pytest.mark.parametrize(("driver", "length"), [(by_autograd, None), (by_vmap_grad, 43)])
+def test_triton_through_the_public_function(
+    driver: Driver, length: int | None, kernel_device: str
+) -> None:
+    cu = (boundaries(43) if length else boundaries(0, 9, 33, 1, 0)).to(kernel_device)
+    xs = tuple(x.to(kernel_device) for x in tensors(43, 2, 1, 64, torch.float32))
+
+    def fast(*xs: Tensor) -> Tensor:
+        return attention(*xs, cu, window=4, length=length)
+
+    def plain(*xs: Tensor) -> Tensor:
+        return module.attention_reference(*xs, cu, causal=True, window=4, scale=1 / 8)
+
+    with kernels.override(attention="triton"):
+        # fp32: at most 43 weights, and sums of 64 products, of order 1
+        assert disagreement(driver, fast, plain, xs) < ulps(torch.float32, 800)
 
 
 @pytest.mark.parametrize("backend", LIBRARIES)

@@ -11,34 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import geglu, layer_norm, rms_norm, rope, swiglu
-from tests.kernels.drivers import saved_bytes
-from tests.kernels.rounding import ulps
+from tests.kernels import accuracy
+from tests.kernels.drivers import random, saved_bytes
+from tests.rounding import ulps
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (5, 123), (2, 3, 64)]
 
 
-def rand(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
 def outputs_and_gradients(
     f: Callable[..., Tensor], cotangent: Tensor, *leaves: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    leaves = tuple(leaf.detach().clone().requires_grad_() for leaf in leaves)
-    out = f(*leaves)
-    return out.detach(), list(torch.autograd.grad(out, leaves, cotangent.to(out.dtype)))
+    out, *grads = accuracy.outputs_and_gradients(f, cotangent, *leaves)
+    return out, grads
 
 
 def within(got: Tensor, wanted: Tensor, roundings: float, scale: Tensor | float = 1.0) -> None:
-    """`roundings` to got's dtype relative to each entry, and fp32 arithmetic of size `scale`."""
-    unit = torch.finfo(got.dtype).eps / 2
-    slack = 16 * torch.finfo(torch.float32).eps * scale + torch.finfo(got.dtype).tiny
-    if got.dtype == torch.float16:
-        slack = slack + torch.finfo(torch.float16).smallest_normal * 2**-10  # subnormal spacing
-    error = (got.double() - wanted).abs()
-    assert (error <= roundings * unit * wanted.abs() + slack).all(), float(error.max())
+    accuracy.within(got, wanted, scale, roundings=roundings)
 
 
 def exact_rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
@@ -52,8 +41,8 @@ def test_norms_are_rounded_once(
     shape: tuple[int, ...], weight_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
     dim = shape[-1]
-    x, g = rand(*shape, dtype=dtype), rand(*shape, dtype=dtype, seed=1)
-    w, b = rand(dim, dtype=weight_dtype, seed=2), rand(dim, dtype=weight_dtype, seed=3)
+    x, g = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
+    w, b = random(dim, dtype=weight_dtype, seed=2), random(dim, dtype=weight_dtype, seed=3)
 
     got, grads = outputs_and_gradients(lambda x, w: rms_norm(x, w, 1e-5), g, x, w)
     wanted, exact = outputs_and_gradients(
@@ -81,7 +70,7 @@ def test_norms_are_rounded_once(
 
 
 def test_norms_match_torchs_in_fp64() -> None:
-    x, w, b = rand(7, 33), rand(33, seed=1), rand(33, seed=2)
+    x, w, b = random(7, 33), random(33, seed=1), random(33, seed=2)
     torch.testing.assert_close(
         rms_norm(x, w), F.rms_norm(x, (33,), w, 1e-6), rtol=ulps(torch.float64, 64), atol=0
     )
@@ -96,7 +85,7 @@ def test_norms_match_torchs_in_fp64() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_swiglu_rounds_no_more_than_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    gate, up, g = (rand(*shape, dtype=dtype, seed=i) for i in range(3))
+    gate, up, g = (random(*shape, dtype=dtype, seed=i) for i in range(3))
     got, grads = outputs_and_gradients(swiglu, g, gate, up)
     wanted, exact = outputs_and_gradients(lambda a, b: F.silu(a) * b, g, gate.double(), up.double())
     assert got.dtype == dtype
@@ -132,7 +121,7 @@ def llama_rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor
 def test_rope_is_llamas_and_rounded_once(dtype: torch.dtype) -> None:
     cos, sin = tables(50, 8)
     positions = torch.randint(0, 50, (9,))
-    q, k = rand(9, 4, 8, dtype=dtype), rand(9, 2, 8, dtype=dtype, seed=1)
+    q, k = random(9, 4, 8, dtype=dtype), random(9, 2, 8, dtype=dtype, seed=1)
     got = rope(q, k, cos.float(), sin.float(), positions)
     for turned, x in zip(got, (q, k), strict=True):
         wanted = llama_rope(x.double(), cos, sin, positions)
@@ -143,7 +132,7 @@ def test_rope_is_llamas_and_rounded_once(dtype: torch.dtype) -> None:
 def test_rope_backward_is_the_opposite_rotation() -> None:
     cos, sin = tables(50, 8)
     positions = torch.randint(0, 50, (9,))
-    q, k = rand(9, 4, 8), rand(9, 2, 8, seed=1)
+    q, k = random(9, 4, 8), random(9, 2, 8, seed=1)
     turned = rope(q, k, cos, sin, positions)
     _, (back,) = outputs_and_gradients(
         lambda x: rope(x, k, cos, sin, positions)[0], turned[0], torch.zeros_like(q)
@@ -155,7 +144,7 @@ def test_rope_backward_is_the_opposite_rotation() -> None:
 
 def test_rope_depends_on_distance_alone() -> None:
     cos, sin = tables(50, 8)
-    q, k = rand(1, 1, 8), rand(1, 1, 8, seed=1)
+    q, k = random(1, 1, 8), random(1, 1, 8, seed=1)
 
     def score(i: int, j: int) -> Tensor:
         a, _ = rope(q, k, cos, sin, torch.tensor([i]))
@@ -167,7 +156,7 @@ def test_rope_depends_on_distance_alone() -> None:
 
 def test_rope_serves_per_example_positions() -> None:
     cos, sin = tables(50, 8)
-    q, k = rand(3, 9, 4, 8), rand(3, 9, 2, 8, seed=1)
+    q, k = random(3, 9, 4, 8), random(3, 9, 2, 8, seed=1)
     positions = torch.randint(0, 50, (3, 9))
     got = torch.func.vmap(rope, in_dims=(0, 0, None, None, 0))(q, k, cos, sin, positions)
     per_example_tables = torch.func.vmap(rope)(
@@ -184,9 +173,9 @@ def test_rope_serves_per_example_positions() -> None:
 
 
 def test_backwards_keep_inputs_and_row_statistics_only() -> None:
-    x = rand(64, 32, dtype=torch.bfloat16).requires_grad_()
-    up = rand(64, 32, dtype=torch.bfloat16, seed=1).requires_grad_()
-    w = rand(32, dtype=torch.float32, seed=2).requires_grad_()
+    x = random(64, 32, dtype=torch.bfloat16).requires_grad_()
+    up = random(64, 32, dtype=torch.bfloat16, seed=1).requires_grad_()
+    w = random(32, dtype=torch.float32, seed=2).requires_grad_()
     row = 64 * 4  # one fp32 number a row
     assert saved_bytes(lambda: rms_norm(x, w), x, w) == row
     assert saved_bytes(lambda: layer_norm(x, w, w), x, w) == 2 * row
@@ -200,16 +189,16 @@ def test_backwards_keep_inputs_and_row_statistics_only() -> None:
 def test_rope_keeps_the_shared_tables_only() -> None:
     cos, sin = (t.float() for t in tables(50, 8))
     positions = torch.arange(9)
-    q = rand(9, 4, 8, dtype=torch.bfloat16).requires_grad_()
-    k = rand(9, 2, 8, dtype=torch.bfloat16, seed=1).requires_grad_()
+    q = random(9, 4, 8, dtype=torch.bfloat16).requires_grad_()
+    k = random(9, 2, 8, dtype=torch.bfloat16, seed=1).requires_grad_()
     assert saved_bytes(lambda: rope(q, k, cos, sin, positions), cos, sin, positions) == 0
 
 
 def test_nothing_extra_lives_after_a_forward(allocations_in: Any) -> None:
     """save_for_forward and the Function's context hold on to nothing else."""
     cos, sin = (t.float() for t in tables(50, 8))
-    q = rand(9, 4, 8, dtype=torch.bfloat16).requires_grad_()
-    k = rand(9, 2, 8, dtype=torch.bfloat16, seed=1).requires_grad_()
+    q = random(9, 4, 8, dtype=torch.bfloat16).requires_grad_()
+    k = random(9, 2, 8, dtype=torch.bfloat16, seed=1).requires_grad_()
     positions = torch.arange(9)
     with allocations_in(q, k, cos, sin, positions) as allocations:
         first, second = q * 1, k * 1
@@ -245,7 +234,7 @@ def test_compiled_bf16_matches_eager() -> None:
         q, k = rope(y.view(16, 4, 8), y.view(16, 4, 8), cos, sin, positions)
         return (q * k).float().sum()
 
-    x, w = rand(16, 32, dtype=torch.bfloat16), rand(32, dtype=torch.float32, seed=1)
+    x, w = random(16, 32, dtype=torch.bfloat16), random(32, dtype=torch.float32, seed=1)
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     got = outputs_and_gradients(compiled, torch.ones(()), x, w)
     wanted = outputs_and_gradients(block, torch.ones(()), x, w)

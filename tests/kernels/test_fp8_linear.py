@@ -20,7 +20,7 @@ from kernels import fp8_linear
 from kernels.runtime import dispatch
 from tests.kernels import drivers
 from tests.kernels.drivers import directions, examples, random, scalar
-from tests.kernels.rounding import ulps
+from tests.rounding import ulps
 
 module = importlib.import_module("kernels.quantised.fp8_linear")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -20,7 +20,6 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import grad, hessian, jvp, vjp, vmap
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -30,27 +29,19 @@ from torch.utils.checkpoint import (
 
 from kernels import add_norm_linears, geglu, glu_linear, norm_linears, rms_norm, swiglu
 from tests.kernels.drivers import (
-    FIRST_ORDER,
+    EVERY_FIRST,
+    EVERY_HIGHER,
     Case,
     Driver,
-    Loss,
     broken,
-    by_double_backward,
-    by_hvp,
-    by_jvp,
-    by_jvp_jvp,
-    by_jvp_of_one,
-    by_vmap_hvp,
-    directions,
     disagreement,
-    everyone,
-    examples,
     joined,
     name_of,
     random,
     saved_bytes,
+    spoilt,
 )
-from tests.kernels.rounding import ulps
+from tests.rounding import ulps
 
 fused = importlib.import_module("kernels.linear.fused_linear")
 TOLERANCE = ulps(torch.float64, 4000)  # fp64: sums of a few hundred terms of order 1
@@ -150,45 +141,7 @@ CASES = {
 }
 
 
-def by_vjp(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
-    value, pull = vjp(loss, *floats)
-    return [value, *pull(torch.full_like(value, 0.7))]
-
-
-def by_vmap_jvp(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
-    moves = examples(directions(floats))
-    return [vmap(lambda *move: jvp(loss, floats, move)[1])(*moves)]
-
-
-def by_grad_grad(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
-    moves = directions(floats)
-
-    def along(*xs: Tensor) -> Tensor:
-        pairs = zip(grad(loss, everyone(floats))(*xs), moves, strict=True)
-        return torch.stack([(g * move).sum() for g, move in pairs]).sum()
-
-    return list(grad(along, everyone(floats))(*floats))
-
-
-def by_hessian(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
-    """With respect to everything at once: forward over reverse, the reverse under a vmap."""
-    rows = hessian(loss, everyone(floats))(*floats)
-    return [block for row in rows for block in row if block.abs().max() > 1e-6]
-
-
 BREAKABLE = ["glu_linear", "norm_linears, three", *(name for name in CASES if "add" in name)]
-FIRST: list[Driver] = [*FIRST_ORDER, by_vjp]
-HIGHER: list[Driver] = [
-    by_jvp,
-    by_jvp_of_one,
-    by_vmap_jvp,
-    by_double_backward,
-    by_grad_grad,
-    by_hvp,
-    by_vmap_hvp,
-    by_hessian,
-    by_jvp_jvp,
-]
 
 
 def floats_of(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -199,21 +152,19 @@ def error(case: Case, driver: Driver) -> float:
     return disagreement(driver, case.fast, case.plain, floats_of(case))
 
 
-@pytest.mark.parametrize("driver", [*FIRST, *HIGHER], ids=name_of)
+@pytest.mark.parametrize("driver", [*EVERY_FIRST, *EVERY_HIGHER], ids=name_of)
 @pytest.mark.parametrize("name", CASES)
 def test_under_driver(name: str, driver: Driver) -> None:
     assert error(CASES[name], driver) < TOLERANCE
 
 
-@pytest.mark.parametrize("driver", FIRST, ids=name_of)
-@pytest.mark.parametrize("name", BREAKABLE)
+@pytest.mark.parametrize(("name", "driver"), spoilt(BREAKABLE, EVERY_FIRST))
 def test_a_wrong_backward_shows(name: str, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(CASES[name], "backward", monkeypatch)
     assert error(CASES[name], driver) > 0.1
 
 
-@pytest.mark.parametrize("driver", HIGHER, ids=name_of)
-@pytest.mark.parametrize("name", BREAKABLE)
+@pytest.mark.parametrize(("name", "driver"), spoilt(BREAKABLE, EVERY_HIGHER))
 def test_a_wrong_formula_shows(name: str, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(CASES[name], "formula", monkeypatch)
     assert error(CASES[name], driver) > 0.1

@@ -15,9 +15,21 @@ from torch import Tensor
 import kernels
 from kernels import add_norm_gated_mlp
 from kernels.runtime import dispatch
-from tests.kernels.drivers import Case, Driver, broken, disagreement, joined, name_of, random
-from tests.kernels.rounding import ulps
-from tests.kernels.test_fused_linear import FIRST, HIGHER, parameters
+from tests.kernels.drivers import (
+    EVERY_FIRST,
+    EVERY_HIGHER,
+    Case,
+    Driver,
+    broken,
+    by_autograd,
+    by_jvp,
+    disagreement,
+    joined,
+    name_of,
+    random,
+)
+from tests.kernels.test_fused_linear import parameters
+from tests.rounding import ulps
 
 fused = importlib.import_module("kernels.mlp.fused_mlp")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -65,7 +77,7 @@ def error(case: Case, driver: Driver) -> float:
     return disagreement(driver, case.fast, case.plain, floats_of(case))
 
 
-@pytest.mark.parametrize("driver", [*FIRST, *HIGHER], ids=name_of)
+@pytest.mark.parametrize("driver", [*EVERY_FIRST, *EVERY_HIGHER], ids=name_of)
 @pytest.mark.parametrize("name", CASES)
 def test_under_driver(name: str, driver: Driver) -> None:
     assert error(CASES[name], driver) < ulps(
@@ -73,15 +85,10 @@ def test_under_driver(name: str, driver: Driver) -> None:
     )  # fp64: sums of some tens of terms of order 1
 
 
-@pytest.mark.parametrize("driver", FIRST, ids=name_of)
-def test_a_wrong_backward_shows(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken(CASES["gated"], "backward", monkeypatch)
-    assert error(CASES["gated"], driver) > 0.1
-
-
-@pytest.mark.parametrize("driver", HIGHER, ids=name_of)
-def test_a_wrong_formula_shows(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken(CASES["gated"], "formula", monkeypatch)
+@pytest.mark.parametrize(("part", "driver"), [("backward", by_autograd), ("formula", by_jvp)])
+def test_what_is_wrong_shows(part: str, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under every driver alike: see test_fused_linear.py."""
+    broken(CASES["gated"], part, monkeypatch)
     assert error(CASES["gated"], driver) > 0.1
 
 

@@ -12,7 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 from kernels import int8_linear
-from tests.kernels.rounding import ulps
+from tests.rounding import ulps
 
 
 def layer(out: int, inner: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 from kernels import cross_entropy, linear_cross_entropy
-from tests.kernels.rounding import ulps
+from tests.rounding import ulps
 
 lce = importlib.import_module("kernels.loss.linear_cross_entropy")
 

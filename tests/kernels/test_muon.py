@@ -13,7 +13,7 @@ from kernels.optimizer.muon_triton import gather_launch, move_launch
 from kernels.runtime import dispatch
 from kernels.runtime import resources as compiled
 from kernels.runtime.launch import recording
-from tests.kernels.rounding import ulps
+from tests.rounding import ulps
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # less than a block and no vectors; a whole block; blocks and a rest

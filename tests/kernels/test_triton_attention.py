@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import attention_triton
-from tests.kernels.rounding import attention_bounds, ulps
+from tests.rounding import attention_bounds, ulps
 
 # the interpreter's numpy warns of what masks then take out: rows past a document's end, later keys
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

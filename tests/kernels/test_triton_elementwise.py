@@ -17,14 +17,12 @@ from kernels import geglu, relu2, rope, swiglu
 from kernels.runtime import dispatch
 from tests.kernels.drivers import (
     FIRST_ORDER,
+    HIGHER_ORDER,
     Case,
     Driver,
     broken,
     by_double_backward,
     by_hvp,
-    by_jvp,
-    by_jvp_jvp,
-    by_vmap_hvp,
     disagreement,
     joined,
     name_of,
@@ -32,7 +30,7 @@ from tests.kernels.drivers import (
     random,
     spoilt,
 )
-from tests.kernels.rounding import ulps
+from tests.rounding import ulps
 
 glu = importlib.import_module("kernels.mlp.glu")
 ropes = importlib.import_module("kernels.rope.rope")
@@ -76,8 +74,6 @@ CASES = {
 
 # Drivers
 
-HIGHER: list[Driver] = [by_jvp, by_double_backward, by_hvp, by_vmap_hvp, by_jvp_jvp]
-
 
 def error(case: Case, driver: Driver, device: str) -> float:
     floats = tuple(random(*s, seed=i).to(device, torch.float32) for i, s in enumerate(case.shapes))
@@ -86,7 +82,7 @@ def error(case: Case, driver: Driver, device: str) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "driver", "kernel_device"), placed(CASES, [*FIRST_ORDER, *HIGHER])
+    ("name", "driver", "kernel_device"), placed(CASES, [*FIRST_ORDER, *HIGHER_ORDER])
 )
 def test_under_driver(name: str, driver: Driver, kernel_device: str) -> None:
     assert error(CASES[name], driver, kernel_device) < TOLERANCE

@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import grad, hessian
 
 from kernels import (
     add_norm_linears,
@@ -33,23 +32,18 @@ from kernels.norm import rms_norm_triton
 from kernels.runtime import dispatch
 from tests.kernels.drivers import (
     FIRST_ORDER,
+    HIGHER_ORDER,
     Case,
     Driver,
-    Loss,
     broken,
-    by_double_backward,
-    by_hvp,
-    by_jvp,
-    by_jvp_jvp,
-    by_vmap_hvp,
+    by_grad_grad,
+    by_jvp_jacrev,
     disagreement,
-    everyone,
     joined,
     placed,
     random,
     spoilt,
 )
-from tests.kernels.rounding import ulps
 from tests.kernels.test_fused_linear import CASES as EVERYWHERE
 from tests.kernels.test_fused_linear import (
     INNER,
@@ -61,6 +55,7 @@ from tests.kernels.test_fused_linear import (
     exact_norm_linears,
     roundings,
 )
+from tests.rounding import ulps
 
 fused = importlib.import_module("kernels.linear.fused_linear")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -444,30 +439,6 @@ CASES = {
 }
 
 
-def by_hessian(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
-    """With respect to the first two."""
-    rows = hessian(loss, (0, 1))(*floats)
-    return [block for row in rows for block in row]
-
-
-def by_grad_grad(loss: Loss, floats: tuple[Tensor, ...]) -> list[Tensor]:
-    def size(*xs: Tensor) -> Tensor:
-        return torch.stack([g.square().sum() for g in grad(loss, everyone(floats))(*xs)]).sum()
-
-    return list(grad(size, everyone(floats))(*floats))
-
-
-HIGHER: list[Driver] = [
-    by_jvp,
-    by_double_backward,
-    by_grad_grad,
-    by_hvp,
-    by_vmap_hvp,
-    by_hessian,
-    by_jvp_jvp,
-]
-
-
 def error(case: Case, driver: Driver, device: str) -> float:
     floats = tuple(random(*s, seed=i).to(device, FP32) for i, s in enumerate(case.shapes))
     with triton():
@@ -475,7 +446,8 @@ def error(case: Case, driver: Driver, device: str) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "driver", "kernel_device"), placed(CASES, [*FIRST_ORDER, *HIGHER])
+    ("name", "driver", "kernel_device"),
+    placed(CASES, [*FIRST_ORDER, *HIGHER_ORDER, by_grad_grad, by_jvp_jacrev]),
 )
 def test_under_driver(name: str, driver: Driver, kernel_device: str) -> None:
     assert error(CASES[name], driver, kernel_device) < TOLERANCE

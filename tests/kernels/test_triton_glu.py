@@ -17,8 +17,9 @@ from torch.func import grad, vmap
 from kernels import geglu, relu2, swiglu
 from kernels.mlp import glu_triton
 from kernels.runtime import dispatch
+from tests.kernels.accuracy import distance, outputs_and_gradients, within
 from tests.kernels.drivers import random
-from tests.kernels.rounding import ulps
+from tests.rounding import ulps
 
 EPS32 = torch.finfo(torch.float32).eps
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -43,28 +44,6 @@ def inputs(
 ) -> tuple[Tensor, ...]:
     """What the activation takes, and then a gradient of what it gives."""
     return tuple(random(*shape, seed=i, dtype=dtype).to(device) for i in range(COUNT[name] + 1))
-
-
-def outputs_and_gradients(
-    f: Callable[..., Tensor], cotangent: Tensor, *leaves: Tensor
-) -> list[Tensor]:
-    leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
-    out = f(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
-
-
-def within(got: Tensor, wanted: Tensor, scale: Tensor, device: str) -> None:
-    """One rounding to got's dtype relative to each entry, and fp32 arithmetic of size `scale`:
-    a few operations on numbers of that size, 16 eps. NaN never passes. The interpreter cuts fp32
-    off where it should round it to bf16: twice the error.
-    """
-    cut = device == "cpu" and got.dtype == torch.bfloat16
-    unit = torch.finfo(got.dtype).eps / (1 if cut else 2)
-    slack = 16 * EPS32 * scale + torch.finfo(got.dtype).tiny
-    if got.dtype == torch.float16:
-        slack = slack + torch.finfo(torch.float16).smallest_normal * 2**-10  # subnormal spacing
-    error = (got.double() - wanted).abs()
-    assert (error <= 1.001 * unit * wanted.abs() + slack).all(), float(error.max())
 
 
 def check(name: str, got: list[Tensor], g: Tensor, leaves: tuple[Tensor, ...], device: str) -> None:
@@ -249,11 +228,6 @@ def test_bad_arguments_are_named(call: Callable[[Tensor], Any], message: str) ->
 
 
 # Real sizes, on a GPU
-
-
-def distance(got: Tensor, exact: Tensor) -> float:
-    assert got.isfinite().all()
-    return float((got.double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.gpu

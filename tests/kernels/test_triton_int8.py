@@ -9,12 +9,26 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
 
 from kernels import choose, int8_linear
 from kernels.quantised import int8_few, int8_matmul
-from kernels.runtime import dispatch
-from tests.kernels.rounding import ulps
+from tests.kernels.drivers import (
+    Case,
+    Driver,
+    broken,
+    by_autograd,
+    by_compile,
+    by_compiled_grad,
+    by_func_grad,
+    by_hvp,
+    by_jvp,
+    by_vmap_grad,
+    by_vmap_grad_shared,
+    disagreement,
+    name_of,
+    random,
+)
+from tests.rounding import ulps
 
 linear = importlib.import_module("kernels.quantised.int8_linear")
 EPS32 = torch.finfo(torch.float32).eps
@@ -267,80 +281,45 @@ def scalar(
     return loss
 
 
-Driver = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], tuple[Tensor, ...]]
+def case(activations: str | None = None) -> Case:
+    weight, scale = layer(24, 48, "cpu")
+
+    def fast(x: Tensor, bias: Tensor) -> Tensor:
+        at = x.device
+        return int8_linear(x, weight.to(at), scale.to(at), bias, activations=activations)
+
+    def plain(x: Tensor, bias: Tensor) -> Tensor:
+        if activations is not None:  # straight through
+            step = linear.row_scale(x)
+            x = x + ((x / step).round() * step - x).detach()
+        return linear.int8_linear_reference(x, weight.to(x.device), scale.to(x.device)) + bias
+
+    return Case(fast, plain, ((5, 48), (24,)), linear, "_Linear")
 
 
-def by_autograd(f: Any, x: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    x, bias = x.detach().requires_grad_(), bias.detach().requires_grad_()
-    return torch.autograd.grad(f(x, bias), (x, bias))
+def error(case: Case, driver: Driver, device: str) -> float:
+    floats = tuple(random(*s, seed=i).float().to(device) for i, s in enumerate(case.shapes))
+    return disagreement(driver, case.fast, case.plain, floats)
 
 
-def by_grad(f: Any, x: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    return grad(f, (0, 1))(x, bias)
-
-
-def by_vmap_grad(f: Any, x: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    return vmap(grad(f, (0, 1)), (0, None))(torch.stack([x, 2 * x]), bias)
-
-
-def by_vmap_grad_of_all(f: Any, x: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    return vmap(grad(f, (0, 1)))(torch.stack([x, 2 * x]), torch.stack([bias, -bias]))
-
-
-def by_compile(f: Any, x: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    torch._dynamo.reset()
-    return by_autograd(torch.compile(f, backend="aot_eager", fullgraph=True), x, bias)
-
-
-def by_compiled_grad(f: Any, x: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    torch._dynamo.reset()
-    return torch.compile(grad(f, (0, 1)), backend="aot_eager", fullgraph=True)(x, bias)
-
-
-def by_jvp(f: Any, x: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    return jvp(f, (x, bias), (torch.cos(x), torch.cos(bias)))
-
-
-def by_hvp(f: Any, x: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    return jvp(grad(f, (0, 1)), (x, bias), (torch.cos(x), torch.cos(bias)))[1]
-
-
-FIRST = [by_autograd, by_grad, by_vmap_grad, by_vmap_grad_of_all, by_compile, by_compiled_grad]
+FIRST = [by_autograd, by_func_grad, by_vmap_grad, by_vmap_grad_shared, by_compile, by_compiled_grad]
 
 
 @pytest.mark.parametrize("activations", [None, "dynamic"])
-@pytest.mark.parametrize("driver", [*FIRST, by_jvp, by_hvp], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("driver", [*FIRST, by_jvp, by_hvp], ids=name_of)
 def test_drivers_agree_with_torch(
     driver: Driver, activations: str | None, interpreter: str
 ) -> None:
-    f = scalar(*layer(24, 48, interpreter), activations)
-    x, bias = rand(5, 48, device=interpreter), rand(24, device=interpreter, seed=2)
-    got = driver(f, x, bias)
-    with dispatch.override(int8_linear="torch"):
-        reference = {by_compile: by_autograd, by_compiled_grad: by_grad}.get(driver, driver)
-        wanted = reference(f, x, bias)
-    for a, b in zip(got, wanted, strict=True):
-        # fp32 sums of 48 and 24 terms, through the slope of a sine
-        torch.testing.assert_close(
-            a, b, rtol=ulps(torch.float32, 800), atol=ulps(torch.float32, 80) * float(b.abs().max())
-        )
+    # fp32 sums of 48 and 24 terms, through the slope of a sine
+    assert error(case(activations), driver, interpreter) < ulps(torch.float32, 800)
 
 
-@pytest.mark.parametrize("driver", FIRST, ids=lambda d: d.__name__)
+@pytest.mark.parametrize("driver", FIRST, ids=name_of)
 def test_a_wrong_backward_shows(
     driver: Driver, interpreter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    f = scalar(*layer(24, 48, interpreter))
-    x, bias = rand(5, 48, device=interpreter), rand(24, device=interpreter, seed=2)
-    right = driver(f, x, bias)
-    backward = linear._Linear.backward
-
-    def wrong(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple(None if g is None else 3 * g for g in backward(ctx, grad))
-
-    monkeypatch.setattr(linear._Linear, "backward", staticmethod(wrong))
-    for a, b in zip(driver(f, x, bias), right, strict=True):
-        assert (a - b).abs().max() > b.abs().max()
+    broken(case(), "backward", monkeypatch)
+    assert error(case(), driver, interpreter) > 0.1
 
 
 # At real sizes
@@ -427,8 +406,8 @@ def test_inductor(activations: str | None) -> None:
     x = torch.randn(100, 256, device="cuda")
     bias = torch.randn(512, device="cuda")
     torch._dynamo.reset()
-    got = by_autograd(torch.compile(f, fullgraph=True), x, bias)
-    for a, b in zip(got, by_autograd(f, x, bias), strict=True):
+    got = by_autograd(torch.compile(f, fullgraph=True), (x, bias))[1:]
+    for a, b in zip(got, by_autograd(f, (x, bias))[1:], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
 
 

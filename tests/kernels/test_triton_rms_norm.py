@@ -6,9 +6,9 @@ the same code.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,28 +19,24 @@ from torch import Tensor
 from kernels import add_rms_norm, choose, layer_norm, rms_norm
 from kernels.norm import rms_norm_triton
 from kernels.runtime import dispatch
+from tests.kernels.accuracy import distance, outputs_and_gradients, within
 from tests.kernels.drivers import (
+    FIRST_ORDER,
+    HIGHER_ORDER,
+    Case,
     Driver,
+    broken,
     by_autograd,
-    by_autograd_of_vmap,
-    by_compile,
-    by_compiled_grad,
-    by_double_backward,
-    by_func_grad,
-    by_hvp,
     by_jvp,
-    by_jvp_jvp,
     by_jvp_of_one,
-    by_one_leaf,
-    by_vmap_grad,
-    by_vmap_grad_shared,
     disagreement,
     name_of,
     placed,
     random,
+    saved_bytes,
     spoilt,
 )
-from tests.kernels.rounding import ulps
+from tests.rounding import ulps
 
 norms = importlib.import_module("kernels.norm.rms_norm")
 EPS = 1e-5
@@ -61,37 +57,12 @@ def triton() -> Any:
     return dispatch.override(rms_norm="triton", layer_norm="triton")
 
 
-def outputs_and_gradients(
-    f: Callable[..., Any], cotangents: tuple[Tensor, ...], *leaves: Tensor
-) -> list[Tensor]:
-    leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
-    out = f(*leaves)
-    outs = (out,) if isinstance(out, Tensor) else out
-    given = [c.to(o.dtype) for c, o in zip(cotangents, outs, strict=True)]
-    return [*(o.detach() for o in outs), *torch.autograd.grad(outs, leaves, given)]
-
-
 def exact_rms_norm(x: Tensor, w: Tensor, eps: float = EPS) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w
 
 
 def exact_layer_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], w, b, EPS)
-
-
-def within(got: Tensor, wanted: Tensor, scale: Tensor | float, device: str) -> None:
-    """One rounding to got's dtype relative to each entry, and fp32 arithmetic of size `scale`.
-
-    A few operations on fp32 numbers of that size: 16 eps. NaN never passes. The interpreter cuts
-    fp32 off where it should round it to bf16: twice the error.
-    """
-    cut = device == "cpu" and got.dtype == torch.bfloat16
-    unit = torch.finfo(got.dtype).eps / (1 if cut else 2)
-    slack = 16 * EPS32 * scale + torch.finfo(got.dtype).tiny
-    if got.dtype == torch.float16:
-        slack = slack + torch.finfo(torch.float16).smallest_normal * 2**-10  # subnormal spacing
-    error = (got.double() - wanted).abs()
-    assert (error <= 1.001 * unit * wanted.abs() + slack).all(), float(error.max())
 
 
 def check_gradients(
@@ -253,16 +224,16 @@ def test_layer_norm_says_how_long_its_rows_may_be(kernel_device: str) -> None:
         layer_norm(x)
 
 
-@pytest.mark.parametrize("dim", [100])
-def test_any_strides(dim: int, kernel_device: str) -> None:
+def test_any_strides(kernel_device: str) -> None:
     """Rows that lie apart, with NaN between them; columns that do; broadcast rows and gradients."""
-    wide = torch.full((5, 4, dim + 8), float("nan"), device=kernel_device)
+    dim = 20
+    wide = torch.full((2, 3, dim + 8), float("nan"), device=kernel_device)
     apart = wide[:, :, :dim]
-    apart.copy_(random(5, 4, dim).float())
-    turned = random(dim, 5, 4).float().to(kernel_device).permute(1, 2, 0)
-    same = random(dim, seed=3).float().to(kernel_device).expand(5, 4, dim)
+    apart.copy_(random(2, 3, dim).float())
+    turned = random(dim, 2, 3).float().to(kernel_device).permute(1, 2, 0)
+    same = random(dim, seed=3).float().to(kernel_device).expand(2, 3, dim)
     w = random(2 * dim, seed=1).float().to(kernel_device)[::2]
-    g = random(5, 4, dim, seed=2).float().to(kernel_device)
+    g = random(2, 3, dim, seed=2).float().to(kernel_device)
     for x in (apart[:, 1], apart, turned, same):
         for cotangent in (g[:, 1] if x.ndim == 2 else g, torch.ones((), device=x.device)):
             cotangent = cotangent.expand(x.shape)
@@ -332,112 +303,72 @@ BACKENDS = [
     pytest.param(("triton", "cpu"), id="interpreter", marks=pytest.mark.interpreter),
     pytest.param(("triton", "cuda"), id="gpu", marks=pytest.mark.gpu),
 ]
-OPS = {
-    ("rms_norm", "torch"): "RMS_NORM",
-    ("rms_norm", "triton"): "RMS_NORM_TRITON",
-    ("add_rms_norm", "torch"): "ADD_RMS_NORM",
-    ("add_rms_norm", "triton"): "ADD_RMS_NORM_TRITON",
-    ("layer_norm", "torch"): "LAYER_NORM",
-    ("layer_norm", "triton"): "LAYER_NORM_TRITON",
-}
 
 
 def both(pair: tuple[Tensor, Tensor]) -> Tensor:
     return torch.sin(pair[0]) * pair[1].square() + pair[1]
 
 
-CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], int]] = {
-    "rms_norm": (
+CASES = {
+    "rms_norm": Case(
         lambda x, w: rms_norm(x, w, EPS),
         lambda x, w: norms.rms_norm_reference(x, w, eps=EPS),
-        2,
+        ((5, 24), (24,)),
+        norms,
+        "RMS_NORM_TRITON",
     ),
-    "add_rms_norm": (
+    "add_rms_norm": Case(
         lambda x, more, w: both(add_rms_norm(x, more, w, EPS)),
         lambda x, more, w: both(norms.add_rms_norm_reference(x, more, w, eps=EPS)),
-        3,
+        ((5, 24), (5, 24), (24,)),
+        norms,
+        "ADD_RMS_NORM_TRITON",
     ),
-    "layer_norm": (
+    "layer_norm": Case(
         lambda x, w, b: layer_norm(x, w, b, EPS),
         lambda x, w, b: norms.layer_norm_reference(x, w, b, eps=EPS),
-        3,
+        ((5, 24), (24,), (24,)),
+        norms,
+        "LAYER_NORM_TRITON",
     ),
 }
+OF_TORCH = replace(CASES["add_rms_norm"], op="ADD_RMS_NORM")
+DRIVERS = [*FIRST_ORDER, *HIGHER_ORDER, by_jvp_of_one]
 
 
-FIRST: list[Driver] = [
-    by_autograd,
-    by_one_leaf,
-    by_func_grad,
-    by_vmap_grad,
-    by_vmap_grad_shared,
-    by_autograd_of_vmap,
-    by_compile,
-    by_compiled_grad,
-]
-HIGHER: list[Driver] = [by_jvp, by_jvp_of_one, by_double_backward, by_hvp]
-
-
-def error(name: str, driver: Driver, backend: str, device: str) -> float:
-    fast, plain, count = CASES[name]
-    matrices = 2 if name == "add_rms_norm" else 1
-    shapes = [(5, 24)] * matrices + [(24,)] * (count - matrices)
+def error(case: Case, driver: Driver, device: str, backend: str = "triton") -> float:
     dtype = torch.float64 if backend == "torch" else torch.float32  # Triton takes no fp64
-    floats = tuple(random(*s, seed=i).to(device, dtype) for i, s in enumerate(shapes))
+    floats = tuple(random(*s, seed=i).to(device, dtype) for i, s in enumerate(case.shapes))
     with dispatch.override(rms_norm=backend, layer_norm=backend):
-        return disagreement(driver, fast, plain, floats)
+        return disagreement(driver, case.fast, case.plain, floats)
 
 
-@pytest.mark.parametrize(
-    ("name", "driver", "kernel_device"), placed(CASES, [*FIRST, *HIGHER, by_jvp_jvp])
-)
+@pytest.mark.parametrize(("name", "driver", "kernel_device"), placed(CASES, DRIVERS))
 def test_under_driver(name: str, driver: Driver, kernel_device: str) -> None:
     # fp32: sums of 120 numbers of order 1, a few times over
-    assert error(name, driver, "triton", kernel_device) < ulps(torch.float32, 800)
+    assert error(CASES[name], driver, kernel_device) < ulps(torch.float32, 800)
 
 
-@pytest.mark.parametrize("driver", [*FIRST, *HIGHER, by_jvp_jvp], ids=name_of)
+@pytest.mark.parametrize("driver", DRIVERS, ids=name_of)
 def test_torch_s_sum_under_driver(driver: Driver) -> None:
-    assert error("add_rms_norm", driver, "torch", "cpu") < ulps(
-        torch.float64, 4000
-    )  # the same in fp64
+    assert error(OF_TORCH, driver, "cpu", "torch") < ulps(torch.float64, 4000)  # the same in fp64
 
 
-def wrong_backward(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    attribute = OPS[name, backend]
-    op = getattr(norms, attribute)
-
-    def wrong(*args: Any, **static: Any) -> Any:
-        return tuple(None if g is None else 3.0 * g for g in op.backward(*args, **static))
-
-    monkeypatch.setattr(norms, attribute, dataclasses.replace(op, backward=wrong))
-
-
-@pytest.mark.parametrize(("name", "driver"), spoilt(CASES, FIRST))
+@pytest.mark.parametrize(("name", "driver"), spoilt(CASES, FIRST_ORDER))
 def test_a_wrong_backward_shows(
     name: str, driver: Driver, interpreter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong_backward(name, "triton", monkeypatch)
-    assert error(name, driver, "triton", interpreter) > 0.1
+    broken(CASES[name], "backward", monkeypatch)
+    assert error(CASES[name], driver, interpreter) > 0.1
 
 
-@pytest.mark.parametrize("driver", FIRST, ids=name_of)
-def test_a_wrong_backward_of_torch_s_sum_shows(
-    driver: Driver, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("part", "driver"), [("backward", by_autograd), ("formula", by_jvp)])
+def test_what_is_wrong_in_torch_s_sum_shows(
+    part: str, driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong_backward("add_rms_norm", "torch", monkeypatch)
-    assert error("add_rms_norm", driver, "torch", "cpu") > 0.1
-
-
-@pytest.mark.parametrize("driver", HIGHER, ids=name_of)
-def test_a_wrong_formula_of_the_sum_shows(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    op = norms.ADD_RMS_NORM
-
-    def wrong(*args: Any, **static: Any) -> Any:
-        return tuple(3.0 * out for out in op.formula(*args, **static))
-
-    monkeypatch.setattr(norms, "ADD_RMS_NORM", dataclasses.replace(op, formula=wrong))
-    assert error("add_rms_norm", driver, "torch", "cpu") > 0.1
+    """Under every driver alike: see test_drivers.py."""
+    broken(OF_TORCH, part, monkeypatch)
+    assert error(OF_TORCH, driver, "cpu", "torch") > 0.1
 
 
 # The residual add
@@ -468,20 +399,10 @@ def test_backward_keeps_the_sum_alone(backend: tuple[str, str]) -> None:
     x = random(64, 32).to(device, torch.bfloat16).requires_grad_()
     more = random(64, 32, seed=1).to(device, torch.bfloat16).requires_grad_()
     w = random(32, seed=2).to(device, torch.float32).requires_grad_()
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with (
-        dispatch.override(rms_norm=kind),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
-    ):
-        _, total = add_rms_norm(x, more, w)
-    assert kept.keys() >= {t.untyped_storage().data_ptr() for t in (total, w)}
-    assert sum(kept.values()) == total.nbytes + w.nbytes + 64 * 4  # one fp32 number a row
-    assert not kept.keys() & {t.untyped_storage().data_ptr() for t in (x, more)}
+    with dispatch.override(rms_norm=kind):
+        for own in ((w,), (x, more, w)):  # of the three of x's size one, and that is the sum
+            kept = saved_bytes(lambda: add_rms_norm(x, more, w), *own)
+            assert kept == x.nbytes + 64 * 4  # and one fp32 number a row
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -522,11 +443,6 @@ def test_bad_arguments_are_named(call: Callable[[Tensor], Any], message: str) ->
 # Real sizes, on a GPU
 
 
-def worst(got: Tensor, exact: Tensor) -> float:
-    assert got.isfinite().all()
-    return float((got.double() - exact).norm() / exact.norm())
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
@@ -554,7 +470,7 @@ def test_no_worse_than_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None
         with triton():
             got = outputs_and_gradients(lambda *a, f=ours: f(*a, EPS), (g,), *args)
         for ours_one, torchs_one, right in zip(got, plain, exact, strict=True):
-            assert worst(ours_one, right) <= 1.01 * worst(torchs_one, right) + 32 * EPS32
+            assert distance(ours_one, right) <= 1.01 * distance(torchs_one, right) + 32 * EPS32
 
 
 @pytest.mark.gpu

@@ -16,8 +16,10 @@ from torch.func import grad, vmap
 from kernels import rope
 from kernels.rope import rope_triton
 from kernels.runtime import dispatch
+from tests.kernels import accuracy
+from tests.kernels.accuracy import distance, within
 from tests.kernels.drivers import random
-from tests.kernels.rounding import ulps
+from tests.rounding import ulps
 
 EPS = 1e-5
 EPS32 = torch.finfo(torch.float32).eps
@@ -77,24 +79,9 @@ def outputs_and_gradients(
     k: Tensor,
     *weights: Tensor,
 ) -> list[Tensor]:
-    leaves = [x.detach().requires_grad_() for x in (q, k, *weights)]
-    outs = f(*leaves[:2], *constants, *leaves[2:])
-    given = [c.to(o.dtype) for c, o in zip(cotangents, outs, strict=True)]
-    return [*(o.detach() for o in outs), *torch.autograd.grad(outs, leaves, given)]
-
-
-def within(got: Tensor, wanted: Tensor, scale: float, device: str) -> None:
-    """One rounding to got's dtype relative to each entry, and fp32 arithmetic of size `scale`:
-    a few operations on numbers of that size, 16 eps. NaN never passes. The interpreter cuts fp32
-    off where it should round it to bf16: twice the error.
-    """
-    cut = device == "cpu" and got.dtype == torch.bfloat16
-    unit = torch.finfo(got.dtype).eps / (1 if cut else 2)
-    slack = 16 * EPS32 * scale + torch.finfo(got.dtype).tiny
-    if got.dtype == torch.float16:
-        slack = slack + torch.finfo(torch.float16).smallest_normal * 2**-10  # subnormal spacing
-    error = (got.double() - wanted).abs()
-    assert (error <= 1.001 * unit * wanted.abs() + slack).all(), float(error.max())
+    return accuracy.outputs_and_gradients(
+        lambda q, k, *weights: f(q, k, *constants, *weights), cotangents, q, k, *weights
+    )
 
 
 def check(got: list[Tensor], exact: list[Tensor], leaves: tuple[Tensor, ...], device: str) -> None:
@@ -406,11 +393,6 @@ def test_bad_arguments_are_named(changes: dict[str, Any], message: str) -> None:
 
 
 # Real sizes, on a GPU
-
-
-def distance(got: Tensor, exact: Tensor) -> float:
-    assert got.isfinite().all()
-    return float((got.double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.gpu
