@@ -32,10 +32,9 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 
-from core import Batch, Forward, Logits, VLMConfig, vlm
+from core import Batch, Forward, Logits, VLMConfig
 from core.batch import IGNORE
 from core.ranges import Range
-from params import init_params
 from params.tree import Tree
 from runners.data import digests
 from runners.data.collate import batch_documents
@@ -47,11 +46,13 @@ from runners.data.stats import majority_accuracy, readable
 from runners.data.types import BadRecordError, Conversation, Document, Source, Turn, alone, prompts
 from runners.shell.cli import guarded, parse
 from runners.shell.errors import UserError, printable
-from runners.training.checkpoints import Run, load_weights, open_run
+from runners.training.checkpoints import Run, open_run
 from runners.training.compose import choose_device, compute_dtype
 from runners.training.setup import build_encoder, plan, run_tokenizer, sample_documents
-from runners.training.step import mean_loss, to_device
-from transforms import cast_matrices, fuse_loss
+from runners.training.step import mean_loss
+from runners.training.weights import open_params
+from transforms import fuse_loss
+from transforms.accumulate import to_device
 
 logger = logging.getLogger(__name__)
 Ask = Literal["trained", "alone"]
@@ -257,9 +258,8 @@ def _score(results: Sequence[tuple[Question, bool, bool]]) -> Score:
 def open_evaluator(run: Run, device: torch.device) -> Evaluator:
     """The best weights of a run. Raises UserError naming what is missing or does not fit."""
     encoder = build_encoder(run.config, run.model, run_tokenizer(run))
-    params = load_weights(run.folder, init_params(run.model, device="meta"), device)
-    params = cast_matrices(params, compute_dtype(run.config, device)[0])
-    return Evaluator(vlm(run.model), params, run.model, encoder, run.config.device_batch_size)
+    forward, params = open_params(run, compute_dtype(run.config, device)[0], device)
+    return Evaluator(forward, params, run.model, encoder, run.config.device_batch_size)
 
 
 def evaluate(

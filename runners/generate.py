@@ -33,7 +33,7 @@ from runners.shell.cli import UsageError, guarded, parse
 from runners.shell.errors import UserError, printable
 from runners.training.checkpoints import open_run
 from runners.training.compose import choose_device
-from runners.training.step import to_device
+from transforms.accumulate import to_device
 
 
 @dataclass(frozen=True)

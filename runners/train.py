@@ -8,13 +8,13 @@ python -m runners.train --config runs/NAME      # the same run again, in a folde
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -32,7 +32,6 @@ from runners.training.checkpoints import (
     check_room,
     claim_folder,
     create_folder,
-    load_weights,
     record_start,
 )
 from runners.training.config import TrainConfig, parse_config
@@ -44,6 +43,7 @@ from runners.training.resume import continued
 from runners.training.setup import Job, build_encoder, prepare
 from runners.training.states import read_record
 from runners.training.step import Learner
+from runners.training.weights import MERGED, base_digest, save_merged, trained_params
 from transforms import cast_matrices
 
 
@@ -66,15 +66,18 @@ def train(
         if claim.state is not None:
             _, step, old = read_record(claim.state)
             config = continued(old, config, step, claim.state)
+        elif config.lora_rank and config.init_from:  # wherever the run is opened from later
+            config = dataclasses.replace(config, init_from=str(Path(config.init_from).absolute()))
         job = prepare(config, claim.state)
         stack.callback(job.loader.close)  # it runs already
-        learner = Learner(job.params, config, job.select, job.composed.dtype)
-        check_room(folder, learner.params, unflatten(learner.learning), config.keep_states)
+        learner = Learner(job.params, config, job.select, job.composed.matrices)
+        check_room(folder, learner.kept, unflatten(learner.learning), config.keep_states)
         if job.state is not None:
             learner.restore(job.state)
         begin = origin(command, learner.step, job.device)
         if job.state is None:
-            create_folder(folder, config, job.model, job.tokenizer, begin)
+            base = base_digest(config)
+            create_folder(folder, config, job.model, job.tokenizer, begin, base)
         else:
             record_start(folder, config, begin)
         digests.save(folder, job.sources.digests)
@@ -147,9 +150,13 @@ def finish(job: Job, folder: Path) -> list[str]:
     """Evaluates the best weights on what was held out, and draws loss.png and samples.png."""
     with warned("loss.png"):
         draw_loss(folder / "loss.png", read_metrics(folder))
+    if job.config.merge:
+        save_merged(folder, job.config, job.model)
     evaluator = Evaluator(
         job.composed.forward,
-        cast_matrices(load_weights(folder, job.params, job.device), job.composed.dtype),
+        cast_matrices(
+            trained_params(folder, job.config, job.params, job.device), job.composed.matrices
+        ),
         job.model,
         build_encoder(job.config, job.model, job.tokenizer),
         job.config.device_batch_size,
@@ -161,12 +168,16 @@ def finish(job: Job, folder: Path) -> list[str]:
             evaluator, job.sources.held_out, limit, chat=job.config.chat, ask=job.config.ask
         )
         with warned("eval.json"):
-            write_text(folder / "eval.json", json.dumps([asdict(r) for r in reports], indent=1))
+            write_text(
+                folder / "eval.json", json.dumps([dataclasses.asdict(r) for r in reports], indent=1)
+            )
     if job.config.samples and job.config.chat and job.sources.held_out:
         samples = sample(evaluator, job)
         with warned("samples.png"):
             draw_samples(folder / "samples.png", samples)
-    written = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != LOCK)
+    written = sorted(
+        p.name for p in folder.iterdir() if (p.is_file() and p.name != LOCK) or p.name == MERGED
+    )
     return [*(line for r in reports for line in r.lines()), f"In {folder}: {', '.join(written)}"]
 
 

@@ -1,6 +1,6 @@
 """What can be done to a forward: functions from Forward to Forward, one file each."""
 
-from transforms.accumulate import accumulate
+from transforms.accumulate import accumulate, accumulate_grads
 from transforms.checkpoint import checkpoint, rematerialize
 from transforms.compile import compile
 from transforms.cuda_graph import cuda_graph
@@ -14,6 +14,7 @@ from transforms.value_and_grad import trainable, value_and_grad
 
 __all__ = [
     "accumulate",
+    "accumulate_grads",
     "cast_matrices",
     "checkpoint",
     "compile",

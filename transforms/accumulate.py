@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
 from core.batch import IGNORE
-from params.tree import Tree
+from params.tree import Tree, flatten
 from transforms.checkpoint import rematerialize
 
 Loss = Callable[[Tree, Any], Tensor]
+GradFn = Callable[[Tree, Any], tuple[Tensor, Tree]]
 
 
 def accumulate(loss_fn: Loss, microbatches: int) -> Loss:
@@ -33,7 +34,7 @@ def accumulate(loss_fn: Loss, microbatches: int) -> Loss:
 
     def run(params: Tree, batches: Any) -> Tensor:
         each = _split(batches, microbatches)
-        shares = _shares(each)
+        shares = token_shares(each)
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return _summed(rematerialize(loss_fn), params, each, shares)
         leaves, spec = pytree.tree_flatten(params)
@@ -60,10 +61,62 @@ def _split(batches: Any, count: int) -> list[Any]:
     return list(batches)
 
 
-def _shares(batches: Sequence[Any]) -> Tensor:
-    """[microbatches] fp32: the share of all labelled tokens. On the device: nothing waits."""
-    counts = torch.stack([(batch["labels"] != IGNORE).sum() for batch in batches]).float()
+class Accumulated(NamedTuple):
+    """Loss and gradients of several batches."""
+
+    loss: Tensor  # fp32 scalar: the mean over the labelled tokens of all batches
+    losses: list[Tensor]  # of each batch
+    grads: dict[str, Tensor]  # by path
+
+
+def accumulate_grads(
+    grad_fn: GradFn, params: Tree, batches: Sequence[Any], device: torch.device | None = None
+) -> Accumulated:
+    """Gradients of several batches as those of one: :func:`accumulate` for a training loop.
+
+    grad_fn is called once a batch, so it may be compiled or recorded as a CUDA graph, which
+    ``accumulate`` inside of it cannot be: results may be overwritten by its next call. The sum is
+    fp32; the gradients of a single batch are returned as they are.
+
+    Args:
+        grad_fn: ``(params, batch) -> (loss, grads)``, as of :func:`value_and_grad`.
+        batches: on the CPU, where counting their labels waits for nothing.
+        device: where grad_fn wants them; each is copied when its turn comes. Default: the CPU.
+    """
+    shares = token_shares(batches)
+    losses: list[Tensor] = []
+    total: dict[str, Tensor] = {}
+    for batch, share in zip(batches, shares.tolist(), strict=True):
+        loss, tree = grad_fn(params, batch if device is None else to_device(batch, device))
+        losses.append(loss.clone())  # a CUDA graph writes the next one in its place
+        grads = flatten(tree)
+        if len(batches) == 1:
+            return Accumulated(loss, losses, grads)
+        if not total:
+            # fp32: in bf16 the eighth batch would add three bits to the sum
+            total = {p: torch.zeros_like(g, dtype=torch.float32) for p, g in grads.items()}
+        torch._foreach_add_(list(total.values()), [grads[p] for p in total], alpha=share)
+    each = torch.stack(losses)
+    return Accumulated((each * shares.to(each.device)).sum(), losses, total)
+
+
+def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A CPU batch on the device, without waiting for the copy."""
+    if device.type == "cpu":
+        return dict(batch)
+    return {name: t.pin_memory().to(device, non_blocking=True) for name, t in batch.items()}
+
+
+def token_shares(batches: Sequence[Any]) -> Tensor:
+    """``[len(batches)]`` fp32, on their device: the share of all labelled tokens in each."""
+    counts = labelled_tokens(batches).float()
     return counts / counts.sum().clamp(min=1)
+
+
+def labelled_tokens(batches: Sequence[Any]) -> Tensor:
+    """``[len(batches)]`` int64, on their device: how many labels of each count in its loss."""
+    counts = [(batch["labels"] != IGNORE).sum() for batch in batches]
+    return torch.stack(counts) if counts else torch.zeros(0, dtype=torch.int64)
 
 
 def _summed(loss_fn: Loss, params: Tree, batches: Sequence[Any], shares: Tensor) -> Tensor:

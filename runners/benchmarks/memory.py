@@ -31,8 +31,8 @@ from runners.benchmarks.training import choose_clock
 from runners.shell.cli import UsageError, nearest
 from runners.training.compose import choose_backends, compose, compute_dtype
 from runners.training.config import TrainConfig, check_preset
-from runners.training.setup import build_params
 from runners.training.step import GradFn, Learner
+from runners.training.weights import build_params
 from transforms import cast_matrices, checkpoint, fuse_loss, lora, quantize_int8, value_and_grad
 
 SMALLEST, GRID = 1024, 128  # tokens: the shortest row that is tried, and the search's grid

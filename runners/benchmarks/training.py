@@ -39,8 +39,8 @@ from runners.shell.errors import UserError
 from runners.training.compose import Composed, compose
 from runners.training.config import TrainConfig, check_preset, model_config
 from runners.training.flops import peak_flops, training_flops
-from runners.training.setup import build_params
 from runners.training.step import GradFn, Learner
+from runners.training.weights import build_params
 
 # What a config may change of without another program being traced.
 SAME_PROGRAM = {

@@ -27,7 +27,9 @@ def check_memory(
     states = 2 if config.state_dtype == "bf16" else 4
     learns = states + (4 if states == 2 else MOMENTS[config.optimizer])
     params = model.num_params()
-    held = params * (states + (learns if everything else 0))
+    if config.lora_rank:
+        states = 1 if config.quantize else 2
+    held = params * (states + (learns if everything and not config.lora_rank else 0))
     tokens = config.device_batch_size * config.sequence_len
     if tokens >= 2**31:
         raise UserError(

@@ -218,16 +218,17 @@ def create_folder(
     model: VLMConfig,
     tokenizer: ChatTokenizer,
     origin: Mapping[str, Any] | None = None,
+    base: str | None = None,
 ) -> None:
     """Makes the folder of a new run: the first thing that a run writes. origin: what it comes from
-    (:func:`runners.training.provenance.origin`)."""
+    (:func:`runners.training.provenance.origin`); base: the digest of what adapters stand beside."""
     with explained(f"cannot create {folder} (choose another place with --runs_dir)"):
         make_folder(folder)
         tokenizer.save(folder / TOKENIZER)
         record = {
             "id": secrets.token_hex(8),
             "train": as_dict(config), "model": model.to_dict(), "starts": [dict(origin or {})],
-        }  # fmt: skip
+        } | ({} if base is None else {"base": base})  # fmt: skip
         write_text(folder / CONFIG, json.dumps(record, indent=1))
 
 
@@ -273,13 +274,20 @@ def load_weights(path: str | Path, like: Tree, device: torch.device) -> Tree:
 
     A run that has kept none yet gives those of its newest state. Raises UserError.
     """
-    path = Path(path)
-    if path.is_dir() and not is_state(path) and not _has_weights(path):
-        path = newest_state(path) or path
+    path = find_weights(Path(path))
     with explained():
         if is_state(path):
             return load_weights_of(path, like, device)
-        return load_params(path / MODEL if path.is_dir() else path, device=device, like=like)
+        return load_params(path, device=device, like=like)
+
+
+def find_weights(path: Path) -> Path:
+    """Where :func:`load_weights` finds what a path names: a safetensors file or a state."""
+    if is_state(path) or not path.is_dir():
+        return path
+    if _has_weights(path):
+        return path / MODEL
+    return newest_state(path) or path / MODEL
 
 
 def save_best(folder: Path, params: Tree, step: int) -> None:

@@ -12,14 +12,19 @@ import torch
 import kernels
 from core import Forward, Longest, VLMConfig, vlm
 from core.model.vlm import ANY
+from runners.shell.cli import explained
 from runners.shell.errors import UserError
 from runners.training.config import TrainConfig
 from transforms import (
     checkpoint,
     compile,
     cuda_graph,
+    fake_quant,
     fp8,
     fuse_loss,
+    lora,
+    mixed_precision,
+    quantize_int8,
     unfused_loss,
     value_and_grad,
 )
@@ -29,13 +34,14 @@ from transforms import (
 class Composed:
     """What a run computes: logits for decoding, the loss for training, and why it is so.
 
-    All three take params whose matrices are of the compute dtype (``transforms.cast_matrices``).
+    All three take params whose matrices are of ``matrices`` (``transforms.cast_matrices``).
     """
 
     forward: Forward  # (params, batch) -> logits [N, V]
     loss_fn: Forward  # (params, batch) -> fp32 scalar
     eval_loss: Forward  # the same without smoothing, z-loss and recomputation: for validation
     dtype: torch.dtype  # of matmuls and activations
+    matrices: torch.dtype  # what they take matrices in
     graphed: bool  # gradients are a CUDA graph
     report: tuple[str, ...]  # a line for every optimisation, on or off
     backends: Mapping[str, str]  # what kernels.override takes, around every call
@@ -65,13 +71,13 @@ def compose(
         raise UserError(f"--state_dtype bf16 computes in bf16, and here it is fp32: {why}")
     weights = {"fp32": "fp32 weights", "bf16": "bf16 weights, rounded stochastically"}
     report = [f"Using {_short(dtype)} compute over {weights[config.state_dtype]}: {why}"]
-    # No rule casts: the matrices that training hands in are of the compute dtype already, cast
-    # once a step (`runners.training.step`) instead of at every use.
-    bare = vlm(model, longest=longest)
+    bare = adapted(config, model, dtype, longest)
+    report += _adapted_lines(config)
     forward = bare
     if config.use_fp8:
-        # First: a checkpointed block then rounds again when it is recomputed.
-        forward = fp8(forward, skip=_wide(model))
+        # Before checkpoint: a block then rounds again when it is recomputed.
+        with explained("--use_fp8"):
+            forward = fp8(forward, skip=_wide(model))
         report.append("Using fp8 matrix products, but for the head and first and last blocks")
     if config.use_gradient_checkpointing:
         # Inside the loss, which needs no recomputation of its own.
@@ -114,7 +120,68 @@ def compose(
             fused_kernels=config.use_fused_kernels,
             compiling=compiled,
         )
-    return Composed(bare, loss_fn, eval_loss, dtype, graphed, tuple(report), backends)
+    matrices = matrix_dtype(config, dtype)
+    return Composed(bare, loss_fn, eval_loss, dtype, matrices, graphed, tuple(report), backends)
+
+
+def adapted(
+    config: TrainConfig, model: VLMConfig, dtype: torch.dtype, longest: Longest = ANY
+) -> Forward:
+    """The forward to logits of a run's model: with its adapters and rounded weights, which are part
+    of the function that is trained, evaluated and saved. Its ``prepare`` makes what they need.
+    """
+    forward = vlm(model, longest=longest)
+    with explained("--quantize, --fake_quant, --lora_rank"):
+        if config.quantize == "int8":
+            forward = quantize_int8(forward)
+        if config.fake_quant:
+            forward = fake_quant(forward)
+            # It rounds what is trained, so the cast follows it at every use. Elsewhere no rule
+            # casts: matrices come in the compute dtype, cast once a step by the optimizer.
+            if matrix_dtype(config, dtype) != dtype:
+                forward = mixed_precision(forward, dtype)
+        if config.lora_rank:
+            forward = lora(
+                forward, rank=config.lora_rank, alpha=config.lora_alpha,
+                select=choose_select(config, model),
+            )  # fmt: skip
+    return forward
+
+
+def matrix_dtype(config: TrainConfig, dtype: torch.dtype) -> torch.dtype:
+    """What :func:`adapted` takes matrices in: the compute dtype; under fake_quant their own."""
+    if config.fake_quant:
+        return torch.bfloat16 if config.state_dtype == "bf16" else torch.float32
+    return dtype
+
+
+def _adapted_lines(config: TrainConfig) -> list[str]:
+    lines = []
+    if config.quantize is not None:
+        lines.append(f"Using {config.quantize} weights, frozen; the head stays as it is")
+    if config.fake_quant:
+        lines.append("Using quantisation-aware training: weights are rounded to int8, but the head")
+    if config.lora_rank:
+        names = " ".join(config.trainable) or "all linears"
+        lines.append(
+            f"Using adapters of rank {config.lora_rank} beside {names}; the run keeps them alone, "
+            f"their base is {config.init_from}"
+        )
+    return lines
+
+
+def choose_select(config: TrainConfig, model: VLMConfig) -> tuple[str, ...] | None:
+    """Path patterns of what learns: ``--trainable``, or what the stage says. None: everything."""
+    if config.trainable:
+        return config.trainable
+    if config.stage == "align":
+        if model.projector is None or not config.chat:
+            raise UserError(
+                "--stage align trains the projector: it needs a preset and data with pictures"
+            )
+        return ("projector",)
+    # Without pictures no gradient reaches the vision tower: weight decay alone would spoil it.
+    return None if config.chat or model.vision is None else ("text",)
 
 
 def _checkpointed(forward: Forward, config: TrainConfig, compiled: bool) -> tuple[Forward, str]:

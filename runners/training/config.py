@@ -59,6 +59,18 @@ class TrainConfig:
     """pretrain and sft: everything the data reaches learns; align: only the projector."""
     trainable: tuple[str, ...] = ()
     """Path patterns of what learns, such as projector text.blocks.-1. Default: the stage's."""
+    lora_rank: Annotated[int, Range(0, 2**16)] = 0
+    """Train low-rank adapters of this rank beside frozen linears (of --trainable; default: all).
+    The weights are those of --init_from; the run keeps its adapters alone. 0: none."""
+    lora_alpha: Annotated[float, Range(above=0)] | None = None
+    """Adapters count by lora_alpha / lora_rank. Default: the rank, so that they count by 1."""
+    quantize: Literal["int8"] | None = None
+    """int8: hold the frozen weights beside adapters in 8 bits (QLoRA)."""
+    fake_quant: bool = False
+    """Quantisation-aware training: compute with weights rounded to int8, train them in full."""
+    merge: bool = False
+    """With --lora_rank: at the end write RUN/merged, a run's folder of whole weights with the
+    adapters added in. With --resume also for a run that has ended."""
 
     data: str = "shapes"
     """'shapes' (drawn on the fly), a LLaVA-format .json, or text: a file, a folder or a glob."""
@@ -226,7 +238,7 @@ def is_chat(data: str) -> bool:
 # What may differ between a run and its continuation: it changes no number of the training.
 FREE_FIELDS = frozenset((
     "name", "runs_dir", "resume", "config", "init_from", "workers", "stop_at", "max_minutes",
-    "data_changed",
+    "data_changed", "merge",
     "profile", "log_every", "val_every", "val_batches", "save_every", "keep_states",
     "eval_examples", "ask", "samples", "tensorboard", "wandb", "wandb_project",
 ))  # fmt: skip
@@ -243,7 +255,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "init_from", "device",
     ),
     "the run": ("runs_dir", "config", "seed", "stop_at", "max_minutes"),
-    "the model": ("override", "stage", "trainable", "tokenizer", "vocab_size"),
+    "the model": (
+        "override", "stage", "trainable", "lora_rank", "lora_alpha", "quantize", "fake_quant",
+        "merge", "tokenizer", "vocab_size",
+    ),
     "data": (
         "image_root", "val_fraction", "val_data", "val_seed", "data_changed", "turns",
         "documents", "augment", "workers", "kinds", "max_objects", "colours", "shapes", "questions",
@@ -363,6 +378,7 @@ def check(config: TrainConfig) -> None:
         raise UsageError("--val_data is held out instead of a --val_fraction of --data: give one")
     check_preset(config.preset)
     model_config(config)
+    check_adapters(config)
     lr_scales(config)
     if config.state_dtype == "bf16" and (config.optimizer != "adamw" or not config.use_fused_adamw):
         # the others round to the nearest, and small steps would be lost without a word
@@ -371,6 +387,22 @@ def check(config: TrainConfig) -> None:
         raise UsageError(f"--ends must rise and lie below --steps, not {shown(config.ends)}")
     if config.name is not None:
         check_name(config.name)
+
+
+def check_adapters(config: TrainConfig) -> None:
+    """Raises UsageError for flags of adapters and rounding that do not go together."""
+    if config.quantize is not None and config.fake_quant:
+        raise UsageError("--fake_quant trains the weights that --quantize freezes: give one")
+    if config.lora_rank and config.init_from is None:
+        raise UsageError("--lora_rank adapts weights that are there: name them with --init_from")
+    if config.quantize is not None and not config.lora_rank:
+        raise UsageError(
+            "--quantize freezes the weights: --lora_rank=16 puts adapters beside them that learn; "
+            "--fake_quant=1 trains weights that are to be quantised afterwards"
+        )
+    if not config.lora_rank and (config.merge or config.lora_alpha is not None):
+        flag = "--merge" if config.merge else "--lora_alpha"
+        raise UsageError(f"{flag} is of adapters, and --lora_rank=0 makes none")
 
 
 def check_name(name: str) -> None:

@@ -91,19 +91,22 @@ def measure_load(model: VLMConfig, batch: Batch, pad: int) -> Load:
     return Load(documents, lengths[(lengths > 0) & used])
 
 
-def training_flops(model: VLMConfig, load: Load, learns: Iterable[str]) -> float:
+def training_flops(
+    model: VLMConfig, load: Load, learns: Iterable[str], *, adapters: bool = False
+) -> float:
     """Operations of one training step on a batch of this load, recomputation not counted.
 
     A frozen part costs less: its weights need no gradient (2/3), and where nothing before it
     learns the gradient does not pass it either (1/3). learns: which of text, vision and
-    projector do.
+    projector do. adapters: they alone do, beside weights that are frozen.
     """
     learns = set(learns)
     through = 2 / 3 if learns & {"vision", "projector"} else 1 / 3
-    share = 1.0 if "text" in learns else through
+    full = 2 / 3 if adapters else 1.0
+    share = full if "text" in learns else through
     flops = share * load.tokens * _per_token(model, round(_context(load.documents)))
     if len(load.pictures):
-        share = 1.0 if "vision" in learns else 1 / 3
+        share = full if "vision" in learns else 1 / 3
         patches, context = int(load.pictures.sum()), round(_context(load.pictures))
         flops += share * patches * _per_patch(model, context)
     return flops

@@ -137,7 +137,7 @@ class Training:
         # Those after ours, given up by resuming an older one, go when ours has a successor
         keep_states(folder, [step for step in steps if step in self.kept or step > learner.step])
         # A first state soon, but not before its writing is little beside what it saves
-        self.first_save = time.monotonic() + FIRST + 3 * num_bytes(learner.params) / FIRST_RATE
+        self.first_save = time.monotonic() + FIRST + 3 * num_bytes(learner.kept) / FIRST_RATE
         self.unproven: int | None = None  # a state from which no step was made yet
         self.begun = begun - learner.seconds  # as if all commands of the run were one
         self.profiler = Profiler(folder, job.device) if self.config.profile else None
@@ -190,7 +190,12 @@ class Training:
 
     def _describe(self, group: Sequence[Batch], waited: float) -> Step:
         loads = [measure_load(self.job.model, batch, self.job.pad) for batch in group]
-        flops = sum(training_flops(self.job.model, load, self.job.learns) for load in loads)
+        flops = sum(
+            training_flops(
+                self.job.model, load, self.job.learns, adapters=self.config.lora_rank > 0
+            )
+            for load in loads
+        )
         step = self.learner.step
         lr = learning_rate(self.config, step)
         return Step(step + 1, lr, sum(load.tokens for load in loads), flops, waited)
@@ -258,7 +263,7 @@ class Training:
             if better := loss is None or learner.best is None or loss < learner.best:
                 learner.best = loss
             if better or self.config.keep == "last":
-                save_best(self.folder, learner.params, learner.step)
+                save_best(self.folder, learner.kept, learner.step)
             if loss is not None:
                 seconds = time.monotonic() - self.begun
                 row = {"step": learner.step, "val_loss": loss, "tokens": learner.tokens}

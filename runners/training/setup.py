@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from core import Batch, Longest, VLMConfig, check_batch
-from params import flatten, init_params
+from params import flatten
 from params.tree import Tree
 from runners.data import digests
 from runners.data.encode import Encoder
@@ -28,11 +28,12 @@ from runners.shell.cli import explained
 from runners.shell.errors import UserError
 from runners.shell.kernel_cache import keep_compiled
 from runners.training.budget import check_memory
-from runners.training.checkpoints import TOKENIZER, Run, load_weights, open_run
-from runners.training.compose import Composed, choose_device, compose
+from runners.training.checkpoints import TOKENIZER, Run, open_run
+from runners.training.compose import Composed, choose_device, choose_select, compose
 from runners.training.config import TrainConfig, model_config
-from runners.training.states import State, load_state, run_folder
-from transforms import cast_matrices, trainable
+from runners.training.states import State, run_folder
+from runners.training.weights import build_params
+from transforms import trainable
 
 SAMPLE = 256  # documents looked at to size the batches
 
@@ -93,7 +94,8 @@ def _prepare(
         if (folder / digests.DATA).is_file():
             digests.check(folder, sources.digests, allowed=True)
     tokenizer, model = choose_vocabulary(config, sources, state_path)
-    select = choose_select(config, model)
+    # adapters alone learn where there are any: the patterns choose where they are
+    select = None if config.lora_rank else choose_select(config, model)
     encoder = build_encoder(config, model, tokenizer, training=True)
     sample = list(sample_documents(sources.train, encoder, SAMPLE))
     spec = plan(encoder, sample, config.device_batch_size, model)
@@ -158,20 +160,6 @@ def run_tokenizer(run: Run) -> ChatTokenizer:
     except UserError as error:
         raise UserError(f"{run.tokenizer}: {error}") from error
     return tokenizer
-
-
-def choose_select(config: TrainConfig, model: VLMConfig) -> tuple[str, ...] | None:
-    """Path patterns of what learns: ``--trainable``, or what the stage says."""
-    if config.trainable:
-        return config.trainable
-    if config.stage == "align":
-        if model.projector is None or not config.chat:
-            raise UserError(
-                "--stage align trains the projector: it needs a preset and data with pictures"
-            )
-        return ("projector",)
-    # Without pictures no gradient reaches the eye: weight decay alone would spoil it.
-    return None if config.chat or model.vision is None else ("text",)
 
 
 def image_spec(model: VLMConfig) -> ImageSpec | None:
@@ -283,35 +271,12 @@ def begin_validation(
     return made.result
 
 
-def build_params(
-    config: TrainConfig, model: VLMConfig, device: torch.device, state_path: Path | None
-) -> tuple[Tree, State | None]:
-    """Params to start from: of a state, of another run, or fresh."""
-    like = init_params(model, device="meta")
-    if state_path is not None:
-        state = load_state(state_path, like, config, device)
-        return state.params, state
-    if config.init_from:
-        params = _floats(load_weights(config.init_from, like, device))
-    else:
-        params = init_params(model, config.seed, device=device)
-    return (cast_matrices(params, torch.bfloat16) if config.state_dtype == "bf16" else params), None
-
-
 def choose_workers(config: TrainConfig, device: torch.device) -> int:
     """As told; else up to 12 beside a GPU, and none beside a CPU that computes with every core."""
     if config.workers is not None:
         check_workers(config.workers)
         return config.workers
     return min(12, max(1, cores() - 2)) if device.type == "cuda" else 0
-
-
-def _floats(tree: Tree) -> Tree:
-    """Weights are fp32 at first, whatever they were stored as."""
-    return {
-        name: _floats(leaf) if isinstance(leaf, dict) else leaf.float()
-        for name, leaf in tree.items()
-    }
 
 
 def _with_vocab(model: VLMConfig, size: int) -> VLMConfig:

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from core import Batch
-from core.batch import IGNORE
 from params import flatten
 from params.tree import Tree
 from runners.training.config import TrainConfig
 from runners.training.optim import build_optimizer, clipping, learning_rate
 from runners.training.states import State
-from transforms import cast_matrices, trainable
-
-GradFn = Callable[[Tree, Batch], tuple[Tensor, Tree]]
+from runners.training.weights import kept_params
+from transforms import accumulate_grads, cast_matrices, trainable
+from transforms.accumulate import GradFn, labelled_tokens, to_device
 
 
 class Learner:
@@ -41,6 +40,7 @@ class Learner:
         self.learning = dict(sorted(flatten(trainable(params, select)[0]).items()))
         working = flatten(self.working)
         copies = {p: working[p] for p, leaf in self.learning.items() if working[p] is not leaf}
+        self.kept = kept_params(config, params)  # what the run saves
         self.optimizer = build_optimizer(self.learning, copies, config)
         self.config = config
         self.step = 0
@@ -49,7 +49,7 @@ class Learner:
 
     def state(self, loader: dict[str, object]) -> State:
         return State(
-            self.step, self.params, self.optimizer.state(), loader, self.best, rng_state(),
+            self.step, self.kept, self.optimizer.state(), loader, self.best, rng_state(),
             self.tokens, self.seconds,
         )  # fmt: skip
 
@@ -74,7 +74,10 @@ class Learner:
     def train_step(self, grad_fn: GradFn, batches: Sequence[Batch]) -> Tensor:
         """One step on CPU batches. Returns fp32 ``[2 + len(batches)]`` on the params' device: the
         loss, the gradient's norm before clipping, and the loss of each batch."""
-        loss, losses, grads = accumulate(grad_fn, self.working, self._prepared(batches))
+        device = next(iter(self.learning.values())).device
+        loss, losses, grads = accumulate_grads(
+            grad_fn, self.working, self._prepared(batches), device
+        )
         norm, factor = clipping([grads[path] for path in self.learning], self.config.grad_clip)
         lr = learning_rate(self.config, self.step)
         self.step += 1
@@ -88,47 +91,14 @@ class Learner:
         return [batch | {"seed": seed} for batch, seed in zip(batches, seeds, strict=True)]
 
 
-def accumulate(
-    grad_fn: GradFn, params: Tree, batches: Sequence[Batch]
-) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
-    """``(loss, losses of each, gradients by path)`` of several batches, as if they were one.
-
-    Batches weigh as many as their labelled tokens, so the result is the mean over all labelled
-    tokens. They lie on the CPU, where counting waits for nothing.
-    """
-    device = next(iter(flatten(params).values())).device
-    counts = [int((batch["labels"] != IGNORE).sum()) for batch in batches]
-    losses: list[Tensor] = []
-    total: dict[str, Tensor] = {}
-    for batch, count in zip(batches, counts, strict=True):
-        loss, tree = grad_fn(params, to_device(batch, device))
-        losses.append(loss.clone())  # a CUDA graph writes the next one in its place
-        grads, weight = flatten(tree), count / max(1, sum(counts))
-        if len(batches) == 1:
-            return loss, losses, grads
-        if not total:
-            # fp32: in bf16 the eighth batch would add three bits to the sum
-            total = {p: torch.zeros_like(g, dtype=torch.float32) for p, g in grads.items()}
-        torch._foreach_add_(list(total.values()), [grads[p] for p in total], alpha=weight)
-    shares = torch.tensor(counts, device=device) / max(1, sum(counts))
-    return (torch.stack(losses) * shares).sum(), losses, total
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """A CPU batch on the device, without waiting for the copy."""
-    if device.type == "cpu":
-        return batch
-    return {name: t.pin_memory().to(device, non_blocking=True) for name, t in batch.items()}
-
-
 @torch.no_grad()
 def mean_loss(
     loss_fn: Callable[[Tree, Batch], Tensor], params: Tree, batches: Sequence[Batch]
 ) -> float | None:
     """The mean over all labelled tokens of some CPU batches, or None if there is none."""
+    counts = labelled_tokens(batches).tolist()
     device = next(iter(flatten(params).values())).device
     total = torch.zeros((), dtype=torch.float64, device=device)
-    counts = [int((batch["labels"] != IGNORE).sum()) for batch in batches]
     for batch, count in zip(batches, counts, strict=True):
         total += loss_fn(params, to_device(batch, device)).double() * count
     return float(total) / sum(counts) if sum(counts) else None

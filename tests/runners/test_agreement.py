@@ -20,8 +20,8 @@ from runners.train import train
 from runners.training.config import TrainConfig
 from runners.training.metrics import Display, read_metrics
 from runners.training.setup import prepare, sample_documents
-from runners.training.step import Learner, accumulate
-from transforms import cast_matrices, value_and_grad
+from runners.training.step import Learner
+from transforms import accumulate_grads, cast_matrices, value_and_grad
 
 Micro = Callable[..., TrainConfig]
 Quiet = Callable[[], Display]
@@ -72,8 +72,8 @@ def test_packed_and_padded_rows_agree(micro: Micro) -> None:
         replace(job.spec, rows=5, kept_images=0, kept_patches=0),
     )
     grad_fn = value_and_grad(job.composed.loss_fn)
-    loss, _, grads = accumulate(grad_fn, job.params, [packed])
-    same, _, others = accumulate(grad_fn, job.params, [padded])
+    loss, _, grads = accumulate_grads(grad_fn, job.params, [packed])
+    same, _, others = accumulate_grads(grad_fn, job.params, [padded])
     torch.testing.assert_close(same, loss, rtol=1e-6, atol=0)
     for path, grad in grads.items():
         # fp32 sums of some hundred terms in another order; a key's bias has no gradient

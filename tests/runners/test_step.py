@@ -21,8 +21,8 @@ from runners.training.compose import choose_backends, compose, is_compiled, is_g
 from runners.training.config import TrainConfig, model_config
 from runners.training.loop import Late, Pace, Step
 from runners.training.setup import Job, prepare, sample_documents
-from runners.training.step import Learner, accumulate, mean_loss
-from transforms import value_and_grad
+from runners.training.step import Learner, mean_loss
+from transforms import accumulate_grads, value_and_grad
 
 Micro = Callable[..., TrainConfig]
 CPU = torch.device("cpu")
@@ -61,8 +61,8 @@ def test_accumulated_batches_weigh_as_many_as_their_labelled_tokens(job: Job) ->
     counts = [int((batch["labels"] != IGNORE).sum()) for batch in apart]
     assert counts[0] != counts[1]
     grad_fn = value_and_grad(job.composed.loss_fn)
-    loss, _, grads = accumulate(grad_fn, job.params, [both])
-    total, losses, summed = accumulate(grad_fn, job.params, apart)
+    loss, _, grads = accumulate_grads(grad_fn, job.params, [both])
+    total, losses, summed = accumulate_grads(grad_fn, job.params, apart)
     torch.testing.assert_close(total, loss, rtol=1e-6, atol=0)
     for path, grad in grads.items():
         assert_same(summed[path], grad, path)
@@ -74,12 +74,12 @@ def test_a_batch_without_labels_adds_nothing(job: Job) -> None:
     _, (batch, other) = _rows(job)
     empty = other | {"labels": torch.full_like(other["labels"], IGNORE)}
     grad_fn = value_and_grad(job.composed.loss_fn)
-    loss, _, grads = accumulate(grad_fn, job.params, [batch])
-    again, losses, summed = accumulate(grad_fn, job.params, [empty, batch])
+    loss, _, grads = accumulate_grads(grad_fn, job.params, [batch])
+    again, losses, summed = accumulate_grads(grad_fn, job.params, [empty, batch])
     assert again == loss
     assert losses[0] == 0
     assert all(torch.equal(summed[path], grad) for path, grad in grads.items())
-    nothing, _, zeros = accumulate(grad_fn, job.params, [empty, empty])
+    nothing, _, zeros = accumulate_grads(grad_fn, job.params, [empty, empty])
     assert nothing == 0
     assert not any(grad.any() for grad in zeros.values())
 
@@ -196,8 +196,8 @@ def test_gradients_may_lie_where_the_last_ones_lay(job: Job) -> None:
             old.copy_(new)
         return kept
 
-    loss, losses, grads = accumulate(grad_fn, job.params, apart)
-    again, each, same = accumulate(overwriting, job.params, apart)
+    loss, losses, grads = accumulate_grads(grad_fn, job.params, apart)
+    again, each, same = accumulate_grads(overwriting, job.params, apart)
     assert losses[0] != losses[1]
     assert torch.equal(torch.stack(each), torch.stack(losses))
     assert torch.equal(again, loss)
