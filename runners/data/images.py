@@ -12,9 +12,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, TiffImagePlugin
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from runners.data.pixels import orientation_of, to_rgb, without_metadata
 from runners.data.types import BadRecordError
@@ -126,15 +127,18 @@ class Augment:
 def decode(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Read a picture file into uint8 [H, W, 3], upright, transparency on white.
 
-    Of an animation the first picture. 16 bits of grey whose values end below 4,096 are taken for
-    12 bits, below 256 for 8. Metadata that cannot be read is passed over.
+    Of an animation the first picture. 16 bits whose values end below 4,096 are taken for 12 bits,
+    below 256 for 8. Metadata that cannot be read is passed over.
     Raises BadRecordError where the file is missing, damaged, too large, or of a format not in
     `FORMATS`, and where its numbers have no white (32 bits or floats that are no fractions).
     """
     with _guarded(path):
         _check_file(path)
         try:
-            return _decoded(path, max_pixels)
+            # As an open file: at a path, Pillow maps the pixels of grey TIFFs that lie on their
+            # side into the wrong shape.
+            with path.open("rb") as file:
+                return _decoded(file, max_pixels)
         except (BadRecordError, Image.DecompressionBombError):
             raise
         except Exception:  # Pillow reads metadata when it opens a file, and some stop it
@@ -182,6 +186,9 @@ def _guarded(path: Path) -> Iterator[None]:
         raise BadRecordError("picture missing", f"{path} does not exist") from error
     except Image.DecompressionBombError as error:
         raise BadRecordError("picture too large", f"{path}: {error}") from error
+    except UnidentifiedImageError as error:
+        why = f"it is no {', '.join(FORMATS)}, or of a kind with no reader, such as 64-bit floats"
+        raise BadRecordError("picture unreadable", f"{path} cannot be decoded ({why})") from error
     except Exception as error:  # decoders raise anything at damaged files
         why = str(error) or type(error).__name__
         raise BadRecordError("picture unreadable", f"{path} cannot be decoded ({why})") from error
@@ -192,7 +199,7 @@ def _check_file(path: Path) -> None:
         raise BadRecordError("picture missing", "it is not a file")
 
 
-def _decoded(file: Path | io.BytesIO, max_pixels: int, exif: bytes = b"") -> np.ndarray:
+def _decoded(file: BinaryIO, max_pixels: int, exif: bytes = b"") -> np.ndarray:
     """exif: of the file, where it holds none itself."""
     with Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > max_pixels:  # known before anything is unpacked

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -12,6 +14,7 @@ from runners.data.types import BadRecordError
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO, _ORIENTATION = 258, 262, 0, 274  # tags of TIFF
+_FORMAT, _SIGNED = 339, 2
 _WHOLE = {1: "B", 3: "H", 4: "I"}  # types of TIFF
 # All that a TIFF's pixels depend on: sizes, strips, tiles, colours, compression, orientation.
 _NEEDED = {*range(254, 280), 284, 317, *range(320, 326), *range(330, 340), 347, *range(512, 522)}
@@ -22,11 +25,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """A picture of any mode as "RGB", transparency on white. Raises BadRecordError where its
     numbers have no white."""
     # PNG says which level is transparent in the file's bits, not in those of the decoded picture.
-    tiles = getattr(image, "tile", None)
-    raw = tiles[0][3] if tiles and image.format == "PNG" else None
+    raw, file = _raw_mode(image), getattr(image, "fp", None)
     image.load()
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(_grey(image)).convert("RGB")
+    if ";16" in raw and (highest := _colours(image).max()) < 16:
+        image = _brightened(image, file, raw, highest)
     clear = image.info.get("transparency")
     if isinstance(clear, int) and raw in ("L;2", "L;4"):
         image.info["transparency"] = clear * (85 if raw == "L;2" else 17)
@@ -39,6 +43,50 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _raw_mode(image: Image.Image) -> str:
+    """How the pixels of a PNG or a TIFF lie in its file, in Pillow's words: "RGB;16B"."""
+    tiles = getattr(image, "tile", None)
+    if not tiles or image.format not in ("PNG", "TIFF"):
+        return ""
+    args = tiles[0][3]
+    return args if isinstance(args, str) else args[0]
+
+
+def _colours(image: Image.Image) -> np.ndarray:
+    """Without transparency."""
+    pixels = np.asarray(image)
+    return pixels[..., :3] if pixels.ndim == 3 else pixels
+
+
+def _brightened(image: Image.Image, file: BinaryIO | None, raw: str, highest: int) -> Image.Image:
+    """Colours of 16 bits that hold 12 or 8, of which Pillow gives the high bytes: almost black."""
+    name, _, order = raw.partition(";16")
+    native = "L" if sys.byteorder == "little" else "B"
+    low_bytes = f"{name};16{'B' if (native if order == 'N' else order) == 'L' else 'L'}"
+    try:
+        assert file is not None
+        file.seek(0)
+        with Image.open(file, formats=[image.format or ""]) as low:
+            tiles: Any = low
+            tiles.tile = [
+                (codec, *where, low_bytes if isinstance(args, str) else (low_bytes, *args[1:]))
+                for codec, *where, args in tiles.tile
+            ]
+            levels = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
+    except (ValueError, KeyError) as error:  # Pillow cannot read these the other way round
+        if not highest:
+            return image
+        raise BadRecordError(
+            "picture depth", "its 16 bits end below 4,096, which is almost black: save it with 8"
+        ) from error
+    white = 255 if levels[..., :3].max() < 256 else 4095
+    whites = np.where(levels.max((0, 1)) <= white, white, 65535)
+    bright = Image.fromarray(np.rint(levels * (255 / whites)).astype(np.uint8), image.mode)
+    if isinstance(clear := image.info.get("transparency"), tuple):
+        bright.putalpha(Image.fromarray(np.where((levels == clear).all(-1), 0, 255).astype("u1")))
+    return bright
+
+
 def _grey(image: Image.Image) -> np.ndarray:
     """Deep grey to uint8 [H, W]; convert() would clip it to white."""
     levels = np.asarray(image)
@@ -48,6 +96,9 @@ def _grey(image: Image.Image) -> np.ndarray:
         white, largest = 1, 1
     elif tags.get(_BITS) == (12,):
         white = largest = 4095
+    elif tags.get(_BITS) == (16,) and tags.get(_FORMAT) == (_SIGNED,):
+        white = next((white for white in (255, 4095) if most <= white), 32767)
+        largest = 32767
     else:
         # Some write 12 or 8 bits into 16. PPM names its white, and Pillow scales after it.
         fits = [white for white in (255, 4095, 65535) if most <= white]

@@ -23,6 +23,8 @@ MAX_ID = 1 << 22  # the largest public vocabularies have about 2**20 tokens
 _MARK = re.compile(
     r"<+[^<>\s]+>+|<[|｜][^<>]*[|｜]>|\[/?(?=\w\w)(?:\w*[A-Z_]\w*|unused\d+)\]", re.DOTALL
 )
+# Of added tokens, all that punctuation encloses: >>fr<<, __en__, {user}, [eos].
+_ENCLOSED = re.compile(r"[^\w\s].*\w.*[^\w\s]|__.+__", re.DOTALL)
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -78,10 +80,12 @@ def part(given: str, marks: Sequence[str]) -> Parted:
         model["vocab"].update((name, i) for i, name in later)
     control = {
         ids[name]: name
-        for name in {token["content"] for token in added if token["special"]}.union(
-            marks, (name for name in ids if _MARK.fullmatch(name) and not _BYTE.fullmatch(name))
-        )
-        if name != unknown
+        for name in {
+            token["content"]
+            for token in added
+            if token["special"] or _ENCLOSED.fullmatch(token["content"])
+        }.union(marks, filter(_MARK.fullmatch, ids))
+        if name != unknown and not _BYTE.fullmatch(name)
     }
     full = json.dumps(tokenizer, ensure_ascii=False)
     return Parted(full, _text_only(tokenizer, control, later), ids, control, lacking)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import random
 import struct
@@ -136,6 +137,39 @@ def test_deep_grey_is_scaled_or_refused_by_name(
     assert np.abs(decode(tmp_path / name)[:, :, 0].astype(int) - grey).max() == 0
 
 
+def test_grey_with_a_sign_has_its_own_white(tmp_path: Path):
+    Image.fromarray(RAMP // 2).save(tmp_path / "a.tif", tiffinfo={339: 2})
+    expected = np.rint(RAMP // 2 / 32767 * 255)
+    assert np.array_equal(decode(tmp_path / "a.tif")[..., 0], expected)
+
+
+def test_deep_colours_are_never_black(tmp_path: Path):
+    """12 or 8 bits of colour in 16, of which Pillow takes the upper 8; black itself stays."""
+    wide = np.stack([RAMP, RAMP[::-1], RAMP.T], -1)
+    opaque = np.full((16, 16, 1), 65535, np.uint16)
+    for levels, clear, white in (
+        (wide, None, 65535),
+        (wide // 16, None, 4095),
+        (wide // 257, None, 255),
+        (wide // 16, opaque, 4095),
+        (wide // 16, opaque // 16, 4095),
+        (wide * 0, opaque, 65535),
+    ):
+        pixels = levels if clear is None else np.concatenate([levels, clear], -1)
+        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+        (tmp_path / "a.png").write_bytes(png_of(16, 16, rows, b"", 16, 2 if clear is None else 6))
+        error = np.abs(decode(tmp_path / "a.png") - levels / white * 255)
+        assert error.max() < (1 if white == 65535 else 0.51), (white, clear is None)
+    rows = np.array([[100, 200, 4000], [4000, 100, 0]], ">u2").tobytes()
+    more = chunk(b"tRNS", struct.pack(">HHH", 100, 200, 4000))
+    (tmp_path / "a.png").write_bytes(png_of(2, 1, b"\0" + rows, more, 16, 2))
+    assert decode(tmp_path / "a.png")[0].tolist() == [[255] * 3, [249, 6, 0]]
+    rows = np.array([0, 65535, 4000, 65535], ">u2").tobytes()  # grey with transparency
+    (tmp_path / "a.png").write_bytes(png_of(2, 1, b"\0" + rows, b"", 16, 4))
+    with pytest.raises(BadRecordError, match=r"a\.png: its 16 bits end below 4,096"):
+        decode(tmp_path / "a.png")
+
+
 def test_transparent_levels_of_any_depth_are_white(tmp_path: Path):
     for bits, level in ((1, 1), (1, 0), (2, 2), (4, 9), (8, 200), (16, 40_000)):
         largest = 2**bits - 1
@@ -223,6 +257,15 @@ def test_all_turns_are_undone(tmp_path: Path):
         with Image.open(tmp_path / "a.png") as saved:
             expected = ImageOps.exif_transpose(saved) if 1 <= orientation <= 8 else image
         assert np.array_equal(decode(tmp_path / "a.png"), np.asarray(expected)), orientation
+    for orientation, (mode, levels) in itertools.product(
+        range(2, 9), (("L", RAMP[:5] >> 8), ("I;16", RAMP[:5]), ("RGB", picture(5, 16)))
+    ):
+        image = Image.fromarray(levels.astype(np.uint16 if mode == "I;16" else np.uint8))
+        image.save(tmp_path / "a.tif", tiffinfo={274: orientation})
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO((tmp_path / "a.tif").read_bytes())))
+        expected = np.asarray(upright) // (257 if mode == "I;16" else 1)
+        found = decode(tmp_path / "a.tif")
+        assert np.array_equal(found if mode == "RGB" else found[..., 0], expected), orientation
 
 
 def test_broken_metadata_does_not_drop_a_picture(tmp_path: Path):

@@ -178,6 +178,19 @@ def test_no_text_becomes_a_control_token_whatever_the_file(tmp_path: Path, seeds
     assert leaks > 50  # of texts that would have
 
 
+@pytest.mark.parametrize("mark", [">>fr<<", "__en__", "{user}", "[eos]", "(/end)"])
+def test_an_added_token_within_punctuation_is_no_text(mark: str):
+    """Also where the file calls it no special token; other added words are text."""
+    words = {"<unk>": 0, **{c: i for i, c in enumerate(sorted({*mark, *"C+"}), 1)}}
+    tokens = [mark, "C++", "\n\n", "<0x0A>"]
+    raw = {"model": of("WordLevel", vocab=words, unk_token="<unk>"), "pre_tokenizer": SINGLE}
+    more = [added(name, len(words) + i)["added_tokens"][0] for i, name in enumerate(tokens)]
+    tokenizer = ChatTokenizer(json.dumps(raw | {"added_tokens": more}))
+    assert tokenizer.encode(mark) == [words[c] for c in mark]
+    assert tokenizer.encode("C++\n\n") == [len(words) + 1, len(words) + 2]
+
+
+SINGLE = of("Split", pattern={"Regex": "."}, behavior="Isolated", invert=False)
 WORDS = {"a": 0, "<unk>": 1}
 
 
