@@ -1,8 +1,9 @@
 """What the model holds: pytrees of params, how they start, and how they lie on disk."""
 
 from params import paths, tree
+from params.formats import is_scale
 from params.init import init_params
-from params.int8 import dequantize_weight, is_scale, quantize_weight
+from params.int8 import dequantize_weight, quantize_weight
 from params.io import load_metadata, load_params, save_params
 from params.sizes import Size, estimate_size
 from params.spec import Leaf, Spec, count_leaves

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from params.disk import CHECKSUM, make_folder
 from params.files import NAME, SUFFIX, check_room, locate, named_errors, open_leaves, replace_files
-from params.int8 import is_scale
+from params.formats import is_scale
 from params.tree import Tree, flatten, leaf_bytes, ties, unflatten
 
 TIED = "nanovision.tied"  # metadata: JSON object, path of a tied leaf -> path it is stored under
@@ -74,10 +74,10 @@ def load_params(
 
     path: a safetensors file, an index of shards, or the folder of either. Files are memory-mapped
     and read tensor by tensor, so no second copy of the model exists on the way; the tensors own
-    their memory, the file may change afterwards. dtype: of the floating-point leaves, save the fp32
-    scales of int8 ones. like: a tree of tensors (meta will do) or of ``Leaf``: its paths and shapes
-    must be those of the file, which is checked before anything is read. verify: compare each file
-    with the checksum that ``save_params`` wrote into it, which reads it once more.
+    their memory, the file may change afterwards. dtype: of the floating-point leaves, except the
+    scales of quantised weights. like: a tree of tensors (meta will do) or of ``Leaf``: its paths
+    and shapes must be those of the file, which is checked before anything is read. verify: compare
+    each file with the checksum that ``save_params`` wrote into it, which reads it once more.
 
     Raises FileNotFoundError for a missing file or shard, ValueError for a truncated, damaged or
     foreign file and for params that differ from ``like``.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from params.int8 import is_scale
+from params.formats import INT8, part_of
 from params.tree import flatten, leaf_bytes, ties
 
 MB = 1e6  # bytes: SI, as disks and networks are sold; 2**20 bytes would be a MiB
@@ -49,9 +50,9 @@ class Size:
 def estimate_size(params: Mapping[str, Any]) -> Size:
     """The size of a tree of params; tensors on the meta device will do.
 
-    Parameters are the elements of floating-point leaves and of quantised weights
-    (``weight_int8``), not their scales. ``mb_now`` is everything, as it lies in memory. ``mb_fp32``
-    and ``mb_fp16`` hold every parameter in that format. ``mb_int8`` is what quantising every
+    Parameters are the elements of floating-point leaves and of quantised weights, not their scales.
+    ``mb_now`` is everything, as it lies in memory. ``mb_fp32`` and ``mb_fp16`` hold every parameter
+    in that format. ``mb_int8`` is what quantising every
     matrix would take: a byte an element and an fp32 scale per output channel (row), the rest in
     fp16. Leaves that are no parameters (integers) are in all four; memory that several leaves
     share counts once.
@@ -67,15 +68,18 @@ def estimate_size(params: Mapping[str, Any]) -> Size:
     for path, leaf in flat.items():
         here = leaf_bytes(leaf)
         now += here
-        quantised = path.endswith("_int8") and f"{path.removesuffix('_int8')}_scale" in flat
-        if is_scale(path, flat):
+        format, name = part_of(path, flat) or (None, "")
+        if format is not None and name != format.codes:
             continue  # gone in a float format, and counted with its weight in int8
-        if not (leaf.is_floating_point() or quantised):
+        if format is None and not leaf.is_floating_point():
             fp32, fp16, int8 = fp32 + here, fp16 + here, int8 + here
             continue
-        parameters += leaf.numel()
-        fp32 += 4 * leaf.numel()
-        fp16 += 2 * leaf.numel()
-        int8 += leaf.numel() + 4 * leaf.shape[0] if leaf.ndim > 1 else 2 * leaf.numel()
+        rows = leaf.flatten(1) if leaf.ndim > 1 else leaf  # of a convolution: a filter each
+        shape = rows.shape if format is None else format.shape(leaf)
+        count = math.prod(shape)
+        parameters += count
+        fp32 += 4 * count
+        fp16 += 2 * count
+        int8 += INT8.nbytes(shape) if len(shape) > 1 else 2 * count
     ratio = fp16 / now if now else 1.0
     return Size(parameters, now / MB, fp32 / MB, fp16 / MB, int8 / MB, ratio)

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
 from core.forward import Forward
-from params.int8 import is_scale
+from params.formats import is_adapter, is_scale
 from params.tree import Tree, flatten, merge, partition, unflatten
-from transforms.lora import is_adapter
 
 Loss = Callable[[Tree, Any], Tensor]
 
@@ -79,8 +78,8 @@ def trainable(
         if not learns:
             layers = ", ".join([*dict.fromkeys(path.rpartition(".")[0] for path in flat)][:3])
             raise ValueError(
-                f"no leaf of params can learn ({layers}, ...): {_dtypes(flat)}. int8 weights are "
-                "frozen; lora(forward) puts adapters beside them that learn"
+                f"no leaf of params can learn ({layers}, ...): {_dtypes(flat)}. Quantised weights "
+                "are frozen; lora(forward) puts adapters beside them that learn"
             )
         return unflatten(learns), unflatten({p: t for p, t in flat.items() if p not in learns})
     flat = flatten(params)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import kernels
 from kernels.runtime.hashing import LOW, lowbias32
+from params.formats import shape_of
 from params.tree import Tree
 
 
@@ -121,8 +122,7 @@ class Logits:
 
     @property
     def vocabulary(self) -> int:
-        held = self.unembed
-        return (held["weight"] if "weight" in held else held["weight_int8"]).shape[0]
+        return shape_of(self.unembed)[0]
 
     @property
     def shape(self) -> torch.Size:

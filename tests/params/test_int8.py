@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from params import dequantize_weight, is_scale, quantize_weight
+from params import dequantize_weight, quantize_weight
 
 EPS = 2.0**-23  # of fp32
 
@@ -76,8 +76,3 @@ def test_vmap_and_compile_give_the_same():
 def test_only_floating_point_matrices(w):
     with pytest.raises(ValueError, match="floating-point matrix"):
         quantize_weight(w)
-
-
-def test_a_scale_is_known_by_its_weight():
-    paths = {"a.weight_int8", "a.weight_scale", "logit_scale"}
-    assert [p for p in sorted(paths) if is_scale(p, paths)] == ["a.weight_scale"]

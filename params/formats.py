@@ -1,0 +1,171 @@
+"""Formats of weights, and the names of all leaves that transforms put beside a weight.
+
+In a format, a leaf ``weight [..., O, I]`` is replaced by the format's own leaves and by an empty
+``weight_dtype [0]``, whose dtype is the weight's. Low-rank adapters lie beside a weight of any
+format. Beside a weight of another name ``w`` (experts ``[E, O, I]``) they are ``w_int8``,
+``w_lora_a`` and so on.
+
+Only this module knows these names: what reads files, counts bytes, casts, trains, adapts or wraps
+foreign modules asks it. A new format is an entry in :data:`FORMATS`, and a transform that calls
+``transforms.quantize_int8.quantize`` with the format and the product that its linears compute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from params.int8 import dequantize_weight, quantize_weight
+from params.tree import Tree
+
+DTYPE = "weight_dtype"  # no elements: it says by its dtype what the weight's was
+ADAPTERS = ("lora_a", "lora_b")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to hold a weight ``w [..., O, I]`` in fewer bits.
+
+    name: what users call it.
+    leaves: names in a site's params, ``weight_...``: the codes, their scales, whatever else.
+    quantize: ``w`` -> a tensor for each of ``leaves``. Each keeps all dims of w but the last.
+    dequantize: ``(*tensors, dtype) -> w`` in that dtype; of some rows of each, these rows of w.
+    nbytes: shape of w -> bytes of its leaves.
+    packed: how many neighbours in a row of w share one code.
+    """
+
+    name: str
+    leaves: tuple[str, ...]
+    quantize: Callable[[Tensor], tuple[Tensor, ...]]
+    dequantize: Callable[..., Tensor]
+    nbytes: Callable[[Sequence[int]], int]
+    packed: int = 1
+
+    @property
+    def codes(self) -> str:
+        """Name of the leaf that holds the codes."""
+        return self.leaves[0]
+
+    def store(self, weight: Tensor) -> dict[str, Tensor]:
+        """What stands in place of the weight, by name."""
+        stored = dict(zip(self.leaves, self.quantize(weight), strict=True))
+        return {**stored, DTYPE: weight.new_empty(0)}
+
+    def tensors(self, p: Tree) -> tuple[Tensor, ...]:
+        """The leaves of a site's params. Raises KeyError if they are not there."""
+        if self.codes not in p:
+            raise KeyError(
+                f"this site holds a float weight but the forward expects {self.name}: "
+                "params = forward.prepare(params) comes first"
+            )
+        return tuple(p[name] for name in self.leaves)
+
+    def load(self, p: Tree, dtype: torch.dtype) -> Tensor:
+        """The weight of a site's params, dense."""
+        return self.dequantize(*self.tensors(p), dtype)
+
+    def shape(self, codes: Tensor) -> tuple[int, ...]:
+        """The weight's shape."""
+        return (*codes.shape[:-1], codes.shape[-1] * self.packed)
+
+
+def _int8_bytes(shape: Sequence[int]) -> int:
+    return math.prod(shape) + 4 * math.prod(shape[:-1])
+
+
+INT8 = Format(
+    "int8", ("weight_int8", "weight_scale"), quantize_weight, dequantize_weight, _int8_bytes
+)
+FORMATS = {format.name: format for format in (INT8,)}
+
+
+# -- a site's params -----------------------------------------------------------------------------
+
+
+def shape_of(p: Tree) -> tuple[int, ...]:
+    """Shape of the weight in a site's params, whatever its format. Raises KeyError if there is
+    none."""
+    for format in FORMATS.values():
+        if format.codes in p:
+            return format.shape(p[format.codes])
+    return tuple(p["weight"].shape)
+
+
+def dtype_of(p: Tree) -> torch.dtype:
+    """Dtype of the weight in a site's params; of a quantised one, what it was. Raises KeyError if
+    there is none."""
+    if DTYPE in p:
+        return p[DTYPE].dtype
+    for format in FORMATS.values():
+        if format.codes in p:  # params of an older version, without a weight_dtype
+            return p[format.leaves[1]].dtype
+    return p["weight"].dtype
+
+
+# -- paths ---------------------------------------------------------------------------------------
+
+
+def added() -> tuple[str, ...]:
+    """Names, in a site's params, of all that transforms put beside a weight or in its place."""
+    leaves = [name for format in FORMATS.values() for name in format.leaves]
+    return (*dict.fromkeys(leaves), DTYPE, *ADAPTERS)
+
+
+def beside(weight: str, name: str) -> str:
+    """Path of the leaf ``name``, one of :func:`added`, that goes with the weight at this path.
+
+    >>> beside("mlp.down.weight", "weight_int8"), beside("experts.down_proj", "weight_int8")
+    ('mlp.down.weight_int8', 'experts.down_proj_int8')
+    """
+    owner, dot, leaf = weight.rpartition(".")
+    own = name if leaf == "weight" else f"{leaf}_{name.removeprefix('weight_')}"
+    return f"{owner}{dot}{own}"
+
+
+def held_at(flat: Mapping[str, Any], weight: str) -> dict[str, Any]:
+    """What a flat tree holds of the weight at this path, by the names in a site's params."""
+    paths = {"weight": weight, **{name: beside(weight, name) for name in added()}}
+    return {name: flat[path] for name, path in paths.items() if path in flat}
+
+
+def part_of(path: str, paths: Container[str]) -> tuple[Format, str] | None:
+    """The format that the leaf at ``path`` belongs to, and its name there; None if to none.
+
+    >>> path = "mlp.up.weight_scale"
+    >>> part_of(path, {path, "mlp.up.weight_int8"})[1], part_of(path, {path})
+    ('weight_scale', None)
+    """
+    for format in FORMATS.values():
+        for name in (*format.leaves, DTYPE):
+            weight = path.removesuffix(_suffix(name))
+            if weight != path and all(weight + _suffix(leaf) in paths for leaf in format.leaves):
+                return format, name
+    return None
+
+
+def is_scale(path: str, paths: Container[str]) -> bool:
+    """Whether the leaf at ``path`` goes with a quantised weight's codes, as a scale or mark: never
+    trained or counted, and a scale never cast."""
+    found = part_of(path, paths)
+    return found is not None and found[1] != found[0].codes
+
+
+def is_mark(path: str, paths: Container[str]) -> bool:
+    """Whether the leaf at ``path`` says by its dtype what a quantised weight's was. It has no
+    elements, and is cast as the weight would be."""
+    found = part_of(path, paths)
+    return found is not None and found[1] == DTYPE
+
+
+def _suffix(name: str) -> str:
+    return name.removeprefix("weight")
+
+
+def is_adapter(path: str) -> bool:
+    """Whether the leaf at ``path`` is half of an adapter."""
+    return path.endswith(ADAPTERS)
