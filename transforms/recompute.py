@@ -42,6 +42,7 @@ def functional(
         where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         out_form: list[Any] = []  # what comes out, tensors left blank: the Function passes these
+        places: dict[int, int] = {}  # of tensors made inside -> which of the results they are
         moving = [_moves(leaves[i], memo.forward_mode) for i in where]
 
         def flat(*tensors: Tensor) -> tuple[Any, ...]:
@@ -57,16 +58,21 @@ def functional(
                 out, out_spec = pytree.tree_flatten(f(*given[0], **given[1]))
             out_form[:] = [[_BLANK if isinstance(o, Tensor) else o for o in out], out_spec]
             kept = [o for o in out if isinstance(o, Tensor)]
+            places.update({id(o): i for i, o in enumerate(kept)} if phase == "recorded" else {})
             if phase == "recorded":
                 _carry_back((args, kwargs), given, dict(zip(map(id, full), leaves, strict=True)))
+            # A view: an input would be returned unwrapped by the Function, and a result that was
+            # handed on beside must be told from what the Function makes of it.
+            results = tuple(o.view_as(o) for o in kept)
             if phase == "recorded" or (phase == "pushed" and memo.beside):
-                memo.beside = closed.forbid(name, except_for=(*kept, *tensors))
-            # an output that is an input would be returned unwrapped by the Function
-            return tuple(o.view_as(o) if any(o is t for t in tensors) else o for o in kept)
+                memo.beside = closed.forbid(name, except_for=tensors)
+            return results
 
         if not any(moving):
             return f(*args, **kwargs)  # nothing to save, and nothing to lose
-        given = iter(_Checkpoint.apply(flat, memo, *(leaves[i] for i in where)))
+        results = _Checkpoint.apply(flat, memo, *(leaves[i] for i in where))
+        _carry_back((args, kwargs), (args, kwargs), {at: results[i] for at, i in places.items()})
+        given = iter(results)
         out, out_spec = out_form
         return pytree.tree_unflatten([next(given) if o is _BLANK else o for o in out], out_spec)
 

@@ -15,10 +15,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from core.foreign.gated import Gated, find_gated
-from core.foreign.probes import close, failed, failures, is_plain, noise, probe, takes_one
+from core.foreign.probes import (
+    close,
+    failed,
+    failures,
+    is_plain,
+    noise,
+    probe,
+    same_slopes,
+    skeleton,
+    takes_one,
+)
 from core.foreign.reroute import attention_to, names_of, reroute
 from core.foreign.rotary import rotary_to
 from core.forward import NormForm, SiteInfo
@@ -276,11 +287,15 @@ def row_scale(module: nn.Module) -> tuple[float, bool] | None:
     """
     if [*module._parameters] != ["weight"] or not takes_one(module, more=True):
         return None
+    width = next(module.parameters()).shape[1]
+    module = skeleton(module)
+    if getattr(module, "padding_idx", None) is not None:
+        vars(module)["padding_idx"] = None  # the made-up table is shorter than that
     ids = torch.tensor([[0, 2, 1]])
     made = []
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         # large tables need not be made up
-        table = (noise(3, next(module.parameters()).shape[1]) * SIZES).to(dtype)
+        table = (noise(3, width) * SIZES).to(dtype)
         rows = probe(module, {"weight": table}, ids)
         if rows is None:
             return None
@@ -291,9 +306,19 @@ def row_scale(module: nn.Module) -> tuple[float, bool] | None:
     rows, taken = made[0]
     ratio = (rows / taken).median()
     steps = (ratio.float(), ratio, ratio.nextafter(ratio + 1), ratio.nextafter(ratio - 1))
+
+    def looked_up(table: Tensor) -> Any:
+        return functional_call(module, {"weight": table}, (ids,))
+
+    def rows_of(scale: float, cast: bool, table: Tensor) -> Tensor:
+        return scaled(table[ids], scale, cast)
+
     for scale, cast in itertools.product(map(float, steps), (True, False)):
         if all(torch.equal(r, scaled(t, scale, cast)) for r, t in made):
-            return scale, cast
+            if same_slopes(looked_up, partial(rows_of, scale, cast), table.float()):
+                return scale, cast
+            failed("the gradient of its table is not that of looking up")
+            return None
     failed("it does not return the table's rows, times one number")
     return None
 
@@ -360,6 +385,14 @@ def norm_form(module: nn.Module) -> NormForm | None:
     own = [v for v in vars(module).values() if isinstance(v, float) and 0 < v < 0.1]
     names = [name for name, _ in module.named_parameters()]
     dim = next(module.parameters()).shape[0]
+    body = skeleton(module)
+
+    def called(*values: Tensor) -> Any:
+        return functional_call(body, dict(zip(names, values, strict=False)), values[-1:])
+
+    def formula(form: NormForm, *values: Tensor) -> Tensor:
+        return normalise(form, dict(zip(names, values, strict=False)), values[-1])
+
     for eps, kind, offset, order in itertools.product(
         dict.fromkeys((*own, *USUAL_EPS)), ("rms", "layer"), (0.0, 1.0), (names, names[::-1])
     ):
@@ -371,7 +404,11 @@ def norm_form(module: nn.Module) -> NormForm | None:
             for size, of_leaves in sizes
             for dtype in (torch.float32, torch.float64)
         ):
-            return form
+            if same_slopes(
+                called, partial(formula, form), *leaves.values(), noise(1, 2, dim, seed=5)
+            ):
+                return form
+            failed("its gradients are not those of the formula for its numbers")
     return None
 
 

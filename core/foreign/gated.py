@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from core.foreign.probes import close, failed, is_plain, noise, put, skeleton, takes_one
+from core.foreign.probes import (
+    close,
+    failed,
+    is_plain,
+    noise,
+    put,
+    same_slopes,
+    skeleton,
+    takes_one,
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -171,7 +180,9 @@ def _probe_gated(module: nn.Module, gated: Gated, dim: int, down: tuple[int, int
     known = (
         n
         for n, f in ACTIVATIONS.items()
-        if close(act, f(gate), 1e-5) and _is_so_at_any_size(module, gated, f, down[0])
+        if close(act, f(gate), 1e-5)
+        and _is_so_at_any_size(module, gated, f, down[0])
+        and same_slopes(compute, lambda a, b, f=f: f(a) * b, gate, up)
     )
     return next(known, "")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import CellType, FunctionType, MethodType
@@ -76,6 +76,21 @@ def probe(module: nn.Module, params: Mapping[str, Tensor], x: Tensor) -> Tensor 
         failed(f"it returns {type(out).__name__}, not one tensor")
         return None
     return out
+
+
+def same_slopes(f: Callable[..., Tensor], g: Callable[..., Tensor], *at: Tensor) -> bool:
+    """Whether two functions that give the same numbers have the same gradients there, too: one may
+    detach what it multiplies with, or scale its gradient."""
+    found = []
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        for function in (f, g):
+            given = [x.detach().clone().requires_grad_() for x in at]
+            out = function(*given)
+            if not out.requires_grad:
+                return False
+            weighted = (out * noise(*out.shape, seed=9)).sum()
+            found.append(torch.autograd.grad(weighted, given, materialize_grads=True))
+    return all(close(a, b, 1e-3 * float(b.abs().max())) for a, b in zip(*found, strict=True))
 
 
 def skeleton(module: nn.Module) -> nn.Module:

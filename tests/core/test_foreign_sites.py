@@ -20,7 +20,7 @@ from core.foreign.found import is_norm, norm_form
 from core.foreign.rotary import is_rotary
 from core.forward import NormForm
 from params.int8 import dequantize_weight, quantize_weight
-from params.tree import Tree, flatten, map_leaves
+from params.tree import Tree, flatten, map_leaves, unflatten
 from tests.transforms.table import check
 from transforms import checkpoint, fake_quant, fuse_kernels, quantize_int8, value_and_grad
 
@@ -523,6 +523,58 @@ def test_layers_with_a_limit_are_no_plain_layers() -> None:
     for module in (Line(4, 4), Clipped(4, 4), Table(4, 4)):
         sites = from_module(nn.Sequential(module, nn.Linear(4, 4)))[0].sites
         assert [s.path for s in sites if s.kind in ("linear", "embed")] == ["1"]
+
+
+def test_layers_of_known_numbers_and_other_gradients_are_not_what_they_look_like(
+    assert_same: Any,
+) -> None:
+    """What detaches a factor, or scales a gradient, has gradients of its own under every rule."""
+
+    class Shrunk(nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            rows = super().forward(ids)
+            return rows.detach() + (rows - rows.detach()) * 0.1
+
+    class Still(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.g = nn.Parameter(torch.ones(8))
+
+        def forward(self, v: Tensor) -> Tensor:
+            return v * torch.rsqrt(v.detach().pow(2).mean(-1, keepdim=True) + 1e-6) * self.g
+
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, v: Tensor) -> Tensor:
+            return self.c(F.silu(self.a(v)).detach() * self.b(v))
+
+    module = nn.Sequential(Shrunk(9, 8), Still(), Gate(), nn.LayerNorm(8))
+    forward, params = from_module(module)
+    batch = {"input": torch.arange(9).view(3, 3)}
+    module(**batch).cos().sum().backward()
+    want = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()
+    }
+    with pytest.warns(UserWarning, match="leaves as they are: glu 2, norm 1"):
+        fused = fuse_kernels(forward)
+    assert not [s for s in forward.sites if s.kind == "embed"]
+    for f in (forward, fused):
+        grads = value_and_grad(lambda p, b, f=f: f(p, b).cos().sum())(params, batch)[1]
+        assert_same(unflatten(want), grads, 1e-5)
+
+
+@pytest.mark.parametrize("index", [0, 2, 50, -1])
+def test_a_table_with_padding_is_looked_up_in(index: int) -> None:
+    module = nn.Sequential(nn.Embedding(60, 4, padding_idx=index), nn.Linear(4, 2))
+    forward, params = from_module(module)
+    assert [(s.kind, s.path) for s in forward.sites] == [("embed", "0"), ("linear", "1")]
+    batch = {"input": torch.arange(60)}
+    module(**batch).sum().backward()
+    grads = value_and_grad(lambda p, b: forward(p, b).sum())(params, batch)[1]
+    assert torch.equal(grads["0"]["weight"], module[0].weight.grad)
 
 
 def test_the_form_of_a_norm() -> None:

@@ -416,12 +416,14 @@ class Talking(nn.Module):
                 self.aux = h.mean() + self.line.weight.sum()
         elif self.how == "attribute":
             self.aux = h.mean()
+        elif self.how == "own result":
+            self.aux = h = x + h
         elif isinstance(notes, list):
-            notes.append(h.mean())
+            notes.append(x + h if self.how == "result" else h.mean())
         else:
             notes["h"] = h.mean() + notes.get("h", 0.0)
             notes["calls"] = notes.get("calls", 0) + 1
-        return x + h
+        return notes[-1] if self.how == "result" else h if self.how == "own result" else x + h
 
 
 class Gossip(nn.Module):
@@ -437,14 +439,16 @@ class Gossip(nn.Module):
         said = notes if isinstance(notes, list) else [notes["h"]] if notes else []
         said = [*said, *(layer.aux for layer in self.layers if layer.aux is not None)]
         assert not isinstance(notes, dict) or notes.get("calls", 2) == 2
-        return x.square().mean() + torch.stack(said).square().sum()
+        return x.square().mean() + torch.stack([t.mean() for t in said]).square().sum()
 
 
 BESIDE = {
     "a mapping": ("argument", Notes),
     "a dict": ("argument", dict),
     "a list": ("argument", list),
+    "a list that gets the result": ("result", list),
     "an attribute": ("attribute", dict),
+    "an attribute that is the result": ("own result", dict),
     "a detached attribute": ("detached", dict),
     "an attribute under no_grad": ("no_grad", dict),
 }
@@ -473,7 +477,7 @@ def test_what_blocks_hand_on_beside_their_results(way: str) -> None:
     for name, driver in drivers.items():
         # tangents pass through no_grad
         constant = ("detached",) if name in ("hvp", "jvp") else ("detached", "no_grad")
-        if module.layers[0].how in constant:
+        if module.layers[0].how in (*constant, "result"):
             near(driver(checked), driver(forward))
         else:
             with pytest.raises(RuntimeError, match=r"the block layers\.0 hands a tensor on"):
