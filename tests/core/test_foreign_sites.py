@@ -21,7 +21,6 @@ from core.foreign.rotary import is_rotary
 from core.forward import NormForm
 from params.int8 import dequantize_weight, quantize_weight
 from params.tree import Tree, flatten, map_leaves, unflatten
-from tests.transforms.table import check
 from transforms import checkpoint, fake_quant, fuse_kernels, quantize_int8, value_and_grad
 
 pytestmark = pytest.mark.filterwarnings(
@@ -210,7 +209,10 @@ def loss_of(run: Any) -> Any:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_sites_are_found_and_reached(name: str) -> None:
+    """All of them give what they gave; the module and its attributes stay as they were."""
     module, batch = make(name)
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    attributes = {n: sorted(vars(m)) for n, m in module.named_modules()}
     forward, params = of(module)
     assert Counter(s.kind for s in forward.sites) == KINDS[name]
     reached = []
@@ -224,48 +226,39 @@ def test_sites_are_found_and_reached(name: str) -> None:
     unreached = {s.path for s in forward.sites} - set(reached)
     # LLaVA reads the last but one layer of its eyes
     assert all(".layers.2" in p or "post_layernorm" in p for p in unreached) or not unreached
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_numbers_are_the_modules(name: str, assert_same) -> None:
-    module, batch = make(name)
-    before = {k: v.clone() for k, v in module.state_dict().items()}
-    attributes = {n: sorted(vars(m)) for n, m in module.named_modules()}
-    forward, params = of(module)
-    params = map_leaves(lambda t: t * 1.1, params)
-    assert torch.equal(forward(params, batch), plain(module, params, batch))
-    want = value_and_grad(loss_of(lambda p, b: plain(module, p, b)))(params, batch)[1]
-    identity = each_kind(forward, lambda f, path: lambda p, *args: f(p, *args))
-    for run in (forward, identity, checkpoint(identity)):
-        assert_same(value_and_grad(loss_of(run))(params, batch)[1], want, 2e-6)
-    assert_same(grad(loss_of(checkpoint(identity)))(params, batch), want, 2e-6)
+    other = map_leaves(lambda t: t * 1.1, params)
+    assert torch.equal(forward(other, batch), plain(module, other, batch))
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     hf = {"_output_capturing_hooks_installed"}  # its own doing, when it ran
     assert attributes == {n: sorted(vars(m).keys() - hf) for n, m in module.named_modules()}
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "odd"])
-def test_rules_inside_vmap(name: str, assert_same) -> None:
-    module, batch = make(name)
+def test_gradients_are_the_modules_by_every_driver(assert_same) -> None:
+    """Of the odd one under a rule of every kind. Others: tests/transforms, tests/foreign."""
+    module, batch = make("odd")
     forward, params = of(module)
-    doubled = each_kind(forward, lambda f, path: lambda p, *args: f(p, *args))
+    identity = each_kind(forward, lambda f, path: lambda p, *args: f(p, *args))
+    each = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(2)]
+    want = [
+        value_and_grad(loss_of(lambda p, b: plain(module, p, b)))(params, one)[1] for one in each
+    ]
+    for run in (forward, identity, checkpoint(identity)):
+        assert_same(value_and_grad(loss_of(run))(params, each[0])[1], want[0], 2e-6)
+    assert_same(grad(loss_of(checkpoint(identity)))(params, each[0]), want[0], 2e-6)
     stacked = {k: v[:, None] for k, v in batch.items()}
-    got = vmap(grad(loss_of(checkpoint(doubled))), (None, 0))(params, stacked)
+    got = vmap(grad(loss_of(checkpoint(identity))), (None, 0))(params, stacked)
     for i in range(2):
-        one = {k: v[i : i + 1] for k, v in batch.items()}
-        want = value_and_grad(loss_of(lambda p, b: plain(module, p, b)))(params, one)[1]
-        assert_same(map_leaves(lambda g, i=i: g[i], got), want, 5e-6)
+        assert_same(map_leaves(lambda g, i=i: g[i], got), want[i], 5e-6)
 
 
-@pytest.mark.parametrize("remember", [True, False])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "odd"])
-def test_rules_inside_compile(name: str, remember: bool, assert_same) -> None:
-    module, batch = make(name)
+def test_rules_inside_compile(assert_same) -> None:
+    """Other models compiled, bare and under transforms: tests/transforms/table.py."""
+    module, batch = make("odd")
     forward, params = of(module)
     ruled = each_kind(forward, lambda f, path: lambda p, *args: f(p, *args))
-    for kind in {"attention", "glu"} & {s.kind for s in forward.sites}:
+    for kind in ("attention", "glu"):
         ruled = ruled.with_rule(Rule(kind, lambda f, path: lambda p, *args: f(p, *args) * 0.5))
-    ruled = ruled if remember else checkpoint(ruled)
+    ruled = checkpoint(ruled)
     want = value_and_grad(loss_of(ruled))(params, batch)
     torch._dynamo.reset()
     with warnings.catch_warnings():
@@ -717,13 +710,6 @@ def test_norms_of_torch_take_another_dtype_than_their_weights(norm: nn.Module) -
     assert torch.equal(
         forward(params, x.bfloat16()), forward(params, x.bfloat16().float()).bfloat16()
     )
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-@pytest.mark.parametrize("names", [("compile", "quantize_int8", "lora"), ("lora", "compile")])
-def test_leaves_that_transforms_add_are_found_in_a_compiled_module(names) -> None:
-    """Dynamo cannot search a module whose attributes were set under it."""
-    assert check("odd", names, ("value_and_grad",)) == 1
 
 
 def test_leaves_that_nobody_asks_for_are_refused() -> None:

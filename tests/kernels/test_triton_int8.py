@@ -141,7 +141,7 @@ def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("inner", [1, 37, 1000, 2048])
+@pytest.mark.parametrize("inner", [1, 37, 256, 1000])
 def test_rows_are_rounded_to_the_nearest_int8(
     inner: int, dtype: torch.dtype, kernel_device: str, poisoned: None
 ) -> None:
@@ -193,7 +193,7 @@ def test_int8_products_are_exact(
     """int32 sums, then a product of three numbers and a sum in fp32, and one rounding."""
     if tile and tile.tma and kernel_device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("needs compute capability 9.0")
-    for rows, inner, outs in ((1, 16, 8), (20, 64, 40), (70, 208, 136)):
+    for rows, inner, outs in ((1, 16, 8), (20, 64, 40), (70, 144, 72)):
         weight, scale = layer(outs, inner, kernel_device)
         bias = rand(outs, device=kernel_device, seed=4)
         q, step = int8_matmul.quantize_rows(rand(rows, inner, device=kernel_device, dtype=dtype))

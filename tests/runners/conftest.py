@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,8 @@ import pytest
 from rich.console import Console
 
 import runners.training.compose
+import runners.training.setup
+from runners.data.tokenizer import ChatTokenizer, train_tokenizer
 from runners.train import train
 from runners.training.config import TrainConfig
 from runners.training.metrics import Display
@@ -27,6 +30,19 @@ BASE = TrainConfig(
     device_batch_size=2, steps=6, warmup_steps=2, log_every=1, val_every=0, val_batches=1,
     eval_examples=0, samples=0, tensorboard=False, workers=0,
 )  # fmt: skip
+
+
+@functools.cache
+def vocabulary(texts: tuple[str, ...], size: int) -> ChatTokenizer:
+    return train_tokenizer(texts, size)
+
+
+@pytest.fixture(autouse=True)
+def _each_vocabulary_is_trained_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes as long as the steps of a micro run, and the same texts give the same one."""
+    monkeypatch.setattr(
+        runners.training.setup, "train_tokenizer", lambda texts, size: vocabulary((*texts,), size)
+    )
 
 
 @pytest.fixture

@@ -6,14 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
 from core import vlm
 from params import num_bytes
 from params.int8 import dequantize_weight, quantize_weight
 from params.tree import flatten, map_leaves, unflatten
 from transforms import (
     checkpoint,
-    compile,
     fake_quant,
     fuse_loss,
     lora,
@@ -197,18 +195,13 @@ def test_int8_with_adapters_is_small_and_learns(subject) -> None:
     assert last < 0.8 * first
 
 
-def test_in_half_precision_and_compiled(subject, assert_same) -> None:
-    torch._dynamo.reset()
+def test_in_half_precision_in_either_order(subject) -> None:
     bare, params, batch = subject
     _, ready = adapted(bare, map_leaves(Tensor.float, params))
     one, other = (fuse_loss(f(g(bare))) for f, g in ((lora_step, half), (half, lora_step)))
-    with kernels.override(attention="plain"):  # as it is computed where it is compiled
-        want, grads = value_and_grad(one)(ready, batch)
-        assert torch.equal(other(ready, batch), want)
+    want, grads = value_and_grad(one)(ready, batch)
+    assert torch.equal(other(ready, batch), want)
     assert all(g.dtype == torch.float32 for g in flatten(grads).values())
-    value, same = value_and_grad(compile(other, backend="aot_eager"))(ready, batch)
-    assert torch.equal(value, want)
-    assert_same(same, grads, 0.0)
 
 
 def half(forward):
