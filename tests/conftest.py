@@ -15,6 +15,7 @@ from core.batch import Batch
 from kernels.runtime import dispatch
 from params import init_params
 from params.tree import Tree, flatten, map_leaves
+from tests.rounding import MODEL, ulps
 
 IMAGE_TOKEN = 1
 
@@ -118,13 +119,22 @@ def example() -> Callable[..., Batch]:
 
 @pytest.fixture(scope="session")
 def assert_same() -> Callable[..., None]:
-    """Two trees (or tensors) with the same leaves, each within ``rtol`` of its largest entry.
+    """Two trees (or tensors) with the same leaves, but for the rounding of their largest entries.
 
-    A leaf that should be 0 (a key's bias has no gradient: softmax does not see it) may be off by
-    the rounding of the others. rtol 0: bit for bit. NaN never passes.
+    terms: of the sums that are rounded (see ``ulps``); 0: bit for bit. dtype: that they are rounded
+    to, where it is not the leaf's. rtol: instead, where it is not rounding that parts them. A leaf
+    that should be 0 (a key's bias has no gradient: softmax does not see it) may be off by the
+    rounding of the others. NaN never passes.
     """
 
-    def check(got: Tree | Tensor, want: Tree | Tensor, rtol: float = 1e-9) -> None:
+    def check(
+        got: Tree | Tensor,
+        want: Tree | Tensor,
+        terms: int = MODEL,
+        dtype: torch.dtype | None = None,
+        *,
+        rtol: float | None = None,
+    ) -> None:
         left = {"": got} if isinstance(got, Tensor) else flatten(got)
         right = {"": want} if isinstance(want, Tensor) else flatten(want)
         assert left.keys() == right.keys()
@@ -134,7 +144,12 @@ def assert_same() -> Callable[..., None]:
             assert tensor.shape == right[path].shape, path
             assert tensor.dtype == right[path].dtype, path
             error = (tensor - right[path]).abs().max().item()
-            limit = rtol * max(sizes[path], floor)
+            allowed = rtol
+            if allowed is None:
+                exact = terms == 0 or not tensor.is_floating_point()
+                allowed = 0.0 if exact else ulps(dtype or tensor.dtype, terms)
+            assert allowed < 0.1, f"{path}: {terms} roundings to {dtype or tensor.dtype}"
+            limit = allowed * max(sizes[path], floor)
             assert error <= limit, f"{path}: off by {error:.3g}, allowed {limit:.3g}"
 
     return check

@@ -14,6 +14,7 @@ from torch.func import functional_call, grad, vmap
 
 from core import Rule, as_module, from_module, make_batch, stack_examples, vlm
 from params.tree import flatten, map_leaves, unflatten
+from tests.rounding import FP32
 from transforms import checkpoint, fuse_loss, quantize_int8, unfused_loss, value_and_grad
 
 VOCAB = 23
@@ -131,8 +132,8 @@ def test_forward_is_the_module(kind: str, assert_same) -> None:
     drivers.append(lambda p, b: (want, grad(unfused_loss(forward))(p, b)))
     for driver in drivers:
         value, grads = driver(other, batch)
-        assert_same(value, want, 1e-6)
-        assert_same(grads, want_grads, 2e-6)
+        assert_same(value, want)
+        assert_same(grads, want_grads)
 
 
 def snapshot(module: nn.Module) -> list[Any]:
@@ -212,8 +213,8 @@ def test_padding_idx_gets_no_gradient(assert_same) -> None:
     forward, params = from_module(module, head="out")
     _, want = reference(module, params, batch)
     assert not want["table"]["weight"][0].any()
-    assert_same(value_and_grad(unfused_loss(forward))(params, batch)[1], want, 2e-6)
-    assert_same(grad(unfused_loss(forward))(params, batch), want, 2e-6)
+    assert_same(value_and_grad(unfused_loss(forward))(params, batch)[1], want)
+    assert_same(grad(unfused_loss(forward))(params, batch), want)
 
 
 def test_embeddings_that_do_more_than_look_up_are_left_alone() -> None:
@@ -363,9 +364,9 @@ def test_a_weight_shared_by_two_layers_is_one_leaf(assert_same) -> None:
     want, want_grads = reference(module, other, batch)
     for loss in (unfused_loss(forward), fuse_loss(checkpoint(forward))):
         value, grads = value_and_grad(loss)(other, batch)
-        assert_same(value, want, 1e-6)
-        assert_same(grads, want_grads, 2e-6)
-        assert_same(grad(loss)(other, batch), want_grads, 2e-6)
+        assert_same(value, want)
+        assert_same(grads, want_grads)
+        assert_same(grad(loss)(other, batch), want_grads)
 
 
 def test_call_says_how_a_batch_becomes_arguments() -> None:
@@ -454,11 +455,11 @@ def test_as_module_is_bit_equal(kind: str, micro, rough, example, assert_same) -
 
         (value, want), (got_value, got) = of(lambda f: value_and_grad(f)(params, batch))
         assert torch.equal(got_value, value)
-        assert_same(got, want, 0.0)
+        assert_same(got, want, 0)
         want, got = of(lambda f: grad(f)(params, batch))
-        assert_same(got, want, 0.0)
+        assert_same(got, want, 0)
         want, got = of(lambda f: vmap(grad(f), (None, 0))(params, stacked))
-        assert_same(got, want, 0.0)
+        assert_same(got, want, 0)
         want, got = (vmap(f, (None, 0))(params, stacked) for f in (forward, through))
         assert torch.equal(got, want)
 
@@ -504,7 +505,7 @@ def test_as_module_trains_moves_and_loads(micro, rough, example) -> None:
     assert module(batch) < first
     single = copy.deepcopy(module).to(torch.float32)
     assert single(batch).dtype == torch.float32
-    torch.testing.assert_close(single(batch).double(), module(batch), rtol=1e-4, atol=0)
+    torch.testing.assert_close(single(batch).double(), module(batch), rtol=FP32, atol=0)
     fresh = as_module(loss, rough(config, seed=5))
     fresh.load_state_dict(module.state_dict())
     assert torch.equal(fresh(batch), module(batch))

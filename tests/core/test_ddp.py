@@ -11,6 +11,7 @@ from core import TextConfig, VLMConfig, as_module, make_batch, vlm
 from params import init_params
 from params.tree import flatten
 from tests.processes import run_together
+from tests.rounding import FP32
 from transforms import checkpoint, fuse_loss, value_and_grad
 
 CONFIG = VLMConfig(TextConfig(61, 16, 2, 4, 2, 24))
@@ -38,4 +39,4 @@ def test_gradients_are_averaged(tmp_path: Path) -> None:
     for name in grads[0]:
         assert torch.equal(grads[0][name], grads[1][name])
         mean = (alone[0][name] + alone[1][name]) / 2
-        torch.testing.assert_close(grads[0][name], mean, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(grads[0][name], mean, rtol=FP32, atol=FP32)

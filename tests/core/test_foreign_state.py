@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 
 from core import Rule, as_module, from_module
 from params.tree import Tree, flatten, map_leaves, map_with_path, merge
+from tests.rounding import FP64
 from transforms import checkpoint, fuse_loss, lora, quantize_int8, trainable, value_and_grad
 
 
@@ -55,15 +56,15 @@ def test_buffers_come_back(checkpointed: bool, assert_same) -> None:
     for each in x:
         want = plain(each)
         out, buffers = forward(tree, {"x": each})
-        assert_same(out, want.detach(), 1e-12)
+        assert_same(out, want.detach())
         assert flatten(buffers).keys() == dict(module.named_buffers()).keys()
         learning, rest = trainable(tree, constant=forward.constant)
         if not checkpointed:
             of = grad(lambda p, b, rest=rest: run(merge(p, rest), b), has_aux=True)
-            assert_same(of(learning, {"x": each})[1], buffers, 0.0)
+            assert_same(of(learning, {"x": each})[1], buffers, 0)
         tree = merge(learning, buffers)
     for name, buffer in plain.named_buffers():
-        torch.testing.assert_close(flatten(tree)[name], buffer, rtol=1e-12, atol=0)
+        torch.testing.assert_close(flatten(tree)[name], buffer, rtol=FP64, atol=0)
     # nothing that the caller holds has changed, nor the module
     assert all(torch.equal(leaf, held[name]) for name, leaf in flatten(params).items())
     assert all(torch.equal(leaf, held[name]) for name, leaf in module.state_dict().items())
@@ -243,7 +244,7 @@ def test_blocks_that_are_taken_apart(name: str, assert_same) -> None:
     for m in twice.modules():
         if isinstance(m, nn.Linear):
             m.register_forward_hook(lambda m, args, out: 2 * out)
-    assert_same(doubled(params, {"x": x}), twice(x).detach(), 1e-6)
+    assert_same(doubled(params, {"x": x}), twice(x).detach())
     if any(s.kind == "block" for s in forward.sites):
         with pytest.raises(ValueError, match=r"takes the block layers.0 apart.*blocks=\(\)"):
             checkpoint(forward)(params, {"x": x})
@@ -290,7 +291,7 @@ def test_plain_layers_are_sites_and_one_block_is_a_block(assert_same) -> None:
     assert {("norm", f"norms.{i}") for i in range(3)} <= sites
     assert [path for kind, path in sites if kind == "block"] == ["shared.0"]
     run = lambda f: value_and_grad(lambda p, b: f(p, b).square().mean())(params, batch)[1]  # noqa: E731
-    assert_same(run(checkpoint(forward)), run(forward), 0.0)
+    assert_same(run(checkpoint(forward)), run(forward), 0)
 
 
 def test_blocks_by_name() -> None:
@@ -341,7 +342,7 @@ def test_old_weight_norm_and_pruning_keep_their_numbers(assert_same) -> None:
     forward, params = from_module(module, call=lambda run, x: run(x))
     other = map_leaves(lambda t: t * 1.3 + 0.1, params)
     want = functional_call(module, flatten(other), (x,))
-    assert_same(forward(other, x), want, 1e-6)
+    assert_same(forward(other, x), want)
     assert "hooks" in forward.explain()
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from core.model.layers import Logits
+from tests.rounding import FP32, FP64
 
 CHAINS: dict[str, Callable[[Any], Any]] = {
     "Gemma-2": lambda x: torch.tanh(x / 30.0) * 30.0,
@@ -27,9 +28,9 @@ def test_scales_and_caps(name: str) -> None:
     lazy = CHAINS[name](Logits(hidden, {"weight": weight}))
     assert isinstance(lazy, Logits)
     dense = CHAINS[name]((hidden @ weight.T).double())
-    torch.testing.assert_close(lazy.dense(), dense.double(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(lazy.dense(), dense.double(), rtol=FP32, atol=FP32)
     if name != "as floats":
-        torch.testing.assert_close(lazy.dense(), dense, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(lazy.dense(), dense, rtol=FP64, atol=FP64)
     assert lazy.softcap is None or lazy.softcap > 0
 
 
@@ -78,12 +79,12 @@ def test_positions_shapes_and_biases(name: str, biased: bool) -> None:
     dense = SHAPES[name](hidden @ weight.T + p.get("bias", 0))
     assert isinstance(lazy, Logits)
     assert (lazy.shape, lazy.ndim) == (dense.shape, dense.ndim)
-    torch.testing.assert_close(lazy.dense(), dense, rtol=1e-5, atol=1e-6)  # float() rounds
+    torch.testing.assert_close(lazy.dense(), dense, rtol=FP32, atol=FP32)  # float() rounds
     bias = lazy.bias()
     raw = lazy.hidden @ weight.T + (0 if bias is None else bias)
     raw = raw * (1.0 if lazy.scale is None else lazy.scale)
     raw = raw if lazy.softcap is None else lazy.softcap * (raw / lazy.softcap).tanh()
-    torch.testing.assert_close(raw, dense, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(raw, dense, rtol=FP32, atol=FP32)
 
 
 UNSERVED: dict[str, Callable[[Any], Any]] = {

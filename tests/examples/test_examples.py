@@ -14,6 +14,7 @@ from torch.func import grad, jacfwd
 from core import TextConfig, VLMConfig, make_batch, preset, vlm
 from params import init_params
 from params.tree import flatten, map_leaves, unflatten
+from tests.rounding import FP64
 from transforms import checkpoint, fuse_loss, value_and_grad
 
 FOLDER = Path(__file__).parents[2] / "docs" / "examples"
@@ -48,7 +49,7 @@ def test_per_example_gradients(capsys: pytest.CaptureFixture[str]) -> None:
     for example, norm in zip(examples, exact, strict=True):
         _, grads = value_and_grad(loss_fn)(params, example)
         want = torch.cat([g.flatten() for g in flatten(grads).values()]).norm()
-        torch.testing.assert_close(norm, want, rtol=1e-9, atol=0.0)
+        torch.testing.assert_close(norm, want, rtol=FP64, atol=0.0)
     torch.testing.assert_close(norms.double(), exact, rtol=1e-2, atol=0.0)
 
 
@@ -74,7 +75,7 @@ def test_hessian_vector_is_the_difference_of_gradients(
         for s in (step, -step)
     )
     want = map_leaves(lambda a, b: (a - b) / (2 * step), ahead, behind)
-    assert_same(script.hessian_vector(loss_fn, params, batch, along), want, 1e-5)
+    assert_same(script.hessian_vector(loss_fn, params, batch, along), want, rtol=1e-5)
 
 
 def test_top_eigenvalue_is_that_of_the_whole_hessian(capsys: pytest.CaptureFixture[str]) -> None:

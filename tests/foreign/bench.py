@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from core import Forward, from_module
 from params.tree import Tree, flatten, unflatten
 from tests.foreign.families import Batch, Family
-from tests.foreign.oracle import Named, Oracle, Result, compare, compare_grads, loss_of
+from tests.foreign.oracle import ROUNDED, Named, Oracle, Result, compare, compare_grads, loss_of
 from transforms import (
     value_and_grad,
 )
@@ -75,7 +75,7 @@ class Bench:
         params: Tree,
         *,
         batch: Batch | None = None,
-        rtol: float = 2e-6,
+        rtol: float = ROUNDED,
         noise_of: torch.dtype | None = None,
         finished: bool = False,
         **of: Any,

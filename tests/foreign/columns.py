@@ -23,6 +23,7 @@ from tests.foreign.oracle import (
     compare_grads,
     loss_of,
 )
+from tests.rounding import FP32, FP64
 from transforms import (
     accumulate,
     checkpoint,
@@ -48,7 +49,7 @@ def same(bench: Bench) -> None:
         out = forward(params, batch)
         want = bench.family.run(module, batch)
     # fused functions of torch's that serve without gradients add in another order
-    compare("output", out, want, 0.0, 1e-12 if bench.dtype == torch.float64 else 1e-6)
+    compare("output", out, want, 0.0, FP64 if bench.dtype == torch.float64 else FP32)
     for name, tensor in module.state_dict().items():
         if not torch.equal(tensor, before[name]):
             raise WrongError(f"{name} of the module has changed")
@@ -294,7 +295,7 @@ def fp64(bench: Bench) -> None:
         raise NothingThereError
     forward, params = bench.forward(torch.float32)
     up = mixed_precision(forward, torch.float64)
-    bench.check(up, params, rtol=1e-5, noise_of=torch.float32)
+    bench.check(up, params, rtol=FP32, noise_of=torch.float32)
 
 
 def typical(got: Tensor, want: Tensor) -> float:
@@ -347,7 +348,7 @@ def int8(bench: Bench) -> None:
     ready = f.prepare(params)
     weights = int8_weights(bench, params, ready)
     # the embedding's and linears' rows are fp32 whatever the module computes in
-    bench.check(f, ready, key="int8", weights=weights, rtol=1e-5, noise_of=torch.float32)
+    bench.check(f, ready, key="int8", weights=weights, rtol=FP32, noise_of=torch.float32)
     flat = flatten(params)
     want = num_bytes(params) - sum(3 * flat[n].numel() - 4 * _channels(ready, n) for n in weights)
     if num_bytes(ready) != want:
@@ -415,7 +416,7 @@ def qlora(bench: Bench) -> None:
         ready,
         key="qlora",
         weights=adapted(bench, ready, weights),
-        rtol=1e-5,
+        rtol=FP32,
         noise_of=torch.float32,
     )
 

@@ -18,8 +18,10 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.foreign.families import Batch, Family
+from tests.rounding import ulps
 
 Named = dict[str, Tensor]
+ROUNDED = ulps(torch.float32, 16)  # of the largest entry, beside the noise
 ULP = {
     torch.float64: 2.0**-24,
     torch.float32: 2.0**-24,
@@ -257,7 +259,7 @@ def compare(
     got: Tensor,
     want: Tensor,
     noise: Tensor | float,
-    rtol: float = 2e-6,
+    rtol: float = ROUNDED,
     floor: float = 0,
 ) -> None:
     """Within 64 times the noise of the bare module and rtol of the largest entry; NaN is wrong.
@@ -279,7 +281,7 @@ def compare_grads(
     got: Mapping[str, Tensor],
     want: Mapping[str, Tensor],
     noise: Mapping[str, Tensor | float],
-    rtol: float = 2e-6,
+    rtol: float = ROUNDED,
     what: str = "gradient of",
 ) -> None:
     if missing := sorted(want.keys() - got.keys()):

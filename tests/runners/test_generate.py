@@ -22,6 +22,7 @@ from runners.train import train
 from runners.training.config import TrainConfig, model_config
 from runners.training.metrics import Display
 from runners.training.setup import prepare
+from tests.rounding import FP32
 from transforms import cast_matrices, mixed_precision
 
 Micro = Callable[..., TrainConfig]
@@ -82,7 +83,7 @@ def test_the_cache_changes_no_token(
 
     cache = KVCache(model.text.layers, 20)
     run = with_cache(vlm(model), model, cache)
-    torch.testing.assert_close(run(params, prompt)[0], expected[0][1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run(params, prompt)[0], expected[0][1], rtol=FP32, atol=FP32)
 
 
 def test_a_chunk_of_tokens_sees_its_own_past_only() -> None:

@@ -17,6 +17,7 @@ from runners.benchmarks.clock import CpuClock, Run
 from runners.benchmarks.overhead import OverheadConfig, Row
 from runners.shell.cli import UsageError
 from runners.shell.errors import UserError
+from tests.rounding import FP32
 
 SMALL = OverheadConfig(tokens=(6,), layers=2, width=64, rounds=2, seconds=1e-3)
 
@@ -30,7 +31,7 @@ def test_both_of_a_pair_compute_the_same(model: str) -> None:
         want, got = module(), forward()
     assert want.flatten(0, -2).shape == (7, 1024)
     assert want.std() > 1e-3
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, want, rtol=FP32, atol=FP32)
 
 
 def test_a_pair_that_is_not_one_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 import kernels
 from core import Rule, from_module, vlm
 from params.tree import flatten, map_leaves, unflatten
+from tests.rounding import FP64
 from transforms import checkpoint, fuse_loss, rematerialize, value_and_grad
 
 # torch.func.jvp scripts its decompositions when first used
@@ -138,7 +139,7 @@ def test_every_driver(driver: str, wrap: Fn) -> None:
     got = tree_leaves(run(partial(outside, wrap(inside)), p, x))
     assert len(got) == len(want)
     for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(a, b, rtol=FP64, atol=FP64)
 
 
 def test_arguments_and_results_of_any_form() -> None:
@@ -165,7 +166,7 @@ def test_arguments_and_results_of_any_form() -> None:
         run = DRIVERS[driver]
         want, got = (tree_leaves(run(partial(loss, f), p, x)) for f in (odd, rematerialize(odd)))
         for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(a, b, rtol=FP64, atol=FP64)
 
 
 # -- the model ----------------------------------------------------------------------------------
@@ -181,9 +182,9 @@ def test_gradients_are_bit_equal(micro, rough, example, assert_same, name: str) 
         value, grads = value_and_grad(bare)(params, batch)
         got_value, got = value_and_grad(saving)(params, batch)
         assert torch.equal(got_value, value)
-        assert_same(got, grads, 0.0)
+        assert_same(got, grads, 0)
         with kernels.override(attention="plain"):  # "padded" only runs where Python may read
-            assert_same(grad(saving)(params, batch), grad(bare)(params, batch), 0.0)
+            assert_same(grad(saving)(params, batch), grad(bare)(params, batch), 0)
 
 
 def block_calls(forward: Any, run: Fn) -> Counter[str]:
@@ -229,7 +230,7 @@ def test_every_second_block(micro, rough, example, assert_same) -> None:
     assert calls == {
         "vision.blocks.0": 2, "vision.blocks.1": 1, "text.blocks.0": 2, "text.blocks.1": 1,
     }  # fmt: skip
-    assert_same(grads, value_and_grad(fuse_loss(vlm(config)))(params, batch)[1], 0.0)
+    assert_same(grads, value_and_grad(fuse_loss(vlm(config)))(params, batch)[1], 0)
 
 
 @pytest.mark.parametrize("every", [0, -1])
@@ -388,7 +389,7 @@ def test_dropout_under_vmap(randomness: str) -> None:
         g = grad(lambda p, b, f=f: f(p, b).square().sum())
         grads.append(vmap(g, (None, 0), randomness=randomness)(params, {"x": x}))
     pairs = zip(flatten(grads[0]).values(), flatten(grads[1]).values(), strict=True)
-    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in pairs)
+    assert all(torch.allclose(a, b, rtol=FP64, atol=FP64) for a, b in pairs)
     first = flatten(grads[1])["blocks.0.fc.weight"]
     assert torch.equal(first[0], first[1]) == (randomness == "same")
 
@@ -463,7 +464,7 @@ def test_what_blocks_hand_on_beside_their_results(way: str) -> None:
 
     def near(got: Any, want: Any) -> None:
         for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(a, b, rtol=FP64, atol=FP64)
 
     batch = {"x": x[0]}
     near(value_and_grad(checked)(params, batch), value_and_grad(forward)(params, batch))

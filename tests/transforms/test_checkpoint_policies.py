@@ -19,6 +19,7 @@ import kernels
 from core import Rule, VLMConfig, vlm
 from core.batch import stack_examples
 from params.tree import flatten, map_leaves
+from tests.rounding import FP32, FP64
 from transforms import checkpoint, fuse_loss, offload, rematerialize, value_and_grad
 
 pytestmark = [
@@ -132,7 +133,7 @@ def test_what_is_computed_again(driver: str, policy: Any) -> None:
     assert bare.attentions > 0
     assert saving.attentions - bare.attentions == bare.attentions * attentions
     for a, b in zip(tree(got), tree(want), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(a, b, rtol=FP64, atol=FP64)
 
 
 def tree(out: Any) -> list[Tensor]:
@@ -158,7 +159,7 @@ def test_a_function_of_names() -> None:
         assert saving.dots > bare.dots
         assert {"aten.tanh", ATTENTION} <= seen
         for a, b in zip(tree(got), tree(want), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(a, b, rtol=FP64, atol=FP64)
 
 
 @pytest.mark.parametrize("policy", AGAIN, ids=str)
@@ -179,7 +180,7 @@ def test_higher_derivatives_are_right_whatever_is_kept(policy: Any) -> None:
         lambda f, p, x: jacfwd(lambda w: loss(f, [{**p[0], "q": w}, *p[1:]], x))(p[0]["q"]),
     ):
         for a, b in zip(tree(run(kept, params, x)), tree(run(plain, params, x)), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(a, b, rtol=FP64, atol=FP64)
 
 
 @pytest.mark.parametrize("seen", [True, False])
@@ -196,7 +197,7 @@ def test_outputs_that_change_in_place_are_kept_as_they_were(seen: bool) -> None:
     for run in (by_autograd, directional):
         got = run(rematerialize(clamped, "dots"), params, x)
         for a, b in zip(tree(got), tree(run(clamped, params, x)), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(a, b, rtol=FP64, atol=FP64)
 
 
 @pytest.mark.parametrize("policy", AGAIN, ids=str)
@@ -213,7 +214,7 @@ def test_compiled(policy: Any) -> None:
     leaves = [{k: t.clone().requires_grad_() for k, t in p.items()} for p in params]
     flat = [t for p in leaves for t in p.values()]
     for a, b in zip(torch.autograd.grad(run(leaves, x), flat), want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(a, b, rtol=FP64, atol=FP64)
 
 
 @pytest.mark.parametrize("policy", AGAIN, ids=str)
@@ -227,7 +228,7 @@ def test_the_model(micro, rough, example, assert_same, policy: Any) -> None:
     with Ops() as saving:
         value, grads = value_and_grad(fuse_loss(checkpoint(forward, policy=policy)))(params, batch)
     assert torch.equal(value, want)
-    assert_same(grads, want_grads, 0.0)
+    assert_same(grads, want_grads, 0)
     calls = bare.count["nanovision.padded_attention"]
     assert calls == 4
     again = saving.count["nanovision.padded_attention"] - calls
@@ -236,7 +237,7 @@ def test_the_model(micro, rough, example, assert_same, policy: Any) -> None:
     with kernels.override(attention="plain"):
         each = vmap(grad(fuse_loss(checkpoint(forward, policy=policy))), (None, 0))(params, stacked)
     for path, g in flatten(each).items():
-        torch.testing.assert_close(g[0], flatten(want_grads)[path], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(g[0], flatten(want_grads)[path], rtol=FP32, atol=FP32)
 
 
 def test_unknown_policies_are_refused(micro) -> None:
@@ -306,7 +307,7 @@ def test_offload_moves_the_inputs_of_blocks_and_no_params(
     params, batch, forward = rough(config), example(config), vlm(config)
     want = value_and_grad(fuse_loss(forward))(params, batch)[1]
     got = value_and_grad(fuse_loss(checkpoint(forward, policy="offload")))(params, batch)[1]
-    assert_same(got, want, 0.0)
+    assert_same(got, want, 0)
     n = batch["tokens"].shape[0]
     assert [tuple(x.shape) for x in moves] == [(n, config.text.dim)] * config.text.layers
 
@@ -336,7 +337,7 @@ def test_a_policy_for_the_blocks_in_between(micro, rough, example, assert_same) 
         loss = bare if options is None else fuse_loss(checkpoint(vlm(config), **options))
         with Ops() as ops:
             _, grads = value_and_grad(loss)(params, batch)
-        assert_same(grads, want, 1e-9)
+        assert_same(grads, want)
         counts[name] = ops.count["aten.mm"] + ops.count["aten.addmm"]
     assert counts["none"] < counts["every 2nd"] == counts["between"] < counts["all"]
     norms = forward_norms(params, batch, config)

@@ -14,6 +14,7 @@ import kernels
 from core import TextConfig, VLMConfig, from_module, make_batch, vlm
 from params import init_params
 from params.tree import flatten, map_leaves
+from tests.rounding import FP32
 from transforms import (
     cast_matrices,
     checkpoint,
@@ -78,8 +79,8 @@ def test_the_numbers_of_the_kernel_at_those_sites(
     monkeypatch.setattr(kernels, "fp8_linear", plain)
     value, grads = value_and_grad(loss)(params, batch)
     assert given == [(scaling, torch.float32)] * 14
-    torch.testing.assert_close(value, exact, rtol=1e-6, atol=0)
-    assert_same(grads, wanted, rtol=1e-4)  # fp32; without rules, neighbours are one function
+    torch.testing.assert_close(value, exact, rtol=FP32, atol=0)
+    assert_same(grads, wanted)  # fp32; without rules, neighbours are one function
 
 
 def loss_of(*steps):
@@ -104,7 +105,7 @@ def test_any_order(example, assert_same) -> None:
             params = map_leaves(lambda t: t + 0.1 if t.shape[-1] == 2 else t, params)
             out.append(value_and_grad(loss)(params, batch))
         assert torch.equal(out[0][0], out[1][0])
-        assert_same(out[0][1], out[1][1], rtol=0)
+        assert_same(out[0][1], out[1][1], 0)
 
 
 def test_mixed_precision_gives_the_kernel_16_bits(example, monkeypatch) -> None:
@@ -146,8 +147,8 @@ def test_compiled_it_is_the_same(example, assert_same) -> None:
     eager = value_and_grad(bare)(params, batch)
     compiled = value_and_grad(compile(bare, backend="aot_eager"))
     value, grads = compiled(params, batch)
-    torch.testing.assert_close(value, eager[0], rtol=1e-6, atol=0)
-    assert_same(grads, eager[1], rtol=1e-4)
+    torch.testing.assert_close(value, eager[0], rtol=FP32, atol=0)
+    assert_same(grads, eager[1])
 
 
 def test_what_it_says() -> None:

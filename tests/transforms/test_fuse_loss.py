@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from core import Logits, Rule, VLMConfig, from_module, make_batch, preset, vlm
 from params import init_params
 from params.tree import flatten, map_leaves
+from tests.rounding import FP64
 from transforms import checkpoint, fuse_loss, quantize_int8, unfused_loss, value_and_grad
 
 VOCAB, TOKENS, CHUNK = 61, 200, 64
@@ -113,8 +114,8 @@ def test_equals_cross_entropy_of_dense_logits(
     )
     for transform in (fuse_loss, unfused_loss):
         value, grads = value_and_grad(transform(forward, **options))(params, batch)
-        assert_same(value, want, 1e-12)
-        assert_same(grads, want_grads, 1e-10)
+        assert_same(value, want)
+        assert_same(grads, want_grads)
 
 
 @pytest.mark.parametrize("transform", [fuse_loss, unfused_loss])
@@ -161,8 +162,8 @@ def test_head_bias_is_part_of_the_logits(assert_same) -> None:
         lambda p, b: F.cross_entropy(forward(p, b).flatten(0, -2), b["labels"].flatten())
     )(params, batch)
     got = value_and_grad(fuse_loss(forward))(params, batch)
-    assert_same(got[0], want[0], 1e-12)
-    assert_same(got[1], want[1], 1e-10)
+    assert_same(got[0], want[0])
+    assert_same(got[1], want[1])
 
 
 def test_lazy_logits_are_rows_scaled_and_capped(rough, micro) -> None:
@@ -185,8 +186,8 @@ def test_scale_and_softcap_reach_the_fused_loss(micro, rough, example, assert_sa
 
     forward = vlm(config).with_rule(Rule("head", scaling))
     fused, dense = (value_and_grad(t(forward))(params, batch) for t in (fuse_loss, unfused_loss))
-    assert_same(fused[0], dense[0], 1e-12)
-    assert_same(fused[1], dense[1], 1e-10)
+    assert_same(fused[0], dense[0])
+    assert_same(fused[1], dense[1])
     plain = value_and_grad(fuse_loss(vlm(config)))(params, batch)[0]
     assert abs(plain - fused[0]) > 1e-2
 
@@ -210,7 +211,7 @@ def test_gradients_flow_to_a_tied_embedding_from_both_ends(micro, rough, example
     apart["text"]["lm_head"] = params["text"]["embed"]
     grads = value_and_grad(fuse_loss(vlm(split)))(apart, batch)[1]["text"]
     both = grads["embed"]["weight"] + grads["lm_head"]["weight"]
-    torch.testing.assert_close(tied, both, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(tied, both, rtol=FP64, atol=FP64)
 
 
 def test_the_sum_of_the_unembeddings_gradient_may_be_narrow() -> None:

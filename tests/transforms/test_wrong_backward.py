@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 from params.tree import flatten, map_leaves
+from tests.rounding import FP64
 from transforms import rematerialize, value_and_grad
 from transforms.quantize_int8 import _StraightThrough, straight_through
 from transforms.recompute import _Checkpoint, _Recompute
@@ -57,7 +58,7 @@ def agree(f: Fn, g: Fn, driver: str) -> bool:
     torch._dynamo.reset()
     p, x = params()
     got, want = (flatten(DRIVERS[driver](h, p, x)) for h in (f, g))
-    return all(torch.allclose(got[k], want[k], rtol=1e-6, atol=1e-8) for k in want)
+    return all(torch.allclose(got[k], want[k], rtol=FP64, atol=FP64) for k in want)
 
 
 def times_ten(cls: Any, name: str, which: slice) -> Any:
