@@ -135,6 +135,7 @@ def assert_same() -> Callable[..., None]:
         *,
         rtol: float | None = None,
     ) -> None:
+        assert terms == int(terms), "terms, not a tolerance: that is rtol="
         left = {"": got} if isinstance(got, Tensor) else flatten(got)
         right = {"": want} if isinstance(want, Tensor) else flatten(want)
         assert left.keys() == right.keys()
