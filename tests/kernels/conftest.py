@@ -72,7 +72,8 @@ def beyond_a_sample(items: Iterable[pytest.Item]) -> list[pytest.Item]:
     more; the interpreter shows that a kernel is right, a GPU that compiled it is the same."""
     cases: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("gpu") and "kernel_device" in getattr(item, "fixturenames", ()):
+        fixtures = {"kernel_device", "backend"} & {*getattr(item, "fixturenames", ())}
+        if item.get_closest_marker("gpu") and fixtures:
             test = getattr(item, "originalname", item.name)
             cases.setdefault((str(item.path), test), []).append(item)
     kept = {id(each[i]) for each in cases.values() for i in (0, -1)}
@@ -107,6 +108,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 )
 def kernel_device(request: pytest.FixtureRequest) -> str:
     """Where a Triton kernel runs: "cpu" in the interpreter (TRITON_INTERPRET=1), or "cuda"."""
+    return request.param
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("torch", "cpu"), id="torch"),
+        pytest.param(("triton", "cpu"), id="interpreter", marks=pytest.mark.interpreter),
+        pytest.param(("triton", "cuda"), id="gpu", marks=pytest.mark.gpu),
+    ]
+)
+def backend(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """(backend, device): torch's path, or a Triton kernel where ``kernel_device`` has it."""
     return request.param
 
 

@@ -70,21 +70,21 @@ def broken(case: Case, hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(case.module, case.op, dataclasses.replace(owner, **{hook: wrong}))
 
 
+def saved_by(f: Callable[[], Any]) -> list[Tensor]:
+    """What a forward keeps for backward, each time that it does."""
+    saved: list[Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = f()
+    assert out is not None
+    return saved
+
+
 def saved_bytes(f: Callable[[], Any], *inputs: Tensor) -> int:
     """Bytes saved for backward beyond the inputs themselves."""
     own = {x.untyped_storage()._cdata for x in inputs}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            sizes[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = f()
-    assert out is not None
-    return sum(sizes.values())
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in saved_by(f)}
+    return sum(size for storage, size in storages.items() if storage not in own)
 
 
 def everyone(floats: tuple[Tensor, ...]) -> tuple[int, ...]:

@@ -1,4 +1,7 @@
-"""rms_norm, layer_norm, swiglu, rope: dtypes, what is saved, compile, meta, errors."""
+"""rms_norm, layer_norm, swiglu, rope: what is saved, compile, meta, errors.
+
+How they round is tested with their Triton kernels, in test_triton_rms_norm.py and its likes.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,6 @@ from tests.kernels import accuracy
 from tests.kernels.drivers import random, saved_bytes
 from tests.rounding import ulps
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1), (5, 123), (2, 3, 64)]
-
 
 def outputs_and_gradients(
     f: Callable[..., Tensor], cotangent: Tensor, *leaves: Tensor
@@ -26,107 +26,14 @@ def outputs_and_gradients(
     return out, grads
 
 
-def within(got: Tensor, wanted: Tensor, roundings: float, scale: Tensor | float = 1.0) -> None:
-    accuracy.within(got, wanted, scale, roundings=roundings)
-
-
 def exact_rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_norms_are_rounded_once(
-    shape: tuple[int, ...], weight_dtype: torch.dtype, dtype: torch.dtype
-) -> None:
-    dim = shape[-1]
-    x, g = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
-    w, b = random(dim, dtype=weight_dtype, seed=2), random(dim, dtype=weight_dtype, seed=3)
-
-    got, grads = outputs_and_gradients(lambda x, w: rms_norm(x, w, 1e-5), g, x, w)
-    wanted, exact = outputs_and_gradients(
-        lambda x, w: exact_rms_norm(x, w, 1e-5), g, x.double(), w.double()
-    )
-    assert got.dtype == dtype
-    assert [t.dtype for t in grads] == [dtype, weight_dtype]
-    within(got, wanted, 1.001)
-    # dx is a difference of terms of size |g w r|; dw a sum over rows
-    r = float((x.double().square().mean(-1) + 1e-5).rsqrt().max())
-    for grad, right in zip(grads, exact, strict=True):
-        within(grad, right, 1.001, max(float(right.abs().max()), 8 * r) * x.numel() ** 0.5)
-
-    got, grads = outputs_and_gradients(lambda x, w, b: layer_norm(x, w, b, 1e-5), g, x, w, b)
-    wanted, exact = outputs_and_gradients(
-        lambda x, w, b: F.layer_norm(x, (dim,), w, b, 1e-5), g, x.double(), w.double(), b.double()
-    )
-    assert got.dtype == dtype
-    # a mean removed from x leaves an error of eps * |x|, blown up by 1 / sqrt(var + eps)
-    spread = float((x.double().var(-1, correction=0) + 1e-5).rsqrt().max()) * 4
-    within(got, wanted, 1.001, spread)
-    for grad, right in zip(grads, exact, strict=True):
-        bound = max(float(right.abs().max()), 1.0) * x.numel() ** 0.5 * spread**2
-        within(grad, right, 1.001, bound)
-
-
-def test_norms_match_torchs_in_fp64() -> None:
-    x, w, b = random(7, 33), random(33, seed=1), random(33, seed=2)
-    torch.testing.assert_close(
-        rms_norm(x, w), F.rms_norm(x, (33,), w, 1e-6), rtol=ulps(torch.float64, 64), atol=0
-    )
-    torch.testing.assert_close(
-        layer_norm(x, w, b),
-        F.layer_norm(x, (33,), w, b, 1e-6),
-        rtol=ulps(torch.float64, 1000),
-        atol=ulps(torch.float64, 64),
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_swiglu_rounds_no_more_than_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    gate, up, g = (random(*shape, dtype=dtype, seed=i) for i in range(3))
-    got, grads = outputs_and_gradients(swiglu, g, gate, up)
-    wanted, exact = outputs_and_gradients(lambda a, b: F.silu(a) * b, g, gate.double(), up.double())
-    assert got.dtype == dtype
-    within(got, wanted, 2.01)  # silu, then the product
-    within(grads[1], exact[1], 2.01)
-    # grad * up is rounded, then multiplied by silu', whose own value passes through 0
-    within(grads[0], exact[0], 2.01, 4.0)
-
-
-def test_swiglu_is_finite_at_the_ends() -> None:
-    for dtype in DTYPES:
-        gate = torch.tensor([-1e4, -50.0, 0.0, 50.0, 1e4], dtype=dtype)
-        out, grads = outputs_and_gradients(swiglu, torch.ones(5), gate, torch.ones_like(gate))
-        assert out.isfinite().all()
-        assert all(g.isfinite().all() for g in grads)
 
 
 def tables(positions: int, dim: int) -> tuple[Tensor, Tensor]:
     frequencies = 100.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
     angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
     return angles.cos(), angles.sin()
-
-
-def llama_rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
-    """As transformers' Llama writes it: x cos + rotate_half(x) sin."""
-    cos = torch.cat((cos, cos), -1)[positions][:, None]
-    sin = torch.cat((sin, sin), -1)[positions][:, None]
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rope_is_llamas_and_rounded_once(dtype: torch.dtype) -> None:
-    cos, sin = tables(50, 8)
-    positions = torch.randint(0, 50, (9,))
-    q, k = random(9, 4, 8, dtype=dtype), random(9, 2, 8, dtype=dtype, seed=1)
-    got = rope(q, k, cos.float(), sin.float(), positions)
-    for turned, x in zip(got, (q, k), strict=True):
-        wanted = llama_rope(x.double(), cos, sin, positions)
-        assert turned.dtype == dtype
-        within(turned, wanted, 1.001, 4.0)
 
 
 def test_rope_backward_is_the_opposite_rotation() -> None:

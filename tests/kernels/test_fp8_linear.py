@@ -19,7 +19,7 @@ from torch.func import grad, jacrev, jvp, vjp, vmap
 from kernels import fp8_linear
 from kernels.runtime import dispatch
 from tests.kernels import drivers
-from tests.kernels.drivers import directions, examples, random, scalar
+from tests.kernels.drivers import directions, examples, random, saved_by, scalar
 from tests.rounding import ulps
 
 module = importlib.import_module("kernels.quantised.fp8_linear")
@@ -324,18 +324,6 @@ def test_weights_may_be_batched_and_levels_nested(scaling: str) -> None:
 
 
 # What is kept, and what is made
-
-
-def saved_by(f: Callable[[], Tensor]) -> list[Tensor]:
-    saved: list[Tensor] = []
-
-    def pack(t: Tensor) -> Tensor:
-        saved.append(t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        f()
-    return saved
 
 
 def test_a_byte_an_entry_is_kept_of_x() -> None:

@@ -12,6 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 from kernels import int8_linear
+from tests.kernels.drivers import saved_by
 from tests.rounding import ulps
 
 
@@ -155,15 +156,7 @@ def test_the_count_would_see_a_float_weight(allocations_in: Any) -> None:
 def test_saved_tensors_are_the_int8_weight_and_its_scale() -> None:
     weight, scale = layer(OUT, INNER)
     x = rand(8, INNER, dtype=torch.bfloat16).requires_grad_()
-    saved: list[Tensor] = []
-
-    def pack(t: Tensor) -> Tensor:
-        saved.append(t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = int8_linear(x, weight, scale, activations="dynamic")
-    assert y.requires_grad
+    saved = saved_by(lambda: int8_linear(x, weight, scale, activations="dynamic"))
     storages = {t.untyped_storage()._cdata for t in saved}
     assert storages == {weight.untyped_storage()._cdata, scale.untyped_storage()._cdata}
 

@@ -139,6 +139,13 @@ def test_finite_at_the_ends(dtype: torch.dtype, kernel_device: str) -> None:
         assert dx.tolist() == (2 * F.relu(x)).tolist()
 
 
+def test_swiglu_on_torch_is_finite_at_the_ends() -> None:
+    for dtype in DTYPES:
+        gate = torch.tensor([-1e4, -50.0, 0.0, 50.0, 1e4], dtype=dtype)
+        for t in outputs_and_gradients(swiglu, torch.ones(5), gate, torch.ones_like(gate)):
+            assert t.isfinite().all()
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # numpy's, of NaN
 def test_nan_stays_alone_and_stays(kernel_device: str) -> None:
     for name, f in OURS.items():
@@ -199,11 +206,11 @@ def test_one_launch_serves_all_examples(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["geglu", "relu2"])
+@pytest.mark.parametrize("name", OURS)
 def test_torch_rounds_seldom_too(name: str, dtype: torch.dtype) -> None:
-    """swiglu on torch is in test_elementwise.py. Here too: the activation, then the product."""
+    """The activation, then the product."""
     *leaves, g = inputs(name, (5, 123), dtype, "cpu")
-    with dispatch.override(geglu="torch", relu2="torch"):
+    with dispatch.override(swiglu="torch", geglu="torch", relu2="torch"):
         got = outputs_and_gradients(OURS[name], g, *leaves)
     exact = outputs_and_gradients(EXACT[name], g.double(), *(x.double() for x in leaves))
     unit, tiny = torch.finfo(dtype).eps / 2, torch.finfo(dtype).smallest_normal

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -81,27 +82,28 @@ def check_gradients(
 @pytest.mark.parametrize(("dtype", "weight_dtype"), PAIRS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rounded_once(
-    shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.dtype, kernel_device: str
+    shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.dtype, backend: tuple[str, str]
 ) -> None:
-    x, more, g, g_total = (
-        random(*shape, dtype=dtype, seed=i).to(kernel_device) for i in (0, 1, 2, 3)
-    )
-    w, b = (random(shape[-1], dtype=weight_dtype, seed=i).to(kernel_device) for i in (4, 5))
+    kind, device = backend
+    chosen = partial(dispatch.override, rms_norm=kind, layer_norm=kind)
+    rounding = "exact" if kind == "torch" else device  # see `within`
+    x, more, g, g_total = (random(*shape, dtype=dtype, seed=i).to(device) for i in (0, 1, 2, 3))
+    w, b = (random(shape[-1], dtype=weight_dtype, seed=i).to(device) for i in (4, 5))
     xd, wd, bd = x.double(), w.double(), b.double()
     r = float((xd.square().mean(-1) + EPS).rsqrt().max())
 
-    with triton():
+    with chosen():
         got = outputs_and_gradients(lambda x, w: rms_norm(x, w, EPS), (g,), x, w)
     exact = outputs_and_gradients(exact_rms_norm, (g.double(),), xd, wd)
     assert [t.dtype for t in got] == [dtype, dtype, weight_dtype]
-    within(got[0], exact[0], 0.0 if dtype != torch.float32 else exact[0].abs(), kernel_device)
-    check_gradients(got[1:], exact[1:], r, x.numel(), kernel_device)
+    within(got[0], exact[0], 0.0 if dtype != torch.float32 else exact[0].abs(), rounding)
+    check_gradients(got[1:], exact[1:], r, x.numel(), rounding)
 
-    with triton():
+    with chosen():
         normed, total, dx, dmore, dw = outputs_and_gradients(
             lambda x, more, w: add_rms_norm(x, more, w, EPS), (g, g_total), x, more, w
         )
-    within(total, xd + more.double(), 0.0, kernel_device)
+    within(total, xd + more.double(), 0.0, rounding)
     assert torch.equal(dx, dmore)
     exact = outputs_and_gradients(
         lambda t, w: (exact_rms_norm(t, w), t * 1.0),
@@ -109,17 +111,17 @@ def test_rounded_once(
         total.double(),
         wd,
     )
-    within(normed, exact[0], exact[0].abs(), kernel_device)
+    within(normed, exact[0], exact[0].abs(), rounding)
     r = float((total.double().square().mean(-1) + EPS).rsqrt().max())
-    check_gradients([dx, dw], exact[2:], r, x.numel(), kernel_device)
+    check_gradients([dx, dw], exact[2:], r, x.numel(), rounding)
 
-    with triton():
+    with chosen():
         got = outputs_and_gradients(lambda x, w, b: layer_norm(x, w, b, EPS), (g,), x, w, b)
     exact = outputs_and_gradients(exact_layer_norm, (g.double(),), xd, wd, bd)
     # a mean removed from x leaves an error of eps * |x|, blown up by 1 / sqrt(var + eps)
     spread = float((xd.var(-1, correction=0) + EPS).rsqrt().max()) * 4
-    within(got[0], exact[0], spread, kernel_device)
-    check_gradients(got[1:], exact[1:], spread**2, x.numel(), kernel_device)
+    within(got[0], exact[0], spread, rounding)
+    check_gradients(got[1:], exact[1:], spread**2, x.numel(), rounding)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -143,7 +145,7 @@ def test_without_weight_or_bias(dtype: torch.dtype, kernel_device: str) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("rows", "dim"), [(2, 8193), (5, 16390)])
+@pytest.mark.parametrize(("rows", "dim"), [(5, 16390)])
 def test_rows_longer_than_registers(rows: int, dim: int, kernel_device: str) -> None:
     """In pieces; with more rows than programs, so that a program adds to its own sums."""
     x, more, g, g_total = (
@@ -298,12 +300,6 @@ def test_no_rows_or_no_columns(kernel_device: str) -> None:
 
 # Drivers
 
-BACKENDS = [
-    pytest.param(("torch", "cpu"), id="torch"),
-    pytest.param(("triton", "cpu"), id="interpreter", marks=pytest.mark.interpreter),
-    pytest.param(("triton", "cuda"), id="gpu", marks=pytest.mark.gpu),
-]
-
 
 def both(pair: tuple[Tensor, Tensor]) -> Tensor:
     return torch.sin(pair[0]) * pair[1].square() + pair[1]
@@ -374,7 +370,6 @@ def test_what_is_wrong_in_torch_s_sum_shows(
 # The residual add
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_output_may_go_unused(backend: tuple[str, str]) -> None:
     x, more, w = (random(*s, seed=i).float() for i, s in enumerate([(5, 24), (5, 24), (24,)]))
     floats = tuple(t.to(backend[1]) for t in (x, more, w))
@@ -393,7 +388,6 @@ def test_one_output_may_go_unused(backend: tuple[str, str]) -> None:
             )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_backward_keeps_the_sum_alone(backend: tuple[str, str]) -> None:
     kind, device = backend
     x = random(64, 32).to(device, torch.bfloat16).requires_grad_()
@@ -403,25 +397,6 @@ def test_backward_keeps_the_sum_alone(backend: tuple[str, str]) -> None:
         for own in ((w,), (x, more, w)):  # of the three of x's size one, and that is the sum
             kept = saved_bytes(lambda: add_rms_norm(x, more, w), *own)
             assert kept == x.nbytes + 64 * 4  # and one fp32 number a row
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_torch_rounds_the_sum_once_too(dtype: torch.dtype) -> None:
-    x, more, g, g_total = (random(5, 123, dtype=dtype, seed=i) for i in range(4))
-    w = random(123, dtype=torch.float32, seed=4)
-    normed, total, dx, dmore, dw = outputs_and_gradients(
-        lambda x, more, w: add_rms_norm(x, more, w, EPS), (g, g_total), x, more, w
-    )
-    assert torch.equal(total, x + more)
-    assert torch.equal(dx, dmore)
-    exact = outputs_and_gradients(
-        lambda t, w: (exact_rms_norm(t, w), t * 1.0),
-        (g.double(), g_total.double()),
-        total.double(),
-        w.double(),
-    )
-    within(normed, exact[0], exact[0].abs(), "exact")
-    check_gradients([dx, dw], exact[2:], 1.0, 5 * 123, "exact")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from kernels.rope import rope_triton
 from kernels.runtime import dispatch
 from tests.kernels import accuracy
 from tests.kernels.accuracy import distance, within
-from tests.kernels.drivers import random
+from tests.kernels.drivers import random, saved_by
 from tests.rounding import ulps
 
 EPS = 1e-5
@@ -290,14 +290,9 @@ def test_backward_keeps_what_it_is_given_alone(normed: bool, kernel_device: str)
     leaves, constants, _ = case((9, 4, 2, 16), torch.bfloat16, kernel_device, torch.float32)
     leaves = tuple(x.requires_grad_() for x in (leaves if normed else leaves[:2]))
     own = {x.untyped_storage()._cdata for x in (*leaves, *constants)}
-    kept: set[int] = set()
-
-    def pack(x: Tensor) -> Tensor:
-        kept.add(x.untyped_storage()._cdata)
-        return x
-
-    with triton(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        our_rope(*leaves[:2], *constants, *leaves[2:])
+    with triton():
+        saved = saved_by(lambda: our_rope(*leaves[:2], *constants, *leaves[2:]))
+    kept = {x.untyped_storage()._cdata for x in saved}
     assert kept <= own
     assert len(kept) == (7 if normed else 3)
 
