@@ -51,7 +51,7 @@ def functional(
                 full[i] = tensor
             given = pytree.tree_unflatten(full, spec)
             phase = memo.phase
-            closed = _Closed(memo.forward_mode, itertools.compress(tensors, moving))
+            closed = _Closed(name, memo.forward_mode, itertools.compress(tensors, moving))
             # no fused attention of torch's has tangents
             plain = sdpa_kernel([SDPBackend.MATH]) if memo.forward_mode else nullcontext()
             with closed, memo.watching(), memo.autocast(), plain:
@@ -65,7 +65,7 @@ def functional(
             # handed on beside must be told from what the Function makes of it.
             results = tuple(o.view_as(o) for o in kept)
             if phase == "recorded" or (phase == "pushed" and memo.beside):
-                memo.beside = closed.forbid(name, except_for=tensors)
+                memo.beside = closed.forbid(except_for=tensors)
             return results
 
         if not any(moving):
@@ -94,8 +94,9 @@ class _Closed(TorchFunctionMode):
     moving: the arguments that are differentiated; what is computed of them moves too.
     """
 
-    def __init__(self, forward_mode: frozenset[int], moving: Iterable[Tensor]) -> None:
+    def __init__(self, name: str, forward_mode: frozenset[int], moving: Iterable[Tensor]) -> None:
         super().__init__()
+        self.name = name
         self.forward_mode = forward_mode
         self.moving = {id(x): weakref.ref(x) for x in moving}
         self.constant = False  # within torch.no_grad()
@@ -110,8 +111,10 @@ class _Closed(TorchFunctionMode):
                 of in self.forward_mode or x.requires_grad
             ):
                 raise RuntimeError(
-                    f"a tensor {list(x.shape)} that is differentiated is captured by closure in "
-                    "a checkpointed function: its gradient would be lost. Make it an argument."
+                    f"checkpoint: {self.name} uses a tensor {list(x.shape)} that is differentiated "
+                    "and not among its arguments (it is captured by closure, or is of another "
+                    "block): its gradient would be lost. Make it an argument, or do without "
+                    "checkpoint"
                 )
         out = func(*args, **(kwargs or {}))
         if func is torch._C._set_grad_enabled:
@@ -126,7 +129,7 @@ class _Closed(TorchFunctionMode):
         ref = self.moving.get(id(x))
         return ref is not None and ref() is x
 
-    def forbid(self, name: str, except_for: Sequence[Tensor]) -> bool:
+    def forbid(self, except_for: Sequence[Tensor]) -> bool:
         """Whatever moves and is still alive, results and arguments aside, raises at its next use.
 
         Gives whether there is any. In the first run nothing is recorded, so that no graph keeps
@@ -135,7 +138,7 @@ class _Closed(TorchFunctionMode):
         spared = {id(x) for x in except_for}
         alive = [x for ref in self.moving.values() if (x := ref()) is not None]
         for x in (escaped := [x for x in alive if id(x) not in spared]):
-            vars(x)["name"] = name
+            vars(x)["name"] = self.name
             x.__class__ = _Escaped
         return bool(escaped)
 

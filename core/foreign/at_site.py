@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
 from types import MethodType
@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from core.foreign.found import scaled
 from core.foreign.gated import Gated, product
-from core.foreign.reroute import reroute
+from core.foreign.reroute import names_of, reroute
 from core.foreign.rotary import is_rotary
 from core.forward import ADDED, Site, SiteInfo, beside
 from core.model.layers import embed, head, linear, weight_of
@@ -103,8 +103,10 @@ class AtSite(nn.Module):
         if not flat and self.leaves:
             raise RuntimeError(
                 f"{self.info.path} was called outside of the forward, where it has no params: a "
-                "module that checkpoints itself does so in backward. Switch that off "
-                "(gradient_checkpointing_disable()) and use transforms.checkpoint"
+                "module that checkpoints itself does so in backward (switch that off, "
+                "gradient_checkpointing_disable(), and use transforms.checkpoint), and under "
+                "checkpoint a block that calls a layer of another one (name blocks without such "
+                "calls, from_module(..., blocks=...))"
             )
         return flat
 
@@ -129,6 +131,14 @@ class Block(AtSite):
     def __init__(self, inner: nn.Module, site: Site, info: SiteInfo) -> None:
         super().__init__(inner, site, info)
         vars(self)["reads"] = []
+
+    def __getattr__(self, name: str) -> Any:
+        for read in self.__dict__["reads"]:
+            if read.name == name:  # read by code outside of the block
+                flat: Tree = {}
+                read.into(self.own_params(), flat, self.site)
+                return flat[name]
+        return super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         named = "" if args else next(iter(kwargs))  # x, where it is given by name
@@ -376,6 +386,45 @@ def rewrite_glu(module: nn.Module, plain: nn.Module, gated: Gated, site: Site, p
         return self.get_submodule(gated.down)(h)
 
     vars(module)["forward"] = MethodType(forward, module)
+
+
+def hand_out_parameters(body: nn.Module, ties: Mapping[str, str]) -> None:
+    """Modules that ask for all their parameters get what code that reads each of them gets.
+
+    ``functional_call`` puts plain tensors in their place, and a rule may stand at one. ties: the
+    name of a tied parameter -> its first name, which alone is given.
+    """
+    for at, m in body.named_modules():
+        module = vars(m).get("inner", m)
+        if {"parameters", "named_parameters", "get_parameter"} & names_of(module):
+            above = f"{at}." if at else ""
+            tied = {n.removeprefix(above) for n, first in ties.items() if first.startswith(above)}
+            for f in _handing_out(tied):
+                vars(module)[f.__name__] = MethodType(f, module)
+
+
+def _handing_out(tied: Collection[str]) -> tuple[Callable[..., Any], ...]:
+
+    def named_parameters(
+        self: nn.Module, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        modules: Any = self.named_modules() if recurse else [("", self)]
+        for at, m in modules:
+            for key in m._parameters:
+                name = f"{at}.{key}" if at else key
+                p = None if remove_duplicate and name in tied else getattr(m, key)
+                if p is not None:
+                    yield f"{prefix}.{name}" if prefix else name, p
+
+    def parameters(self: nn.Module, recurse: bool = True) -> Iterator[Tensor]:
+        for _, p in named_parameters(self, recurse=recurse):
+            yield p
+
+    def get_parameter(self: nn.Module, target: str) -> Tensor:
+        at, _, key = target.rpartition(".")
+        return getattr(self.get_submodule(at), key)
+
+    return named_parameters, parameters, get_parameter
 
 
 def leave_fast_paths(body: nn.Module, bound: Callable[[str], bool]) -> None:

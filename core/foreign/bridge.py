@@ -27,13 +27,14 @@ from core.foreign.at_site import (
     Read,
     at_site,
     given,
+    hand_out_parameters,
     leave_fast_paths,
     place_of,
     rewrite_calls,
     rewrite_glu,
 )
 from core.foreign.found import Found, find_sites, inside
-from core.foreign.probes import copied, put, skeleton
+from core.foreign.probes import copied, put, redirect, skeleton
 from core.foreign.reroute import written
 from core.foreign.watch import Watch
 from core.forward import ADDED, WEIGHTED, Forward, Site, beside
@@ -345,6 +346,10 @@ def _wrap(
             for each in filter(None, same[name]):
                 put(body, each, wrapper)
     _tell_leaves(body, plan)
+    places = {id(vars(m)["inner"]): m for m in body.modules() if issubclass(type(m), AtSite)}
+    for m in body.modules():  # references beside the tree: layers in a plain list, a parent
+        redirect(vars(m).get("inner", m), lambda value: places.get(id(value), value))
+    hand_out_parameters(body, _ties(blank))
     leave_fast_paths(body, lambda name: _is_bound(plan, site, name))
     return body, _tell_reads(body, plan, site)
 

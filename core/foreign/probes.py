@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -107,39 +109,84 @@ def skeleton(module: nn.Module) -> nn.Module:
 
 
 def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy in which functions that were put on modules (a patched ``forward``, hooks) see
-    the copy where their closure held the original: a copy of a function has the same closure."""
+    """A deep copy. Functions in it (a patched ``forward``, hooks) and weak references see the copy
+    where the original's saw the original: those are copied with what they refer to."""
     memo = {} if memo is None else memo
     out = copy.deepcopy(module, memo)
 
-    def seen(value: Any) -> Any:
-        if isinstance(value, MethodType) and id(value.__self__) in memo:
-            return MethodType(value.__func__, memo[id(value.__self__)])
-        held = isinstance(value, nn.Module | nn.Parameter)
-        return memo.get(id(value), value) if held else value
-
-    def again(function: FunctionType) -> FunctionType:
-        try:
-            held = [cell.cell_contents for cell in function.__closure__ or ()]
-        except ValueError:  # an empty cell
-            return function
-        new = [seen(value) for value in held]
-        if all(a is b for a, b in zip(new, held, strict=True)):
-            return function
-        cells = tuple(map(CellType, new))
-        made = FunctionType(
-            function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
-        )
-        made.__kwdefaults__ = function.__kwdefaults__
-        return made
-
     for m in out.modules():
-        tables = [v for k, v in vars(m).items() if "_hooks" in k and isinstance(v, dict)]
-        for table in (vars(m), *tables):
-            for key, value in table.items():
-                if isinstance(value, FunctionType):
-                    table[key] = again(value)
+        redirect(m, lambda value: memo.get(id(value), value))
     return out
+
+
+TREES = ("_parameters", "_buffers", "_modules")
+
+
+def redirect(module: nn.Module, new: Callable[[Any], Any]) -> None:
+    """Puts ``new(value)`` in the place of modules and parameters that a module's attributes refer
+    to: by themselves, in lists, tuples and dicts, in what functions enclose and methods are of, by
+    weak references. What refers to the module itself stays."""
+    seen: set[int] = set()
+
+    def swap(value: Any) -> Any:
+        if value is module:
+            return value
+        if isinstance(value, nn.Module | nn.Parameter):
+            return new(value)
+        if isinstance(value, weakref.ref):
+            old = value()
+            other = swap(old) if isinstance(old, nn.Module) else old
+            return value if other is old else weakref.ref(other)
+        if isinstance(value, MethodType):
+            return _method(value, swap) if isinstance(value.__self__, nn.Module) else value
+        if isinstance(value, functools.partial):
+            func, args, kwargs = swap(value.func), swap(value.args), swap(value.keywords)
+            same = func is value.func and args is value.args
+            return value if same else functools.partial(func, *args, **kwargs)
+        if isinstance(value, FunctionType):
+            return _enclosing(value, swap)
+        if type(value) is tuple:
+            parts = tuple(map(swap, value))
+            return value if all(a is b for a, b in zip(parts, value, strict=True)) else parts
+        if isinstance(value, list | dict) and id(value) not in seen:
+            seen.add(id(value))
+            for key, each in [*(value.items() if isinstance(value, dict) else enumerate(value))]:
+                if (other := swap(each)) is not each:
+                    value[key] = other
+        return value
+
+    held = vars(module)
+    for key, value in [*held.items()]:
+        if key not in TREES and (other := swap(value)) is not value:
+            held[key] = other
+
+
+def _method(method: MethodType, swap: Callable[[Any], Any]) -> MethodType:
+    """The same method of what stands in its owner's place; ``forward`` of another class is its."""
+    owner = method.__self__
+    if (other := swap(owner)) is owner:
+        return method
+    if type(other) is type(owner):
+        return MethodType(method.__func__, other)
+    return other.forward if method.__name__ == "forward" else method
+
+
+def _enclosing(function: FunctionType, swap: Callable[[Any], Any]) -> FunctionType:
+    """The function with what it encloses, or has for defaults, swapped; itself if that is none."""
+    try:
+        held = [cell.cell_contents for cell in function.__closure__ or ()]
+    except ValueError:  # an empty cell
+        return function
+    held += function.__defaults__ or ()
+    kinds = nn.Module | nn.Parameter | MethodType | weakref.ref  # the caller's lists stay his
+    new = [swap(v) if isinstance(v, kinds) else v for v in held]
+    if all(a is b for a, b in zip(new, held, strict=True)):
+        return function
+    count = len(function.__closure__ or ())
+    cells, defaults = tuple(map(CellType, new[:count])), tuple(new[count:]) or None
+    made = FunctionType(function.__code__, function.__globals__, function.__name__, defaults, cells)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
 
 
 def put(root: nn.Module, name: str, module: nn.Module) -> None:

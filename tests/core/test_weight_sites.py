@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -156,6 +157,60 @@ class More(nn.Module):
         return self.b(self.a(self.a(x, 1.0).tanh(), scale=0.5)) + self.b(x, x.mean())
 
 
+class Penalised(nn.Module):
+    """Asks for all its parameters: one that is tied counts once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+        self.c.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.c(self.b(self.a(x).tanh()).to(next(self.parameters()).dtype))
+        large = torch.stack([p.square().sum() for p in self.parameters()]).sum()
+        return h + 0.1 * large
+
+
+class Child(nn.Module):
+    """Calls a layer of its parent's, which it refers to beside the tree of modules."""
+
+    def __init__(self, parent: nn.Module) -> None:
+        super().__init__()
+        self.parent, self.own = weakref.ref(parent), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parent: Any = self.parent()
+        return self.own(parent.layers[0](x))
+
+
+class Beside(nn.Module):
+    """Layers in a list that is no ModuleList, in a function, by a method, by a weak reference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = []
+        for i in range(2):
+            layer = nn.Linear(8, 8)
+            self.add_module(f"layer{i}", layer)
+            self.layers.append(layer)
+        self.call, self.then = self.layers[0].forward, functools.partial(self.layers[1])
+        self.pair = (lambda x, first=self.layers[0]: first(x), {"b": self.layers[1]})
+        self.child = Child(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.child(self.call(self.then(x)).tanh()) + self.pair[1]["b"](self.pair[0](x))
+
+
+class Outside(Moe):
+    """Reads a weight of a block's outside of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first: Any = self.layers[0]
+        return super().forward(x) + 0.1 * F.linear(x, first.router).sum()
+
+
 CASES: dict[str, Callable[[], nn.Module]] = {
     "a tied read": TiedRead,
     "read by hand": ByHand,
@@ -168,6 +223,9 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "fast path": Fast,
     "no fast path": lambda: Fast(False),
     "more arguments": More,
+    "all parameters": Penalised,
+    "beside the tree": Beside,
+    "outside of a block": Outside,
 }
 
 
@@ -181,7 +239,7 @@ def make(name: str) -> tuple[nn.Module, Forward, Tree, dict[str, Tensor]]:
 
 def plain(module: nn.Module) -> Callable[[Tree, Any], Tensor]:
     """The module itself; leaf names are those that params hold tied weights under."""
-    return lambda p, b: functional_call(copy.deepcopy(module), flatten(p), (b["x"],))
+    return lambda p, b: functional_call(module, flatten(p), (b["x"],))
 
 
 def rounded(forward: Forward, params: Tree) -> Tree:
@@ -219,6 +277,7 @@ def drive(driver: str, run: Any, params: Tree, batch: Any) -> Any:
 
 DRIVERS = ("call", "no_grad", "value_and_grad", "grad", "vmap")
 COMPILED = ("a tied read", "read by hand", "experts", "shared", "more arguments", "fast path")
+COMPILED += ("all parameters", "beside the tree", "outside of a block")
 
 
 def runs(name: str) -> list[str]:
