@@ -14,6 +14,7 @@ from torch.func import functional_call, grad, vmap
 
 from core import Rule, as_module, from_module, make_batch, stack_examples, vlm
 from params.tree import flatten, map_leaves, unflatten
+from tests.models import language
 from tests.rounding import FP32
 from transforms import checkpoint, fuse_loss, quantize_int8, unfused_loss, value_and_grad
 
@@ -73,16 +74,6 @@ def foreign_batch(rows: int = 2, length: int = 7) -> dict[str, Tensor]:
     return {"tokens": tokens, "labels": torch.randint(0, VOCAB, (rows, length))}
 
 
-def llama(tied: bool) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied,
-        attn_implementation="eager",
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
-
-
 def llama_batch(rows: int = 2, length: int = 7) -> dict[str, Tensor]:
     batch = foreign_batch(rows, length)
     return {"input_ids": batch["tokens"], "labels": batch["labels"]}
@@ -91,7 +82,9 @@ def llama_batch(rows: int = 2, length: int = 7) -> dict[str, Tensor]:
 def make(kind: str) -> tuple[nn.Module, dict[str, Tensor], str | None]:
     """A module, a batch for it, and what ``head`` to give."""
     if kind.startswith("llama"):
-        return llama(kind == "llama tied"), llama_batch(), None
+        tied = kind == "llama tied"
+        module = language("Llama", tie_word_embeddings=tied, attn_implementation="eager")
+        return module, llama_batch(), None
     return Foreign(kind == "foreign tied"), foreign_batch(), "out"
 
 
@@ -489,7 +482,7 @@ def test_state_dict_names_are_paths_and_memory_is_shared(micro, rough) -> None:
 
 
 def test_state_dict_of_a_hugging_face_model_keeps_its_names() -> None:
-    module = llama(tied=False)
+    module = language("Llama")
     forward, params = from_module(module)
     assert as_module(forward, params).state_dict().keys() == module.state_dict().keys()
 

@@ -21,20 +21,13 @@ from core.foreign.rotary import is_rotary
 from core.forward import NormForm
 from params.int8 import dequantize_weight, quantize_weight
 from params.tree import Tree, flatten, map_leaves, unflatten
+from tests.models import EYES, SIZES, language
 from transforms import checkpoint, fake_quant, fuse_kernels, quantize_int8, value_and_grad
 
 pytestmark = pytest.mark.filterwarnings(
     # torch's attention on a CPU has no batching rule
     "ignore:There is a performance drop:UserWarning"
 )
-SIZES = {
-    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-EYES = {"num_hidden_layers": 3, "image_size": 16, "patch_size": 8, "hidden_size": 16,
-        "intermediate_size": 24, "num_attention_heads": 2}  # fmt: skip
-
 
 # -- the odd one ----------------------------------------------------------------------------------
 
@@ -145,6 +138,9 @@ KINDS: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 
+LANGUAGE = {"llama": "Llama", "qwen3": "Qwen3", "gemma2": "Gemma2", "gpt2": "GPT2", "phi3": "Phi3"}
+
+
 def make(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """A module in fp32 and a batch for it."""
     ids = torch.randint(3, 39, (2, 9))
@@ -162,16 +158,7 @@ def make(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
         )  # fmt: skip
         model = hf.LlavaForConditionalGeneration(config)
         return model.eval(), {"input_ids": ids, "pixel_values": pixels}
-    if name == "gpt2":
-        config = hf.GPT2Config(
-            vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=16, initializer_range=0.2,
-            bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
-        return hf.GPT2LMHeadModel(config).eval(), {"input_ids": ids}
-    prefix = {"llama": "Llama", "qwen3": "Qwen3", "gemma2": "Gemma2", "phi3": "Phi3"}[name]
-    more = {"head_dim": 8} if name in ("qwen3", "gemma2") else {}
-    config = getattr(hf, f"{prefix}Config")(**SIZES, **more)
-    return getattr(hf, f"{prefix}ForCausalLM")(config).eval(), {"input_ids": ids}
+    return language(LANGUAGE[name]), {"input_ids": ids}
 
 
 def tensor_of(out: Any) -> Tensor:

@@ -34,6 +34,7 @@ from core.forward import WEIGHTED, Forward
 from params import init_params
 from params.int8 import dequantize_weight, quantize_weight
 from params.tree import Tree, flatten, map_leaves, merge, unflatten
+from tests.models import language
 from tests.rounding import FP32, FP64
 from transforms import (
     checkpoint,
@@ -156,17 +157,13 @@ SMALL = {
     "vocab_size": 61, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 1, "attn_implementation": "eager",
     "initializer_range": 0.2,
+    "pad_token_id": None,  # a padding row has tangents, but no gradient
 }  # fmt: skip
 
 
 def _language(name: str, **changes: Any) -> Subject:
-    import transformers
-
-    config = getattr(transformers, f"{name}Config")(**{**SMALL, **changes})
     torch.manual_seed(0)
-    kind = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
-    module = getattr(transformers, f"{name}{kind}")(config).double().eval()
-    forward, params = from_module(module)
+    forward, params = from_module(language(name, **{**SMALL, **changes}).double())
     batches = []
     for seed in (0, 1):
         ids = torch.randint(0, 61, (1, 7), generator=torch.Generator().manual_seed(seed))
@@ -186,7 +183,7 @@ def qwen3() -> Subject:
 def gemma2() -> Subject:
     return _language(
         "Gemma2", head_dim=6, query_pre_attn_scalar=6, final_logit_softcapping=2.0,
-        sliding_window=4, pad_token_id=None,  # a padding row has tangents, but no gradient
+        sliding_window=4,
     )  # fmt: skip
 
 

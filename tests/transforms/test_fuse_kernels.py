@@ -16,6 +16,7 @@ from torch.func import grad, vmap
 import kernels
 from core import Forward, Rule, from_module, vlm
 from params.tree import Tree, map_leaves, merge
+from tests.models import language
 from tests.rounding import FP32
 from transforms import (
     checkpoint,
@@ -29,34 +30,15 @@ from transforms import (
 )
 from transforms.fuse_kernels import fuse_kernels
 
-hf = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-SIZES = {
-    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "attn_implementation": "sdpa",
-}  # fmt: skip
-
-
-def make(name: str) -> nn.Module:
-    if name == "gpt2":
-        config = hf.GPT2Config(
-            vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=16, initializer_range=0.2,
-            bos_token_id=1, eos_token_id=2, attn_implementation="sdpa",
-        )  # fmt: skip
-        return hf.GPT2LMHeadModel(config).eval()
-    more = {} if name == "Llama" else {"head_dim": 8}
-    if name == "Gemma2":
-        more |= {"final_logit_softcapping": None, "attn_implementation": "eager"}
-    config = getattr(hf, f"{name}Config")(**(SIZES | more))
-    return getattr(hf, f"{name}ForCausalLM")(config).eval()
-
-
-MAKES = ["Llama", "Qwen3", "Gemma2", "gpt2"]
+SDPA = {"attn_implementation": "sdpa"}
+OPTIONS = {"Gemma2": {"final_logit_softcapping": None, "attn_implementation": "eager"}}
+MAKES = ["Llama", "Qwen3", "Gemma2", "GPT2"]
 
 
 def subject(name: str) -> tuple[Forward, Tree, dict[str, Tensor]]:
-    forward, params = from_module(make(name))
+    forward, params = from_module(language(name, **OPTIONS.get(name, SDPA)))
     params = map_leaves(lambda t: t + 0.1 * torch.randn_like(t), params)
     ids = torch.randint(3, 40, (2, 7))
     return forward, params, {"input_ids": ids, "labels": ids.roll(-1, 1)}
@@ -83,7 +65,7 @@ def calls(monkeypatch) -> list[str]:
         ("Llama", {"rms_norm": 5, "swiglu": 2, "attention": 2, "rope": 2}),
         ("Qwen3", {"rms_norm": 9, "swiglu": 2, "attention": 2, "rope": 2}),
         ("Gemma2", {"rms_norm": 9, "geglu": 2, "rope": 2}),
-        ("gpt2", {"layer_norm": 5, "attention": 2}),
+        ("GPT2", {"layer_norm": 5, "attention": 2}),
     ],
 )
 def test_numbers_are_the_modules(name: str, count, calls, assert_same) -> None:
@@ -116,7 +98,7 @@ CHAINS = [
 
 
 @pytest.mark.parametrize("chain", CHAINS, ids="-".join)
-@pytest.mark.parametrize("name", ["Gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["Gemma2", "GPT2"])
 def test_it_composes_in_any_order(name: str, chain, assert_same) -> None:
     bare, params, batch = subject(name)
     losses, preparations = [], []

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from core import Logits, Rule, VLMConfig, from_module, make_batch, preset, vlm
 from params import init_params
 from params.tree import flatten, map_leaves
+from tests.models import language
 from tests.rounding import FP64
 from transforms import checkpoint, fuse_loss, quantize_int8, unfused_loss, value_and_grad
 
@@ -52,12 +53,7 @@ def small_chunks(monkeypatch) -> None:
 
 
 def llama_and_batch():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, attn_implementation="eager",
-    )  # fmt: skip
-    forward, params = from_module(transformers.LlamaForCausalLM(config).eval())
+    forward, params = from_module(language("Llama", vocab_size=VOCAB, attn_implementation="eager"))
     ids = torch.randint(0, VOCAB, (4, TOKENS // 4))
     return forward, params, {"input_ids": ids, "labels": ids.roll(-1, 1)}
 

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 from core import Rule, TextConfig, VLMConfig, from_module, make_batch, vlm
 from params import init_params
 from params.tree import flatten, map_leaves, unflatten
+from tests.models import language
 from transforms import (
     cast_matrices,
     checkpoint,
@@ -102,12 +103,7 @@ def test_norms_and_biases_stay(micro, rough, example) -> None:
 
 
 def test_hugging_face(assert_same) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=31, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, attn_implementation="eager",
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = language("Llama", attn_implementation="eager")
     forward, params = from_module(model)
     ids = torch.randint(0, 31, (2, 5))
     batch = {"input_ids": ids, "labels": ids.roll(-1, 1)}

@@ -12,6 +12,7 @@ from torch.func import grad, vmap
 from core import Rule, TextConfig, VLMConfig, as_module, from_module, vlm
 from params import dequantize_weight, init_params, quantize_weight
 from params.tree import flatten, map_leaves, num_bytes, unflatten
+from tests.models import language
 from transforms import (
     cast_matrices,
     fake_quant,
@@ -120,13 +121,8 @@ def test_skip(micro, rough, example, assert_same, name: str, skip, want: set[str
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("skip", [(), ("lm_head",), ("layers.-1", "lm_head")])
 def test_skip_in_a_hugging_face_model(assert_same, tied: bool, skip: tuple[str, ...]) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=31, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied,
-        attn_implementation="eager", initializer_range=0.3,
-    )  # fmt: skip
-    bare, params = from_module(transformers.LlamaForCausalLM(config).eval())
+    module = language("Llama", tie_word_embeddings=tied, attn_implementation="eager")
+    bare, params = from_module(module)
     forward = quantize_int8(bare, skip=skip)
     prepared = forward.prepare(params)
     got = quantised(prepared)
