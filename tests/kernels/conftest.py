@@ -72,7 +72,7 @@ def beyond_a_sample(items: Iterable[pytest.Item]) -> list[pytest.Item]:
     more; the interpreter shows that a kernel is right, a GPU that compiled it is the same."""
     cases: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in items:
-        fixtures = {"kernel_device", "backend"} & {*getattr(item, "fixturenames", ())}
+        fixtures = {"kernel_device", "kernel_backend"} & {*getattr(item, "fixturenames", ())}
         if item.get_closest_marker("gpu") and fixtures:
             test = getattr(item, "originalname", item.name)
             cases.setdefault((str(item.path), test), []).append(item)
@@ -118,7 +118,7 @@ def kernel_device(request: pytest.FixtureRequest) -> str:
         pytest.param(("triton", "cuda"), id="gpu", marks=pytest.mark.gpu),
     ]
 )
-def backend(request: pytest.FixtureRequest) -> tuple[str, str]:
+def kernel_backend(request: pytest.FixtureRequest) -> tuple[str, str]:
     """(backend, device): torch's path, or a Triton kernel where ``kernel_device`` has it."""
     return request.param
 

@@ -82,9 +82,12 @@ def check_gradients(
 @pytest.mark.parametrize(("dtype", "weight_dtype"), PAIRS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rounded_once(
-    shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.dtype, backend: tuple[str, str]
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    kernel_backend: tuple[str, str],
 ) -> None:
-    kind, device = backend
+    kind, device = kernel_backend
     chosen = partial(dispatch.override, rms_norm=kind, layer_norm=kind)
     rounding = "exact" if kind == "torch" else device  # see `within`
     x, more, g, g_total = (random(*shape, dtype=dtype, seed=i).to(device) for i in (0, 1, 2, 3))
@@ -370,11 +373,11 @@ def test_what_is_wrong_in_torch_s_sum_shows(
 # The residual add
 
 
-def test_one_output_may_go_unused(backend: tuple[str, str]) -> None:
+def test_one_output_may_go_unused(kernel_backend: tuple[str, str]) -> None:
     x, more, w = (random(*s, seed=i).float() for i, s in enumerate([(5, 24), (5, 24), (24,)]))
-    floats = tuple(t.to(backend[1]) for t in (x, more, w))
+    floats = tuple(t.to(kernel_backend[1]) for t in (x, more, w))
     for which in (0, 1):
-        with dispatch.override(rms_norm=backend[0]):
+        with dispatch.override(rms_norm=kernel_backend[0]):
             xs = [t.clone().requires_grad_() for t in floats]
             out = add_rms_norm(*xs, EPS)[which]
             got = torch.autograd.grad(out.sin().sum(), xs, allow_unused=True)
@@ -382,14 +385,14 @@ def test_one_output_may_go_unused(backend: tuple[str, str]) -> None:
         out = norms.add_rms_norm_reference(*ys, eps=EPS)[which]
         wanted = torch.autograd.grad(out.sin().sum(), ys, allow_unused=True)
         for a, b in zip(got, wanted, strict=True):
-            b = torch.zeros_like(w, device=backend[1]) if b is None else b
+            b = torch.zeros_like(w, device=kernel_backend[1]) if b is None else b
             torch.testing.assert_close(
                 a.double(), b.double(), rtol=ulps(torch.float32, 80), atol=ulps(torch.float32, 80)
             )
 
 
-def test_backward_keeps_the_sum_alone(backend: tuple[str, str]) -> None:
-    kind, device = backend
+def test_backward_keeps_the_sum_alone(kernel_backend: tuple[str, str]) -> None:
+    kind, device = kernel_backend
     x = random(64, 32).to(device, torch.bfloat16).requires_grad_()
     more = random(64, 32, seed=1).to(device, torch.bfloat16).requires_grad_()
     w = random(32, seed=2).to(device, torch.float32).requires_grad_()
