@@ -28,7 +28,7 @@ from kernels.runtime.autograd import nested_forward_mode
 from transforms.kept import Keep, contexts, operation
 from transforms.legal import check_legal
 from transforms.offload import offloaded
-from transforms.recompute import functional
+from transforms.recompute import functional, unchanging
 
 Policy = str | Sequence[str] | Keep
 
@@ -75,7 +75,8 @@ def checkpoint(
     Raises ValueError if ``every`` is not positive, the policy is unknown or the forward has no
     blocks. Under ``torch.func``, and with "offload", a block's gradients pass by its arguments and
     its result alone: a differentiated tensor that it captures by closure raises RuntimeError, as
-    does one that it hands on by an attribute or in a mutable argument. Autograd follows both.
+    does one that it hands on by an attribute or in a mutable argument. Autograd follows both. A
+    block that changes a tensor that it is given in place raises RuntimeError.
     """
     if every < 1:
         raise ValueError(f"every must be 1 or more, not {every}")
@@ -162,7 +163,8 @@ def rematerialize(
             return functional(f, keep, name)(*args, **kwargs)
         if offload:
             return offloaded(functional(f, name=name))(*args, **kwargs)
-        again = partial(torch_checkpoint, f, use_reentrant=False)
+        inner = f if to_the_end or compiling else unchanging(f, name)
+        again = partial(torch_checkpoint, inner, use_reentrant=False)
         if keep is not None:
             tagged = partial(create_selective_checkpoint_contexts, partial(_decide, keep))
             # the compiler's partitioner reads PyTorch's own tags

@@ -8,9 +8,10 @@ two save 13,000 of them).
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -54,7 +55,8 @@ def functional(
             closed = _Closed(name, memo.forward_mode, itertools.compress(tensors, moving))
             # no fused attention of torch's has tangents
             plain = sdpa_kernel([SDPBackend.MATH]) if memo.forward_mode else nullcontext()
-            with closed, memo.watching(), memo.autocast(), plain:
+            looked_at = tensors if phase == "recorded" else ()
+            with closed, memo.watching(), memo.autocast(), plain, _left_alone(looked_at, name):
                 out, out_spec = pytree.tree_flatten(f(*given[0], **given[1]))
             out_form[:] = [[_BLANK if isinstance(o, Tensor) else o for o in out], out_spec]
             kept = [o for o in out if isinstance(o, Tensor)]
@@ -77,6 +79,63 @@ def functional(
         return pytree.tree_unflatten([next(given) if o is _BLANK else o for o in out], out_spec)
 
     return run
+
+
+def unchanging(f: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """``f`` that, when it is run again, finds dicts and lists as they were the first time.
+
+    Raises RuntimeError where it changes a tensor of its arguments in place: those are kept for the
+    second run and not copied.
+    """
+    before: list[Any] = []
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if before:
+            args, kwargs = _copied(before[0])
+            return f(*args, **kwargs)
+        before.append(_copied((args, kwargs)))
+        leaves = pytree.tree_leaves((args, kwargs)) if torch.is_grad_enabled() else ()
+        given = [x for x in leaves if isinstance(x, Tensor)]
+        with _left_alone(given, name):
+            return f(*args, **kwargs)
+
+    return run
+
+
+def _copied(value: Any) -> Any:
+    """The same tensors in new containers."""
+    if type(value) is tuple:
+        return tuple(map(_copied, value))
+    if not isinstance(value, dict | list | set | deque):
+        return value
+    out: Any = copy.copy(value)
+    for key, each in [] if isinstance(out, set) else _entries(out):
+        if (new := _copied(each)) is not each:
+            out[key] = new
+    return out
+
+
+def _entries(value: Any) -> list[tuple[Any, Any]]:
+    return [*(value.items() if isinstance(value, dict) else enumerate(value))]
+
+
+@contextmanager
+def _left_alone(tensors: Sequence[Tensor], name: str) -> Iterator[None]:
+    versions = [*map(_version, tensors)]
+    yield
+    changed = [x for x, v in zip(tensors, versions, strict=True) if _version(x) != v]
+    if changed:
+        raise RuntimeError(
+            f"checkpoint: {name} changes a tensor {list(changed[0].shape)} that it is given in "
+            "place, and would be run again with the changed one. Have it make a new one, or leave "
+            "checkpoint out"
+        )
+
+
+def _version(x: Tensor) -> int:
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x._version
 
 
 _BLANK = object()
@@ -353,6 +412,8 @@ class _Checkpoint(torch.autograd.Function):
         flat = ctx.saved_tensors
         index = tuple(i for i, t in enumerate(tangents) if t is not None)
         primals = tuple(unexpanded(flat[i]) for i in index)
+        if not any(ctx.is_float):  # what it gives, it hands on beside its result
+            return (None,) * len(ctx.is_float)
         with ctx.memo.again(), ctx.memo.during("pushed"):
             out = jvp(_of(ctx.f, flat, index), primals, tuple(tangents[i] for i in index))[1]
         given = iter(out)

@@ -485,3 +485,54 @@ def test_what_blocks_hand_on_beside_their_results(way: str) -> None:
                 driver(checked)
     # nobody differentiates: blocks are left as they are
     near(*(vmap(lambda x, f=f: f(params, {"x": x}))(x) for f in (checked, forward)))
+
+
+class Taking(nn.Module):
+    """A block that takes from a list, and changes a dict, that it is given; or its input."""
+
+    def __init__(self, in_place: bool = False) -> None:
+        super().__init__()
+        self.line, self.in_place = nn.Linear(4, 4), in_place
+
+    def forward(self, state: dict[str, Any], skips: list[Tensor]) -> None:
+        h = self.line(state["x"].clone() if self.in_place else state["x"]).tanh()
+        if self.in_place:
+            h = state["x"].mul_(0.5) + h
+        state["x"], state["old"] = h + skips.pop(), {"x": state["x"]}
+
+
+class Takers(nn.Module):
+    def __init__(self, in_place: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.layers = nn.ModuleList(Taking(in_place) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        state: dict[str, Any] = {"x": self.first(x)}
+        skips = [x, state["x"] * 2, x * 3]
+        for layer in self.layers:
+            layer(state, skips)
+        assert len(skips) == 1
+        return (state["x"] + state["old"]["x"]).square().mean()
+
+
+def test_a_block_that_runs_again_finds_what_it_was_given(assert_same: Any) -> None:
+    forward, params = from_module(Takers().double())
+    batch = {"x": torch.randn(3, 4, dtype=torch.float64)}
+    checked = checkpoint(forward)
+    got, want = (value_and_grad(f)(params, batch) for f in (checked, forward))
+    assert_same(got[1], want[1], rtol=1e-12)
+    for driver in (grad, lambda f: lambda p, b: jvp(lambda p: f(p, b), (p,), (tangent(p),))):
+        with pytest.raises(RuntimeError, match=r"the block layers\.0 hands a tensor on"):
+            driver(checked)(params, batch)
+
+
+@pytest.mark.parametrize("driver", [value_and_grad, grad])
+def test_a_block_that_changes_its_input_says_so(driver: Fn) -> None:
+    forward, params = from_module(Takers(in_place=True))
+    batch = {"x": torch.randn(3, 4)}
+    driver(forward)(params, batch)
+    with pytest.raises(RuntimeError, match=r"the block layers\.0 changes a tensor \[3, 4\]"):
+        driver(checkpoint(forward))(params, batch)
+    with torch.no_grad():
+        assert torch.equal(checkpoint(forward)(params, batch), forward(params, batch))
