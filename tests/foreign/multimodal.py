@@ -143,67 +143,33 @@ def qwen_patches(width: int) -> Callable[[torch.Generator], Batch]:
 
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-speaking(
-    "Qwen2-VL",
-    "Qwen2VLForConditionalGeneration",
-    seen(4, qwen_patches(96)),
-    text_config={**TEXT, "rope_parameters": ROPE},
-    image_token_id=IMAGE,
-    video_token_id=IMAGE - 1,
-    vision_start_token_id=3,
-    vision_config={
-        "depth": 2,
-        "embed_dim": 32,
-        "hidden_size": 32,
-        "num_heads": 4,
-        "patch_size": 4,
-        "mlp_ratio": 2,
-        "in_channels": 3,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-    },
-)
-speaking(
+PATCHES = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "in_channels": 3}
+PATCHES |= {"spatial_merge_size": 2, "temporal_patch_size": 2}
+WIDE = {"out_hidden_size": 32, "intermediate_size": 48}
+
+
+def qwen(name: str, model: str, vision: dict[str, Any], **text: Any) -> None:
+    speaking(
+        name,
+        model,
+        seen(4, qwen_patches(96)),
+        text_config={**TEXT, "rope_parameters": ROPE, **text},
+        image_token_id=IMAGE,
+        video_token_id=IMAGE - 1,
+        vision_start_token_id=3,
+        vision_config=PATCHES | vision,
+    )
+
+
+qwen("Qwen2-VL", "Qwen2VLForConditionalGeneration", {"embed_dim": 32, "mlp_ratio": 2})
+qwen(
     "Qwen2.5-VL",
     "Qwen2_5_VLForConditionalGeneration",
-    seen(4, qwen_patches(96)),
-    text_config={**TEXT, "rope_parameters": ROPE},
-    image_token_id=IMAGE,
-    video_token_id=IMAGE - 1,
-    vision_start_token_id=3,
-    vision_config={
-        "depth": 2,
-        "hidden_size": 32,
-        "out_hidden_size": 32,
-        "num_heads": 4,
-        "patch_size": 4,
-        "intermediate_size": 48,
-        "in_channels": 3,
-        "window_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "fullatt_block_indexes": [1],
-    },
+    WIDE | {"window_size": 16, "fullatt_block_indexes": [1]},
 )
-speaking(
+qwen(
     "Qwen3-VL",
     "Qwen3VLForConditionalGeneration",
-    seen(4, qwen_patches(96)),
-    text_config={**TEXT, "head_dim": 8, "rope_parameters": ROPE},
-    image_token_id=IMAGE,
-    video_token_id=IMAGE - 1,
-    vision_start_token_id=3,
-    vision_config={
-        "depth": 2,
-        "hidden_size": 32,
-        "out_hidden_size": 32,
-        "num_heads": 4,
-        "patch_size": 4,
-        "intermediate_size": 48,
-        "in_channels": 3,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0],
-    },
+    WIDE | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    head_dim=8,
 )

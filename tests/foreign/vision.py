@@ -48,28 +48,17 @@ vision(
     vocab_size=VOCAB,
     layer_scale_init_value=0.5,
 )
-vision(
-    "Swin",
-    embed_dim=16,
-    depths=[1, 2],
-    num_heads=[2, 2],
-    window_size=2,
-    image_size=16,
-    patch_size=2,
-    sizes=STAGES,
-)
-vision(
-    "Swinv2",
-    "Swinv2ForImageClassification",
-    embed_dim=16,
-    depths=[1, 2],
-    num_heads=[2, 2],
-    window_size=2,
-    image_size=16,
-    patch_size=2,
-    sizes=STAGES,
-    eager=False,
-)
+WINDOWS: dict[str, Any] = {
+    "embed_dim": 16,
+    "depths": [1, 2],
+    "num_heads": [2, 2],
+    "window_size": 2,
+    "image_size": 16,
+    "patch_size": 2,
+    "sizes": STAGES,
+}
+vision("Swin", **WINDOWS)
+vision("Swinv2", "Swinv2ForImageClassification", **WINDOWS, eager=False)
 vision("DINOv2", "Dinov2ForImageClassification", use_swiglu_ffn=True)
 vision(
     "ConvNeXt",
@@ -92,36 +81,21 @@ vision(
     inputs=pictures(24, classes=5),
     eager=False,
 )
-vision(
-    "PVTv2",
-    "PvtV2ForImageClassification",
-    num_encoder_blocks=2,
-    depths=[1, 1],
-    hidden_sizes=[16, 32],
-    num_attention_heads=[2, 4],
-    sr_ratios=[2, 1],
-    mlp_ratios=[2, 2],
-    patch_sizes=[7, 3],
-    strides=[4, 2],
-    sizes=STAGES,
-    inputs=pictures(32, classes=5),
-    eager=False,
-)
-vision(
-    "SegFormer",
-    "SegformerForImageClassification",
-    num_encoder_blocks=2,
-    depths=[1, 1],
-    hidden_sizes=[16, 32],
-    num_attention_heads=[2, 4],
-    sr_ratios=[2, 1],
-    mlp_ratios=[2, 2],
-    patch_sizes=[7, 3],
-    strides=[4, 2],
-    sizes=STAGES,
-    inputs=pictures(32, classes=5),
-    eager=False,
-)
+PYRAMID: dict[str, Any] = {
+    "num_encoder_blocks": 2,
+    "depths": [1, 1],
+    "hidden_sizes": [16, 32],
+    "num_attention_heads": [2, 4],
+    "sr_ratios": [2, 1],
+    "mlp_ratios": [2, 2],
+    "patch_sizes": [7, 3],
+    "strides": [4, 2],
+    "sizes": STAGES,
+    "inputs": pictures(32, classes=5),
+    "eager": False,
+}
+vision("PVTv2", "PvtV2ForImageClassification", **PYRAMID)
+vision("SegFormer", "SegformerForImageClassification", **PYRAMID)
 vision(
     "Hiera",
     "HieraForImageClassification",

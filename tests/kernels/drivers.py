@@ -325,3 +325,11 @@ def disagreement(driver: Driver, fast: Loss, plain: Loss, floats: tuple[Tensor, 
         error = float((a.double() - b).abs().max() / b.abs().max())
         worst = max(worst, error if error == error else float("inf"))
     return worst
+
+
+def error(
+    case: Case, driver: Driver, device: str = "cpu", dtype: torch.dtype = torch.float64
+) -> float:
+    """The disagreement of a case's two functions on random tensors of its shapes."""
+    floats = tuple(random(*shape, seed=i) for i, shape in enumerate(case.shapes))
+    return disagreement(driver, case.fast, case.plain, tuple(x.to(device, dtype) for x in floats))

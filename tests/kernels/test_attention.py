@@ -25,8 +25,8 @@ from tests.kernels.drivers import (
     by_jvp,
     by_vmap_grad,
     disagreement,
+    error,
     name_of,
-    random,
     saved_bytes,
     scalar,
 )
@@ -779,11 +779,6 @@ def case(length: int | None = None) -> Case:
         module,
         "FLASH",
     )
-
-
-def error(case: Case, driver: Driver) -> float:
-    floats = tuple(random(*shape, seed=i) for i, shape in enumerate(case.shapes))
-    return disagreement(driver, case.fast, case.plain, floats)
 
 
 @pytest.mark.parametrize("driver", [*FIRST_ORDER, *MORE], ids=name_of)

@@ -33,7 +33,7 @@ from tests.kernels.drivers import (
     by_value,
     by_vmap,
     by_vmap_hvp,
-    disagreement,
+    error,
     joined,
     name_of,
     random,
@@ -200,12 +200,6 @@ BROKEN = [
 FUNCTIONS = ["rope", "int8_linear"]  # self-adjoint: of autograd's own kind, not an Op
 
 
-def error(name: str, driver: Driver) -> float:
-    case = CASES[name]
-    floats = tuple(random(*shape, seed=i) for i, shape in enumerate(case.shapes))
-    return disagreement(driver, case.fast, case.plain, floats)
-
-
 def pairs() -> list[Any]:
     """(case, driver): all of them, but other kinds of attention skip what is slow and the same."""
     slow = [by_compile, by_compiled_grad, by_vmap_hvp, by_hvp_of_many, by_grad_jvp]
@@ -220,7 +214,7 @@ def pairs() -> list[Any]:
 
 @pytest.mark.parametrize(("name", "driver"), pairs())
 def test_kernel_under_driver(name: str, driver: Driver) -> None:
-    assert error(name, driver) < TOLERANCE
+    assert error(CASES[name], driver) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -228,7 +222,7 @@ def test_kernel_under_driver(name: str, driver: Driver) -> None:
 )
 def test_a_wrong_backward_shows(name: str, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(CASES[name], "backward", monkeypatch)
-    assert error(name, driver) > 0.1
+    assert error(CASES[name], driver) > 0.1
 
 
 # A Function's jvp is not used by reverse twice, nor (by choice) by jvp of jvp
@@ -241,4 +235,4 @@ OF_JVP = [driver for driver in EVERY_HIGHER if driver not in NO_JVP]
 )
 def test_a_wrong_formula_shows(name: str, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(CASES[name], "formula", monkeypatch)
-    assert error(name, driver) > 0.1
+    assert error(CASES[name], driver) > 0.1

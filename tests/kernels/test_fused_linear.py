@@ -34,7 +34,7 @@ from tests.kernels.drivers import (
     Case,
     Driver,
     broken,
-    disagreement,
+    error,
     joined,
     name_of,
     random,
@@ -142,14 +142,6 @@ CASES = {
 
 
 BREAKABLE = ["glu_linear", "norm_linears, three", *(name for name in CASES if "add" in name)]
-
-
-def floats_of(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    return tuple(random(*shape, seed=i, dtype=dtype) for i, shape in enumerate(case.shapes))
-
-
-def error(case: Case, driver: Driver) -> float:
-    return disagreement(driver, case.fast, case.plain, floats_of(case))
 
 
 @pytest.mark.parametrize("driver", [*EVERY_FIRST, *EVERY_HIGHER], ids=name_of)

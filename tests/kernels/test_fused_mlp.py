@@ -23,7 +23,7 @@ from tests.kernels.drivers import (
     broken,
     by_autograd,
     by_jvp,
-    disagreement,
+    error,
     joined,
     name_of,
     random,
@@ -67,14 +67,6 @@ CASES = {
         ((2, ROWS, DIM), *GATED_SHAPES[2:]), fused, "GATED_MLP",
     ),
 }  # fmt: skip
-
-
-def floats_of(case: Case) -> tuple[Tensor, ...]:
-    return tuple(random(*shape, seed=i) for i, shape in enumerate(case.shapes))
-
-
-def error(case: Case, driver: Driver) -> float:
-    return disagreement(driver, case.fast, case.plain, floats_of(case))
 
 
 @pytest.mark.parametrize("driver", [*EVERY_FIRST, *EVERY_HIGHER], ids=name_of)

@@ -24,9 +24,8 @@ from tests.kernels.drivers import (
     by_jvp,
     by_vmap_grad,
     by_vmap_grad_shared,
-    disagreement,
+    error,
     name_of,
-    random,
 )
 from tests.rounding import ulps
 
@@ -297,11 +296,6 @@ def case(activations: str | None = None) -> Case:
     return Case(fast, plain, ((5, 48), (24,)), linear, "_Linear")
 
 
-def error(case: Case, driver: Driver, device: str) -> float:
-    floats = tuple(random(*s, seed=i).float().to(device) for i, s in enumerate(case.shapes))
-    return disagreement(driver, case.fast, case.plain, floats)
-
-
 FIRST = [by_autograd, by_func_grad, by_vmap_grad, by_vmap_grad_shared, by_compile, by_compiled_grad]
 
 
@@ -311,7 +305,7 @@ def test_drivers_agree_with_torch(
     driver: Driver, activations: str | None, interpreter: str
 ) -> None:
     # fp32 sums of 48 and 24 terms, through the slope of a sine
-    assert error(case(activations), driver, interpreter) < ulps(torch.float32, 800)
+    assert error(case(activations), driver, interpreter, torch.float32) < ulps(torch.float32, 800)
 
 
 @pytest.mark.parametrize("driver", FIRST, ids=name_of)
@@ -319,7 +313,7 @@ def test_a_wrong_backward_shows(
     driver: Driver, interpreter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken(case(), "backward", monkeypatch)
-    assert error(case(), driver, interpreter) > 0.1
+    assert error(case(), driver, interpreter, torch.float32) > 0.1
 
 
 # At real sizes

@@ -30,7 +30,7 @@ from tests.kernels.drivers import (
     by_func_grad,
     by_grad_grad,
     by_vmap_grad,
-    disagreement,
+    error,
     placed,
     random,
     spoilt,
@@ -904,17 +904,12 @@ LOSSES = {
 FIRST = [by_autograd, by_func_grad, by_vmap_grad, by_compile, by_compiled_grad]
 
 
-def error(case: Case, driver: Driver, device: str) -> float:
-    floats = tuple(random(*s, seed=i).float().to(device) for i, s in enumerate(case.shapes))
-    return disagreement(driver, case.fast, case.plain, floats)
-
-
 @pytest.mark.parametrize(
     ("name", "driver", "kernel_device"), placed(LOSSES, [*FIRST, by_grad_grad])
 )
 def test_under_drivers(name: str, driver: Driver, kernel_device: str) -> None:
     # sums of at most 30 terms in fp32
-    assert error(LOSSES[name], driver, kernel_device) < ulps(torch.float32, 80)
+    assert error(LOSSES[name], driver, kernel_device, torch.float32) < ulps(torch.float32, 80)
 
 
 @pytest.mark.parametrize(("name", "driver"), spoilt(LOSSES, FIRST))
@@ -925,7 +920,7 @@ def test_a_wrong_backward_shows(
     broken(LOSSES[name], "backward", monkeypatch)
     if name == "overwrite" and driver is by_autograd:  # in place, it has a backward of its own
         monkeypatch.setattr(ce, "scaled", lambda g, f, *how: right(g, 3 * f, *how))
-    assert error(LOSSES[name], driver, interpreter) > 0.1
+    assert error(LOSSES[name], driver, interpreter, torch.float32) > 0.1
 
 
 # On a GPU alone
