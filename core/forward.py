@@ -47,6 +47,7 @@ from typing import Any
 
 import torch
 
+from params.formats import beside
 from params.paths import alias_table, matches, no_match
 from params.tree import Tree, flatten
 
@@ -55,8 +56,6 @@ Wrap = Callable[[SiteFn, str], SiteFn]
 Select = Sequence[str] | Callable[["SiteInfo"], bool] | None
 KINDS = ("embed", "block", "linear", "norm", "rope", "attention", "glu", "head", "weight")
 WEIGHTED = ("linear", "head", "embed", "weight")  # kinds of site that own a matrix
-# What transforms put beside a weight or in its place.
-ADDED = ("weight_int8", "weight_scale", "weight_dtype", "lora_a", "lora_b")
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class SiteInfo:
         return self.leaf or (f"{self.path}.weight" if self.path else "weight")
 
     def beside(self, name: str) -> str:
-        """Path of a leaf that a transform puts beside the weight or in its place, one of ADDED."""
+        """Path of a leaf that lies beside the weight or in its place (``params.formats``)."""
         return beside(self.weight, name)
 
     def matches(self, pattern: str) -> bool:
@@ -353,17 +352,6 @@ def _grouped(lines: Sequence[str]) -> list[str]:
     counts = Counter(re.sub(r"(?<=\.)\d+(?=[. ])|^\d+(?=[. ])", "*", line) for line in lines)
     rows = [line if n == 1 else f"{line} ({n} times)" for line, n in counts.items()]
     return ["no sites:", *(f"  {row}" for row in rows)] if rows else []
-
-
-def beside(weight: str, name: str) -> str:
-    """Path of a leaf that a transform puts beside the weight at this path.
-
-    >>> beside("mlp.down.weight", "weight_int8"), beside("experts.down_proj", "weight_int8")
-    ('mlp.down.weight_int8', 'experts.down_proj_int8')
-    """
-    owner, dot, leaf = weight.rpartition(".")
-    own = name if leaf == "weight" else f"{leaf}_{name.removeprefix('weight_')}"
-    return f"{owner}{dot}{own}"
 
 
 def made_of(f: SiteFn) -> Hashable:

@@ -1,13 +1,10 @@
-"""Symmetric int8 weights with one scale per output channel.
+"""Symmetric int8 weights with one scale per output channel: the arithmetic of the format.
 
-In a tree, a leaf ``weight [O, I]`` becomes ``weight_int8 [O, I]``, the fp32 ``weight_scale [O, 1]``
-and ``weight_dtype [0]``, empty, whose dtype is the weight's. Experts that lie in one leaf
-``w [E, O, I]`` become ``w_int8``, ``w_scale [E, O, 1]`` and ``w_dtype``.
+A leaf ``weight [O, I]`` becomes ``weight_int8 [O, I]`` and the fp32 ``weight_scale [O, 1]``;
+experts in one leaf ``w [E, O, I]`` become ``w_int8`` and ``w_scale [E, O, 1]``.
 """
 
 from __future__ import annotations
-
-from collections.abc import Container
 
 import torch
 from torch import Tensor
@@ -38,17 +35,3 @@ def dequantize_weight(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float
     The product is fp32.
     """
     return (q.float() * scale).to(dtype)
-
-
-def is_scale(path: str, paths: Container[str]) -> bool:
-    """Whether the leaf at ``path`` belongs to an int8 one, its scale or mark: never trained or
-    counted, and a scale never cast."""
-    stem = path.removesuffix("_scale")
-    return (stem != path and f"{stem}_int8" in paths) or is_mark(path, paths)
-
-
-def is_mark(path: str, paths: Container[str]) -> bool:
-    """Whether the leaf at ``path`` says by its dtype what the weight's was. It has no elements, and
-    is cast as the weight would be."""
-    stem = path.removesuffix("_dtype")
-    return stem != path and f"{stem}_int8" in paths

@@ -10,17 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.forward import Forward, Rule, SiteInfo
+from params.formats import ADAPTERS, dtype_of, held_at, is_adapter, shape_of
 from params.init import leaf_seed
 from params.tree import Tree, flatten, unflatten
 from transforms.legal import check_legal
 
-ADAPTERS = ("lora_a", "lora_b")
 KINDS = ("linear", "weight")  # of site
-
-
-def is_adapter(path: str) -> bool:
-    """Whether a leaf is half of an adapter."""
-    return path.endswith(ADAPTERS)
 
 
 def lora(
@@ -101,24 +96,21 @@ def lora(
 
 
 def _fresh(flat: dict[str, Tensor], site: SiteInfo, rank: int, seed: int) -> dict[str, Tensor]:
-    weight = flat.get(site.weight)
-    if weight is not None:
-        *lead, outs, inner = weight.shape[::-1] if site.transposed else weight.shape
-        dtype = weight.dtype
-    else:
-        weight = flat.get(site.beside("weight_int8"))
-        if weight is None:
-            raise ValueError(f"params have no leaf {site.weight} to adapt")
-        *lead, outs, inner = weight.shape
-        kept = (site.beside(name) for name in ("weight_dtype", "weight_scale"))
-        dtype = next(flat[path].dtype for path in kept if path in flat)
+    p = held_at(flat, site.weight)
+    try:
+        *lead, outs, inner = shape_of(p)
+    except KeyError:
+        raise ValueError(f"params have no leaf {site.weight} to adapt") from None
+    if site.transposed and "weight" in p:  # a quantised one lies as the site shows it
+        outs, inner = inner, outs
+    device = next(iter(p.values())).device
     at_a, at_b = (site.beside(name) for name in ADAPTERS)
-    generator = torch.Generator(weight.device).manual_seed(leaf_seed(seed, at_a))
-    a = torch.empty(*lead, rank, inner, dtype=torch.float32, device=weight.device)
+    generator = torch.Generator(device).manual_seed(leaf_seed(seed, at_a))
+    a = torch.empty(*lead, rank, inner, dtype=torch.float32, device=device)
     if not a.is_meta:
         a.normal_(0.0, inner**-0.5, generator=generator)
-    dtype = torch.promote_types(dtype, torch.float32)  # small steps are lost in bf16
-    b = torch.zeros(*lead, outs, rank, dtype=dtype, device=weight.device)
+    dtype = torch.promote_types(dtype_of(p), torch.float32)  # small steps are lost in bf16
+    b = torch.zeros(*lead, outs, rank, dtype=dtype, device=device)
     return {at_a: a.to(dtype), at_b: b}
 
 
@@ -139,8 +131,8 @@ def merge_lora(
     """Params for the forward without ``lora``: adapters added into their weights, in fp32.
 
     alpha: what ``lora`` was given. dtype: of the weights that change; default: their own. Raises
-    ValueError for adapters beside an int8 weight, which cannot take them, and beside one that an
-    embed or the head shares, which the adapters do not change.
+    ValueError for adapters beside a quantised weight, which cannot take them, and beside one that
+    an embed or the head shares, which the adapters do not change.
     """
     flat = flatten(params)
     others = {s.weight: s for s in forward.sites if s.kind in ("embed", "head")}

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from core.foreign.at_site import place_of
-from core.forward import ADDED, WEIGHTED, Forward, Rule, Site
+from core.forward import WEIGHTED, Forward, Rule, Site
 from core.model.layers import Logits
-from params.int8 import is_mark, is_scale
+from params.formats import DTYPE, added, is_mark, is_scale
 from params.tree import Tree, flatten, map_with_path
 from transforms.legal import check_legal
 
@@ -38,7 +38,7 @@ def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Fo
         return _wide(forward, dtype).with_step("mixed_precision")
     layers = {s.path for s in forward.sites if s.kind in WEIGHTED and s.kind != "weight"}
     weights = {s for s in forward.sites if s.kind == "weight"}
-    read = {s.weight for s in weights} | {s.beside(name) for s in weights for name in ADDED}
+    read = {s.weight for s in weights} | {s.beside(name) for s in weights for name in added()}
     computed = _owners(forward)
     name = f"cast to {str(dtype).removeprefix('torch.')}"
 
@@ -55,7 +55,7 @@ def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Fo
             if full in read or owner in computed:
                 return False
             # a table's mark: its rows come in that dtype
-            return leaf.endswith("weight_dtype") or owner not in layers
+            return leaf.endswith(DTYPE) or owner not in layers
 
         def run(p: Tree, *args: Any) -> Any:
             if path in read or not args:

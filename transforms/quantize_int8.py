@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import kernels
-from core.forward import WEIGHTED, Forward, Rule, SiteInfo, beside
+from core.forward import WEIGHTED, Forward, Rule, SiteInfo
 from core.model.layers import Logits
 from kernels.runtime.autograd import nested_forward_mode
 from kernels.runtime.dynamo import allow_in_graph, check_hidden
+from params.formats import INT8, Format, beside, dtype_of
 from params.int8 import dequantize_weight, quantize_weight
 from params.tree import Tree, flatten, unflatten
 from transforms.legal import check_legal
@@ -38,7 +40,18 @@ def quantize_int8(
     nothing.
     """
     check_legal(forward, "quantize_int8")
+    product = partial(kernels.int8_linear, activations=activations)
     paths = targets(forward, skip, activations)
+    return quantize(forward, paths, INT8, product).with_step("quantize_int8")
+
+
+def quantize(
+    forward: Forward, paths: frozenset[str], format: Format, product: Callable[..., Tensor]
+) -> Forward:
+    """The weights at these paths in a format; ``prepare`` makes them.
+
+    product: ``(x, *leaves of the format, bias) -> y``.
+    """
     turned = {site.weight for site in forward.sites if site.transposed}
 
     def prepare(params: Tree, seed: int) -> Tree:
@@ -47,14 +60,12 @@ def quantize_int8(
             weight = flat.pop(path, None)
             if weight is None:
                 raise ValueError(f"params have no leaf {path} to quantise")
-            weight = weight.t().contiguous() if path in turned else weight
-            q, scale = quantize_weight(weight)
-            flat[beside(path, "weight_int8")], flat[beside(path, "weight_scale")] = q, scale
-            flat[beside(path, "weight_dtype")] = weight.new_empty(0)
+            stored = format.store(weight.t().contiguous() if path in turned else weight)
+            flat |= {beside(path, name): leaf for name, leaf in stored.items()}
         return unflatten(flat)
 
-    out = _with_rules(forward, paths, _int8_wraps(activations), "quantize_int8")
-    return out.with_step("quantize_int8", preparations=(*out.preparations, prepare))
+    out = _with_rules(forward, paths, _wraps(format, product), f"quantize_{format.name}")
+    return replace(out, preparations=(*out.preparations, prepare))
 
 
 def fake_quant(
@@ -102,55 +113,36 @@ def _with_rules(
     return forward
 
 
-# -- int8 ---------------------------------------------------------------------------------------
+# -- quantised ----------------------------------------------------------------------------------
 
 
-def _int8_wraps(activations: str | None) -> dict[str, Any]:
+def _wraps(format: Format, product: Callable[..., Tensor]) -> dict[str, Any]:
     def project(p: Tree, x: Tensor) -> Tensor:
-        q, scale = _int8_leaves(p)
-        return kernels.int8_linear(x, q, scale, p.get("bias"), activations=activations)
+        return product(x, *format.tensors(p), p.get("bias"))
 
     def linear(f: Callable[..., Any], path: str) -> Callable[..., Any]:
         return project
 
     def embed(f: Callable[..., Any], path: str) -> Callable[..., Any]:
         def look_up(p: Tree, ids: Tensor) -> Tensor:
-            q, scale = _int8_leaves(p)
-            return dequantize_weight(q[ids], scale[ids], _dtype(p))
+            rows = (leaf[ids] for leaf in format.tensors(p))
+            return format.dequantize(*rows, dtype_of(p))
 
         return look_up
 
     def head(f: Callable[..., Any], path: str) -> Callable[..., Any]:
         def lazy(p: Tree, x: Tensor) -> Logits:
-            return replace(f(p, x), project=project, weight_from=_dense_weight)
+            return replace(f(p, x), project=project, weight_from=format.load)
 
         return lazy
 
     def read(f: Callable[..., Any], path: str) -> Callable[..., Any]:
         def whole(p: Tree) -> Tensor:
-            return _dense_weight(p, _dtype(p))
+            return format.load(p, dtype_of(p))
 
         return whole
 
     return {"linear": linear, "embed": embed, "head": head, "weight": read}
-
-
-def _int8_leaves(p: Tree) -> tuple[Tensor, Tensor]:
-    if "weight_int8" not in p:
-        raise KeyError(
-            "this site holds a float weight but the forward expects int8: "
-            "params = forward.prepare(params) comes first"
-        )
-    return p["weight_int8"], p["weight_scale"]
-
-
-def _dtype(p: Tree) -> torch.dtype:
-    """What the weight's was; of params that were saved without it, their scale's."""
-    return (p["weight_dtype"] if "weight_dtype" in p else p["weight_scale"]).dtype
-
-
-def _dense_weight(p: Tree, dtype: torch.dtype) -> Tensor:
-    return dequantize_weight(*_int8_leaves(p), dtype)
 
 
 # -- fake -----------------------------------------------------------------------------------------

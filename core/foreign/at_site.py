@@ -23,8 +23,9 @@ from core.foreign.found import scaled
 from core.foreign.gated import Gated, product
 from core.foreign.reroute import names_of, reroute
 from core.foreign.rotary import is_rotary
-from core.forward import ADDED, Site, SiteInfo, beside
+from core.forward import Site, SiteInfo
 from core.model.layers import embed, head, linear, weight_of
+from params.formats import added, held_at
 from params.tree import Tree, flatten, unflatten
 
 
@@ -59,9 +60,7 @@ class Read:
 
     def into(self, held: Tree, flat: Tree, site: Site) -> None:
         """Puts what the site makes of the weight, one of ``held``, where the code reads it."""
-        names = {"weight": self.source, **{each: beside(self.source, each) for each in ADDED}}
-        p = {each: held[name] for each, name in names.items() if name in held}
-        flat[self.name] = site("weight", weight_of, p, at=self.path)
+        flat[self.name] = site("weight", weight_of, held_at(held, self.source), at=self.path)
 
 
 class AtSite(nn.Module):
@@ -276,7 +275,7 @@ class Layer(AtSite):
                 f"the model calls {path} with more than its input, which a rule at a {kind} does "
                 "not see: leave it out of the rule (skip=, select=)"
             )
-        p = {name: leaf for name, leaf in self.own_params().items() if name not in ADDED}
+        p = {name: leaf for name, leaf in self.own_params().items() if name not in added()}
         return given(self.inner, {**p, "weight": self._read()}, args, kwargs)
 
     def _function(self) -> Callable[..., Any]:

@@ -37,9 +37,9 @@ from core.foreign.found import Found, find_sites, inside
 from core.foreign.probes import copied, put, redirect, skeleton
 from core.foreign.reroute import written
 from core.foreign.watch import Watch
-from core.forward import ADDED, WEIGHTED, Forward, Site, beside
+from core.forward import WEIGHTED, Forward, Site
 from core.model.layers import Logits
-from params.int8 import is_scale
+from params.formats import FORMATS, added, beside, is_scale
 from params.paths import alias_table
 from params.tree import Tree, flatten, unflatten
 
@@ -108,19 +108,21 @@ def _forward(
     saved = blank.state_dict()
     stored = {name: leaf for name, leaf in kept.items() if buffers or name in saved}
     weights = {s.weight for s in sites if s.kind in WEIGHTED}
-    places = {beside(weight, name) for weight in weights for name in ADDED}
+    places = {beside(weight, name) for weight in weights for name in added()}
     known = {*params, *kept, *ties, *places}
     watch = Watch(written(blank, params))
 
     def build(site: Site) -> Callable[[Tree, Any], Any]:
         body, reads = _wrap(blank, plan, same, site)
         bound = {w for w in weights if site.bound("weight", w) or _at_a_layer(plan, w)}
-        needed = {name: beside(name, "weight_int8") if name in bound else name for name in params}
+        codes = [format.codes for format in FORMATS.values()]
+        needed = {n: [beside(n, each) for each in codes] if n in bound else [] for n in params}
         own = dict(body.named_buffers())
 
         def run(params: Tree, batch: Any) -> Any:
             flat = flatten(params)
-            lacking = [n for n, other in needed.items() if n not in flat and other not in flat]
+            absent = [name for name in needed if name not in flat]
+            lacking = [name for name in absent if not any(n in flat for n in needed[name])]
             twice = [name for name, held in ties.items() if name in flat]
             if twice and (at := ties[twice[0]]) and flat.get(at) is not flat[twice[0]]:
                 raise ValueError(
@@ -364,7 +366,7 @@ def _make_room(body: nn.Module, found: Found, site: Site) -> None:
     for leaf in (found.leaf, found.site.weight) if found.site.kind in WEIGHTED else ():
         owner, _, key = leaf.rpartition(".")
         module = body.get_submodule(owner)
-        for name in ADDED:
+        for name in added():
             module._buffers.setdefault(beside(key, name), None)
     if found.site.kind != "weight":
         module = body.get_submodule(found.name)
@@ -391,7 +393,7 @@ def _tell_leaves(body: nn.Module, plan: list[Found]) -> None:
                     owner, _, own = held.rpartition(".")
                     wrapper.added += [
                         (_join(at, beside(key, a)), body.get_submodule(owner), beside(own, a))
-                        for a in ADDED
+                        for a in added()
                     ]
 
 
