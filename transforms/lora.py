@@ -66,7 +66,7 @@ def lora(
         return site.weight in sites
 
     def split(p: Tree, path: str) -> tuple[Tree, list[Tensor]]:
-        if "lora_a" not in p:
+        if ADAPTERS[0] not in p:
             raise KeyError(f"{path} has no adapter: params = forward.prepare(params) comes first")
         return {k: leaf for k, leaf in p.items() if k not in ADAPTERS}, [p[k] for k in ADAPTERS]
 
