@@ -111,7 +111,7 @@ def load_json(path: Path) -> list[Any]:
             f"The data file {path} cannot be read ({error.strerror}): give the path of a JSON file."
         ) from error
     text = decoded(path, data)
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         lines = enumerate(text.split("\n"), 1)
         return [_line(line, number) for number, line in lines if line.strip()]
     try:

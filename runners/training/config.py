@@ -6,6 +6,7 @@ The docstring under each field is its ``--help``. The command line is parsed by 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -232,7 +233,7 @@ class TrainConfig:
 
 def is_chat(data: str) -> bool:
     """Whether ``--data`` names conversations; otherwise it is plain text."""
-    return data == "shapes" or data.endswith((".json", ".jsonl"))
+    return data == "shapes" or data.lower().endswith((".json", ".jsonl"))
 
 
 # What may differ between a run and its continuation: it changes no number of the training.
@@ -368,6 +369,8 @@ def saved_flags(fields: Fields) -> TrainConfig:
 def check(config: TrainConfig) -> None:
     """Raises UsageError naming the flag for a value that cannot be meant."""
     cli.check(config)
+    if "" in (config.data, config.runs_dir, *config.val_data):  # a variable that is not set
+        raise UsageError("--data, --val_data or --runs_dir is empty: leave it out, or name one")
     if config.data == "shapes" and (config.val_data or config.turns == "single"):
         flag = "--val_data" if config.val_data else "--turns=single"
         raise UsageError(
@@ -438,9 +441,10 @@ def lr_scales(config: TrainConfig) -> dict[str, float]:
     for entry in config.lr_scale:
         pattern, equals, word = entry.rpartition("=")
         factor = _number(word)
-        if not equals or not pattern or isinstance(factor, bool | str | None) or factor < 0:
+        number = not isinstance(factor, bool | str | None) and 0 <= factor < math.inf
+        if not equals or not pattern or not number:
             raise UsageError(f"--lr_scale {entry}: wanted is PATTERN=FACTOR, such as vision=0.1")
-        scales[pattern] = float(factor)
+        scales[pattern] = float(word)
     return scales
 
 

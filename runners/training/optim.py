@@ -112,11 +112,14 @@ def build_optimizer(
 
 def choose_rates(params: Mapping[str, Tensor], config: TrainConfig) -> dict[str, Rates]:
     """Of every leaf, by the path patterns of ``--no_decay`` and ``--lr_scale``. Raises UserError
-    for a pattern of the latter that names no leaf."""
+    for a pattern that names no leaf, and is none of the default ones."""
     scales: dict[str, float] = {}
     with explained("--lr_scale"):
         for pattern, factor in lr_scales(config).items():
             scales |= dict.fromkeys(select_paths(pattern, params), factor)
+    with explained("--no_decay"):
+        for pattern in set(config.no_decay).difference(TrainConfig.no_decay):
+            select_paths(pattern, params)
     spared = {path for path in params if any(matches(p, path) for p in config.no_decay)}
     return {
         path: Rates(0.0 if path in spared else config.weight_decay, scales.get(path, 1.0))

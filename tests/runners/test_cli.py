@@ -107,6 +107,8 @@ def test_values_of_other_types() -> None:
         ("--zz\x1b[31m", r"unknown flag --zz\x1b[31m"),
         (f"--seed={10**30}", "--seed must be at most 9223372036854775807"),
         ("--override vision.layers=x", "vision.layers must be a whole number, not 'x'"),
+        ("--data=", "--data, --val_data or --runs_dir is empty"),
+        ("--runs_dir=", "--runs_dir is empty"),
         ("--override text.layers=0", "text.layers must be 1 or more, not 0"),
     ],
 )

@@ -104,9 +104,13 @@ def test_rates_of_their_own_by_path_pattern() -> None:
         UserError, match=r"--lr_scale: pattern 'visoin' matches nothing; did you mean 'vision'"
     ):
         choose_rates(_params(), TrainConfig(lr_scale=("visoin=0.5",)))
+    with pytest.raises(UserError, match="--no_decay: pattern 'visoin' matches nothing"):
+        choose_rates(_params(), TrainConfig(no_decay=("*norm", "visoin")))
 
 
-@pytest.mark.parametrize("entry", ["vision", "=0.5", "vision=", "vision=x", "vision=-1"])
+@pytest.mark.parametrize(
+    "entry", ["vision", "=0.5", "vision=", "vision=x", "vision=-1", "vision=nan", "vision=inf"]
+)
 def test_a_rate_that_is_none_is_refused(entry: str) -> None:
     with pytest.raises(UserError, match=f"--lr_scale {entry}: wanted is PATTERN=FACTOR"):
         check(TrainConfig(lr_scale=(entry,)))

@@ -59,8 +59,8 @@ def test_several_pictures_none_system_words_and_lines(write_llava: WriteLlava, t
     assert source[1].id == "1"
     assert source[1].turns[0].text == "Be brief.\nNo picture?"
     lines = [json.dumps(record) for record in json.loads(path.read_text())]
-    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n\n")
-    assert Llava(tmp_path / "train.jsonl").records == source.records
+    (tmp_path / "train.JSONL").write_text("\n".join(lines) + "\n\n")
+    assert Llava(tmp_path / "train.JSONL").records == source.records
 
 
 def test_rare_questions_share_a_kind(write_llava: WriteLlava):
