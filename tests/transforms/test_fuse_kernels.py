@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from typing import Any
@@ -89,12 +88,12 @@ STEPS: dict[str, Any] = {
     "fake_quant": fake_quant,
     "quantize_int8": quantize_int8,
 }
+# all of them in every order on Llama: table.py
 CHAINS = [
-    *itertools.permutations(("fuse_kernels", "fuse_loss", "checkpoint")),
-    *([*pair, "fuse_loss"] for step in ("mixed_precision", "fake_quant", "quantize_int8")
-      for pair in itertools.permutations(("fuse_kernels", step))),
+    ("mixed_precision", "fuse_kernels", "fuse_loss"),
+    ("fuse_kernels", "fake_quant", "checkpoint", "fuse_loss"),
     ("quantize_int8", "checkpoint", "fuse_kernels", "fuse_loss"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("chain", CHAINS, ids="-".join)

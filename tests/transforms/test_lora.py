@@ -8,7 +8,6 @@ from torch import Tensor
 
 from core import vlm
 from params import num_bytes
-from params.int8 import dequantize_weight, quantize_weight
 from params.tree import flatten, map_leaves, unflatten
 from transforms import (
     checkpoint,
@@ -43,30 +42,6 @@ def adapted(forward, params, **options):
     return forward, unflatten({k: shake(v) if "lora" in k else v for k, v in params.items()})
 
 
-def by_hand(params) -> dict[str, Tensor]:
-    flat = flatten(params)
-    out = {}
-    for path, leaf in flat.items():
-        base, _, name = path.rpartition(".")
-        if name == "weight" and f"{base}.lora_a" in flat:
-            leaf = leaf + ALPHA / RANK * flat[f"{base}.lora_b"] @ flat[f"{base}.lora_a"]
-        if "lora" not in name:
-            out[path] = leaf
-    return unflatten(out)
-
-
-def test_it_is_the_formula(subject, assert_same) -> None:
-    bare, params, batch = subject
-    forward, ready = adapted(bare, params)
-    assert_same(forward(ready, batch), bare(by_hand(ready), batch))
-    paths = {s.path for s in bare.sites if s.kind == "linear"}
-    shapes = {p: tuple(t.shape) for p, t in flatten(ready).items() if "lora" in p}
-    assert len(shapes) == 2 * len(paths)
-    outs, inner = flatten(params)["text.blocks.0.mlp.down.weight"].shape
-    assert shapes["text.blocks.0.mlp.down.lora_a"] == (RANK, inner)
-    assert shapes["text.blocks.0.mlp.down.lora_b"] == (outs, RANK)
-
-
 def test_at_first_nothing_changes(subject) -> None:
     bare, params, batch = subject
     forward = lora(bare, rank=RANK)
@@ -90,7 +65,7 @@ def test_adapters_follow_from_the_seed_and_the_path(subject) -> None:
     assert 0.6 < spread < 1.4
 
 
-def test_only_adapters_train(subject, assert_same) -> None:
+def test_only_adapters_train(subject) -> None:
     bare, params, batch = subject
     forward, ready = adapted(bare, params)
     loss = fuse_loss(forward)
@@ -99,16 +74,6 @@ def test_only_adapters_train(subject, assert_same) -> None:
     learning, frozen = trainable(ready)
     assert set(flatten(learning)) == set(flatten(grads))
     assert set(flatten(frozen)) == set(flatten(params))
-    # against the chain rule by hand: dA = s B' dW, dB = s dW A'
-    _, dense = value_and_grad(fuse_loss(bare))(by_hand(ready), batch)
-    flat, want = flatten(ready), {}
-    for path, leaf in flatten(dense).items():
-        base = path.removesuffix(".weight")
-        if f"{base}.lora_a" in flat and path.endswith(".weight"):
-            a, b = flat[f"{base}.lora_a"], flat[f"{base}.lora_b"]
-            want[f"{base}.lora_a"] = ALPHA / RANK * b.T @ leaf
-            want[f"{base}.lora_b"] = ALPHA / RANK * leaf @ a.T
-    assert_same(grads, unflatten(want))
     # others if they are named
     _, chosen = value_and_grad(loss, ("text.norm",))(ready, batch)
     assert set(flatten(chosen)) == {"text.norm.weight"}
@@ -127,24 +92,14 @@ def test_the_way_back(subject, assert_same) -> None:
         merge_lora(bare, {**ready, "else": {"lora_a": torch.zeros(1, 1)}})
 
 
-def rounded(params, paths: set[str]):
-    flat = {
-        p: dequantize_weight(*quantize_weight(t), t.dtype) if p in paths else t
-        for p, t in flatten(params).items()
-    }
-    return unflatten(flat)
-
-
-@pytest.mark.parametrize("activations", [None, "dynamic"])
 @pytest.mark.parametrize("rounding", [quantize_int8, fake_quant])
-def test_adapters_lie_outside_of_rounding_in_either_order(
-    subject, assert_same, rounding, activations
-) -> None:
+def test_adapters_lie_outside_of_rounding_in_either_order(subject, assert_same, rounding) -> None:
+    """Of weights alone: table.py, with all numbers."""
     bare, params, batch = subject
     skip = ("lm_head", "vision")
 
     def round_(forward):
-        return rounding(forward, skip=skip, activations=activations)
+        return rounding(forward, skip=skip, activations="dynamic")
 
     outcomes = []
     for first, second in ((lora_step, round_), (round_, lora_step)):
@@ -165,15 +120,6 @@ def test_adapters_lie_outside_of_rounding_in_either_order(
     assert_same(again, value)
     assert_same(map_leaves(Tensor.float, same), map_leaves(Tensor.float, grads))
     assert set(flatten(grads)) == set(names)
-    if activations is None:  # and it is the formula
-        paths = {
-            f"{s.path}.weight" for s in bare.select(("linear", "embed"))
-            if "vision" not in s.path and s.path != "text.embed"
-        }  # fmt: skip
-        forward = fuse_loss(lora_step(bare))
-        want = flatten(rounded(params, paths)) | {p: flatten(ready)[p] for p in names}
-        want = map_leaves(Tensor.double, unflatten(want))
-        assert_same(value.double(), forward(want, batch).double(), dtype=torch.float32)
 
 
 def lora_step(forward):

@@ -192,26 +192,7 @@ def test_dynamic_rounds_the_inputs_too(micro, rough, example) -> None:
         assert not torch.equal(*outs)
 
 
-# -- gradients ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["untied", "mlp"])
-def test_gradients_to_the_rest_are_those_of_the_dequantised_model(
-    micro, rough, example, assert_same, name: str
-) -> None:
-    config = micro[name]
-    params, batch = rough(config, dtype=torch.float32), example(config)
-    forward = quantize_int8(vlm(config), skip=())
-    prepared = forward.prepare(params)
-    want_value, want = value_and_grad(unfused_loss(vlm(config)))(
-        rounded(params, quantised(prepared)), batch
-    )
-    value, grads = value_and_grad(fuse_loss(forward))(prepared, batch)
-    learned = flatten(grads)
-    assert learned.keys() == {p for p in flatten(params) if p in flatten(prepared)}
-    assert any(p.endswith(".bias") for p in learned)
-    assert_same(value, want_value)
-    assert_same(grads, unflatten({p: flatten(want)[p] for p in learned}))
+# -- gradients; those of params are in table.py --------------------------------------------------
 
 
 def test_gradients_to_inputs(micro, rough, example, assert_same) -> None:
@@ -230,21 +211,6 @@ def test_gradients_to_inputs(micro, rough, example, assert_same) -> None:
     stacked = torch.stack([pixels, pixels * 0.5])
     each = vmap(grad(lambda x: fuse_loss(forward)(prepared, batch | {"patches": x})))(stacked)
     assert_same(each[0], want)
-
-
-def test_the_gradient_passes_straight_through(micro, rough, example, assert_same) -> None:
-    """Each weight's gradient is that of the rounded weight, whatever rounding did to it."""
-    config = micro["mlp"]
-    params, batch = rough(config), example(config)
-    loss = fuse_loss(fake_quant(vlm(config), skip=()))
-    paths = quantised(quantize_int8(vlm(config), skip=()).prepare(params))
-    want = value_and_grad(unfused_loss(vlm(config)))(rounded(params, paths), batch)
-    for value, grads in (
-        value_and_grad(loss)(params, batch),
-        (loss(params, batch), grad(loss)(params, batch)),
-    ):
-        assert_same(value, want[0])
-        assert_same(grads, want[1])
 
 
 def test_fake_dynamic_under_vmap_is_each_alone(micro, rough, example, assert_same) -> None:
