@@ -1,17 +1,22 @@
-"""Timing on a device: CUDA graphs and events on a GPU, a wall clock on a CPU."""
+"""Timing on a device: CUDA graphs and events on a GPU, a wall clock on a CPU; its ceilings."""
 
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
+from core import PRESETS, VLMConfig
+from runners.shell.errors import UserError
+
 Run = Callable[[], object]
+Ceiling = Literal["copy", "bf16", "int8"]
 
 
 class NotCapturableError(Exception):
@@ -182,3 +187,78 @@ def first_line(error: BaseException) -> str:
 def _replay(graph: torch.cuda.CUDAGraph, captured: Run) -> None:
     """`captured` is kept alive with its graph, which reads what it holds: a library's weights."""
     graph.replay()
+
+
+def choose_clock(preset: str, name: str) -> Clock:
+    """The GPU's; a CPU's for presets that one can train. Raises UserError."""
+    if torch.cuda.is_available():
+        return CudaClock()
+    if VLMConfig(PRESETS[preset].text).num_params() > 2e8:
+        raise UserError(
+            f"bench {name} measures a GPU, and PyTorch sees none here (--preset tiny runs anywhere)"
+        )
+    return CpuClock()
+
+
+@contextmanager
+def quick_collection() -> Iterator[None]:
+    """What is imported stays: no need to look through it after every rung, at 0.2 s each."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def free(clock: Clock) -> None:
+    """Gives back what nobody holds any more, cycles of frames and errors included."""
+    gc.collect()
+    clock.free()
+
+
+# -- what the device reaches at its best ----------------------------------------------------------
+
+
+def measured_ceilings(clock: Clock) -> dict[Ceiling, float]:
+    """Of this run; on a CPU with sizes that take no time."""
+    if clock.device.type == "cuda":
+        return measure_ceilings(clock, loaded=0.5)
+    return measure_ceilings(clock, copied=2**20, side=64, rounds=1)
+
+
+def measure_ceilings(
+    clock: Clock, *, copied: int = 2**32, side: int = 8192, rounds: int = 3, loaded: float = 0.0
+) -> dict[Ceiling, float]:
+    """Bytes a second of a copy (read + written), bf16 FLOP/s and int8 OP/s of a square product.
+
+    Random data: on zeros a matmul draws less power and runs faster than any real one.
+    copied: bytes of the tensor that is copied; side: of the matrices. loaded: seconds of the same
+    work right before it is timed: a card that was idle starts at clocks that its power does not
+    allow for long.
+    """
+    device = clock.device
+    generator = torch.Generator(device).manual_seed(0)
+    kind: Any = {"generator": generator, "device": device}
+    source = torch.randn(copied // 2, dtype=torch.bfloat16, **kind)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(side, side, dtype=torch.bfloat16, **kind) for _ in range(2))
+    product = torch.empty_like(a)
+    a8, b8 = (torch.randint(-127, 128, (side, side), dtype=torch.int8, **kind) for _ in range(2))
+    runs: dict[Ceiling, tuple[float, Run]] = {
+        "copy": (2.0 * source.nbytes, lambda: target.copy_(source)),
+        "bf16": (2.0 * side**3, lambda: torch.mm(a, b, out=product)),
+        "int8": (2.0 * side**3, lambda: torch._int_mm(a8, b8.t())),
+    }
+    times: dict[Ceiling, list[float]] = {name: [] for name in runs}
+    for _, run in runs.values():
+        clock.sample(run, None, 3)
+    for _ in range(rounds):
+        for name, (_, run) in runs.items():
+            until = time.perf_counter() + loaded
+            while time.perf_counter() < until:
+                clock.sample(run, None, 10)
+            times[name] += clock.sample(run, None, 10 if rounds > 1 else 1)
+    return {
+        name: work / (1e-3 * statistics.median(times[name])) for name, (work, _) in runs.items()
+    }

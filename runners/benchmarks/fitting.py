@@ -1,19 +1,27 @@
-"""How much fits into how much memory: limits for the allocator, and a search."""
+"""The longest row that trains within so much memory."""
 
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import replace
 
 import torch
 
+from core import Longest
+from runners.benchmarks.documents import batches_of, draw_documents
+from runners.benchmarks.steps import first_loss
+from runners.benchmarks.training import Trained
+from runners.training.compose import compose
+
 NEAR = 16  # an answer is short of what fits by this part of it at most
-FAR = 8  # times the largest size known: further a line is not trusted
-WORTH = 4  # by how large a part longer a size must be that only time stands against
-MARGIN = 0.97  # of what a line foretells: fragments take some
+SMALLEST, GRID = 1024, 128  # tokens: the shortest row that is tried, and the search's grid
+
+
+class TooSlowError(Exception):
+    """A step on a longer row would take too long."""
 
 
 @contextmanager
@@ -27,20 +35,8 @@ def limited(gib: float, device: torch.device) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def free(device: torch.device) -> None:
-    """Gives back what nobody holds any more, cycles of frames and errors included."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def largest(
-    fits: Callable[[int], bool],
-    *,
-    smallest: int,
-    most: int,
-    grid: int,
-    guess: int | None = None,
+    fits: Callable[[int], bool], *, smallest: int, most: int, grid: int, guess: int | None = None
 ) -> int:
     """The largest size that fits, to 1/16 of it or to the grid, ``most`` at most; 0: none does.
 
@@ -51,7 +47,7 @@ def largest(
     size = step = smallest
     if guess is not None:
         size = min(most, max(smallest, guess // grid * grid))
-        step = max(size // 16, 1)
+        step = max(size // NEAR, 1)
     good, bad = 0, most + 1  # all below good fit, none from bad on
     while good < most:
         if fits(size):
@@ -64,7 +60,7 @@ def largest(
             break
         size = min(most, size + step) if good else max(smallest, size - step)
         step *= 2
-    while bad - good > max(good // 16, grid):
+    while bad - good > max(good // NEAR, grid):
         middle = (good + bad) // 2
         rounded = middle // grid * grid
         middle = rounded if rounded > good else middle
@@ -75,152 +71,82 @@ def largest(
     return good
 
 
-@dataclass(frozen=True)
-class Try:
-    """A step of some size that came to its end. needed: bytes held at its worst moment; taken:
-    bytes that the allocator had of the device by then, fragments included."""
+def longest_rows(
+    trained: Trained,
+    limits: Sequence[float],
+    most: int,
+    allowed: Callable[[], float],
+) -> dict[str, str]:
+    """For each limit in GiB (0: the whole card), in words, the longest row whose whole step fits.
 
-    size: int
-    needed: int
-    taken: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Found:
-    """The largest size known to fit. end: why not more: the next larger one did not fit, there is
-    none, or it would have taken too long."""
-
-    size: int
-    end: Literal["full", "most", "time"]
-
-
-class Search:
-    """The largest sizes that fit into several amounts of memory, to 1/16 or to the grid.
-
-    What one try tells is told to every limit: with `taken` bytes it comes through, with less than
-    `needed` it does not. Each next size is where the line through known peaks reaches the limit,
-    and only a try within a limit, or a peak above it, says that a size does not fit.
-
-    Args:
-        attempt: (size, limit in bytes) -> the try, or None where it ran out of memory.
-        work: of a step of some size, in any unit, growing with it; never less than it is next to
-            that of a smaller size.
-        slowest: seconds that the next try may take; sizes that would take longer are left out.
-        peaks: (size, bytes) known beforehand, to guess from; pace: seconds a unit of work.
+    Steps are eager. allowed: seconds that the next step may take; a row that would take longer, by
+    the square of its length, ends the search. Smaller limits go first: their tries are quick, and
+    the line through their peaks says where to begin with the next.
     """
+    device = trained.programs.device
+    peaks: dict[int, int] = {}
+    seconds: dict[int, float] = {}
+    best = 0
 
-    def __init__(
-        self,
-        attempt: Callable[[int, int], Try | None],
-        *,
-        smallest: int,
-        most: int,
-        grid: int,
-        work: Callable[[int], float],
-        slowest: Callable[[], float],
-        peaks: Sequence[tuple[int, int]] = (),
-        pace: float | None = None,
-    ) -> None:
-        self.attempt, self.work, self.slowest = attempt, work, slowest
-        self.smallest, self.most, self.grid = min(smallest, most), most, grid
-        self.peaks, self.pace = list(peaks), pace
-        self.fitting: list[tuple[Try, int]] = []  # and the limit that it was made within
-        self.failing: list[tuple[int, int]] = []  # size, limit
+    def fits(tokens: int) -> bool:
+        nonlocal best
+        known = max(seconds, default=0)
+        if known and seconds[known] * max(1.0, (tokens / known) ** 2) > allowed():
+            raise TooSlowError
+        gc.collect()
+        torch.cuda.empty_cache()
+        try:
+            peaks[tokens], seconds[tokens] = row_step(trained, tokens)
+        except torch.OutOfMemoryError:
+            return False
+        best = max(best, tokens)
+        return True
 
-    def attempt_at(self, size: int, limit: int) -> None:
-        """Makes a try and keeps what it tells."""
-        made = self.attempt(size, limit)
-        if made is None:
-            self.failing.append((size, limit))
-        else:
-            self.fitting.append((made, limit))
-
-    def largest(self, limit: int) -> Found | None:
-        """For so many bytes; size 0: not even the smallest fits. None: time did not allow to say.
-        Smaller limits are best asked for first: their tries are quick, and help the others."""
-        while True:
-            good, bad = self.known(limit)
-            if bad is not None and bad <= self.smallest:
-                return Found(0, "full")
-            if good >= self.most:
-                return Found(good, "most")
-            near = max(good // NEAR, self.grid)
-            if good and bad is not None and bad - good <= near:
-                return Found(good, "full")
-            size = self._next(limit, good, bad)
-            quick = self._quick(size)
-            if quick < size - size // NEAR:
-                if quick < max(self.smallest, good + max(good // WORTH, self.grid)):
-                    return Found(good, "time") if good else None
-                size = quick
-            self.attempt_at(size, limit)
-
-    def known(self, limit: int) -> tuple[int, int | None]:
-        """The largest size known to fit (0: none) and the smallest known not to (None)."""
-        good = [t.size for t, at in self.fitting if t.taken <= limit or at <= limit]
-        bad = [t.size for t, _ in self.fitting if t.needed > limit]
-        bad += [size for size, at in self.failing if at >= limit]
-        smallest = min(bad, default=None)
-        return max((g for g in good if smallest is None or g < smallest), default=0), smallest
-
-    def foretold(self, size: int) -> float:
-        """Seconds of a try, at most: by the amount of work, and by the square of the size, faster
-        than which no step grows."""
-        squares = [t.seconds * max(1.0, (size / t.size) ** 2) for t, _ in self.fitting]
-        paces = [] if self.pace is None else [self.pace * self.work(size)]
-        return min((*squares, *paces), default=0.0)
-
-    def _next(self, limit: int, good: int, bad: int | None) -> int:
-        guess = self._guess(limit)
-        if guess is None:
-            size = 2 * good or self.smallest
-        elif not good or guess > good + max(good // NEAR, self.grid):
-            size = self._round(guess)
-        else:  # as much as was foretold fits: the next larger one is to show that it is the end
-            size = self._round(good + max(good // NEAR, self.grid))
-        if bad is not None and size >= bad:
-            # Just below, further each time; the middle is the furthest.
-            missed = sum(at == limit for _, at in self.failing)
-            step = max(bad // (NEAR + 1), self.grid) * 2 ** max(0, missed - 1)
-            below = -(-(bad - step) // self.grid) * self.grid
-            size = max(below, self._round((good + bad) // 2), self.smallest)
-            if not good < size < bad:
-                size = (good + bad) // 2
-        return max(self.smallest, min(self.most, size))
-
-    def _guess(self, limit: int) -> int | None:
-        """Where the line through two peaks, of sizes apart enough, reaches the limit."""
-        points = sorted({*self.peaks, *((t.size, t.needed) for t, _ in self.fitting)})
-        allowed = MARGIN * limit
-        above = next((i for i, (_, held) in enumerate(points) if held > allowed), len(points) - 1)
-        for long in points[max(above, 1) :]:
-            short = [p for p in points if p[0] < 0.9 * long[0]]
-            if short:
-                size = foretold(short[-1], long, allowed)
-                return min(size, FAR * points[-1][0], self.most)
-        return None
-
-    def _quick(self, size: int) -> int:
-        """The largest size up to this one that is foretold to be done in time."""
-        allowed = self.slowest()
-        if self.foretold(size) <= allowed:
-            return size
-        low, high = 0, size
-        while high - low > self.grid:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.foretold(middle) <= allowed else (low, middle)
-        return self._round(low)
-
-    def _round(self, size: int) -> int:
-        return size // self.grid * self.grid
+    found: dict[str, str] = {}
+    total = torch.cuda.get_device_properties(device).total_memory / 2**30
+    for gib in sorted(limits, key=lambda gib: gib or total):
+        best = 0
+        with limited(gib or total, device):
+            try:
+                guess = foretold(peaks, 0.97 * (gib or total) * 2**30)
+                size = largest(fits, smallest=SMALLEST, most=most, grid=GRID, guess=guess)
+                word = f"{size:,}" + (" or more" if size == most else "")
+            except TooSlowError:
+                word = f"at least {best:,} (time)"
+        found[limit_name(gib)] = word
+    gc.collect()
+    torch.cuda.empty_cache()
+    return {limit_name(gib): found[limit_name(gib)] for gib in limits}
 
 
-def foretold(short: tuple[int, int], long: tuple[int, int], limit: float) -> int:
-    """The size at which bytes reach a limit, on the line through two (size, bytes); 0 at least.
+def limit_name(limit: float) -> str:
+    return f"longest row in {limit:g} GiB" if limit else "longest row in the card"
 
-    >>> foretold((1000, 5_000), (2000, 6_000), 10_000)
+
+def foretold(peaks: dict[int, int], limit: float) -> int | None:
+    """The size at which bytes reach a limit, on the line through the largest two known.
+
+    >>> foretold({1000: 5_000, 2000: 6_000}, 10_000)
     6000
     """
-    slope = max((long[1] - short[1]) / (long[0] - short[0]), 1e-9)
-    return max(0, int(long[0] + (limit - long[1]) / slope))
+    known = sorted(peaks)[-2:]
+    if len(known) < 2 or peaks[known[1]] <= peaks[known[0]]:
+        return None
+    slope = (peaks[known[1]] - peaks[known[0]]) / (known[1] - known[0])
+    return max(0, int(known[1] + (limit - peaks[known[1]]) / slope))
+
+
+def row_step(trained: Trained, tokens: int) -> tuple[int, float]:
+    """A step on one row: the most bytes held, and its seconds. Raises torch.OutOfMemoryError, after
+    which another can be taken."""
+    programs, device = trained.programs, trained.programs.device
+    config = replace(trained.plan.config, compile=False, cuda_graph=False)
+    composed = compose(config, programs.model, device, Longest(tokens))
+    vocab = programs.model.text.vocab_size
+    batches, _ = batches_of(draw_documents(1, tokens, 0.0), vocab, 1, True)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    first_loss(trained.learner.train_step(composed.gradients(), batches))
+    held = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    return held, time.perf_counter() - started

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,12 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runners.benchmarks.clock import Clock, DeviceLostError, NotCapturableError, first_line
-from runners.benchmarks.providers import Inputs, MissingError, Provider, need, timed
+from runners.benchmarks.clock import Ceiling, Clock, NotCapturableError, first_line, free
+from runners.benchmarks.providers import Inputs, Provider, failing, need, timed
+from runners.benchmarks.records import SCALE
 
-Ceiling = Literal["copy", "bf16", "int8"]
-UNITS = {"copy": "GB/s", "bf16": "TFLOP/s", "int8": "TOP/s"}
-SCALE = {"copy": 1e9, "bf16": 1e12, "int8": 1e12}
 SPREAD = 2**30  # bytes of inputs that calls go through in turn: many times the L2 cache
 MOST_SETS = 16
 SHORTEST = 1.0  # ms that a sample lasts at least: an event costs 2 or 3 us
@@ -35,7 +33,8 @@ class Case:
     """One kernel at one size.
 
     work: bytes (ceiling "copy") or operations that are needed at the least. Every provider is
-        held to this figure, whatever it does itself.
+        held to this figure, whatever it does itself. 0: there is none to hold them to.
+    moved: bytes that are needed besides, where work is operations.
     inputs: makes one set of inputs on a device, from a generator there.
     wrt: inputs whose gradients are asked for; none: forward alone.
     seeds: inputs that are the outputs' gradients; none for a scalar loss.
@@ -58,10 +57,15 @@ class Case:
     sets: int | None = None
     reference: str = "torch eager"
     direction: str | None = None
+    moved: float = 0.0
 
     @property
     def mode(self) -> str:
         return self.direction or ("forward + backward" if self.wrt else "forward")
+
+    def floor(self, limits: Mapping[Ceiling, float]) -> float:
+        """The least milliseconds by a device's ceilings."""
+        return 1e3 * (self.work / limits[self.ceiling] + self.moved / limits["copy"])
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,13 @@ class Row:
     provider: str
     peer: str | None
     charted: bool
-    status: Literal["ok", "missing", "error"] = "ok"
+    status: Literal["ok", "missing", "out of memory", "error"] = "ok"
     reason: str | None = None  # of a status, or of not being a graph
     timing: Literal["graph", "eager"] | None = None
     samples: list[float] = field(default_factory=list)  # ms a call
     work: float = 0.0
     ceiling: Ceiling = "copy"
-    limit: float = 0.0  # the ceiling as measured in this run, in units of work a second
+    floor: float = 0.0  # ms, by the ceilings of this run
     peak_bytes: int | None = None  # above inputs, results and gradients
     error: float | None = None  # |results - reference's| / |reference's|, the worst of them
     speedup: float | None = None  # the reference's time over this
@@ -108,7 +112,7 @@ class Row:
     @property
     def share(self) -> float:
         """Of the ceiling."""
-        return self.work / (1e-3 * self.ms) / self.limit
+        return self.floor / self.ms
 
 
 @dataclass
@@ -146,22 +150,16 @@ def measure(
         started = time.perf_counter()
         row = Row(
             case.kernel, case.shape, case.mode, provider.name, provider.peer, provider.charted,
-            work=case.work, ceiling=case.ceiling, limit=limits[case.ceiling],
+            work=case.work, ceiling=case.ceiling, floor=case.floor(limits),
         )  # fmt: skip
         rows.append(row)
-        try:
+        with failing(row):
             one, results = _prepare(case, provider, clock, settings, inputs, before, row, truth)
             if provider.name == case.reference:
                 truth = results
             ready.append(one)
-        except MissingError as error:
-            row.status, row.reason = "missing", first_line(error)
-        except DeviceLostError:
-            raise
-        except Exception as error:  # a report goes on without whoever raises
-            row.status, row.reason = "error", f"{type(error).__name__}: {first_line(error)}"
         clock.settle()
-        clock.free()
+        free(clock)
         how = f"ready, {row.timing}" if row.timing != "eager" else f"ready, eager: {row.reason}"
         said = how if row.status == "ok" else row.reason
         say(f"    {provider.name}: {said} ({time.perf_counter() - started:.1f} s)")
@@ -257,23 +255,13 @@ def _take_turns(
     ready: Sequence[_Ready], clock: Clock, settings: Settings, before: Callable[[], None] | None
 ) -> None:
     budget = 1e3 * settings.seconds / settings.rounds
-    out: set[int] = set()
     for _ in range(settings.rounds):
-        for i, one in enumerate(ready):
-            if i in out:
-                continue
-            count = max(1, min(MOST_SAMPLES, round(budget / one.ms)))
-            try:
-                samples = clock.sample(one.run, before, count)
-            except DeviceLostError:
-                raise
-            except Exception as error:  # as in `measure`
-                one.row.status = "error"
-                one.row.reason = f"{type(error).__name__}: {first_line(error)}"
-                one.row.samples.clear()
-                out.add(i)
-                continue
-            one.row.samples += [ms / one.calls for ms in samples]
+        for one in ready:
+            if one.row.status == "ok":
+                count = max(1, min(MOST_SAMPLES, round(budget / one.ms)))
+                with failing(one.row):
+                    samples = clock.sample(one.run, before, count)
+                    one.row.samples += [ms / one.calls for ms in samples]
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from core import VLMConfig
 from runners.training.config import TrainConfig
 
 # The last rung of the ladder, from which leaves branch off: the first of these that there is.
@@ -146,8 +145,3 @@ def plans(rungs: Sequence[Rung], start: TrainConfig) -> dict[str, Plan]:
         packed = changes.pop("packed", before.packed)
         made[rung.key] = Plan(rung, replace(before.config, **changes), packed)
     return made
-
-
-def text_only(model: VLMConfig) -> VLMConfig:
-    """The decoder alone."""
-    return VLMConfig(model.text)

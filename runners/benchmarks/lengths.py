@@ -2,51 +2,33 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from rich.console import Console
 
-from core import VLMConfig
-from runners.benchmarks.clock import Clock, DeviceLostError
-from runners.benchmarks.documents import Documents, batches_of, draw_documents
-from runners.benchmarks.entries import (
+from runners.benchmarks.clock import Ceiling, Clock, choose_clock, measured_ceilings
+from runners.benchmarks.documents import draw_documents
+from runners.benchmarks.ladder import TOPS, Plan, Rung, ladder, plans
+from runners.benchmarks.report import console
+from runners.benchmarks.steps import (
     Entry,
-    Measured,
     Pace,
-    Step,
-    first_loss,
-    free,
-    measure_round,
-    quick_collection,
+    Steps,
+    Turns,
+    check_counts,
+    check_known,
+    run_steps,
 )
-from runners.benchmarks.harness import Ceiling
-from runners.benchmarks.ladder import TOPS, Plan, Rung, ladder, plans, text_only
-from runners.benchmarks.records import environment
-from runners.benchmarks.report import console, teller
-from runners.benchmarks.step_report import Layout, Report, describe
-from runners.benchmarks.training import (
-    Programs,
-    choose_clock,
-    learning,
-    measured_ceilings,
-    strict_fp32,
-    training,
-)
-from runners.shell.cli import UsageError, nearest
-from runners.shell.errors import UserError
+from runners.benchmarks.training import Programs, entry_of, plain_config
+from runners.shell.cli import UsageError
 from runners.training.config import Policy, TrainConfig, check_preset, model_config
-from runners.training.flops import peak_flops, training_flops
 
 LONG = "checkpoint"  # the rung of rows that are longer than a step has tokens
 SHORT = 2048  # tokens of the row that a line of one step is made ready on
-LAYOUT = Layout(
+TABLE = Steps(
     "lengths", "Training steps by row length",
     ("rows x tokens", "tok/s", "MFU", "ms", "min - max", "peak GiB", "timed", "loss"),
     "Every row is one document. tok/s: over the median time of a whole step (forward, backward, "
@@ -89,35 +71,6 @@ class LengthsConfig:
     """Folder for lengths.jsonl, lengths.md and lengths.png; what is there is replaced."""
 
 
-@dataclass
-class LengthRow(Measured):
-    """A line of the table."""
-
-    rows: int = 0
-    row_len: int = 0
-
-
-@dataclass(frozen=True)
-class Line:
-    """What a line measures. once: by a single step."""
-
-    key: str
-    plan: Plan
-    documents: Documents
-    once: bool
-
-    def measured(self, model: VLMConfig) -> LengthRow:
-        """With no figures yet."""
-        documents = self.documents
-        rows, row_len = len(documents.rows), documents.row_len
-        flops = training_flops(model, documents.load, {"text"})
-        return LengthRow(
-            f"{self.key}@{row_len}",
-            f"{rows} x {row_len:,}, {self.key}" + (", one step" if self.once else ""), self.key,
-            flags(self.plan.config), documents.tokens, flops, rows=rows, row_len=row_len,
-        )  # fmt: skip
-
-
 def run_lengths(config: LengthsConfig, command: str) -> int:
     """Raises UserError where there is no GPU for a preset that needs one, UsageError for a flag out
     of its range."""
@@ -127,19 +80,11 @@ def run_lengths(config: LengthsConfig, command: str) -> int:
 
 def check(config: LengthsConfig) -> None:
     check_preset(config.preset)
-    for name in ("tokens", "once", "steps", "warmup"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"--{name} must be 1 or more, not {getattr(config, name)}")
+    check_counts(config, "tokens", "once", "steps", "warmup")
     if not config.lengths or min(config.lengths) < 2:
         raise UsageError("--lengths are tokens of a row, 2 or more each")
-    for name, given, known in (
-        ("only", config.only, list(rungs_of(1))),
-        ("checkpoint_policy", config.checkpoint_policy, list(get_args(Policy))),
-    ):
-        for word in given:
-            if word not in known:
-                hint = nearest(word, known)
-                raise UsageError(f"--{name} {word}: there are {', '.join(known)}{hint}")
+    check_known("only", config.only, list(rungs_of(1)))
+    check_known("checkpoint_policy", config.checkpoint_policy, get_args(Policy))
     if not config.checkpoint_policy:
         raise UsageError("--checkpoint_policy needs a value (see --help)")
 
@@ -149,32 +94,44 @@ def rungs_of(rows: int) -> dict[str, Rung]:
     return {rung.key: rung for rung in ladder(rows, False, torch.cuda.is_available())}
 
 
-def starting_config(config: LengthsConfig, length: int, policy: str) -> TrainConfig:
-    """What no rung changes. The rate is small: the numbers must stay ordinary ones."""
-    return TrainConfig(
-        preset=config.preset, override=(*config.override, "vision=none"), sequence_len=length,
-        lr=1e-4, schedule="constant", warmup_steps=0, checkpoint_policy=policy,  # type: ignore[arg-type]
-    )  # fmt: skip
-
-
-def lines_of(config: LengthsConfig) -> list[Line]:
+def entries_of(config: LengthsConfig, device: torch.device) -> list[Entry]:
     """Length by length, the rungs and, where they recompute without saying what is kept, the
-    policies."""
-    lines, known = [], rungs_of(1)
-    usual = next(key for key in TOPS if key in known)
+    policies. Lines of one length share what they compile."""
+    entries = []
+    usual = next(key for key in TOPS if key in rungs_of(1))
+    model = model_config(plain_config(config.preset, (*config.override, "vision=none"), 1))
     for length in config.lengths:
         documents = draw_documents(max(1, config.tokens // length), length, 0.0)
-        for key in config.only or (usual if length <= config.tokens else LONG,):
-            for name, plan in ways(config, key, len(documents.rows), length).items():
-                lines.append(Line(name, plan, documents, length >= config.once))
-    return lines
+        programs, rows = Programs(model, device), len(documents.rows)
+        for rung in config.only or (usual if length <= config.tokens else LONG,):
+            for name, plan in ways(config, rung, rows, length).items():
+                once: dict[str, Any] = {}
+                if length >= config.once:
+                    once = {"short": min(SHORT, length), "pace": Pace(1, 0)}
+                label = f"{rows} x {length:,}, {name}" + (", one step" if once else "")
+                entries.append(
+                    entry_of(
+                        plan,
+                        documents,
+                        programs,
+                        f"{name}@{length}",
+                        label=label,
+                        phase=name,
+                        changed=flags(plan.config),
+                        shape=length,
+                        **once,
+                    )
+                )
+    return entries
 
 
 def ways(config: LengthsConfig, key: str, rows: int, length: int) -> dict[str, Plan]:
     """A rung by each of the policies; those that do not matter to it make no way of their own."""
     made = {}
     for policy in config.checkpoint_policy:
-        plan = plans(list(rungs_of(rows).values()), starting_config(config, length, policy))[key]
+        start = plain_config(config.preset, (*config.override, "vision=none"), length)
+        start = replace(start, device="auto", checkpoint_policy=policy)  # type: ignore[arg-type]
+        plan = plans(list(rungs_of(rows).values()), start)[key]
         name, changes = key, dict[str, Any]()
         if not plan.config.use_gradient_checkpointing:
             changes["checkpoint_policy"] = "nothing"
@@ -204,20 +161,6 @@ def flags(config: TrainConfig) -> str:
     return " ".join(words)
 
 
-@contextmanager
-def once(line: Line, programs: Programs) -> Iterator[Step]:
-    """A step that can be timed the first time: one on a short row has compiled the kernels and made
-    the optimizer's states."""
-    vocab, at_once = programs.model.text.vocab_size, line.plan.config.device_batch_size
-    batches, longest = batches_of(line.documents, vocab, at_once, True)
-    short, _ = batches_of(
-        draw_documents(1, min(SHORT, line.documents.row_len), 0.0), vocab, at_once, True
-    )
-    with learning(line.plan, longest, programs) as (learner, grad_fn):
-        first_loss(learner.train_step(grad_fn, short))
-        yield partial(learner.train_step, grad_fn, batches)
-
-
 def bench(
     config: LengthsConfig,
     clock: Clock,
@@ -225,68 +168,8 @@ def bench(
     output: Console,
     ceilings: Callable[[Clock], dict[Ceiling, float]] = measured_ceilings,
 ) -> int:
-    """Measures, and writes figures after every line, so that what ends a run early takes nothing
-    along. Raises UserError if the device was lost on the way."""
-    folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-
-    say = teller(output)
-    lines = lines_of(config)
-    model = text_only(model_config(starting_config(config, config.lengths[0], "nothing")))
-    rows = [line.measured(model) for line in lines]
-    lost: str | None = None
-    with clock.session(), strict_fp32(), quick_collection():
-        where = environment(clock.device, command, ceilings(clock))
-        for text in (*where.lines(), about(model, config)):
-            say(text)
-        clock.free()
-        peak = peak_flops(clock.device, torch.bfloat16)
-        report = Report(folder, rows, where, peak, output, LAYOUT)
-        try:
-            take_steps(config, model, lines, rows, clock, report, say, started)
-        except DeviceLostError as error:
-            lost = str(error)
-    report.finish(about(model, config), [], [])
-    if lost is not None:
-        raise UserError(f"the device was lost ({lost}); what was measured before it is written")
-    return 0
-
-
-def take_steps(
-    config: LengthsConfig,
-    model: VLMConfig,
-    lines: Sequence[Line],
-    rows: Sequence[LengthRow],
-    clock: Clock,
-    report: Report,
-    say: Callable[[str], None],
-    started: float,
-) -> None:
-    """Fills the rows in. Lines of one length share what they compile; it goes with the length."""
-    programs, length = Programs(model, clock.device), lines[0].documents.row_len
-    for line, row in zip(lines, rows, strict=True):
-        if time.perf_counter() - started > 60 * config.minutes:
-            row.status, row.reason = "not begun", f"{config.minutes:g} minutes were over"
-            continue
-        if row.row_len != length:
-            programs, length = Programs(model, clock.device), row.row_len
-            torch._dynamo.reset()
-            free(clock)
-        if line.once:
-            start, pace = partial(once, line, programs), Pace(1, 0)
-        else:
-            start = partial(training, line.plan, line.documents, programs)
-            pace = Pace(config.steps, config.warmup)
-        shared = programs.shared(row.key, line.plan)
-        entry = Entry(row.key, row.label, row.phase, row.changed, start, shared)
-        measure_round(entry, row, clock, pace)
-        report.line(row)
-        say(describe(row, report.peak))
-
-
-def about(model: VLMConfig, config: LengthsConfig) -> str:
-    return (
-        f"{model.num_params():,} parameters, text alone; a step: {config.tokens:,} tokens, or one "
-        "row where that is longer"
-    )
+    about = f"A step: {config.tokens:,} tokens of text, or one row where that is longer"
+    turns = Turns(Pace(config.steps, config.warmup), 1, config.minutes, config.out)
+    entries = entries_of(config, clock.device)
+    table = replace(TABLE, about=about)
+    return run_steps(table, turns, entries, clock, command, output, ceilings)

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import gc
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import kernels
@@ -25,21 +17,19 @@ from core import TextConfig, VLMConfig, from_module, make_batch, vlm
 from core.model.text import rope_angles
 from params import init_params
 from params.tree import flatten
-from runners.benchmarks.clock import Clock, CpuClock, CudaClock
-from runners.benchmarks.providers import version
+from runners.benchmarks.clock import Clock, CpuClock, CudaClock, measured_ceilings
+from runners.benchmarks.harness import Case, Settings
+from runners.benchmarks.kernels import Cases
+from runners.benchmarks.kernels import bench as measure_cases
+from runners.benchmarks.providers import Forward, Inputs, MissingError, Provider
 from runners.benchmarks.report import console
 from runners.shell.cli import UsageError
-from runners.shell.errors import UserError
 
 Run = Callable[[], Tensor]
-HEADERS = ("device", "tokens", "by", "forward", "ms", "p20 - p80", "over the module", "goal", "met")
 LEGEND = (
-    "ms: median of one forward without gradients. over the module: the time over that of the "
-    "module beside it; median of the rounds' ratios, and their p20 - p80. met: whether the median "
-    "is within the goal, or else the p20 ('noise')."
+    "ms: median of one forward without gradients. speed: the module's time over this one's. error: "
+    "the worst |x - y| / |y| against the module's results."
 )
-EAGER_GOAL = 1.3  # of from_module
-NOISE = 1.05  # what "no slower" and "equal" allow
 
 
 @dataclass(frozen=True)
@@ -59,40 +49,7 @@ class OverheadConfig:
     seconds: float = 0.1
     """Measuring time in a round, for each that takes turns."""
     out: str = "runs/bench"
-    """Folder for overhead.jsonl and overhead.md; what is there is replaced."""
-
-
-@dataclass
-class Row:
-    """One way to compute a model, measured beside the module it should be as fast as."""
-
-    device: str
-    model: str  # "from_module" or "native"
-    tokens: int
-    by: str  # "eager" or "compiled"
-    forward: str
-    goal: float | None  # of the ratio; None for the module itself
-    samples: list[list[float]] = field(default_factory=list)  # ms of a call, by round
-    ratios: list[float] = field(default_factory=list)  # of the rounds' medians to the module's
-
-    def quantile(self, share: float) -> float:
-        """Of the samples, in ms."""
-        return float(np.quantile([ms for some in self.samples for ms in some], share))
-
-    def ratio(self, share: float = 0.5) -> float:
-        return float(np.quantile(self.ratios, share))
-
-    @property
-    def met(self) -> str:
-        if self.goal is None:
-            return ""
-        return (
-            "yes"
-            if self.ratio() <= self.goal
-            else "noise"
-            if self.ratio(0.2) <= self.goal
-            else "no"
-        )
+    """Folder for overhead.jsonl, .md and .png, of a GPU overhead_cuda; replaced if there."""
 
 
 # -- the native decoder as an ordinary module ---------------------------------------------------
@@ -179,8 +136,11 @@ def native_pair(config: OverheadConfig, tokens: int, device: torch.device) -> tu
 
 
 def llama_pair(config: OverheadConfig, tokens: int, device: torch.device) -> tuple[Run, Run]:
-    """The same for a module of Hugging Face's. Raises ImportError where there is none."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """The same for a module of Hugging Face's. Raises MissingError where there is none."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        raise MissingError("not installed (pip install transformers)") from None
 
     module: Any = LlamaForCausalLM(
         LlamaConfig(
@@ -212,60 +172,37 @@ def _dtype(device: torch.device) -> torch.dtype:
 # -- measuring ----------------------------------------------------------------------------------
 
 
-def measure(
-    model: str, tokens: int, config: OverheadConfig, clock: Clock, backend: str = "inductor"
-) -> list[Row]:
-    """The rows of one model at one size. Raises UserError if the two do not agree."""
-    torch.manual_seed(0)
-    torch._dynamo.reset()  # a size is compiled for itself, and counts no recompilation
-    device = clock.device
-    module, forward = PAIRS[model](config, tokens, device)
-    goal = EAGER_GOAL if model == "from_module" else NOISE
-    pairs = [("eager", module, forward, goal)]
-    if config.compiled:
-        compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
-        pairs.append(("compiled", compiled(module), compiled(forward), NOISE))
-    rows, runs = [], []
-    truth = module().float()
-    for by, first, second, goal in pairs:
-        for name, run in ((f"{model}'s module", first), (model, second)):
-            error = (run().float() - truth).norm() / truth.norm()
-            # the same operations, which a compiler may round otherwise
-            if not error <= (1e-5 if truth.dtype == _dtype(device) else 2e-2):
-                raise UserError(f"{name}, {by}, is not the module: off by {error:.1e}")
-            rows.append(
-                Row(_name(device), model, tokens, by, name, goal if run is second else None)
-            )
-            runs.append(run)
-    take_turns(rows, runs, config, clock)
-    for reference, row in zip(rows[::2], rows[1::2], strict=True):
-        row.ratios = [
-            statistics.median(a) / statistics.median(b)
-            for a, b in zip(row.samples, reference.samples, strict=True)
-        ]
-    return rows
+def cases(config: OverheadConfig, device: torch.device) -> list[Case]:
+    """Each model at each size, by the two ways to run it."""
+    ways = ("eager", "compiled") if config.compiled else ("eager",)
+    return [
+        case(config, device, model, tokens, by)
+        for model in PAIRS
+        for tokens in config.tokens
+        for by in ways
+    ]
 
 
-def take_turns(
-    rows: Sequence[Row], runs: Sequence[Run], config: OverheadConfig, clock: Clock
-) -> None:
-    """Fills in the samples: call by call in turn, so that what else the machine does hits all."""
-    ms = [statistics.median(clock.sample(run, None, 5)) for run in runs]
-    calls = max(1, round(1e3 * config.seconds * len(runs) / sum(ms)))
-    gc.collect()
-    for _ in range(config.rounds):
-        taken: list[list[float]] = [[] for _ in runs]
-        for _ in range(calls):
-            for run, times in zip(runs, taken, strict=True):
-                times += clock.sample(run, None, 1)
-        for row, times in zip(rows, taken, strict=True):
-            row.samples.append(times)
+def case(config: OverheadConfig, device: torch.device, model: str, tokens: int, by: str) -> Case:
+    pair: list[Run] = []  # made once, for both
 
+    def one(which: int) -> Callable[[Sequence[Inputs]], Forward]:
+        def build(sets: Sequence[Inputs]) -> Forward:
+            if not pair:
+                torch.manual_seed(0)
+                pair.extend(PAIRS[model](config, tokens, device))
+            run = pair[which]
+            return lambda i: run()
 
-def clocks() -> Iterator[Clock]:
-    yield CpuClock()
-    if torch.cuda.is_available():
-        yield CudaClock()
+        return build
+
+    kind: dict[str, Any] = {"compiled": by == "compiled", "graph": False}
+    names = (f"{model}'s module", model)
+    return Case(
+        model, f"{tokens:,} tokens", 0.0, "bf16", lambda device, generator: {},
+        tuple(Provider(name, one(i), **kind) for i, name in enumerate(names)),
+        sets=1, reference=names[0], direction=f"{by}, {device.type.upper()}",
+    )  # fmt: skip
 
 
 def run_overhead(config: OverheadConfig, command: str) -> int:
@@ -277,94 +214,21 @@ def run_overhead(config: OverheadConfig, command: str) -> int:
             raise UsageError(f"--{name} must be more than 0, not {getattr(config, name)}")
     if not config.tokens or min(config.tokens) < 1:
         raise UsageError(f"--tokens must be 1 or more, not {config.tokens}")
-    return bench(config, clocks(), command, console())
-
-
-def bench(
-    config: OverheadConfig,
-    clocks: Iterator[Clock],
-    command: str,
-    output: Console,
-    backend: str = "inductor",
-) -> int:
-    folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    where, rows, started = environment(command), [], time.perf_counter()
+    clocks: list[Clock] = [CpuClock(), *([CudaClock()] if torch.cuda.is_available() else [])]
     for clock in clocks:
-        for model in PAIRS:
-            if model == "from_module" and version("transformers") is None:
-                output.print("from_module is left out: pip install transformers")
-                continue
-            for tokens in config.tokens:
-                with clock.session(), torch.no_grad():
-                    rows += measure(model, tokens, config, clock, backend)
-                done = f"{model}, {tokens} tokens, {clock.device.type}"
-                output.print(f"{time.perf_counter() - started:6.1f} s  {done}", highlight=False)
-                lines = (json.dumps(asdict(row) | where) for row in rows)
-                (folder / "overhead.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    (folder / "overhead.md").write_text(markdown(rows, where, config))
-    for model in dict.fromkeys(row.model for row in rows):
-        table = Table(title=model, title_justify="left", title_style="bold")
-        for header in HEADERS:
-            table.add_column(header, justify="left" if header in HEADERS[:4] else "right")
-        for row in rows:
-            if row.model == model:
-                table.add_row(*cells(row))
-        output.print(table)
-    output.print(f"In {folder}: overhead.jsonl, overhead.md", highlight=False, soft_wrap=True)
+        bench(config, clock, command, console())
     return 0
 
 
-# -- what is written ----------------------------------------------------------------------------
-
-
-def cells(row: Row) -> tuple[str, ...]:
-    ratio = f"{row.ratio():.2f}x ({row.ratio(0.2):.2f} - {row.ratio(0.8):.2f})" if row.goal else ""
-    return (
-        row.device, f"{row.tokens:,}", row.by, row.forward, f"{row.quantile(0.5):.3f}",
-        f"{row.quantile(0.2):.3f} - {row.quantile(0.8):.3f}", ratio,
-        f"{row.goal:.2f}x" if row.goal else "", row.met,
+def bench(
+    config: OverheadConfig, clock: Clock, command: str, output: Console, backend: str = "inductor"
+) -> int:
+    """Writes overhead.* of the CPU, overhead_cuda.* of a GPU."""
+    name = "overhead" if clock.device.type == "cpu" else "overhead_cuda"
+    size = f"Models of {config.layers} layers, {config.width} wide; fp32 on a CPU, bf16 on a GPU."
+    what = Cases(name, "Overhead", f"{LEGEND} {size}", "speed")
+    settings = Settings(config.rounds, config.seconds * config.rounds, backend)
+    return measure_cases(
+        cases(config, clock.device), clock, settings, Path(config.out), command, output,
+        measured_ceilings, what,
     )  # fmt: skip
-
-
-def environment(command: str) -> dict[str, Any]:
-    return {
-        "command": command,
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-    }
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _name(device: torch.device) -> str:
-    return "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
-
-
-def markdown(rows: Sequence[Row], where: dict[str, Any], config: OverheadConfig) -> str:
-    """The page: where it was measured, a table a model."""
-    versions = f"torch {where['torch']}, transformers {where['transformers'] or 'not installed'}"
-    lines = [
-        f"# Overhead, {where['date'][:10]}",
-        f"`{where['command']}`",
-        f"CPU: {where['cpu']}, threads: {where['threads']}. Python {where['python']}, {versions}. "
-        f"Models of {config.layers} layers, {config.width} wide; fp32 on a CPU, bf16 on a GPU.",
-        LEGEND,
-    ]
-    for model in dict.fromkeys(row.model for row in rows):
-        rules = ["---" if header in HEADERS[:4] else "---:" for header in HEADERS]
-        body = [cells(row) for row in rows if row.model == model]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in (HEADERS, rules, *body))
-        lines += [f"## {model}", table]
-    return "\n\n".join(lines) + "\n"

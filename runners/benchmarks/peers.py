@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from core import VLMConfig
 from runners.benchmarks.clock import first_line
-from runners.benchmarks.entries import Step
 from runners.benchmarks.providers import MissingError
+from runners.benchmarks.steps import Entry, Ready
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,22 @@ def recompute(built: Any) -> None:
     enable({"use_reentrant": False})
 
 
+def entries(
+    keys: Sequence[str], model: VLMConfig, rows: Tensor, device: torch.device, flops: float
+) -> list[Entry]:
+    """Rows of a table; those that compile take their steps in one round."""
+    return [
+        Entry(
+            key, PEERS[key].label, "peers", PEERS[key].describe(),
+            partial(training, PEERS[key], model, rows, device), rows.numel(), flops,
+            once=PEERS[key].compiled,
+        )
+        for key in keys
+    ]  # fmt: skip
+
+
 @contextmanager
-def training(peer: Peer, model: VLMConfig, rows: Tensor, device: torch.device) -> Iterator[Step]:
+def training(peer: Peer, model: VLMConfig, rows: Tensor, device: torch.device) -> Iterator[Ready]:
     """Its step: forward, backward, clipping to a norm of 1, AdamW. rows: ``[B, T]`` tokens."""
     need("transformers")
     with _unpatched():
@@ -131,7 +146,7 @@ def training(peer: Peer, model: VLMConfig, rows: Tensor, device: torch.device) -
             optimizer.zero_grad(set_to_none=True)
             return loss.detach()
 
-        yield step
+        yield Ready(step)
 
 
 @contextmanager

@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import kernels
-from runners.benchmarks.clock import first_line
+from runners.benchmarks.clock import DeviceLostError, first_line
+from runners.shell.errors import UserError
 
 Inputs = dict[str, Any]  # the tensors of one call, by name
 Forward = Callable[[Inputs], Any]  # to a tensor or a tuple of them
@@ -33,6 +35,24 @@ class MissingError(Exception):
     """Why a provider is not there, in one line."""
 
 
+@contextmanager
+def failing(row: Any) -> Iterator[None]:
+    """What is raised becomes the row's status and reason; the others go on. Raises
+    DeviceLostError."""
+    try:
+        yield
+    except DeviceLostError:
+        raise
+    except torch.OutOfMemoryError as error:
+        row.status, row.reason = "out of memory", first_line(error)
+    except (MissingError, ImportError, UserError) as error:
+        row.status, row.reason = "missing", first_line(error)
+    except Exception as error:  # whatever a rung or a library raises
+        row.status, row.reason = "error", f"{type(error).__name__}: {first_line(error)}"
+    if row.status != "ok":
+        row.samples.clear()
+
+
 @dataclass(frozen=True)
 class Provider:
     """One way to compute a case.
@@ -45,6 +65,7 @@ class Provider:
     direct: the forward returns its results with their gradients; else those are asked for.
     graph: may be captured as a CUDA graph.
     charted: has a bar in the picture.
+    backends: what `kernels.override` is given around each call.
     """
 
     name: str
@@ -54,6 +75,7 @@ class Provider:
     direct: bool = False
     graph: bool = True
     charted: bool = True
+    backends: Mapping[str, str] = field(default_factory=dict)
 
 
 def simple(name: str, forward: Forward, **options: Any) -> Provider:
@@ -116,21 +138,18 @@ def timed(
     seeds: the inputs that are the gradients of the outputs; none for a scalar loss.
     Returns the outputs, then the gradients.
     """
-    if provider.direct:
-        return lambda inputs: tensors(forward(inputs))
-    if not wrt:
 
-        def infer(inputs: Inputs) -> tuple[Tensor, ...]:
-            with torch.no_grad():
+    def call(inputs: Inputs) -> tuple[Tensor, ...]:
+        with kernels.override(**provider.backends):
+            if provider.direct:
                 return tensors(forward(inputs))
+            with torch.set_grad_enabled(bool(wrt)):
+                outs = tensors(forward(inputs))
+            if not wrt:
+                return outs
+            grads = torch.autograd.grad(
+                outs, [inputs[name] for name in wrt], [inputs[name] for name in seeds] or None
+            )
+            return (*(out.detach() for out in outs), *grads)
 
-        return infer
-
-    def train(inputs: Inputs) -> tuple[Tensor, ...]:
-        outs = tensors(forward(inputs))
-        grads = torch.autograd.grad(
-            outs, [inputs[name] for name in wrt], [inputs[name] for name in seeds] or None
-        )
-        return (*(out.detach() for out in outs), *grads)
-
-    return train
+    return call

@@ -1,4 +1,4 @@
-"""The figures of a run and where they come from, as lines of JSON."""
+"""Where figures come from, and the lines of JSON that keep both."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from runners.benchmarks.harness import SCALE, UNITS, Ceiling, Row
+from runners.benchmarks.clock import Ceiling
 from runners.benchmarks.providers import PEERS, version
-from runners.shell.cli import explained
-from runners.shell.errors import UserError
+
+UNITS = {"copy": "GB/s", "bf16": "TFLOP/s", "int8": "TOP/s"}
+SCALE = {"copy": 1e9, "bf16": 1e12, "int8": 1e12}
+CEILINGS = {
+    "copy": "device copy (read + written)",
+    "bf16": "bf16 matmul 8192^3",
+    "int8": "int8 matmul 8192^3",
+}
 
 
 @dataclass(frozen=True)
@@ -49,21 +54,12 @@ class Environment:
         later = f" At its end: {after}." if after else ""
         return [
             f"{self.device}{memory}, driver {self.driver}, Python {self.python}, {known}.",
-            f"Ceilings in this run: {before}.{later}",
+            *([f"Ceilings in this run: {before}.{later}"] if before else []),
         ]
 
 
-CEILINGS: dict[Ceiling, str] = {
-    "copy": "device copy (read + written)",
-    "bf16": "bf16 matmul 8192^3",
-    "int8": "int8 matmul 8192^3",
-}
-
-
 def environment(
-    device: torch.device,
-    command: str,
-    ceilings: dict[Ceiling, float],
+    device: torch.device, command: str, ceilings: Mapping[Ceiling, float]
 ) -> Environment:
     cuda = device.type == "cuda"
     cudnn = torch.backends.cudnn.version() if cuda else None
@@ -81,13 +77,9 @@ def environment(
         driver=_driver() if cuda else "none",
         python=platform.python_version(),
         versions=versions | {package: version(package) for _, package in PEERS.values()},
-        ceilings=plain(ceilings),
+        ceilings={str(name): value for name, value in ceilings.items()},
         ceilings_after={},
     )
-
-
-def plain(ceilings: Mapping[Ceiling, float]) -> dict[str, float]:
-    return {str(name): value for name, value in ceilings.items()}
 
 
 def _driver() -> str:
@@ -99,64 +91,15 @@ def _driver() -> str:
     return answer.stdout.split("\n")[0].strip()
 
 
-def as_json(row: Row, environment: Environment) -> str:
-    """A line of JSON: everything known of a row, and where it was measured."""
-    known: dict[str, Any] = asdict(row)
-    known["unit"] = UNITS[row.ceiling]
-    if row.samples:
-        known |= {
-            "ms": row.ms, "p20": row.quantile(0.2), "p80": row.quantile(0.8),
-            "rate": row.rate, "share": row.share,
-        }  # fmt: skip
-    package = PEERS[row.peer][1] if row.peer else None
-    known["version"] = version(package) if package else None
-    known |= asdict(environment)
-    finite = {k: _finite(v) for k, v in known.items()}
-    return json.dumps(finite)
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]], where: Environment) -> None:
+    """A line of JSON for each record: what is known of it, and where it was measured."""
+    lines = (
+        json.dumps({key: _finite(value) for key, value in (dict(record) | vars(where)).items()})
+        for record in records
+    )
+    path.write_text("".join(f"{line}\n" for line in lines))
 
 
 def _finite(value: Any) -> Any:
     """NaN and infinity are not JSON."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_jsonl(path: Path, rows: Sequence[Row], environment: Environment) -> None:
-    path.write_text("".join(f"{as_json(row, environment)}\n" for row in rows))
-
-
-def read_jsonl(path: Path) -> tuple[list[Row], Environment]:
-    """What `write_jsonl` wrote. Raises UserError for a file that is not like that."""
-    rows, environment = [], None
-    with explained(str(path)):
-        lines = path.read_text().splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            known = json.loads(line)
-            row = Row(**{f.name: known[f.name] for f in fields(Row)})
-            environment = Environment(**{f.name: known[f.name] for f in fields(Environment)})
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number} is not a benchmark's: {error!r}") from error
-        if row.error is not None:
-            row.error = float(row.error)  # NaN is a string in JSON
-        rows.append(row)
-    if environment is None:
-        raise UserError(f"{path} is empty")
-    return rows, environment
-
-
-def groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[tuple[str, list[Row]]]]]:
-    """Tables: a title (kernel, direction), and in it the rows of each shape; missing ones left
-    out."""
-    shown = [row for row in rows if row.status != "missing"]
-    for title, table in groupby(
-        sorted(shown, key=_order(shown)), key=lambda row: f"{row.kernel}, {row.mode}"
-    ):
-        yield title, [(shape, list(some)) for shape, some in groupby(table, key=lambda r: r.shape)]
-
-
-def _order(rows: Sequence[Row]) -> Any:
-    """Rows of one table together, in the order of their first appearance."""
-    place: dict[tuple[str, str], int] = {}
-    for row in rows:
-        place.setdefault((row.kernel, row.mode), len(place))
-    return lambda row: place[row.kernel, row.mode]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,37 +13,65 @@ from rich.console import Console
 from rich.markup import escape
 
 import kernels
-from core import PRESETS, Longest, VLMConfig
+from core import Longest, VLMConfig
 from runners.benchmarks import cold_start, peers
-from runners.benchmarks.ceilings import measure_ceilings
-from runners.benchmarks.clock import Clock, CpuClock, CudaClock, DeviceLostError
+from runners.benchmarks.clock import Ceiling, Clock, choose_clock, measured_ceilings
 from runners.benchmarks.documents import Documents, batches_of, draw_documents, read_documents
-from runners.benchmarks.entries import (
+from runners.benchmarks.ladder import TOPS, Plan, Rung, ladder, plans
+from runners.benchmarks.pictures import pictures_of
+from runners.benchmarks.records import Environment
+from runners.benchmarks.report import console
+from runners.benchmarks.roofline import Work, training_step
+from runners.benchmarks.steps import (
+    Closing,
     Entry,
     Measured,
     Pace,
-    Step,
-    measure_round,
-    quick_collection,
+    Ready,
+    Steps,
+    Turns,
+    check_counts,
+    check_known,
+    find,
+    first_loss,
+    run_steps,
 )
-from runners.benchmarks.harness import Ceiling
-from runners.benchmarks.ladder import Plan, Rung, ladder, plans, text_only
-from runners.benchmarks.pictures import pictures_of
-from runners.benchmarks.records import environment
-from runners.benchmarks.report import console, teller
-from runners.benchmarks.step_report import PICTURED, RUNGS, Report, describe, report_floor
-from runners.shell.cli import UsageError, explained, nearest
-from runners.shell.errors import UserError
+from runners.shell.cli import UsageError, explained
 from runners.training.compose import Composed, compose
 from runners.training.config import TrainConfig, check_preset, model_config
-from runners.training.flops import peak_flops, training_flops
-from runners.training.step import GradFn, Learner
+from runners.training.flops import training_flops
+from runners.training.step import Learner
 from runners.training.weights import build_params
 
 # What a config may change of without another program being traced.
 SAME_PROGRAM = {
     "optimizer": "adamw", "use_fused_adamw": True, "state_dtype": "fp32", "device_batch_size": 1,
 }  # fmt: skip
+PARTS = {"text", "vision", "projector"}
+RUNGS = Steps(
+    "train", "Training steps",
+    ("rung", "tok/s", "x baseline", "MFU", "ms", "min - max", "peak GiB", "first step s", "steps",
+     "loss"),
+    "tok/s: real tokens over the median time of a whole step (forward, backward, clipping, "
+    "optimizer), rounds over all rungs taking turns, everything of a rung freed before the next "
+    "but its compiled programs; peers that compile take their steps in one round. With "
+    "--device_batch_size=1 rows are computed one after the other and their gradients added up. "
+    "MFU: 6 operations a weight and token and those of attention, recomputation not counted, over "
+    "the data sheet's bf16 figure. peak: memory held at the worst moment from the second step on. "
+    "first step: from building to its end, with whatever the rungs before left in the compilers' "
+    "caches; -: it runs the programs of a rung before it. steps: until one came within 5% of the "
+    "median. loss: of the first step, from the same weights and tokens.",
+    "What each rung changes of the one before, or of the one it branches off:",
+)  # fmt: skip
+PICTURED = replace(
+    RUNGS,
+    headers=("rung", "tok/s", "pictures/s", *RUNGS.headers[2:]),
+    legend=(
+        f"{RUNGS.legend} Tokens are those that the decoder computes, pictures' included; MFU "
+        "counts the vision tower and the projector on the patches of real pictures, forward and "
+        "both gradients, each patch seeing all of its picture."
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +111,7 @@ class TrainBenchConfig:
     peers: bool = False
     """Measure Hugging Face transformers on the same shape too, compiled, and with Liger."""
     cold_start: bool = False
-    """Measure the program too, from its start to full speed, with cold and warm compiler caches."""
+    """Time the program's start too, with cold and warm compiler caches."""
     steps: int = 5
     """Timed steps of a round, at most; a slow rung takes fewer."""
     warmup: int = 3
@@ -112,31 +138,11 @@ def run_train_bench(config: TrainBenchConfig, command: str) -> int:
     return bench(config, choose_clock(config.preset, "train"), command, output)
 
 
-def choose_clock(preset: str, name: str) -> Clock:
-    """The GPU's; a CPU's for presets that one can train. Raises UserError."""
-    if torch.cuda.is_available():
-        return CudaClock()
-    if text_only(PRESETS[preset]).num_params() > 2e8:
-        raise UserError(
-            f"bench {name} measures a GPU, and PyTorch sees none here (--preset tiny runs anywhere)"
-        )
-    return CpuClock()
-
-
-def measured_ceilings(clock: Clock) -> dict[Ceiling, float]:
-    """Of this run; on a CPU with sizes that take no time."""
-    if clock.device.type == "cuda":
-        return measure_ceilings(clock, loaded=0.5)
-    return measure_ceilings(clock, copied=2**20, side=64, rounds=1)
-
-
 def check(config: TrainBenchConfig) -> None:
     check_preset(config.preset)
     if config.loaded < 0:
         raise UsageError(f"--loaded is in seconds, 0 or more, not {config.loaded}")
-    for name in ("rows", "length", "steps", "warmup", "rounds"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"--{name} must be 1 or more, not {getattr(config, name)}")
+    check_counts(config, "rows", "length", "steps", "warmup", "rounds")
     if not 0 <= config.lengths < 10:
         raise UsageError(f"--lengths must lie in [0, 10), not {config.lengths}")
     for name in ("lengths", "data"):
@@ -144,11 +150,7 @@ def check(config: TrainBenchConfig) -> None:
             raise UsageError(f"--peers measures full rows: leave --{name} out")
     check_data(config)
     check_pictures(config)
-    known = known_keys(config)
-    for key in config.only:
-        if key not in known:
-            hint = nearest(key, list(known))
-            raise UsageError(f"--only {key}: there are {', '.join(known)}{hint}")
+    check_known("only", config.only, list(known_keys(config)))
 
 
 def check_data(config: TrainBenchConfig) -> None:
@@ -193,11 +195,16 @@ def known_keys(config: TrainBenchConfig) -> dict[str, str]:
 
 
 def starting_config(config: TrainBenchConfig) -> TrainConfig:
-    """What no rung changes. The rate is small: the numbers must stay ordinary ones."""
-    without = () if config.pictures else ("vision=none",)
+    """What no rung changes."""
+    override = (*config.override, *(() if config.pictures else ("vision=none",)))
+    return plain_config(config.preset, override, config.length)
+
+
+def plain_config(preset: str, override: Sequence[str], length: int) -> TrainConfig:
+    """The trainer's defaults. The rate is small: the numbers must stay ordinary ones."""
     return TrainConfig(
-        preset=config.preset, override=(*config.override, *without), device="auto",
-        sequence_len=config.length, lr=1e-4, schedule="constant", warmup_steps=0,
+        preset=preset, override=tuple(override), device="auto", sequence_len=length, lr=1e-4,
+        schedule="constant", warmup_steps=0,
     )  # fmt: skip
 
 
@@ -239,36 +246,62 @@ class Programs:
         return replace(plan.config, **SAME_PROGRAM), shape  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a row trains, and how: for further figures of it."""
+
+    plan: Plan
+    programs: Programs
+    composed: Composed
+    learner: Learner
+
+
+Figures = Callable[[Trained], dict[str, Any]]
+
+
 @contextmanager
-def training(plan: Plan, documents: Documents, programs: Programs) -> Iterator[Step]:
-    """A rung's step, as `runners.train` takes it: params, optimizer and gradients of its own."""
+def training(
+    plan: Plan,
+    documents: Documents,
+    programs: Programs,
+    figures: Figures = lambda trained: {},
+    short: int | None = None,
+) -> Iterator[Ready]:
+    """A rung's step, as `runners.train` takes it: params, optimizer and gradients of its own.
+
+    short: tokens of a row on which a step is taken beforehand, so that the first on these documents
+    can be timed.
+    """
     at_once = documents.rows_at_once(plan.config.device_batch_size, plan.packed)
     vocab = programs.model.text.vocab_size
     batches, longest = batches_of(documents, vocab, at_once, plan.packed)
-    with learning(plan, longest, programs) as (learner, grad_fn):
-        yield partial(learner.train_step, grad_fn, batches)
-
-
-@contextmanager
-def learning(plan: Plan, longest: Longest, programs: Programs) -> Iterator[tuple[Learner, GradFn]]:
-    """What a rung trains, and its gradients, for batches that keep these bounds."""
     composed = programs.get(plan, longest)
     with kernels.override(**composed.backends):
         params, _ = build_params(plan.config, programs.model, programs.device, None)
-        learner = Learner(params, plan.config, None, composed.dtype)
+        learner = Learner(params, plan.config, None, composed.matrices)
         del params
-        yield learner, composed.gradients()
+        grad_fn = composed.gradients()
+        if short is not None:
+            few, _ = batches_of(draw_documents(1, short, 0.0), vocab, at_once, True)
+            first_loss(learner.train_step(grad_fn, few))
+        trained = Trained(plan, programs, composed, learner)
+        step = partial(learner.train_step, grad_fn, batches)
+        yield Ready(step, partial(figures, trained))
 
 
-@contextmanager
-def strict_fp32() -> Iterator[None]:
-    """fp32 means fp32: no TF32 in matrix products."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def entry_of(
+    plan: Plan, documents: Documents, programs: Programs, key: str = "", **changes: Any
+) -> Entry:
+    """A rung as a row. changes: of the row's fields, and of `training`'s arguments."""
+    rung, key = plan.rung, key or plan.rung.key
+    options = {name: changes.pop(name) for name in ("figures", "short") if name in changes}
+    made = Entry(
+        key, rung.label, rung.phase, rung.flags(),
+        partial(training, plan, documents, programs, **options),
+        documents.tokens, training_flops(programs.model, documents.load, PARTS), documents.shown,
+        programs.shared(key, plan),
+    )  # fmt: skip
+    return replace(made, **changes)
 
 
 def entries_of(
@@ -276,25 +309,19 @@ def entries_of(
 ) -> list[Entry]:
     """The rungs and peers that --only leaves."""
     programs = Programs(model, device)
-    made = []
-    rungs = rungs_of(config, device.type == "cuda")
-    for key, plan in plans(rungs, starting_config(config)).items():
-        if config.only and key not in config.only:
-            continue
-        rung = plan.rung
-        start = partial(training, plan, documents, programs)
-        shared = programs.shared(key, plan)
-        made.append(Entry(key, rung.label, rung.phase, rung.flags(), start, shared))
+    made = plans(rungs_of(config, device.type == "cuda"), starting_config(config))
+    entries = [
+        entry_of(plan, documents, programs)
+        for key, plan in made.items()
+        if not config.only or key in config.only
+    ]
     if config.peers:
         tokens = batches_of(documents, model.text.vocab_size, config.rows, True)[0][0]["tokens"]
+        wanted = [key for key in peers.PEERS if not config.only or key in config.only]
         rows = tokens.view(config.rows, config.length)
-        for key, peer in peers.PEERS.items():
-            if not config.only or key in config.only:
-                start = partial(peers.training, peer, model, rows, device)
-                made.append(
-                    Entry(key, peer.label, "peers", peer.describe(), start, once=peer.compiled)
-                )
-    return made
+        flops = training_flops(model, documents.load, PARTS)
+        entries += peers.entries(wanted, model, rows, device, flops)
+    return entries
 
 
 def bench(
@@ -304,65 +331,23 @@ def bench(
     output: Console,
     ceilings: Callable[[Clock], dict[Ceiling, float]] = measured_ceilings,
 ) -> int:
-    """Measures, and writes figures after every rung, so that what ends a run early takes nothing
-    along. Raises UserError if the device was lost on the way."""
-    folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-
-    say = teller(output)
     documents, model = documents_of(config)
-    lost: str | None = None
-    with clock.session(), strict_fp32(), quick_collection():
-        where = environment(clock.device, command, ceilings(clock))
-        for line in (*where.lines(), about(model, documents)):
-            say(line)
-        clock.free()
-        entries = entries_of(config, model, documents, clock.device)
-        flops = training_flops(model, documents.load, {"text", "vision", "projector"})
-        shown = documents.shown
-        rows = [
-            Measured(e.key, e.label, e.phase, e.changed, documents.tokens, flops, pictures=shown)
-            for e in entries
-        ]
-        peak = peak_flops(clock.device, torch.bfloat16)
-        report = Report(folder, rows, where, peak, output, PICTURED if shown else RUNGS)
-        try:
-            take_turns(config, entries, rows, clock, report, say, started)
-        except DeviceLostError as error:
-            lost = str(error)
-    floor = report_floor(model, documents, rows, where)
-    starts = []
-    if config.cold_start and lost is None:
-        shape = (config.preset, config.override, config.rows, config.length)
-        starts = cold_start.measure(*shape, say)
-    report.finish(about(model, documents), [*floor, *cold_start.lines(starts)], starts)
-    if lost is not None:
-        raise UserError(f"the device was lost ({lost}); what was measured before it is written")
-    return 0
-
-
-def take_turns(
-    config: TrainBenchConfig,
-    entries: Sequence[Entry],
-    rows: Sequence[Measured],
-    clock: Clock,
-    report: Report,
-    say: Callable[[str], None],
-    started: float,
-) -> None:
+    table = replace(PICTURED if documents.shown else RUNGS, about=about(model, documents))
     pace = Pace(config.steps, config.warmup, config.loaded)
-    for turn in range(config.rounds):
-        for entry, row in zip(entries, rows, strict=True):
-            if time.perf_counter() - started > 60 * config.minutes:
-                if turn == 0:
-                    row.status, row.reason = "not begun", f"{config.minutes:g} minutes were over"
-                continue
-            before = row.status
-            measure_round(entry, row, clock, pace)
-            report.line(row)
-            if turn == 0 or row.status != before:
-                say(describe(row, report.peak))
+
+    def closing(rows: Sequence[Measured], where: Environment) -> Closing:
+        starts = []
+        if config.cold_start:
+            shape = (config.preset, config.override, config.rows, config.length)
+            starts = cold_start.measure(*shape)
+        lines = [*floor_of(model, documents, rows, where), *map(cold_start.describe, starts)]
+        return lines, [vars(start) for start in starts]
+
+    return run_steps(
+        table, Turns(pace, config.rounds, config.minutes, config.out),
+        entries_of(config, model, documents, clock.device), clock, command, output, ceilings,
+        closing,
+    )  # fmt: skip
 
 
 def about(model: VLMConfig, documents: Documents) -> str:
@@ -388,3 +373,30 @@ def about_pictures(documents: Documents) -> str:
         f"; {documents.shown} pictures of {images.image_size} px ({patches:,} patches, "
         f"{images.tokens(patches)} tokens), packed rows having room for {spec.max_images}"
     )
+
+
+def floor_of(
+    model: VLMConfig, documents: Documents, rows: Sequence[Measured], where: Environment
+) -> list[str]:
+    """The least time of the top rung's step by this run's ceilings, and the share reached."""
+    there = (row for key in TOPS if (row := find(rows, key)) is not None and row.samples)
+    if (top := next(there, None)) is None:
+        return []
+    ceilings: Mapping[Ceiling, float] = where.ceilings  # type: ignore[assignment]
+    if model.projector is not None and model.projector.kind == "resampler":
+        return ["No floor: the work of a resampler is not counted by parts."]
+    works = training_step(model, documents.lengths, documents.load.pictures.tolist())
+    floor = sum(work.floor(ceilings) for work in works)
+    return [
+        f"The floor of '{top.label}', by the ceilings of this run:",
+        *(_part(work, ceilings) for work in works),
+        f"- together {floor:.1f} ms; measured {top.ms:.1f} ms: {floor / top.ms:.0%} of the way",
+    ]
+
+
+def _part(work: Work, ceilings: Mapping[Ceiling, float]) -> str:
+    amounts = [
+        *([f"{work.operations / 1e12:,.3g} TFLOP"] if work.operations else []),
+        *([f"{work.moved / 1e9:,.3g} GB"] if work.moved else []),
+    ]
+    return f"- {work.part}: {', '.join(amounts)}, {work.floor(ceilings):.3g} ms"

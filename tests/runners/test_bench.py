@@ -27,25 +27,29 @@ from runners.benchmarks import (
     providers,
     trace,
 )
-from runners.benchmarks.ceilings import measure_ceilings
-from runners.benchmarks.chart import draw_chart
 from runners.benchmarks.clock import (
+    Ceiling,
     CpuClock,
     CudaClock,
     DeviceLostError,
     NotCapturableError,
     Run,
+    measure_ceilings,
 )
-from runners.benchmarks.harness import Case, Ceiling, Row, Settings, measure
+from runners.benchmarks.harness import Case, Row, Settings, measure
 from runners.benchmarks.kernels import (
+    Cases,
     KernelsConfig,
     all_cases,
     bench,
+    best,
     choose_cases,
+    missing,
+    page_of,
+    read_lines,
 )
 from runners.benchmarks.providers import Inputs, MissingError, Provider, simple
-from runners.benchmarks.records import read_jsonl
-from runners.benchmarks.report import best, markdown, missing
+from runners.benchmarks.report import Bar, Panel, draw
 from runners.shell.cli import UsageError
 from runners.shell.errors import UserError
 from runners.training.config import TrainConfig
@@ -299,7 +303,7 @@ def test_figures_written_before_are_drawn_up_again(
     for name in ("one", "two"):
         bench([case_of(nan, shape=name)], CpuClock(), QUICK, tmp_path / name, name, console, tiny)
     files = [str(tmp_path / name / "kernels.jsonl") for name in ("one", "two")]
-    rows, environment = read_jsonl(Path(files[0]))
+    rows, environment = read_lines(Path(files[0]))
     assert [row.provider for row in rows] == ["torch eager", "nan"]
     assert rows[1].error != rows[1].error
     assert environment.command == "one"
@@ -345,8 +349,8 @@ def test_missing_ones_are_named_once() -> None:
 
 
 def test_no_figures_no_picture(tmp_path: Path) -> None:
-    row = Row("a", "1", "forward", "X", None, True, status="missing", reason="why")
-    assert not draw_chart(tmp_path / "a.png", [row], "title")
+    bars = [Bar("X", None, "why", "ours")]
+    assert not draw(tmp_path / "a.png", "title", [Panel("a", bars)])
     assert not (tmp_path / "a.png").exists()
 
 
@@ -628,10 +632,11 @@ def test_a_small_run_on_the_gpu(tmp_path: Path, console: Console) -> None:
 def test_the_page_is_markdown(tmp_path: Path) -> None:
     row = Row(
         "a", "1", "forward", "X", None, True, timing="graph", samples=[1.0, 2.0, 3.0],
-        work=4e9, limit=4e12, peak_bytes=2**20, error=1e-3, speedup=2.0,
+        work=4e9, floor=1.0, peak_bytes=2**20, error=1e-3, speedup=2.0,
     )  # fmt: skip
     where = SimpleNamespace(date="2026-01-02T03:04", command="c", lines=lambda: ["Here."])
-    lines = markdown([row], [where]).splitlines()  # type: ignore[arg-type]
+    page = page_of([row], [where], Cases())  # type: ignore[list-item]
+    lines = page.markdown(False).splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
     assert table[-1].split(" | ")[2:6] == ["**2.000**", "1.400 - 2.600", "2,000 GB/s", "50%"]

@@ -11,13 +11,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from core import PRESETS
+from core import PRESETS, VLMConfig
 from runners.bench import run
 from runners.benchmarks import lengths, training
 from runners.benchmarks.clock import CpuClock
-from runners.benchmarks.documents import batches_of, draw_documents
-from runners.benchmarks.ladder import text_only
-from runners.benchmarks.lengths import LengthsConfig, bench, check, lines_of
+from runners.benchmarks.documents import Documents, batches_of, draw_documents
+from runners.benchmarks.ladder import Plan
+from runners.benchmarks.lengths import LengthsConfig, bench, check, entries_of
+from runners.benchmarks.steps import Entry
 from runners.shell.cli import UsageError
 from runners.shell.errors import UserError
 from runners.training.config import parse_config
@@ -42,23 +43,28 @@ def measured(config: LengthsConfig) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def lines_of(config: LengthsConfig) -> list[tuple[Entry, Plan, Documents]]:
+    """Each entry, its plan and its documents."""
+    entries = entries_of(config, torch.device("cpu"))
+    return [(entry, entry.start.args[0], entry.start.args[1]) for entry in entries]  # type: ignore[attr-defined]
+
+
 def test_a_step_has_as_many_tokens_or_one_row() -> None:
-    made = {line.documents.row_len: line for line in lines_of(LengthsConfig())}
-    assert {n: len(line.documents.rows) for n, line in made.items()} == {
+    made = {documents.row_len: (e, p, documents) for e, p, documents in lines_of(LengthsConfig())}
+    assert {n: len(line[2].rows) for n, line in made.items()} == {
         2048: 8, 8192: 2, 32_768: 1, 131_072: 1,
     }  # fmt: skip
-    assert {n: line.key for n, line in made.items()} == {
+    assert {n: line[0].phase for n, line in made.items()} == {
         2048: "blocks", 8192: "blocks", 32_768: "checkpoint", 131_072: "checkpoint",
     }  # fmt: skip
-    for n, line in made.items():
-        config = line.plan.config
+    for n, (entry, plan, documents) in made.items():
+        config = plan.config
         assert config.use_gradient_checkpointing == (n > 16_384)
-        assert (config.device_batch_size, config.sequence_len) == (len(line.documents.rows), n)
-        assert (config.compile, line.once) == (True, False)
-        assert line.documents.full
-    assert not any(line.once for line in lines_of(LengthsConfig(once=131_073)))
-    (alone,) = (line for line in lines_of(LengthsConfig(once=131_072)) if line.once)
-    assert (alone.documents.row_len, alone.plan.config.compile) == (131_072, False)
+        assert (config.device_batch_size, config.sequence_len) == (len(documents.rows), n)
+        assert (config.compile, entry.pace) == (True, None)
+        assert documents.full
+    (alone,) = (line for line in lines_of(LengthsConfig(once=131_072)) if line[0].pace)
+    assert (alone[2].row_len, alone[1].config.compile) == (131_072, False)
 
 
 def test_policies_are_lines_where_they_matter() -> None:
@@ -66,16 +72,16 @@ def test_policies_are_lines_where_they_matter() -> None:
         SMALL, lengths=(64,), only=("blocks", "checkpoint", "checkpoint_dots"),
         checkpoint_policy=("nothing", "attention"),
     )  # fmt: skip
-    kept = {line.key: line.plan.config.checkpoint_policy for line in lines_of(config)}
+    kept = {entry.phase: plan.config.checkpoint_policy for entry, plan, _ in lines_of(config)}
     assert kept == {
         "blocks": "nothing", "checkpoint": "nothing", "checkpoint (attention)": "attention",
         "checkpoint_dots": "dots+attention",
     }  # fmt: skip
 
 
-def test_flags_are_the_trainer_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    for line in lines_of(replace(SMALL, checkpoint_policy=("attention",))):
-        assert parse_config(lengths.flags(line.plan.config).split()) == line.plan.config
+def test_flags_are_the_trainer_s() -> None:
+    for entry, plan, _ in lines_of(replace(SMALL, checkpoint_policy=("attention",))):
+        assert parse_config(entry.changed.split()) == plan.config
 
 
 def test_every_length_is_a_line(tmp_path: Path, uncompiled: None, monkeypatch) -> None:
@@ -89,8 +95,8 @@ def test_every_length_is_a_line(tmp_path: Path, uncompiled: None, monkeypatch) -
     monkeypatch.setattr(training, "Learner", Noted)
     monkeypatch.setattr(lengths, "SHORT", 8)
     rows = measured(replace(SMALL, out=str(tmp_path)))
-    assert [(row["rows"], row["row_len"], row["tokens"]) for row in rows] == [
-        (3, 16, 48), (2, 24, 48), (1, 64, 64), (1, 96, 96),
+    assert [(row["key"], row["tokens"]) for row in rows] == [
+        ("blocks@16", 48), ("blocks@24", 48), ("checkpoint@64", 64), ("checkpoint@96", 96),
     ]  # fmt: skip
     # the row of 96 takes one step, after one on a short row that is not counted
     assert steps == [(48, 1)] * 6 + [(64, 1)] * 3 + [(8, 1), (96, 1)]
@@ -114,9 +120,9 @@ def test_every_length_is_a_line(tmp_path: Path, uncompiled: None, monkeypatch) -
 
 def test_operations_grow_with_the_length() -> None:
     """A line's are those of its own documents: attention is half of the square."""
-    config = replace(SMALL, lengths=(1024, 2048), tokens=2048)
-    model = text_only(PRESETS["tiny"])
-    short, long = (line.measured(model).operations for line in lines_of(config))
+    config = replace(SMALL, override=(), lengths=(1024, 2048), tokens=2048)
+    short, long = (entry.operations for entry in entries_of(config, torch.device("cpu")))
+    model = PRESETS["tiny"]
     text = model.text
     a_pair = 3 * 4 * text.heads * text.head_size * text.layers
     assert long - short == pytest.approx(a_pair * (2048**2 - 2 * 1024**2) / 2, rel=1e-12)
@@ -148,7 +154,7 @@ def test_a_very_long_row_is_made_of_nothing_quadratic() -> None:
     tracemalloc.start()
     documents = draw_documents(1, n, 0.0)
     (batch,), longest = batches_of(documents, 1000, 1, True)
-    training_flops(text_only(PRESETS["vlm_1.5b"]), documents.load, {"text"})
+    training_flops(VLMConfig(PRESETS["vlm_1.5b"].text), documents.load, {"text"})
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert longest.document == n

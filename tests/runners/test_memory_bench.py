@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,16 @@ from rich.console import Console
 
 from core import PRESETS, VLMConfig
 from core.config import TextConfig
-from params import count
+from params import count, init_params
 from params.tree import flatten
 from runners.bench import run
-from runners.benchmarks import memory
-from runners.benchmarks.fitting import Search, Try, largest, limited
-from runners.benchmarks.memory import WAYS, MemoryConfig, bench, check, model_bytes, trained_by
+from runners.benchmarks import fitting
+from runners.benchmarks.clock import CpuClock
+from runners.benchmarks.documents import draw_documents
+from runners.benchmarks.fitting import foretold, largest, limited, longest_rows
+from runners.benchmarks.ladder import plans
+from runners.benchmarks.memory import KEPT, MemoryConfig, bench, check, model_bytes, rungs_of
+from runners.benchmarks.training import Programs, Trained, plain_config, training
 from runners.shell.cli import UsageError
 from runners.shell.errors import UserError
 
@@ -33,93 +38,60 @@ def nano(monkeypatch) -> None:
     monkeypatch.setitem(PRESETS, "nano", NANO)
 
 
+def trained_by(key: str, look: Callable[[Trained], object]) -> None:
+    """Two steps of a way, and a look at what it trains."""
+    plan = plans(rungs_of(2), plain_config("nano", (), 16))[key]
+    documents = draw_documents(2, 16, 0.0)
+
+    def figures(trained: Trained) -> dict:
+        look(trained)
+        return {}
+
+    with training(plan, documents, Programs(NANO, CPU), figures) as (step, extra):
+        step()
+        step()
+        extra()
+
+
 def test_every_way_trains_and_is_written(tmp_path: Path) -> None:
     config = replace(SMALL, out=str(tmp_path))
-    assert bench(config, CPU, "bench memory", Console(quiet=True)) == 0
+    assert bench(config, CpuClock(), "bench memory", Console(quiet=True)) == 0
     rows = [json.loads(line) for line in (tmp_path / "memory.jsonl").read_text().splitlines()]
-    assert [row["key"] for row in rows] == list(WAYS)
-    assert all(row["status"] == "ok" and row["model_bytes"] > 0 for row in rows), rows
+    assert [row["key"] for row in rows] == [rung.key for rung in rungs_of(2)]
+    assert all(row["status"] == "ok" and row["extra"]["model GiB"] > 0 for row in rows), rows
     page = (tmp_path / "memory.md").read_text()
-    assert all(f"| {way.label} |" in page for way in WAYS.values())
+    assert all(f"| {rung.label} |" in page for rung in rungs_of(2))
+    assert "longest row in 24 GiB" in page
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_model_bytes_of_each_way() -> None:
-    sizes = {}
-    for key, way in WAYS.items():
-        with trained_by(way, NANO, 2, CPU) as trained:
-            learner = trained.learner
-            sizes[key] = model_bytes(learner)
-            assert sizes[key] == sizes[key.removesuffix("_checkpoint")]
-            if way.int8:
-                assert all(".lora_" in path for path in learner.learning)
-                codes = [t for t in flatten(learner.working).values() if t.dtype == torch.int8]
-                assert len(codes) == 2 * 7  # the linears; the tied head keeps its floats
-    matrices = sum(leaf.numel() for leaf in flatten(_fresh()).values() if leaf.ndim > 1)
-    vectors = count(_fresh()) - matrices
+    sizes: dict[str, int] = {}
+    for key in KEPT:
+        trained_by(key, lambda trained, key=key: sizes.update({key: model_bytes(trained.learner)}))
+    fresh = init_params(NANO)
+    matrices = sum(leaf.numel() for leaf in flatten(fresh).values() if leaf.ndim > 1)
+    vectors = count(fresh) - matrices
     assert sizes["fp32"] == 4 * (matrices + vectors)
     assert sizes["mixed"] == 4 * (matrices + vectors) + 2 * matrices  # and the copies
     assert sizes["bf16"] == 2 * matrices + 4 * vectors
     assert sizes["int8"] < sizes["mixed"]
 
 
-def _fresh() -> dict:
-    return memory.init_params(NANO)
+def test_adapters_alone_train_over_int8_weights() -> None:
+    def look(trained: Trained) -> None:
+        learner = trained.learner
+        assert all(".lora_" in path for path in learner.learning)
+        codes = [t for t in flatten(learner.working).values() if t.dtype == torch.int8]
+        assert len(codes) == 2 * 7  # the linears; the tied head keeps its floats
+        moved = [t for path, t in learner.learning.items() if path.endswith("lora_b")]
+        assert moved
+        assert all(t.count_nonzero() for t in moved)  # they begin at 0
+
+    trained_by("int8_checkpoint", look)
 
 
-def test_a_way_trains_what_it_says() -> None:
-    """Adapters move, int8 codes and everything else frozen do not."""
-    (batches, _) = memory.batches_of(memory.draw_documents(2, 16, 0.0), 128, 2, True)
-    with trained_by(WAYS["int8_checkpoint"], NANO, 2, CPU) as trained:
-        learner, grad_fn = trained.learner, trained.gradients(16)
-        before = {path: leaf.clone() for path, leaf in flatten(learner.params).items()}
-        for _ in range(2):  # the gradient of lora_a is zero until lora_b has moved
-            learner.train_step(grad_fn, batches)
-        for path, leaf in flatten(learner.params).items():
-            assert torch.equal(leaf, before[path]) == (".lora_" not in path), path
-
-
-def test_running_out_of_memory_is_a_row(tmp_path: Path, monkeypatch) -> None:
-    def full(*args: object) -> None:
-        raise torch.OutOfMemoryError("full\nof it")
-
-    for name in ("step", "trained_by"):  # its steps, and already its weights
-        monkeypatch.setattr(memory, name, full)
-        bench(replace(SMALL, out=str(tmp_path), only=("fp32",)), CPU, "", Console(quiet=True))
-        (row,) = map(json.loads, (tmp_path / "memory.jsonl").read_text().splitlines())
-        assert (row["status"], row["reason"]) == ("out of memory", "full")
-        assert (row["model_bytes"] is None) == (name == "trained_by")
-        page = (tmp_path / "memory.md").read_text()
-        assert "| out of memory |" in page
-        assert "- fp32: out of memory: full" in page
-
-
-def test_one_learner_takes_steps_of_any_length(monkeypatch) -> None:
-    made = []
-    for name in ("build_params", "half_precision"):
-        monkeypatch.setattr(memory, name, _counted(getattr(memory, name), made))
-    for key in ("fp32", "bf16_checkpoint", "int8"):
-        made.clear()
-        with trained_by(WAYS[key], NANO, 2, CPU) as trained:
-            for rows, length in ((2, 16), (1, 8), (1, 64)):
-                used = memory.step(trained, rows, length)
-                assert used.size == rows * length
-                assert used.seconds > 0
-        assert len(made) == 1
-
-
-def _counted(function, calls: list):
-    def counted(*args):
-        calls.append(function)
-        return function(*args)
-
-    return counted
-
-
-def test_operations_are_no_fewer_than_counted() -> None:
-    full = 3 * 64 * NANO.flops_per_token(64)
-    assert full < memory.work(NANO, 3, 64) < 2 * full
-    assert memory.work(NANO, 1, 128) > 2 * memory.work(NANO, 2, 32)
+# -- the longest row ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guess", [None, 100, 2900, 3100, 90_000, 10**7])
@@ -175,175 +147,76 @@ def test_limits_are_given_back(monkeypatch) -> None:
     assert shares == [0.25, 1.0, 1.0, 1.0]
 
 
-# -- the search -----------------------------------------------------------------------------------
+def test_one_learner_takes_steps_of_any_length() -> None:
+    def look(trained: Trained) -> None:
+        for length in (8, 64):
+            held, seconds = fitting.row_step(trained, length)
+            assert (held, seconds > 0) == (0, True)
+
+    for key in ("fp32", "bf16_checkpoint", "int8"):
+        trained_by(key, look)
+
+
+def test_a_line_through_peaks_says_where_to_begin() -> None:
+    assert foretold({}, 10) is None
+    assert foretold({100: 5, 200: 5}, 10) is None
+    assert foretold({100: 1, 1000: 5000, 2000: 6000}, 10_000) == 6000
 
 
 class Card:
-    """A device of which a step of some size needs `held(size)` bytes, a twentieth more with
-    fragments, and `seconds(size)`."""
+    """A card of 64 GiB, on which a row needs 2 GiB and 1 MiB a token."""
 
-    def __init__(self, held, seconds=lambda size: 1e-6 * size) -> None:
-        self.held, self.seconds = held, seconds
-        self.tried: list[int] = []
-        self.slowest = 0.0
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds=lambda tokens: 1e-5 * tokens):
+        class Properties:
+            total_memory = 64 * 2**30
 
-    def attempt(self, size: int, limit: int) -> Try | None:
-        self.tried.append(size)
-        self.slowest = max(self.slowest, self.seconds(size))
-        needed = self.held(size)
-        if 1.05 * needed > limit:
-            return None
-        return Try(size, int(needed), int(1.05 * needed), self.seconds(size))
+        self.share, self.tried, self.seconds = 1.0, list[int](), seconds
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", self.limit)
+        monkeypatch.setattr(fitting, "row_step", self.step)
 
-    def fits(self, limit: int, size: int) -> bool:
-        return 1.05 * self.held(size) <= limit
+    def limit(self, share: float, device: torch.device) -> None:
+        self.share = share
 
-    def search(self, **options) -> Search:
-        usual = {
-            "smallest": 1024, "most": 200_000, "grid": 128, "work": lambda size: size + size**2,
-            "slowest": lambda: 60.0,
-        }  # fmt: skip
-        return Search(self.attempt, **(usual | options))
-
-
-@pytest.mark.parametrize(
-    "held",
-    [
-        lambda size: 1000 * size,
-        lambda size: 10**7 + 700 * size,
-        lambda size: max(25 * 10**6, 2 * 10**7 + 300 * size),  # the optimizer holds the most first
-        lambda size: 10**7 + 100 * size + 0.01 * size**2,
-        lambda size: 10**6 + 4e5 * size**0.5,
-    ],
-)
-@pytest.mark.parametrize("hint", [True, False])
-def test_every_limit_is_answered_to_a_sixteenth(held, hint: bool) -> None:
-    card = Card(held)
-    peaks = [(16_384, held(16_384))] if hint else []
-    search = card.search(peaks=peaks)
-    search.attempt_at(8192 if hint else 1024, 10**9)
-    for limit in (10**6, 24 * 10**6, 27 * 10**6, 48 * 10**6, 80 * 10**6, 10**9):
-        found = search.largest(limit)
-        assert found is not None
-        if found.size:
-            assert card.fits(limit, found.size)
-        if found.end == "most":
-            assert found.size == 200_000
-        else:
-            assert found.end == "full"
-            assert not card.fits(limit, max(1024, found.size + max(found.size // 16, 128)))
-    assert len(card.tried) <= 24, card.tried
-
-
-def test_a_line_needs_two_tries_a_limit() -> None:
-    card = Card(lambda size: 10**7 + 1000 * size)
-    search = card.search(peaks=[(16_384, card.held(16_384))])
-    search.attempt_at(8192, 10**9)
-    for i, limit in enumerate((24 * 10**6, 48 * 10**6, 80 * 10**6)):
-        found = search.largest(limit)
-        assert found is not None
-        assert len(card.tried) <= 4 + 2 * i
-
-
-def test_a_try_answers_the_other_limits() -> None:
-    card = Card(lambda size: 1000 * size)
-    search = card.search()
-    search.attempt_at(50_000, 10**9)
-    assert search.known(10**9) == (50_000, None)
-    assert search.known(53 * 10**6) == (50_000, None)  # fragments and all
-    assert search.known(51 * 10**6) == (0, None)  # perhaps
-    assert search.known(49 * 10**6) == (0, 50_000)
-    search.attempt_at(100_000, 90 * 10**6)
-    assert search.known(80 * 10**6) == (50_000, 100_000)
-    assert search.known(95 * 10**6) == (50_000, None)
-
-
-def test_what_would_take_too_long_is_not_tried() -> None:
-    card = Card(lambda size: 10**7 + 10 * size, lambda size: 1e-4 * size + 1e-8 * size**2)
-    search = card.search(
-        slowest=lambda: 20.0, peaks=[(16_384, card.held(16_384))],
-        pace=1.2e-4, work=lambda size: size + 2e-4 * size**2,
-    )  # fmt: skip
-    search.attempt_at(8192, 10**9)
-    found = search.largest(10**9)
-    assert found is not None
-    assert found.end == "time"
-    assert card.slowest <= 20.0 * (17 / 16) ** 2
-    assert card.seconds(found.size) > 20.0 / 2
-    assert len(card.tried) <= 4
-    again = search.largest(2 * 10**9)  # what is known already costs nothing
-    assert again == found
-    assert len(card.tried) <= 4
-
-
-def test_no_time_is_no_answer() -> None:
-    card = Card(lambda size: 10 * size)
-    search = card.search(slowest=lambda: 0.0, pace=1.0)
-    assert search.largest(10**9) is None
-    assert not card.tried
-
-
-def longest_rows_of(monkeypatch, config: MemoryConfig, seconds=lambda tokens: 1e-5 * tokens):
-    """On a card of 64 GiB, by a memory model of 2 GiB and 1 MiB a token."""
-
-    class Properties:
-        total_memory = 64 * 2**30
-
-    share = [1.0]
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    monkeypatch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda s, device: share.__setitem__(0, s)
-    )
-    tried = []
-
-    def step(trained, rows, tokens):
+    def step(self, trained: Trained, tokens: int) -> tuple[int, float]:
+        self.tried.append(tokens)
         needed = 2 * 2**30 + tokens * 2**20
-        tried.append(tokens)
-        if needed > share[0] * Properties.total_memory:
+        if needed > self.share * 64 * 2**30:
             raise torch.OutOfMemoryError
-        return Try(tokens, needed, needed, seconds(tokens))
+        return needed, self.seconds(tokens)
 
-    monkeypatch.setattr(memory, "step", step)
-    monkeypatch.setattr(memory, "free", lambda device: None)
-    said: list[str] = []
-    measured = 2 * 2**30 + 2 * 8192 * 2**20
-    rate = 2 * 8192 / (2 * seconds(8192))
-    row = memory.Row("bf16", WAYS["bf16"].label, 2**30, measured, rate)
-    with trained_by(WAYS["bf16"], NANO, 2, CPU) as trained:
-        memory.longest_rows(config, row, trained, said.append, lambda: 100.0)
-    assert share == [1.0]
-    return row, tried, said
+
+def search(card: Card, limits: tuple[float, ...], most: int, allowed: float) -> dict[str, str]:
+    found = {}
+    trained_by("bf16", lambda trained: found.update(
+        longest_rows(trained, limits, most, lambda: allowed)
+    ))  # fmt: skip
+    assert card.share == 1.0
+    return found
 
 
 def test_the_longest_rows_of_a_way(monkeypatch) -> None:
-    config = replace(SMALL, rows=2, length=8192, limits=(0.0, 1.0, 10.0), most=30_000)
-    row, tried, said = longest_rows_of(monkeypatch, config)
-    found = row.longest
-    assert found["1 GiB"] == 0
-    assert 8 * 1024 * 15 / 16 <= found["10 GiB"] <= 8 * 1024
-    assert found["the card"] == 30_000
-    assert len(tried) < 8
-    assert said[-1].endswith("the longest row in the card: 30,000 (more was not tried)")
-    assert memory.cells(row, config)[-3:] == ("30,000 or more", "0", f"{found['10 GiB']:,}")
+    card = Card(monkeypatch)
+    found = search(card, (0.0, 1.0, 10.0, 20.0), 30_000, 60.0)
+    assert list(found) == [fitting.limit_name(gib) for gib in (0.0, 1.0, 10.0, 20.0)]
+    assert found["longest row in 1 GiB"] == "0"
+    assert found["longest row in the card"] == "30,000 or more"
+    for gib in (10, 20):
+        room = (gib - 2) * 1024
+        assert room * 15 / 16 <= int(found[f"longest row in {gib} GiB"].replace(",", "")) <= room
+    assert len(card.tried) <= 16  # the line through the first peaks leads to the others
 
 
-def test_rows_that_take_too_long_are_at_least_so_long(monkeypatch, tmp_path: Path) -> None:
-    config = replace(SMALL, rows=2, length=8192, limits=(10.0, 0.0), most=131_072, slowest=5.0)
-    row, tried, said = longest_rows_of(
-        monkeypatch, config, lambda tokens: 1.5e-4 * tokens + 5e-9 * tokens**2
-    )
-    assert 8 * 1024 * 15 / 16 <= row.longest["10 GiB"] <= 8 * 1024
-    assert row.untried == ["the card"]
-    assert 10_000 < row.longest["the card"] < 30_000
-    assert max(tried) < 35_000
-    assert said[-1].endswith(" or more (time)")
-    cell = f"at least {row.longest['the card']:,} (time)"
-    assert memory.cells(row, config)[-1] == cell
-    assert memory.draw(tmp_path / "x.png", "title", [row], config)
+def test_rows_that_take_too_long_are_at_least_so_long(monkeypatch) -> None:
+    card = Card(monkeypatch, lambda tokens: 1.5e-4 * tokens + 5e-9 * tokens**2)
+    found = search(card, (10.0, 0.0), 131_072, 5.0)["longest row in the card"]
+    assert found.startswith("at least ")
+    assert found.endswith(" (time)")
+    assert max(card.tried) < 35_000
 
 
 def test_bad_flags(monkeypatch) -> None:
-    with pytest.raises(UsageError, match="--only int4: there are fp32"):
+    with pytest.raises(UsageError, match="--only int4: there are mixed"):
         check(replace(SMALL, only=("int4",)))
     with pytest.raises(UsageError, match="--slowest is in seconds"):
         check(replace(SMALL, slowest=0.0))

@@ -21,12 +21,12 @@ from core import PRESETS
 from core.batch import IGNORE
 from core.config import TextConfig, VLMConfig
 from runners.bench import run
-from runners.benchmarks import cold_start, entries, peers, training
+from runners.benchmarks import cold_start, peers, steps, training
 from runners.benchmarks.clock import CpuClock, DeviceLostError
 from runners.benchmarks.documents import PAD, Documents, batches_of, draw_documents
-from runners.benchmarks.entries import Entry, Measured, Pace, measure_round
-from runners.benchmarks.ladder import TOPS, ladder, plans, text_only
+from runners.benchmarks.ladder import TOPS, ladder, plans
 from runners.benchmarks.roofline import optimizer_bytes, pairs, training_step
+from runners.benchmarks.steps import Entry, Measured, Pace, Ready, measure_round
 from runners.benchmarks.training import Programs, TrainBenchConfig, bench, check
 from runners.shell.cli import UsageError
 from runners.shell.errors import UserError
@@ -42,6 +42,7 @@ SMALL = TrainBenchConfig(
     preset="tiny", override=MICRO, rows=2, length=32, steps=2, warmup=1, rounds=2, loaded=0.0
 )
 QUIET = Console(quiet=True)
+TEXT = VLMConfig(PRESETS["tiny"].text)
 
 
 def no_ceilings(clock: object) -> dict:
@@ -119,7 +120,7 @@ def test_phases_come_in_order_and_every_parent_before_its_child() -> None:
 
 
 def test_rungs_share_programs_where_only_the_optimizer_differs() -> None:
-    model = text_only(PRESETS["tiny"])
+    model = TEXT
     programs = Programs(model, torch.device("cpu"))
     made = plans(ladder(2, False, graphs=False), training.starting_config(SMALL))
     shared = {key: programs.shared(key, plan) for key, plan in made.items()}
@@ -140,7 +141,7 @@ def test_real_tokens_are_counted_right_whether_padded_or_packed(packed: bool, at
     assert naive == documents.tokens == documents.load.tokens
     labels = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
     assert labels == sum(length - 1 for length in documents.lengths)
-    loads = [measure_load(text_only(PRESETS["tiny"]), batch, PAD) for batch in batches]
+    loads = [measure_load(TEXT, batch, PAD) for batch in batches]
     found = sorted(int(length) for load in loads for length in load.documents)
     assert found == sorted(documents.lengths)  # attention sees each document alone
     rows = len(documents.rows) if packed else len(documents.lengths)
@@ -229,7 +230,7 @@ def test_every_rung_is_measured_and_written(tmp_path: Path, uncompiled: None) ->
     losses = [row["loss"] for row in rows if row["status"] == "ok"]
     assert losses == pytest.approx([losses[0]] * len(losses), rel=2**-7)
     page = (tmp_path / "train.md").read_text()
-    assert "![tokens a second and memory, by rung](train.png)" in page
+    assert "![Training steps: tokens a second](train.png)" in page
     assert all(rung.label in page for rung in ladder(2, True, graphs=False))
     assert "`--use_fused_loss=1`" in page
     assert "The floor of '+ compile by blocks'" in page
@@ -273,9 +274,9 @@ def test_running_out_of_memory_is_a_row(tmp_path: Path, uncompiled: None, monkey
 def entry(step, **options) -> Entry:
     @contextmanager
     def start():
-        yield step
+        yield Ready(step)
 
-    return Entry("key", "label", "phase", "", start, **options)
+    return Entry("key", "label", "phase", "", start, 10, 1.0, **options)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +311,7 @@ def test_a_lost_device_ends_the_run() -> None:
 
 
 def test_a_slow_rung_takes_fewer_steps_and_one_is_measured_once(monkeypatch) -> None:
-    monkeypatch.setattr(entries, "LONGEST", 0.0)
+    monkeypatch.setattr(steps, "LONGEST", 0.0)
     row = Measured("key", "label", "phase", "", 10, 1.0)
     for _ in range(2):
         measure_round(entry(lambda: torch.ones(2), once=True), row, CpuClock(), Pace(5, 2))
@@ -346,7 +347,7 @@ def test_hugging_face_takes_the_same_step(tmp_path: Path) -> None:
 def test_a_shape_that_qwen2_has_no_place_for_is_said(monkeypatch) -> None:
     pytest.importorskip("transformers")
     with pytest.raises(peers.MissingError, match="no QK-norm"):
-        peers.build_model(text_only(PRESETS["tiny"]), torch.device("cpu"), 8)
+        peers.build_model(TEXT, torch.device("cpu"), 8)
 
 
 def test_what_liger_replaces_is_put_back() -> None:
@@ -363,51 +364,40 @@ def test_what_liger_replaces_is_put_back() -> None:
 # -- the program's start --------------------------------------------------------------------------
 
 
-def program(tmp_path: Path, monkeypatch, body: str) -> None:
-    """Puts a program in the place of `runners.train`."""
+@pytest.mark.parametrize("fails", [False, True])
+def test_stages_of_a_start_are_told_apart(tmp_path: Path, monkeypatch, fails: bool) -> None:
+    """A program in the place of `runners.train`."""
+    body = """
+        import os, sys, time
+        assert os.environ["TRITON_CACHE_DIR"] != os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        assert "--override" in sys.argv and "vision=none" in sys.argv
+        time.sleep(0.3)
+        print("Run runs/cold (new), CPU, torch")
+        for step in range(1, 100):
+            time.sleep(0.6 if step == 1 else 0.1)
+            print(f"step {step}/1000  loss 1.0")
+        time.sleep(60)
+    """
     package = tmp_path / "runners"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    (package / "train.py").write_text(textwrap.dedent(body))
+    body = 'print("error: no room")' if fails else textwrap.dedent(body)
+    (package / "train.py").write_text(body)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-
-
-def test_stages_of_a_start_are_told_apart(tmp_path: Path, monkeypatch) -> None:
-    body = """
-        import os, sys, time
-        def main():
-            assert os.environ["TRITON_CACHE_DIR"] != os.environ["TORCHINDUCTOR_CACHE_DIR"]
-            assert "--override" in sys.argv and "vision=none" in sys.argv
-            time.sleep(0.3)
-            print("Run runs/cold (new), CPU, torch")
-            for step in range(1, 100):
-                time.sleep(0.6 if step == 1 else 0.1)
-                print(f"step {step}/1000  loss 1.0")
-            time.sleep(60)
-    """
-    program(tmp_path, monkeypatch, body)
-    said: list[str] = []
-    cold, warm = cold_start.measure("tiny", (), 1, 8, said.append)
-    assert (cold.caches, warm.caches, cold.error) == ("cold", "warm", None)
-    assert 0.25 < cold.prepared < 0.55 < cold.first_step < 5
-    assert len(cold.later_steps) == cold_start.STEPS - 1
-    assert 40 < cold.tokens_per_second < 8 / 0.1  # 8 a step, 0.1 s and what sleeping adds
-    assert cold.total == pytest.approx(
-        cold.imports + cold.prepared + cold.first_step + cold.later_steps[0]
-    )
-    assert len(said) == 2
-
-
-def test_a_start_that_fails_says_its_last_words(tmp_path: Path, monkeypatch) -> None:
-    body = """
-        def main():
-            print("error: no room")
-    """
-    program(tmp_path, monkeypatch, body)
     monkeypatch.setattr(cold_start, "make_data", lambda folder, size: (folder, folder))
-    starts = cold_start.measure("tiny", (), 1, 8, lambda line: None)
-    assert [start.error for start in starts] == ["it ended early: error: no room"] * 2
+    starts = cold_start.measure("tiny", (), 1, 8)
+    assert [start.caches for start in starts] == ["cold", "warm"]
+    for start in starts:
+        if fails:
+            assert start.error == "it ended early: error: no room"
+            assert "no room" in cold_start.describe(start)
+        else:
+            assert start.error is None
+            assert start.prepared > 0.25
+            assert 0.55 < start.first_step < 5
+            assert len(start.later_steps) == cold_start.STEPS - 1
+            assert "start with" in cold_start.describe(start)
 
 
 # -- flags ----------------------------------------------------------------------------------------
