@@ -70,6 +70,7 @@ class AtSite(nn.Module):
         super().__init__()
         # leaves, added: name, module and key of every tensor inside, so that a call need not walk
         vars(self).update(inner=inner, site=site, info=info, leaves=[], added=[])
+        vars(self)["free"] = site.free((info.kind, info.path))
         for name in ("_parameters", "_buffers", "_modules", "training", "_is_full_backward_hook"):
             vars(self)[name] = vars(inner)[name]
         for name, hooks in vars(inner).items():
@@ -109,6 +110,13 @@ class AtSite(nn.Module):
             )
         return flat
 
+    def as_it_is(self) -> bool:
+        """Whether the module itself can be called: no rule stands here, and it has its tensors."""
+        if not self.free or not self.leaves:
+            return False
+        _, module, key = self.leaves[0]
+        return module._parameters[key] is not None
+
     def _call(
         self,
         p: Tree,
@@ -140,6 +148,8 @@ class Block(AtSite):
         return super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.reads and self.as_it_is():
+            return self.inner(*args, **kwargs)
         named = "" if args else next(iter(kwargs))  # x, where it is given by name
         x, *rest = args or (kwargs.pop(named),)
         call: Callable[..., Any] = partial(self._call, named=named)
@@ -246,13 +256,20 @@ class Layer(AtSite):
             if len(args) + len(kwargs) != 1:
                 return self._with_more(args, kwargs)
         (x,) = (*args, *kwargs.values())
-        kind, path, p = self.info.kind, self.info.path, self.own_params()
+        kind, path = self.info.kind, self.info.path
+        if (kind == "embed" and self.as_it_is()) or (kind == "norm" and self._norms_as_it_is(x)):
+            return self.inner(x)
+        p = self.own_params()
         if kind == "head":
             out = self.site("head", head, p, x, at=path)
             return out if self.site.lazy else out.dense()
         out = self.site(kind, self._function(), _turned(p, self.info), x, at=path)
         scale = self.info.scale
         return out if scale is None else scaled(out, scale, self.info.scale_cast)
+
+    def _norms_as_it_is(self, x: Tensor) -> bool:
+        own = self.inner._parameters.values()
+        return self.as_it_is() and all(leaf is None or leaf.dtype == x.dtype for leaf in own)
 
     def _set(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The arguments that are not what they would be by default."""

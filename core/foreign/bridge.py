@@ -36,7 +36,7 @@ from core.foreign.at_site import (
 from core.foreign.found import Found, find_sites, inside
 from core.foreign.probes import copied, put, redirect, skeleton
 from core.foreign.reroute import written
-from core.foreign.watch import Watch
+from core.foreign.watch import State, Watch
 from core.forward import WEIGHTED, Forward, Site
 from core.model.layers import Logits
 from params.formats import FORMATS, added, beside, is_scale
@@ -118,6 +118,7 @@ def _forward(
         codes = [format.codes for format in FORMATS.values()]
         needed = {n: [beside(n, each) for each in codes] if n in bound else [] for n in params}
         own = dict(body.named_buffers())
+        state = State(body)
 
         def run(params: Tree, batch: Any) -> Any:
             flat = flatten(params)
@@ -146,7 +147,7 @@ def _forward(
                 return caller(lambda *args, **kwargs: given(body, flat, args, kwargs), batch)
 
             try:
-                out = watch.call(call, batch, flat, needed, own)
+                out = watch.call(call, batch, flat, needed, own, state)
             except RuntimeError as error:
                 named = {name: leaf for name, leaf in (own | flat).items() if name not in ties}
                 if (said := _two_dtypes(error, named)) is None:
@@ -158,6 +159,11 @@ def _forward(
 
         return run
 
+    def remade(change: Callable[[nn.Module], Any]) -> Forward:
+        other = copied(blank)
+        change(other)
+        return _forward(other, caller, head, blocks, buffers)
+
     return Forward(
         build,
         sites,
@@ -165,7 +171,7 @@ def _forward(
         buffers=stored,
         aux=buffers,
         modes=frozenset(m.training for m in blank.modules()),
-        remade=lambda change: _forward(change(copied(blank)), caller, head, blocks, buffers),
+        remade=remade,
         unfound=tuple(unfound),
     )
 

@@ -3,12 +3,75 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class State:
+    """What modules remember in attributes from call to call, and in dicts, lists and sets there: a
+    table that is computed of parameters and kept would be one of older parameters. It is put back
+    after each call.
+    """
+
+    def __init__(self, body: nn.Module) -> None:
+        inner = (vars(m).get("inner") for m in body.modules())
+        self.modules = [*body.modules(), *(m for m in inner if isinstance(m, nn.Module))]
+        self.first: dict[tuple[int, str], Any] = {}  # of what changes: module, attribute -> value
+
+    @contextmanager
+    def kept(self, look: bool) -> Iterator[None]:
+        """look: attributes that change are looked for; else it is those that are known."""
+        self._put_back()  # a block that was run again in backward may have changed them since
+        before = (
+            {at: _shallow(held.get(at[1], _NONE)) for at, held in self._places()} if look else {}
+        )
+        try:
+            yield
+        finally:
+            for at, held in self._places() if look else ():
+                old, new = before.get(at, _NONE), held.get(at[1], _NONE)
+                same_kind = type(old) is type(new) and type(old) in KINDS
+                if old is not new and not (same_kind and _alike(old, new)):
+                    self.first.setdefault(at, old)
+            self._put_back()
+
+    def _put_back(self) -> None:
+        for (i, key), value in self.first.items():
+            held = vars(self.modules[i])
+            if value is _NONE:
+                held.pop(key, None)
+            else:
+                held[key] = _shallow(value)
+
+    def _places(self) -> list[tuple[tuple[int, str], dict[str, Any]]]:
+        return [
+            ((i, key), vars(m))
+            for i, m in enumerate(self.modules)
+            for key in vars(m)
+            if key not in TORCHS
+        ]
+
+
+KINDS = (dict, list, set)
+TORCHS = {*vars(nn.Module()), "inner", "site", "info", "leaves", "added", "reads", "defaults"}
+_NONE = object()
+
+
+def _shallow(value: Any) -> Any:
+    return type(value)(value) if type(value) in KINDS else value
+
+
+def _alike(old: Any, new: Any) -> bool:
+    if isinstance(old, dict):
+        return old.keys() == new.keys() and all(v is new[k] for k, v in old.items())
+    if isinstance(old, list):
+        return len(old) == len(new) and all(a is b for a, b in zip(old, new, strict=True))
+    return bool(old == new)
 
 
 class Watch:
@@ -32,6 +95,7 @@ class Watch:
         flat: dict[str, Tensor],
         names: Collection[str],
         own: Mapping[str, Tensor],
+        state: State,
     ) -> Any:
         """``run(batch)``; flat: the leaves it is given, names: of parameters, own: its buffers."""
         if torch.compiler.is_compiling():
@@ -55,7 +119,8 @@ class Watch:
         fresh: Mapping[Any, Tensor] = {i: leaves[i] for i in copied} if known is None else {}
         trees = (held, own, fresh)
         versions = [{key: leaf._version for key, leaf in tree.items()} for tree in trees]
-        out = run(batch)
+        with state.kept(look=known is None):
+            out = run(batch)
         changed, lost, written = (
             [key for key, version in old.items() if tree[key]._version != version]
             for tree, old in zip(trees, versions, strict=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from core import from_module
+from params.tree import map_leaves
 from transforms import checkpoint, value_and_grad
 
 
@@ -103,7 +104,8 @@ class Grows(nn.Module):
 
 
 def test_a_block_that_remembers_is_named_by_checkpoint() -> None:
-    forward, params = from_module(nn.Sequential(Grows(), Grows()))
+    block = Grows()
+    forward, params = from_module(nn.Sequential(block, block))  # it grows within one call
     loss = lambda p, b: checkpoint(forward)(p, b).sum()  # noqa: E731
     with pytest.raises(RuntimeError, match="keeps a state from call to call, such as a cache"):
         value_and_grad(loss)(params, {"input": torch.randn(3, 4)})
@@ -156,3 +158,32 @@ def test_a_cache_is_as_it_was_when_a_block_runs_again(driver: Any, assert_same) 
     )
     got, want = (again[1], plain[1]) if driver is value_and_grad else (again, plain)
     assert_same(got, want)
+
+
+class Tables(nn.Module):
+    """Keeps a table that it computes of its parameters, in a dict and in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.kept, self.last = nn.Parameter(torch.ones(4)), {}, None
+        self.line = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "table" not in self.kept:
+            self.kept["table"] = self.bias * 2
+        if self.last is None:
+            self.last = self.bias * 3
+        return self.line(x + self.kept["table"] + self.last)
+
+
+def test_what_a_module_remembers_is_not_of_older_parameters(assert_same) -> None:
+    forward, params = from_module(nn.Sequential(Tables(), Tables()))
+    pure = lambda p, b: from_module(nn.Sequential(Tables(), Tables()))[0](p, b)  # noqa: E731
+    batch = {"input": torch.randn(3, 4)}
+    for _ in range(3):
+        got, want = (
+            value_and_grad(lambda p, b, f=f: f(p, b).square().sum())(params, batch)[1]
+            for f in (checkpoint(forward), pure)
+        )
+        assert_same(got, want)
+        params = map_leaves(lambda t: t * 1.1, params)

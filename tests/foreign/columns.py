@@ -253,6 +253,8 @@ def errors(bench: Bench, f: Any, params: Tree, dtype: torch.dtype, seed: int) ->
     peers = [bench.oracle.result(dtype=torch.bfloat16, seed=seed)]
     if (autocast := bench.oracle.autocast(seed)) is not None:
         peers.append(autocast)
+    if not exact.out.isfinite().all():
+        raise BareFailsError("the bare module's output is not finite")
     batch = bench.batch(dtype, seed)
     out = f(params, batch)
     outs = [(peer.out.double() - exact.out.double()).abs().max().item() for peer in peers]
@@ -441,6 +443,8 @@ def float8(bench: Bench) -> None:
     with torch.no_grad():
         want = bench.family.run(module, bench.batch())
     plain = bench.oracle.result().out
+    if not want.isfinite().all():
+        raise BareFailsError("the bare module's output is not finite")
     error, effect = (float((o.double() - want.double()).norm()) for o in (out, plain))
     # one number that falls to the other side of a tie moves the result by far less than all do
     if not error <= 0.05 * effect:

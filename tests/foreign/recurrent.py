@@ -32,14 +32,14 @@ SSD = {
 recurrent("Mamba", state_size=4, time_step_rank=4, **MAMBA)
 recurrent("FalconMamba", state_size=4, time_step_rank=4, **MAMBA)
 recurrent("Mamba2", state_size=8, num_heads=8, head_dim=8, n_groups=1, chunk_size=4, **MAMBA)
-recurrent(
-    "RWKV",
-    "RwkvForCausalLM",
-    attention_hidden_size=32,
-    context_length=16,
-    num_attention_heads="absent",
-    num_key_value_heads="absent",
-)
+RWKV = {
+    "attention_hidden_size": 32,
+    "context_length": 16,
+    "num_attention_heads": "absent",
+    "num_key_value_heads": "absent",
+}
+recurrent("RWKV", "RwkvForCausalLM", **RWKV)  # changes its weights when it is first run
+recurrent("RWKV, not rescaled", "RwkvForCausalLM", **RWKV, rescale_every=0)
 recurrent(
     "Jamba",
     num_experts=2,

@@ -166,6 +166,22 @@ def test_what_it_says() -> None:
         loss.prepare(init_params(odd))
 
 
+def test_explain_shows_which_matrices_stay() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.up = nn.Linear(16, 16), nn.Parameter(torch.randn(2, 16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bi,eio->bo", self.router(x), self.up)
+
+    forward, params = from_module(Experts())
+    rows = {line.split()[1]: line for line in fp8(forward).explain(params).splitlines()[1:]}
+    assert rows["router"].endswith("fp8")
+    assert rows["up"].startswith("weight")
+    assert "fp8" not in rows["up"]
+
+
 def test_an_odd_layer_is_named_at_the_call(example) -> None:
     odd = VLMConfig(replace(TEXT, mlp_dim=40))
     with pytest.raises(ValueError, match=r"text.blocks.1.mlp.gate.weight is \[40, 32\]"):
