@@ -25,16 +25,15 @@ def value_and_grad(
     every floating-point or complex leaf save the scales of quantised weights. If loss_fn is a
     Forward, never what it holds as constant (``forward.frozen``: parameters of a foreign module
     that did not require gradients, and its buffers). The rest is left alone and absent from
-    ``grads``; a leaf the loss does not depend on gets zeros. A Forward with ``aux`` gives
-    ``((loss, buffers), grads)``. Works around ``torch.compile(loss_fn)``, not inside of
-    ``torch.func`` transforms, where it raises RuntimeError. Unlike ``torch.func.grad`` it does not
-    run with create_graph, which
-    holds 2.8 times the memory (1,153 against 409 MB on a 16-layer MLP). Raises ValueError if a
-    pattern names nothing, or nothing that can learn.
+    ``grads``; a leaf the loss does not depend on gets zeros. A loss_fn that gives ``(loss,
+    buffers)``, as a Forward with ``aux`` does, makes it ``((loss, buffers), grads)``. Works around
+    ``torch.compile(loss_fn)``, not inside of ``torch.func`` transforms, where it raises
+    RuntimeError. Unlike ``torch.func.grad`` it does not run with create_graph, which holds 2.8
+    times the memory (1,153 against 409 MB on a 16-layer MLP). Raises ValueError if a pattern names
+    nothing, or nothing that can learn, or the loss depends on nothing that learns.
     """
 
     constant = loss_fn.constant if isinstance(loss_fn, Forward) else frozenset[str]()
-    has_aux = isinstance(loss_fn, Forward) and loss_fn.aux
 
     def run(params: Tree, batch: Any) -> tuple[Any, Tree]:
         if torch._C._functorch.maybe_current_level() is not None:
@@ -45,8 +44,18 @@ def value_and_grad(
             )
         learning, frozen = trainable(params, select, constant)
         leaves = {path: leaf.detach().requires_grad_() for path, leaf in flatten(learning).items()}
-        out = loss_fn(merge(unflatten(leaves), frozen), batch)
-        loss, *aux = out if has_aux else (out,)
+        out: Any = loss_fn(merge(unflatten(leaves), frozen), batch)
+        loss, *aux = out if isinstance(out, tuple) else (out,)
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"the loss is a {type(loss).__name__}: wanted is one tensor, or a tuple of that "
+                "and of what is handed on (buffers)"
+            )
+        if not loss.requires_grad:
+            raise ValueError(
+                f"the loss depends on none of the leaves that learn ({', '.join([*leaves][:4])}): "
+                "they are frozen, or it is computed under torch.no_grad() or from detached tensors"
+            )
         try:
             grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         except CheckpointError as error:
@@ -56,7 +65,7 @@ def value_and_grad(
                 "use_cache=False, in call= or in the config). Switch that off, or leave checkpoint "
                 f"out ({str(error).splitlines()[0]})"
             ) from error
-        value = (loss.detach(), *aux) if has_aux else loss.detach()
+        value = (loss.detach(), *aux) if aux else loss.detach()
         return value, unflatten(dict(zip(leaves, grads, strict=True)))
 
     return run

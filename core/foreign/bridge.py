@@ -98,6 +98,11 @@ def _forward(
 ) -> Forward:
     """The forward of a module whose parameters are not there."""
     params = dict(blank.named_parameters())
+    if taken := [name for name in params if name.rpartition(".")[2] in added()]:
+        raise ValueError(
+            f"the module calls parameters of its own {taken[:3]}: {', '.join(added())} are names "
+            "of what transforms put beside weights. Rename them before from_module"
+        )
     frozen = frozenset(name for name, p in params.items() if not p.requires_grad)
     frozen = frozen if len(frozen) < len(params) else frozenset()
     plan, unfound = find_sites(blank, head, blocks)
@@ -135,8 +140,13 @@ def _forward(
                 raise ValueError(f"params hold {strange[:4]}, for which the module has no place")
             for name in frozen & flat.keys():
                 flat[name] = flat[name].detach()
-            if buffers:
-                flat |= {name: flat.get(name, leaf).clone() for name, leaf in kept.items()}
+            theirs = {name: flat[name] for name in kept if name in flat}
+            # a change must not stay in the copy; which are changed, the first call shows
+            spare = (
+                [*kept] if buffers else watch.lost if watch.done else [*kept.keys() - theirs.keys()]
+            )
+            # none learns, also where a function around this forward differentiates all params
+            flat |= {name: flat.get(name, own[name]).detach().clone() for name in spare}
             flat |= {name: flat[held] for name, held in ties.items() if held in flat}
             if reads:
                 raw = dict(flat)
@@ -147,7 +157,8 @@ def _forward(
                 return caller(lambda *args, **kwargs: given(body, flat, args, kwargs), batch)
 
             try:
-                out = watch.call(call, batch, flat, needed, own, state)
+                spared = {} if buffers else {name: flat[name] for name in spare}
+                out = watch.call(call, batch, flat, needed, spared, state)
             except RuntimeError as error:
                 named = {name: leaf for name, leaf in (own | flat).items() if name not in ties}
                 if (said := _two_dtypes(error, named)) is None:
@@ -155,6 +166,12 @@ def _forward(
                 raise TypeError(said) from error
             if buffers:
                 return out, unflatten({name: flat[name] for name in kept})
+            for (
+                name,
+                leaf,
+            ) in theirs.items():  # a buffer that is made anew, where others are written
+                if (new := flat[name]) is not leaf and new.shape == leaf.shape:
+                    leaf.copy_(new.detach())
             return out
 
         return run

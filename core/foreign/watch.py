@@ -86,6 +86,7 @@ class Watch:
         self.risky = risky
         self.done = False
         self.refused = ""
+        self.lost: list[str] = []  # buffers that a call changes
         self.changes: dict[Any, list[Any]] = {}  # form of a batch -> which of its leaves
 
     def call(
@@ -97,7 +98,8 @@ class Watch:
         own: Mapping[str, Tensor],
         state: State,
     ) -> Any:
-        """``run(batch)``; flat: the leaves it is given, names: of parameters, own: its buffers."""
+        """``run(batch)``; flat: the leaves it is given, names: of parameters, own: copies
+        of its buffers."""
         if torch.compiler.is_compiling():
             return run(batch)
         if self.refused:
@@ -125,6 +127,7 @@ class Watch:
             [key for key, version in old.items() if tree[key]._version != version]
             for tree, old in zip(trees, versions, strict=True)
         )
+        lost += [name for name, leaf in own.items() if flat[name] is not leaf]
         if known is None:
             self.changes[form] = written
         if not self.done:
@@ -132,7 +135,7 @@ class Watch:
         return out
 
     def _tell(self, changed: list[str], lost: list[str]) -> None:
-        self.done = True
+        self.done, self.lost = True, lost
         if changed:
             spared = set(changed) <= set(self.risky)
             self.refused = (

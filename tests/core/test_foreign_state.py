@@ -18,7 +18,8 @@ from transforms import checkpoint, fuse_loss, lora, quantize_int8, trainable, va
 
 
 class Statistics(nn.Module):
-    """Batch norms, one of them in a block; a constant; a buffer that is not saved."""
+    """Batch norms, one of them in a block; a constant; a buffer that is not saved; one that is made
+    anew at each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,11 +28,14 @@ class Statistics(nn.Module):
         )
         self.register_buffer("shift", torch.ones(4))
         self.register_buffer("scale", torch.full((4,), 2.0), persistent=False)
+        self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x) * self.scale + self.shift
-        return x
+        if self.training:
+            self.calls = self.calls + 1
+        return x + 1e-3 * self.calls
 
 
 def loss(out: Any, b: Any) -> Any:
@@ -82,10 +86,36 @@ def test_value_and_grad_hands_buffers_on_and_does_not_train_them() -> None:
     assert buffers["layers"]["0"]["2"]["num_batches_tracked"] == 1
 
 
+def test_a_loss_around_the_forward_hands_buffers_on(assert_same) -> None:
+    """What is no Forward, too: buffers are differentiated there, and their gradients are 0."""
+    forward, params = from_module(Statistics().train(), buffers=True)
+
+    def run(p: Tree, b: Any) -> Any:
+        out, buffers = forward(p, b)
+        return loss(out, b), buffers
+
+    batch = {"x": torch.randn(8, 4)}
+    (value, buffers), grads = value_and_grad(run)(params, batch)
+    assert_same(buffers, forward(params, batch)[1], rtol=1e-6)
+    assert torch.equal(value, run(params, batch)[0])
+    for name, leaf in flatten(grads).items():
+        assert leaf.any() == (name not in flatten(buffers)), name
+
+
+def test_names_that_transforms_use_are_refused() -> None:
+    class Own(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.lora_a = nn.Parameter(torch.ones(4))
+
+    with pytest.raises(ValueError, match=r"calls parameters of its own \['0.lora_a'\]: .*Rename"):
+        from_module(nn.Sequential(Own()))
+
+
 def test_buffers_that_are_lost_are_named() -> None:
     module = Statistics().train()
     forward, params = from_module(module)
-    with pytest.warns(UserWarning, match=r"buffers of \['layers.0.2', .*buffers=True"):
+    with pytest.warns(UserWarning, match=r"buffers of \['.*layers.0.2'.*buffers=True"):
         first = forward(params, {"x": torch.ones(3, 4)})
     assert torch.equal(forward(params, {"x": torch.ones(3, 4)}), first)  # it says so once
     forward, params = from_module(module.eval())

@@ -127,6 +127,19 @@ def test_a_parameter_that_is_called_scale_learns() -> None:
     assert {n for n, _ in module.named_parameters()} == {"logit_scale", "layer_scale"}
 
 
+def test_a_loss_that_nothing_learns_from_says_so() -> None:
+    params = {"a": torch.ones(2), "b": torch.ones(2)}
+    with pytest.raises(
+        ValueError, match=r"none of the leaves that learn \(a, b\): they are frozen"
+    ):
+        value_and_grad(lambda p, b: p["a"].detach().sum())(params, None)
+    with pytest.raises(TypeError, match="the loss is a dict: wanted is one tensor"):
+        value_and_grad(lambda p, b: {"loss": p["a"].sum()})(params, None)  # type: ignore[arg-type]
+    value, grads = value_and_grad(lambda p, b: (p["a"].sum(), b))(params, 3)  # type: ignore[arg-type]
+    assert value == (2, 3)
+    assert not grads["b"].any()
+
+
 def test_bf16_params_get_bf16_gradients(micro, rough, example) -> None:
     config = micro["text"]
     params = rough(config, dtype=torch.bfloat16)
