@@ -14,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 from kernels.runtime.dispatch import BACKENDS
+from runners.benchmarks.elementwise import peer
 from runners.benchmarks.harness import Case
-from runners.benchmarks.providers import Forward, Inputs, MissingError, Provider, ours
+from runners.benchmarks.providers import Forward, Inputs, MissingError, Provider, simple
 
 MOST_PLAIN = 4096  # tokens; beyond it plain attention's [heads, N, N] would fill the device
 NOT_THERE = "requested but not available: "
@@ -84,38 +85,34 @@ def attention(
         return made
 
     options: dict[str, Any] = {"causal": causal, "window": window, "max_seqlen": longest}
-    if uniform is not None and "length" in inspect.signature(kernels.attention).parameters:
+    if uniform is not None:
         options["length"] = uniform  # as the model says it of rows and of pictures
 
     def forward(i: Inputs) -> Any:
-        function = ours("attention")
-        return function(i["q"], i["k"], i["v"], i["cu"], **options)
+        return kernels.attention(i["q"], i["k"], i["v"], i["cu"], **options)
 
-    providers = [
-        Provider("torch varlen", lambda sets: _torch_varlen(longest, causal, window)),
-        Provider("ours", lambda sets: forward),
+    own = [
+        simple("ours", forward),
+        # in training, which is where a step compiles it
+        *([simple("ours, compiled", forward, compiled=True, charted=False)] if training else []),
         *(
             Provider(f"ours by {name}", _by(name, forward), charted=False)
             for name in BACKENDS["attention"]
         ),
-        Provider("flash-attn-4", lambda sets: _flash(longest, causal, window), peer="flash-attn-4"),
     ]
-    if training:  # which is where a step compiles it
-        compiled = Provider("ours, compiled", lambda sets: forward, compiled=True, charted=False)
-        providers.insert(2, compiled)
-    if uniform is not None and window is None:
-        providers.append(Provider("cuDNN", lambda sets: _cudnn(uniform, causal)))
-    return Case(
-        "attention",
-        shape,
-        2.0 * dim * scores * (7 if training else 2),
-        "bf16",
-        inputs,
-        tuple(providers),
-        wrt=("q", "k", "v") if training else (),
-        seeds=("do",) if training else (),
-        reference="torch varlen",
+    dense = uniform is not None and window is None
+    providers = (
+        Provider("torch varlen", lambda sets: _torch_varlen(longest, causal, window)),
+        *own,
+        peer("flash-attn-4", lambda: _flash(longest, causal, window)),
+        *([Provider("cuDNN", lambda sets: _cudnn(max(lengths), causal))] if dense else []),
     )
+    work = 2.0 * dim * scores * (7 if training else 2)
+    return Case(
+        "attention", shape, work, "bf16", inputs, providers,
+        wrt=("q", "k", "v") if training else (), seeds=("do",) if training else (),
+        reference="torch varlen",
+    )  # fmt: skip
 
 
 def _by(backend: str, forward: Forward) -> Any:

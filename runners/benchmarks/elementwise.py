@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,14 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runners.benchmarks.harness import Case
-from runners.benchmarks.providers import (
-    Forward,
-    Inputs,
-    Provider,
-    ours,
-    simple,
-    torch_and_compiled,
-)
+from runners.benchmarks.providers import Forward, Inputs, Provider, ours, torch_and_compiled
 
 EPS = 1e-6
 BF16 = 2  # bytes
@@ -31,39 +23,51 @@ def cases() -> list[Case]:
         add_rms_norm(16384, 2048),
         *(gated(name, 16384, 8960) for name in ("swiglu", "geglu")),
         relu2(16384, 8960),
-        rope(8, 2048, 16, 16, 128),
-        rope(8, 2048, 12, 2, 128),
-        rope(8, 2048, 16, 16, 128, normed=True),
-        rope(8, 2048, 12, 2, 128, normed=True),
+        *(rope(8, 2048, *heads, 128) for heads in ((16, 16), (12, 2))),
+        *(rope(8, 2048, *heads, 128, normed=True) for heads in ((16, 16), (12, 2))),
     ]
 
 
-def _normal(*names: str, shape: tuple[int, ...], wrt: Sequence[str]) -> Callable[..., Inputs]:
+def _normal(shape: tuple[int, ...], wrt: Sequence[str], *others: str, weights: int = 0) -> Any:
+    """Makes tensors of one shape, and with ``weights`` their width a weight of it near 1."""
+
     def inputs(device: torch.device, generator: torch.Generator) -> Inputs:
-        return {
-            name: torch.randn(
-                shape, generator=generator, device=device, dtype=torch.bfloat16
-            ).requires_grad_(name in wrt)
-            for name in names
+        kind: Any = {"generator": generator, "device": device}
+        made = {
+            name: torch.randn(shape, dtype=torch.bfloat16, **kind).requires_grad_(name in wrt)
+            for name in (*wrt, *others)
         }
+        if weights:
+            weight = (1 + 0.1 * torch.randn(weights, **kind)).bfloat16()
+            made["weight"] = weight.requires_grad_()
+        return made
 
     return inputs
 
 
-def _with_weights(make: Callable[..., Inputs], dim: int, *names: str) -> Callable[..., Inputs]:
-    def inputs(device: torch.device, generator: torch.Generator) -> Inputs:
-        weights = {
-            name: (1 + 0.1 * torch.randn(dim, generator=generator, device=device))
-            .to(torch.bfloat16)
-            .requires_grad_()
-            for name in names
-        }
-        return make(device, generator) | weights
+def _case(
+    kernel: str, shape: str, elements: float, inputs: Any, providers: Sequence[Provider],
+    wrt: Sequence[str], seeds: Sequence[str], overwritten: Sequence[str] | None = None,
+) -> Case:  # fmt: skip
+    """elements: read or written at the least. overwritten: what Liger's gradients take the places
+    of; else all that is no weight."""
+    restore = overwritten or tuple(n for n in (*wrt, *seeds) if not n.endswith("weight"))
+    return Case(
+        kernel, shape, float(elements * BF16), "copy", inputs, tuple(providers), tuple(wrt),
+        tuple(seeds), tuple(restore),
+    )  # fmt: skip
 
-    return inputs
+
+def peer(name: str, make: Callable[[], Forward]) -> Provider:
+    """Another library's forward; ``make`` imports it."""
+    return Provider(name, lambda sets: make(), peer=name)
 
 
-def _liger(name: str) -> Callable[..., Any]:
+def mine(make: Callable[[], Forward], name: str = "ours") -> Provider:
+    return Provider(name, lambda sets: make())
+
+
+def liger(name: str) -> Callable[..., Any]:
     from liger_kernel.transformers import functional
 
     return getattr(functional, f"liger_{name}")
@@ -87,77 +91,56 @@ def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 def rms_norm(n: int, dim: int) -> Case:
     """x and its gradient's source are read twice over, y and dx written: 5 passes."""
-    make = _normal("x", "dy", shape=(n, dim), wrt=("x",))
 
     def forward(function: Any, *rest: Any, **options: Any) -> Forward:
         return lambda i: function(i["x"], i["weight"], *rest, **options)
 
-    return Case(
-        "rms_norm",
-        f"N={n} D={dim}",
-        5.0 * n * dim * BF16,
-        "copy",
-        _with_weights(make, dim, "weight"),
-        (
-            *torch_and_compiled(forward(plain_rms_norm)),
-            simple("torch rms_norm", lambda i: F.rms_norm(i["x"], (dim,), i["weight"], EPS)),
-            Provider("ours", lambda sets: forward(ours("rms_norm"), EPS)),
-            Provider("Liger", lambda sets: forward(_liger("rms_norm"), EPS), peer="Liger"),
-            Provider("quack", lambda sets: forward(_quack_norm(), eps=EPS), peer="quack"),
-        ),
-        wrt=("x", "weight"),
-        seeds=("dy",),
-        restore=("x", "dy"),  # Liger's gradient takes the place of dy
+    providers = (
+        *torch_and_compiled(forward(plain_rms_norm)),
+        mine(lambda: lambda i: F.rms_norm(i["x"], (dim,), i["weight"], EPS), "torch rms_norm"),
+        mine(lambda: forward(ours("rms_norm"), EPS)),
+        peer("Liger", lambda: forward(liger("rms_norm"), EPS)),
+        peer("quack", lambda: forward(_quack_norm(), eps=EPS)),
     )
+    inputs = _normal((n, dim), ("x",), "dy", weights=dim)
+    shape = f"N={n} D={dim}"
+    return _case("rms_norm", shape, 5 * n * dim, inputs, providers, ("x", "weight"), ("dy",))
 
 
 def add_rms_norm(n: int, dim: int) -> Case:
     """The stream s = x + branch and its norm: 4 passes forward, and 4 backward, since x and branch
     share one gradient."""
-    make = _normal("x", "branch", "dy", "ds", shape=(n, dim), wrt=("x", "branch"))
 
     def eager(i: Inputs) -> tuple[Tensor, Tensor]:
         total = i["x"] + i["branch"]
         return plain_rms_norm(total, i["weight"]), total
 
-    def mine(sets: Sequence[Inputs]) -> Forward:
-        function = ours("add_rms_norm")
+    def forward(function: Any) -> Forward:
         return lambda i: function(i["x"], i["branch"], i["weight"], EPS)
 
-    def quack(sets: Sequence[Inputs]) -> Forward:
+    def quack() -> Forward:
         norm = _quack_norm()
         return lambda i: norm(i["x"], i["weight"], residual=i["branch"], eps=EPS, prenorm=True)
 
-    def liger(sets: Sequence[Inputs]) -> Forward:
-        norm = _liger("fused_add_rms_norm")
-        return lambda i: norm(i["x"], i["branch"], i["weight"], EPS)
-
-    return Case(
-        "add_rms_norm",
-        f"N={n} D={dim}",
-        8.0 * n * dim * BF16,
-        "copy",
-        _with_weights(make, dim, "weight"),
-        (
-            *torch_and_compiled(eager),
-            Provider("ours", mine),
-            Provider("Liger", liger, peer="Liger"),
-            Provider("quack", quack, peer="quack"),
-        ),
-        wrt=("x", "branch", "weight"),
-        seeds=("dy", "ds"),
-        restore=("x", "branch", "dy", "ds"),
+    providers = (
+        *torch_and_compiled(eager),
+        mine(lambda: forward(ours("add_rms_norm"))),
+        peer("Liger", lambda: forward(liger("fused_add_rms_norm"))),
+        peer("quack", quack),
+    )
+    inputs = _normal((n, dim), ("x", "branch"), "dy", "ds", weights=dim)
+    wrt = ("x", "branch", "weight")
+    return _case(
+        "add_rms_norm", f"N={n} D={dim}", 8 * n * dim, inputs, providers, wrt, ("dy", "ds")
     )
 
 
 # Activations
 
-
-def _gelu(gate: Tensor) -> Tensor:
-    return F.gelu(gate, approximate="tanh")
-
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": _gelu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": F.silu,
+    "geglu": lambda gate: F.gelu(gate, approximate="tanh"),
+}
 
 
 def gated(name: str, n: int, dim: int) -> Case:
@@ -167,21 +150,13 @@ def gated(name: str, n: int, dim: int) -> Case:
     def forward(function: Any) -> Forward:
         return lambda i: function(i["gate"], i["up"])
 
-    return Case(
-        name,
-        f"N={n} F={dim}",
-        8.0 * n * dim * BF16,
-        "copy",
-        _normal("gate", "up", "dy", shape=(n, dim), wrt=("gate", "up")),
-        (
-            *torch_and_compiled(forward(lambda gate, up: activation(gate) * up)),
-            Provider("ours", lambda sets: forward(ours(name))),
-            Provider("Liger", lambda sets: forward(_liger(name)), peer="Liger"),
-        ),
-        wrt=("gate", "up"),
-        seeds=("dy",),
-        restore=("gate", "up", "dy"),  # Liger's gradients take their places
+    providers = (
+        *torch_and_compiled(forward(lambda gate, up: activation(gate) * up)),
+        mine(lambda: forward(ours(name))),
+        peer("Liger", lambda: forward(liger(name))),
     )
+    inputs = _normal((n, dim), ("gate", "up"), "dy")
+    return _case(name, f"N={n} F={dim}", 8 * n * dim, inputs, providers, ("gate", "up"), ("dy",))
 
 
 def relu2(n: int, dim: int) -> Case:
@@ -190,21 +165,13 @@ def relu2(n: int, dim: int) -> Case:
     def forward(function: Any) -> Forward:
         return lambda i: function(i["x"])
 
-    return Case(
-        "relu2",
-        f"N={n} F={dim}",
-        5.0 * n * dim * BF16,
-        "copy",
-        _normal("x", "dy", shape=(n, dim), wrt=("x",)),
-        (
-            *torch_and_compiled(lambda i: F.relu(i["x"]).square()),
-            Provider("ours", lambda sets: forward(ours("relu2"))),
-            Provider("Liger", lambda sets: forward(_liger("relu_squared")), peer="Liger"),
-        ),
-        wrt=("x",),
-        seeds=("dy",),
-        restore=("x", "dy"),
+    providers = (
+        *torch_and_compiled(forward(lambda x: F.relu(x).square())),
+        mine(lambda: forward(ours("relu2"))),
+        peer("Liger", lambda: forward(liger("relu_squared"))),
     )
+    inputs = _normal((n, dim), ("x",), "dy")
+    return _case("relu2", f"N={n} F={dim}", 5 * n * dim, inputs, providers, ("x",), ("dy",))
 
 
 # Rotary embedding
@@ -221,12 +188,14 @@ def rope(
     """q and k in one go: 2 passes over both forward, 2 backward; with a norm before it (QK-norm)
     3 backward, because its input is read too."""
     n = documents * length
+    weights = ("q_weight", "k_weight") if normed else ()
 
     def inputs(device: torch.device, generator: torch.Generator) -> Inputs:
         made: Inputs = {}
-        for name, count in (("q", heads), ("k", key_heads), ("dq", heads), ("dk", key_heads)):
-            shape = (n, count, dim)
-            made |= _normal(name, shape=shape, wrt=("q", "k"))(device, generator)
+        for name, count in (("q", heads), ("k", key_heads)):
+            some = _normal((n, count, dim), (name,), f"d{name}", weights=dim)(device, generator)
+            made[f"{name}_weight"] = some.pop("weight")
+            made |= some
         frequency = 1e6 ** (-torch.arange(0, dim, 2, device=device) / dim)
         angle = torch.arange(length, device=device)[:, None] * frequency
         positions = torch.arange(n, device=device) % length
@@ -236,21 +205,21 @@ def rope(
             "cos_rows": angle.cos()[positions], "sin_rows": angle.sin()[positions],
         }  # fmt: skip
 
-    weights = ("q_weight", "k_weight") if normed else ()
-
-    def norms(norm: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Inputs], tuple[Tensor, ...]]:
+    def norms(norm: Callable[..., Tensor], **options: Any) -> Callable[[Inputs], Any]:
         if not normed:
             return lambda i: (i["q"], i["k"])
-        return lambda i: (norm(i["q"], i["q_weight"]), norm(i["k"], i["k_weight"]))
+        return lambda i: tuple(norm(i[x], i[f"{x}_weight"], **options) for x in "qk")
+
+    def tables(i: Inputs) -> list[Tensor]:
+        return [torch.cat((i[name],) * 2, -1) for name in ("cos_rows", "sin_rows")]
 
     def eager(i: Inputs) -> tuple[Tensor, ...]:
-        c, s = (torch.cat((i[name],) * 2, -1)[:, None] for name in ("cos_rows", "sin_rows"))
+        c, s = (table[:, None] for table in tables(i))
         prepared = norms(plain_rms_norm)(i)
         return tuple((x * c + _rotate_half(x) * s).to(x.dtype) for x in prepared)
 
-    def mine(sets: Sequence[Inputs]) -> Forward:
-        function = ours("rope", *weights)
-        options = {"eps": EPS} if normed and "eps" in inspect.signature(function).parameters else {}
+    def fused() -> Forward:
+        function, options = ours("rope", *weights), {"eps": EPS} if normed else {}
 
         def forward(i: Inputs) -> Any:
             given = {name: i[name] for name in weights}
@@ -258,27 +227,25 @@ def rope(
 
         return forward
 
-    def apart(sets: Sequence[Inputs]) -> Forward:
-        function, norm = ours("rope"), ours("rms_norm")
-        prepare = norms(lambda x, weight: norm(x, weight, EPS))
+    def apart() -> Forward:
+        function, prepare = ours("rope"), norms(ours("rms_norm"), eps=EPS)
         return lambda i: function(*prepare(i), i["cos"], i["sin"], i["positions"])
 
-    def liger(sets: Sequence[Inputs]) -> Forward:
-        function, norm = _liger("rope"), _liger("rms_norm")
+    def by_liger() -> Forward:
+        function, norm = liger("rope"), liger("rms_norm")
         prepare = norms(lambda x, weight: norm(x, weight, EPS))
 
         def forward(i: Inputs) -> tuple[Tensor, ...]:
             q, k = (x.unsqueeze(0).transpose(1, 2) for x in prepare(i))  # [1, heads, N, D]
-            c, s = (torch.cat((i[name],) * 2, -1)[None] for name in ("cos_rows", "sin_rows"))
+            c, s = (table[None] for table in tables(i))
             return tuple(x.transpose(1, 2).squeeze(0) for x in function(q, k, c, s))
 
         return forward
 
-    def quack(sets: Sequence[Inputs]) -> Forward:
+    def by_quack() -> Forward:
         from quack.rotary import apply_rotary_emb
 
-        norm = _quack_norm()
-        prepare = norms(lambda x, weight: norm(x, weight, eps=EPS))
+        prepare = norms(_quack_norm(), eps=EPS)
 
         def forward(i: Inputs) -> tuple[Tensor, ...]:
             rows = (x.unflatten(0, (documents, length)) for x in prepare(i))
@@ -288,21 +255,13 @@ def rope(
 
     providers = [
         *torch_and_compiled(eager),
-        Provider("ours", mine),
-        Provider("Liger", liger, peer="Liger"),
-        Provider("quack", quack, peer="quack"),
+        mine(fused),
+        *([mine(apart, "ours, norms apart")] if normed else []),
+        peer("Liger", by_liger),
+        peer("quack", by_quack),
     ]
-    if normed:
-        providers.insert(3, Provider("ours, norms apart", apart))
-    passes = 5 if normed else 4
-    return Case(
-        "rope_qk_norm" if normed else "rope",
-        f"N={n} heads {heads}/{key_heads} D={dim}",
-        float(passes * n * (heads + key_heads) * dim * BF16),
-        "copy",
-        _with_weights(inputs, dim, *weights),
-        tuple(providers),
-        wrt=("q", "k", *weights),
-        seeds=("dq", "dk"),
-        restore=("q", "k", "dq", "dk"),  # Liger's results take their places
-    )
+    return _case(
+        "rope_qk_norm" if normed else "rope", f"N={n} heads {heads}/{key_heads} D={dim}",
+        (5 if normed else 4) * n * (heads + key_heads) * dim, inputs, providers,
+        ("q", "k", *weights), ("dq", "dk"),
+    )  # fmt: skip

@@ -41,75 +41,51 @@ def _inputs(m: int, k: int, n: int) -> Any:
     return inputs
 
 
-def _dense(i: Inputs) -> Tensor:
-    return F.linear(i["x"], i["bf16"])
+def _case(m: int, k: int, n: int, dynamic: bool, providers: Sequence[Provider]) -> Case:
+    return Case(
+        "int8_linear", f"M={m} K={k} N={n}", float(2 * m * k * n if dynamic else k * n),
+        "int8" if dynamic else "copy", _inputs(m, k, n), tuple(providers),
+        sets=4 if dynamic else WEIGHTS, reference="bf16 matmul",
+        direction="dynamic" if dynamic else "weight-only",
+    )  # fmt: skip
+
+
+def _providers(dynamic: bool) -> list[Provider]:
+    def own(sets: Sequence[Inputs]) -> Forward:
+        options: dict[str, Any] = {"activations": "dynamic"} if dynamic else {}
+        function = ours("int8_linear", *options)
+        return lambda i: function(i["x"], i["weight"], i["scale"], **options)
+
+    def torchao(sets: Sequence[Inputs]) -> Forward:
+        from torchao import quantization
+
+        kind = "DynamicActivationInt8Weight" if dynamic else "WeightOnly"
+        return _torchao(getattr(quantization, f"Int8{kind}Config")(set_inductor_config=False), sets)
+
+    return [
+        simple("bf16 matmul", lambda i: F.linear(i["x"], i["bf16"])),
+        Provider("ours", own),
+        Provider("torchao", torchao, peer="torchao"),
+        Provider("bitsandbytes", _bitsandbytes, peer="bitsandbytes"),
+    ]
 
 
 def weight_only(m: int, k: int, n: int) -> Case:
     """The int8 weight is read once. The bf16 product is held to the same bytes, and reads twice as
     many."""
 
-    def mine(sets: Sequence[Inputs]) -> Forward:
-        function = ours("int8_linear")
-        return lambda i: function(i["x"], i["weight"], i["scale"])
-
     def dequantised(i: Inputs) -> Tensor:
         return (F.linear(i["x"], i["weight"].to(i["x"].dtype)) * i["scale"]).to(i["x"].dtype)
 
-    def torchao(sets: Sequence[Inputs]) -> Forward:
-        from torchao.quantization import Int8WeightOnlyConfig
-
-        return _torchao(Int8WeightOnlyConfig(set_inductor_config=False), sets)
-
-    providers = [
-        simple("bf16 matmul", _dense),
-        Provider("ours", mine),
-        Provider("torchao", torchao, peer="torchao"),
-        Provider("bitsandbytes", _bitsandbytes, peer="bitsandbytes"),
-    ]
+    providers = _providers(dynamic=False)
     if m in (1, 16):  # one small and one that no library is made for: each compiles for seconds
         providers.insert(1, simple("torch.compile", dequantised, compiled=True))
-    return Case(
-        "int8_linear",
-        f"M={m} K={k} N={n}",
-        float(k * n),
-        "copy",
-        _inputs(m, k, n),
-        tuple(providers),
-        sets=WEIGHTS,
-        reference="bf16 matmul",
-        direction="weight-only",
-    )
+    return _case(m, k, n, False, providers)
 
 
 def dynamic(m: int, k: int, n: int) -> Case:
     """int8 x int8, rounding the activations included."""
-
-    def mine(sets: Sequence[Inputs]) -> Forward:
-        function = ours("int8_linear", "activations")
-        return lambda i: function(i["x"], i["weight"], i["scale"], activations="dynamic")
-
-    def torchao(sets: Sequence[Inputs]) -> Forward:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig
-
-        return _torchao(Int8DynamicActivationInt8WeightConfig(set_inductor_config=False), sets)
-
-    return Case(
-        "int8_linear",
-        f"M={m} K={k} N={n}",
-        2.0 * m * k * n,
-        "int8",
-        _inputs(m, k, n),
-        (
-            simple("bf16 matmul", _dense),
-            Provider("ours", mine),
-            Provider("torchao", torchao, peer="torchao"),
-            Provider("bitsandbytes", _bitsandbytes, peer="bitsandbytes"),
-        ),
-        sets=4,
-        reference="bf16 matmul",
-        direction="dynamic",
-    )
+    return _case(m, k, n, True, _providers(dynamic=True))
 
 
 def _torchao(config: Any, sets: Sequence[Inputs]) -> Forward:

@@ -9,14 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from runners.benchmarks.elementwise import liger, mine, peer
 from runners.benchmarks.harness import Case
-from runners.benchmarks.providers import (
-    Forward,
-    Inputs,
-    Provider,
-    ours,
-    torch_and_compiled,
-)
+from runners.benchmarks.providers import Forward, Inputs, Provider, ours, torch_and_compiled
 
 BUDGET = 256 * 2**20  # bytes of logits at a time, where a provider can be told
 
@@ -29,42 +24,42 @@ def cases() -> list[Case]:
     ]
 
 
+def _of(*names: str) -> Any:
+    """A function of these inputs as a forward."""
+
+    def bind(function: Any, **options: Any) -> Forward:
+        return lambda i: function(*(i[name] for name in names), **options)
+
+    return bind
+
+
 def cross_entropy(n: int, vocab: int) -> Case:
     """Logits are read twice and the gradient is written once, unless someone knows better."""
+    call = _of("logits", "labels")
 
     def inputs(device: torch.device, generator: torch.Generator) -> Inputs:
         kind: Any = {"generator": generator, "device": device}
         logits = torch.randn(n, vocab, dtype=torch.bfloat16, **kind)
-        return {
-            "logits": logits.requires_grad_(),
-            "labels": torch.randint(vocab, (n,), **kind),
-        }
+        return {"logits": logits.requires_grad_(), "labels": torch.randint(vocab, (n,), **kind)}
 
-    return Case(
-        "cross_entropy",
-        f"N={n} V={vocab}",
-        3.0 * n * vocab * 2,
-        "copy",
-        inputs,
-        (
-            *torch_and_compiled(lambda i: F.cross_entropy(i["logits"].float(), i["labels"])),
-            Provider("ours", lambda sets: _of_logits(ours("cross_entropy"))),
-            Provider("ours, in place", _in_place, direct=True),
-            Provider("Liger", lambda sets: _of_logits(_liger("cross_entropy")), peer="Liger"),
-            Provider("quack", lambda sets: _of_logits(_quack()), peer="quack"),
-            Provider(
-                "quack, in place",
-                lambda sets: _of_logits(_quack(), inplace_backward=True),
-                peer="quack",
-            ),
-        ),
-        wrt=("logits",),
-        restore=("logits",),
+    def quack(**options: Any) -> Forward:
+        from quack import cross_entropy
+
+        return call(cross_entropy, **options)
+
+    in_place = Provider("quack, in place", lambda s: quack(inplace_backward=True), peer="quack")
+    providers = (
+        *torch_and_compiled(lambda i: F.cross_entropy(i["logits"].float(), i["labels"])),
+        mine(lambda: call(ours("cross_entropy"))),
+        Provider("ours, in place", _in_place, direct=True),
+        peer("Liger", lambda: call(liger("cross_entropy"))),
+        peer("quack", quack),
+        in_place,
     )
-
-
-def _of_logits(function: Any, **options: Any) -> Forward:
-    return lambda i: function(i["logits"], i["labels"], **options)
+    return Case(
+        "cross_entropy", f"N={n} V={vocab}", 3.0 * n * vocab * 2, "copy", inputs, providers,
+        wrt=("logits",), restore=("logits",),
+    )  # fmt: skip
 
 
 class _Given(torch.autograd.Function):
@@ -95,74 +90,47 @@ def _in_place(sets: Sequence[Inputs]) -> Forward:
     return run
 
 
-def _liger(name: str) -> Any:
-    from liger_kernel.transformers import functional
-
-    return getattr(functional, f"liger_{name}")
-
-
-def _quack() -> Any:
-    from quack import cross_entropy
-
-    return cross_entropy
-
-
 def linear_cross_entropy(n: int, dim: int, vocab: int) -> Case:
     """Three matmuls of 2 N D V operations: logits, and the gradients of hidden and unembedding."""
+    call = _of("hidden", "unembed", "labels")
 
     def inputs(device: torch.device, generator: torch.Generator) -> Inputs:
         kind: Any = {"generator": generator, "device": device}
         hidden = torch.randn(n, dim, dtype=torch.bfloat16, **kind)
         unembed = torch.randn(vocab, dim, dtype=torch.bfloat16, **kind) * dim**-0.5
         return {
-            "hidden": hidden.requires_grad_(),
-            "unembed": unembed.requires_grad_(),
+            "hidden": hidden.requires_grad_(), "unembed": unembed.requires_grad_(),
             "labels": torch.randint(vocab, (n,), **kind),
-        }
+        }  # fmt: skip
 
     def eager(i: Inputs) -> Tensor:
         return F.cross_entropy((i["hidden"] @ i["unembed"].t()).float(), i["labels"])
 
-    def mine(**options: Any) -> Any:
-        function = "linear_cross_entropy"
-        return lambda sets: _of_hidden(ours(function, *options), **options)
+    def own(name: str, **options: Any) -> Provider:
+        return mine(lambda: call(ours("linear_cross_entropy", *options), **options), name)
 
-    return Case(
-        "linear_cross_entropy",
-        f"N={n} D={dim} V={vocab}",
-        6.0 * n * dim * vocab,
-        "bf16",
-        inputs,
-        (
-            *torch_and_compiled(eager),
-            Provider("ours", mine()),
-            Provider("ours, bf16 sum", mine(accumulate="bf16")),
-            Provider("ours, 1 GiB", mine(memory=2**30)),
-            Provider("ours, 256 MiB", mine(memory=BUDGET)),
-            Provider("ours, 256 MiB, bf16 sum", mine(memory=BUDGET, accumulate="bf16")),
-            Provider("Liger", _liger_linear, peer="Liger"),
-            Provider("cut-cross-entropy", _cut, peer="cut-cross-entropy"),
-            Provider("quack", _quack_linear, peer="quack"),
-        ),
-        wrt=("hidden", "unembed"),
+    def cut() -> Forward:
+        from cut_cross_entropy import linear_cross_entropy as cut
+
+        return call(cut)
+
+    def quack() -> Forward:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy as chunked
+
+        return call(chunked)
+
+    providers = (
+        *torch_and_compiled(eager),
+        own("ours"),
+        own("ours, bf16 sum", accumulate="bf16"),
+        own("ours, 1 GiB", memory=2**30),
+        own("ours, 256 MiB", memory=BUDGET),
+        own("ours, 256 MiB, bf16 sum", memory=BUDGET, accumulate="bf16"),
+        peer("Liger", lambda: call(liger("fused_linear_cross_entropy"))),
+        peer("cut-cross-entropy", cut),
+        peer("quack", quack),
     )
-
-
-def _of_hidden(function: Any, **options: Any) -> Forward:
-    return lambda i: function(i["hidden"], i["unembed"], i["labels"], **options)
-
-
-def _liger_linear(sets: Sequence[Inputs]) -> Forward:
-    return _of_hidden(_liger("fused_linear_cross_entropy"))
-
-
-def _cut(sets: Sequence[Inputs]) -> Forward:
-    from cut_cross_entropy import linear_cross_entropy as cut
-
-    return _of_hidden(cut)
-
-
-def _quack_linear(sets: Sequence[Inputs]) -> Forward:
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy as chunked
-
-    return _of_hidden(chunked)
+    return Case(
+        "linear_cross_entropy", f"N={n} D={dim} V={vocab}", 6.0 * n * dim * vocab, "bf16", inputs,
+        providers, wrt=("hidden", "unembed"),
+    )  # fmt: skip

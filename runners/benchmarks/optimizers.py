@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
@@ -29,21 +29,16 @@ def adamw(parameters: int, leaves: int) -> Case:
             params.append(leaf)
         return {"params": params}
 
-    return Case(
-        "adamw",
-        f"{parameters:.0e} parameters".replace("e+0", "e"),
-        float(BYTES) * parameters,
-        "copy",
-        inputs,
-        (
-            Provider("torch foreach", _torch(foreach=True), graph=False),
-            Provider("ours", _ours, graph=False),
-            Provider("bitsandbytes, 8 bits", _bitsandbytes, peer="bitsandbytes", graph=False),
-        ),
-        sets=1,
-        reference="torch foreach",
-        direction="step",
+    providers = (
+        Provider("torch foreach", _torch, graph=False),
+        Provider("ours", _ours, graph=False),
+        Provider("bitsandbytes, 8 bits", _bitsandbytes, peer="bitsandbytes", graph=False),
     )
+    shape = f"{parameters:.0e} parameters".replace("e+0", "e")
+    return Case(
+        "adamw", shape, float(BYTES) * parameters, "copy", inputs, providers, sets=1,
+        reference="torch foreach", direction="step",
+    )  # fmt: skip
 
 
 def _ours(sets: Sequence[Inputs]) -> Forward:
@@ -58,11 +53,8 @@ def _ours(sets: Sequence[Inputs]) -> Forward:
     return step
 
 
-def _torch(**options: Any) -> Callable[[Sequence[Inputs]], Forward]:
-    def build(sets: Sequence[Inputs]) -> Forward:
-        return _stepping(torch.optim.AdamW(sets[0]["params"], lr=1e-5, **options))
-
-    return build
+def _torch(sets: Sequence[Inputs]) -> Forward:
+    return _stepping(torch.optim.AdamW(sets[0]["params"], lr=1e-5, foreach=True))
 
 
 def _bitsandbytes(sets: Sequence[Inputs]) -> Forward:

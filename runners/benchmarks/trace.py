@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import importlib
-import json
 import pkgutil
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import kernels
-from runners.benchmarks.report import console
+from runners.benchmarks.records import environment, write_lines
+from runners.benchmarks.report import Line, Table, console
 from runners.shell.cli import UsageError
 from runners.shell.errors import UserError
 from runners.training.config import TrainConfig, parse_config
@@ -74,14 +72,8 @@ def trace(config: TraceConfig, training: TrainConfig, command: str, output: Cons
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     seen = kernels_of(record, job.device)
-    where = {
-        "device": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "CPU",
-        "torch": torch.__version__,
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": command,
-    }
-    lines = [json.dumps(asdict(kernel) | where) + "\n" for kernel in seen]
-    (folder / "trace.jsonl").write_text("".join(lines))
+    where = environment(job.device, command, {})
+    write_lines(folder / "trace.jsonl", map(asdict, seen), where)
     if config.chrome:
         record.export_chrome_trace(str(folder / "trace.json"))
     show(seen, job.composed.report, output)
@@ -175,13 +167,11 @@ def _belongs(name: str, op: str) -> bool:
 def show(seen: Sequence[Seen], report: Sequence[str], output: Console) -> None:
     for line in report:
         output.print(escape(line), highlight=False, soft_wrap=True)
-    total = sum(kernel.us for kernel in seen)
-    table = Table(title="our kernels, and those of attention, in one step", title_justify="left")
-    for header in ("kernel", "calls", "us", "of the device's time"):
-        table.add_column(header, justify="left" if header == "kernel" else "right")
-    for kernel in seen:
-        if kernel.ours or ATTENTION.search(kernel.name):
-            name = kernel.name if len(kernel.name) <= 70 else f"{kernel.name[:67]}..."
-            share = f"{kernel.us / max(total, 1e-9):.1%}"
-            table.add_row(escape(name), str(kernel.calls), f"{kernel.us:,.0f}", share)
-    output.print(table)
+    total = max(sum(kernel.us for kernel in seen), 1e-9)
+    lines = [
+        Line((k.name[:70], str(k.calls), f"{k.us:,.0f}", f"{k.us / total:.1%}"))
+        for k in seen
+        if k.ours or ATTENTION.search(k.name)
+    ]
+    headers = ("kernel", "calls", "us", "of the device's time")
+    Table("our kernels, and those of attention, in one step", headers, lines).show(output)
