@@ -11,9 +11,10 @@ from core.config import (
     preset,
 )
 from core.foreign.bridge import as_module, from_module
-from core.forward import Forward, Rule, Site, SiteInfo
+from core.forward import Forward, Rule, Site
 from core.model.layers import Logits
 from core.model.vlm import Longest, vlm
+from core.sites import SiteInfo
 
 __all__ = [
     "PRESETS",

@@ -23,7 +23,8 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from core.forward import Forward, Rule, SiteInfo
+from core.forward import Forward, Rule
+from core.sites import SiteInfo
 from kernels.runtime.autograd import nested_forward_mode
 from transforms.kept import Keep, contexts, operation
 from transforms.legal import check_legal
@@ -95,13 +96,30 @@ def checkpoint(
         def wrap(f: Callable[..., Any], path: str) -> Callable[..., Any]:
             return rematerialize(f, ready, to_the_end=native, name=f"the block {path}")
 
+        forward = forward.with_rule(Rule("block", wrap, chosen, "checkpoint", "recompute"))
         again = keep is None or not keep("aten.mm")
-        return forward.with_rule(Rule("block", wrap, chosen, "checkpoint", recomputes=again))
+        return _computed_again(forward, chosen) if again else forward
 
     out = with_policy(forward, policy, chosen)
     if between is not None and every > 1:
         out = with_policy(out, between, lambda site: not chosen(site))
     return out.with_step("checkpoint")
+
+
+def _computed_again(forward: Forward, chosen: Callable[[SiteInfo], bool]) -> Forward:
+    """Lets the MLPs of recomputed blocks keep nothing of their own where they are compiled: their
+    backward may then compute gate and up again without a cost, and some rows at a time."""
+    blocks = tuple(f"{site.path}." for site in forward.select(("block",), chosen))
+
+    def mlps(site: SiteInfo) -> bool:
+        return site.path.startswith(blocks) and any(kind == "glu" for kind, _ in site.members)
+
+    def wrap(f: Callable[..., Any], path: str) -> Callable[..., Any]:
+        return lambda *args: f(*args, keep=not torch.compiler.is_compiling())
+
+    if not forward.select(("group",), mlps):
+        return forward
+    return forward.with_rule(Rule("group", wrap, mlps, "checkpoint", "recompute"))
 
 
 def keeper(policy: Policy) -> Keep | None:

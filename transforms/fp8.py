@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 import kernels
-from core.forward import Forward, Rule, SiteInfo
+from core.forward import Forward, Rule
 from core.model.layers import weight_of
+from core.sites import SiteInfo
 from kernels.quantised.fp8_linear import SCALINGS
 from params.tree import Tree, flatten
 from transforms.legal import check_legal
@@ -63,8 +64,7 @@ def fp8(forward: Forward, *, skip: Sequence[str] | None = None, scaling: str = "
 
         return linear
 
-    # Below all other rules: it stands in for the linear that they wrap.
-    rule = Rule("linear", wrap, chosen, "fp8", level=-1)
+    rule = Rule("linear", wrap, chosen, "fp8", stage="kernel")
     return forward.with_rule(rule).with_step("fp8", preparations=(*forward.preparations, prepare))
 
 

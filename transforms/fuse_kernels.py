@@ -13,7 +13,8 @@ from torch.autograd import forward_ad
 
 import kernels
 from core.foreign.rotary import takes_tables
-from core.forward import Forward, NormForm, Rule, SiteInfo
+from core.forward import Forward, Rule
+from core.sites import NormForm, SiteInfo
 from params.tree import Tree
 from transforms.legal import check_legal
 
@@ -57,8 +58,8 @@ def fuse_kernels(forward: Forward, *, skip: Sequence[str] = ()) -> Forward:
         return (site.kind, site.path) in table
 
     for kind in sorted({kind for kind, _ in table}):
-        rule = Rule(kind, partial(wrap, kind), chosen, "fuse_kernels")
-        forward = forward.with_rule(rule, innermost=True)
+        rule = Rule(kind, partial(wrap, kind), chosen, "fuse_kernels", stage="kernel")
+        forward = forward.with_rule(rule)
     return forward.with_step("fuse_kernels")
 
 

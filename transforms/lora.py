@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.forward import Forward, Rule, SiteInfo
+from core.forward import Branch, Forward, Rule
+from core.sites import SiteInfo
 from params.formats import ADAPTERS, dtype_of, held_at, is_adapter, shape_of
 from params.init import leaf_seed
 from params.tree import Tree, flatten, unflatten
@@ -79,6 +80,10 @@ def lora(
 
         return adapted
 
+    def beside(p: Tree, path: str) -> tuple[Tree, Branch]:
+        rest, (a, b) = split(p, path)
+        return rest, Branch(a, lambda y, t: y + factor * F.linear(t.to(y.dtype), b.to(y.dtype)))
+
     def wrap_read(f: Callable[..., Any], path: str) -> Callable[..., Any]:
         def adapted(p: Tree) -> Tensor:
             rest, (a, b) = split(p, path)
@@ -89,7 +94,7 @@ def lora(
 
     out = forward
     for kind, how in (("linear", wrap), ("weight", wrap_read)):
-        rule = Rule(kind, how, chosen, "lora", level=1)
+        rule = Rule(kind, how, chosen, "lora", "adapt", beside)
         if any(True for site in forward.sites for _ in rule.keys(site)):
             out = out.with_rule(rule)
     return out.with_step("lora", preparations=(*out.preparations, prepare))

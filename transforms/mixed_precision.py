@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from core.foreign.at_site import place_of
-from core.forward import WEIGHTED, Forward, Rule, Site
+from core.forward import Forward, Rule, Site
 from core.model.layers import Logits
+from core.sites import WEIGHTED
 from params.formats import DTYPE, added, is_mark, is_scale
 from params.tree import Tree, flatten, map_with_path
 from transforms.legal import check_legal
@@ -48,6 +49,9 @@ def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Fo
 
         return run
 
+    def in_group(p: Tree, path: str) -> tuple[Tree, None]:
+        return {**p, "weight": p["weight"].to(dtype)}, None  # the kernel takes a wide bias
+
     def at_gather(f: Callable[..., Any], path: str) -> Callable[..., Any]:
         def others(leaf: str) -> bool:
             full = f"{path}.{leaf}"
@@ -72,20 +76,21 @@ def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Fo
 
     kinds = {site.kind for site in forward.sites}
     for kind in sorted(kinds & set(WEIGHTED) - {"weight"}):
-        # Innermost: what else is done to a weight (rounding by fake_quant) is done in its own
-        # dtype, or training would see other int8 codes than quantize_int8 will give.
-        forward = forward.with_rule(Rule(kind, at_site, name=name), innermost=True)
+        rule = Rule(kind, at_site, name=name, stage="cast", in_group=in_group)
+        forward = forward.with_rule(rule)
     if any(s.foreign and s.kind in WEIGHTED and not s.computed for s in forward.sites):
         # outermost: what model code reads itself is of this dtype, whatever is done to it before
-        rule = Rule("weight", at_read, lambda site: not site.computed, name, level=2)
+        rule = Rule("weight", at_read, lambda site: not site.computed, name, "outside")
         forward = forward.with_rule(rule)
-    forward = forward.with_rule(Rule("gather", at_gather, name=name))
+    forward = forward.with_rule(Rule("gather", at_gather, name=name, stage="gather"))
     if foreign:
         for kind in sorted(kinds & {*WEIGHTED, "norm"} - {"weight"}):
             # outside of all: whatever computes at a site has its dtypes from its arguments
-            forward = forward.with_rule(Rule(kind, _by_itself, name="no autocast", level=3))
+            forward = forward.with_rule(Rule(kind, _by_itself, None, "no autocast", "outside"))
         if "attention" in kinds:  # as autocast does it, which does not see it under vmap
-            forward = forward.with_rule(Rule("attention", _attends_in(dtype), name=name, level=3))
+            forward = forward.with_rule(
+                Rule("attention", _attends_in(dtype), None, name, "outside")
+            )
         forward = _around(forward, lambda f: partial(_autocast, f.build, dtype, _loose(f)))
     return forward.with_step("mixed_precision")
 

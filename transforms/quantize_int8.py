@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import kernels
-from core.forward import WEIGHTED, Forward, Rule, SiteInfo
+from core.forward import Forward, Rule
 from core.model.layers import Logits
+from core.sites import WEIGHTED, SiteInfo
 from kernels.runtime.autograd import nested_forward_mode
 from kernels.runtime.dynamo import allow_in_graph, check_hidden
 from params.formats import INT8, Format, beside, dtype_of
@@ -78,7 +79,8 @@ def fake_quant(
     """
     check_legal(forward, "fake_quant")
     paths = targets(forward, skip, activations)
-    out = _with_rules(forward, paths, _fake_wraps(activations), "fake_quant")
+    in_group = _round_weight if activations is None else None
+    out = _with_rules(forward, paths, _fake_wraps(activations), "fake_quant", in_group)
     return out.with_step("fake_quant")
 
 
@@ -101,13 +103,17 @@ def targets(
 
 
 def _with_rules(
-    forward: Forward, paths: frozenset[str], wraps: dict[str, Any], name: str
+    forward: Forward,
+    paths: frozenset[str],
+    wraps: dict[str, Any],
+    name: str,
+    in_group: Callable[[Tree, str], tuple[Tree, None]] | None = None,
 ) -> Forward:
     def chosen(site: SiteInfo) -> bool:
         return site.weight in paths
 
     for kind, wrap in wraps.items():
-        rule = Rule(kind, wrap, chosen, name)
+        rule = Rule(kind, wrap, chosen, name, "quantise", in_group)
         if any(True for site in forward.sites for _ in rule.keys(site)):
             forward = forward.with_rule(rule)
     return forward
@@ -163,6 +169,10 @@ def _fake_wraps(activations: str | None) -> dict[str, Any]:
 
     inner = both if activations == "dynamic" else weights
     return {"linear": inner, "embed": weights, "head": inner, "weight": weights}
+
+
+def _round_weight(p: Tree, path: str = "") -> tuple[Tree, None]:
+    return {**p, "weight": straight_through(p["weight"])}, None
 
 
 def straight_through(w: Tensor) -> Tensor:

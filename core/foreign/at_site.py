@@ -23,8 +23,9 @@ from core.foreign.found import scaled
 from core.foreign.gated import Gated, product
 from core.foreign.reroute import names_of, reroute
 from core.foreign.rotary import is_rotary
-from core.forward import Site, SiteInfo
+from core.forward import Site
 from core.model.layers import embed, head, linear, weight_of
+from core.sites import SiteInfo
 from params.formats import added, held_at
 from params.tree import Tree, flatten, unflatten
 
@@ -70,7 +71,7 @@ class AtSite(nn.Module):
         super().__init__()
         # leaves, added: name, module and key of every tensor inside, so that a call need not walk
         vars(self).update(inner=inner, site=site, info=info, leaves=[], added=[])
-        vars(self)["free"] = site.free((info.kind, info.path))
+        vars(self)["free"] = not site.bound(info.kind, info.path)
         for name in ("_parameters", "_buffers", "_modules", "training", "_is_full_backward_hook"):
             vars(self)[name] = vars(inner)[name]
         for name, hooks in vars(inner).items():

@@ -37,8 +37,9 @@ from core.foreign.found import Found, find_sites, inside
 from core.foreign.probes import copied, put, redirect, skeleton
 from core.foreign.reroute import written
 from core.foreign.watch import State, Watch
-from core.forward import WEIGHTED, Forward, Site
+from core.forward import Forward, Site
 from core.model.layers import Logits
+from core.sites import WEIGHTED
 from params.formats import FORMATS, added, beside, is_scale
 from params.paths import alias_table
 from params.tree import Tree, flatten, unflatten

@@ -32,7 +32,7 @@ from core.foreign.probes import (
 )
 from core.foreign.reroute import attention_to, names_of, reroute
 from core.foreign.rotary import rotary_to
-from core.forward import NormForm, SiteInfo
+from core.sites import NormForm, SiteInfo
 from params.paths import select_paths
 
 # of the rows of made-up numbers: a limit that a layer sets shows at large ones

@@ -15,7 +15,7 @@ from torch import Tensor
 import kernels
 from core.config import TextConfig
 from core.forward import Site
-from core.model.fused import normed_linears, normed_mlp
+from core.model.groups import attention_in, norm_mlp
 from core.model.layers import Logits, dropout, embed, head, linear, rms_norm, rope
 from params.tree import Tree
 
@@ -64,7 +64,7 @@ def block(
     attn, mlp = p["attn"], p["mlp"]
 
     projections = {f"attn.{name}": attn[name] for name in "qkv"}
-    (q, k, v), x = normed_linears(
+    (q, k, v), x = attention_in(
         site, "attn_norm", p["attn_norm"], projections, x, eps=config.norm_eps
     )
     q, k, v = split(q), split(k), split(v)  # [N, H, Dh], [N, Hk, Dh] twice
@@ -76,7 +76,7 @@ def block(
     o = site("linear", linear, attn["o"], rearrange(o, "n h d -> n (h d)"), at="attn.o")
 
     o = drop(o, salt=salt)
-    h, x = normed_mlp(site, "mlp_norm", "mlp", p["mlp_norm"], mlp, x, o, eps=config.norm_eps)
+    h, x = norm_mlp(site, "mlp_norm", "mlp", p["mlp_norm"], mlp, x, o, eps=config.norm_eps)
     return x + drop(h, salt=salt + 1)
 
 
@@ -106,8 +106,9 @@ def decode(
         # what differs from layer to layer is a tensor, so that one compiled block serves all
         if seed is not None and config.dropout:
             ctx = ctx | {"salt": torch.full((), 2 * layer, device=x.device)}
-        run = partial(block, site.at(name, inner=True), config, config.window_of(layer), longest)
-        x = site("block", run, p["blocks"][str(layer)], x, ctx, at=name)
+        window = config.window_of(layer)
+        run = partial(block, site.at(name), config, window, longest)
+        x = site("block", run, p["blocks"][str(layer)], x, ctx, at=name, key=("text", window))
     x = site("norm", partial(rms_norm, eps=config.norm_eps), p["norm"], x, at="norm")
     unembed = "embed" if config.tied else "lm_head"
     return site("head", partial(head, softcap=config.softcap), p[unembed], x, at=unembed)

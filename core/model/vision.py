@@ -136,8 +136,8 @@ def encode(
         x = x + sincos_positions(where, config.dim).to(x.dtype)
     for layer in range(config.layers):
         name = f"blocks.{layer}"
-        run = partial(block, site.at(name, inner=True), config, longest, equal)
-        x = site("block", run, p["blocks"][str(layer)], x, cu_seqlens, at=name)
+        run = partial(block, site.at(name), config, longest, equal)
+        x = site("block", run, p["blocks"][str(layer)], x, cu_seqlens, at=name, key="vision")
     return site("norm", partial(layer_norm, eps=config.norm_eps), p["norm"], x, at="norm")
 
 
@@ -200,8 +200,8 @@ def resample(
     joint = cu_seqlens + torch.arange(pictures + 1, device=device, dtype=torch.int32) * queries
     for layer in range(config.layers):
         name = f"blocks.{layer}"
-        run = partial(resampler_block, site.at(name, inner=True), config, eps, joint_longest)
+        run = partial(resampler_block, site.at(name), config, eps, joint_longest)
         args = (latents, x, at_latents, at_patches, joint)
-        latents = site("block", run, p["blocks"][str(layer)], *args, at=name)
+        latents = site("block", run, p["blocks"][str(layer)], *args, at=name, key="resampler")
     latents = site("norm", partial(layer_norm, eps=eps), p["norm"], latents, at="norm")
     return site("linear", linear, p["out"], latents, at="out")

@@ -13,10 +13,11 @@ from torch import Tensor
 import kernels
 from core.batch import Batch, check_fields, make_batch
 from core.config import VLMConfig
-from core.forward import Forward, Site, SiteInfo, record_sites
+from core.forward import Forward, Site, record_sites
 from core.model.layers import Logits
 from core.model.text import decode, embed_tokens
 from core.model.vision import encode, resample, segment_ids, shuffle_and_project
+from core.sites import SiteInfo
 from kernels.runtime.dispatch import BACKENDS
 from params.tree import Tree, map_leaves
 

@@ -18,7 +18,7 @@ from core import Forward, Rule, from_module
 from core.foreign import bridge
 from core.foreign.found import is_norm, norm_form
 from core.foreign.rotary import is_rotary
-from core.forward import NormForm
+from core.sites import NormForm
 from params.int8 import dequantize_weight, quantize_weight
 from params.tree import Tree, flatten, map_leaves, unflatten
 from tests.models import EYES, SIZES, language

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from core import Forward, Rule, from_module
-from core.forward import WEIGHTED
+from core.sites import WEIGHTED
 from params.int8 import dequantize_weight, quantize_weight
 from params.tree import Tree, flatten, map_leaves, unflatten
 from transforms import (

@@ -30,7 +30,8 @@ from core import (
     make_batch,
     vlm,
 )
-from core.forward import WEIGHTED, Forward
+from core.forward import Forward
+from core.sites import WEIGHTED
 from params import init_params
 from params.int8 import dequantize_weight, quantize_weight
 from params.tree import Tree, flatten, map_leaves, merge, unflatten

@@ -46,9 +46,7 @@ def test_is_the_model_with_cast_matrices(
     assert torch.equal(got, want)
 
     low = matrices_to(params, dtype)
-    # one site after the other, as the cast has them, and not several fused: bit for bit
-    singly = bare.with_rule(Rule("linear", lambda f, path: f))
-    want_loss, want_grads = value_and_grad(fuse_loss(singly))(low, batch)
+    want_loss, want_grads = value_and_grad(fuse_loss(bare))(low, batch)
     for loss in (
         fuse_loss(forward),
         checkpoint(fuse_loss(forward)),
@@ -64,10 +62,11 @@ def test_is_the_model_with_cast_matrices(
             want_g = flatten(want_grads)[path].float()
             assert_same(g, want_g, int(path in tied), torch.bfloat16)
 
-    # Fused, the gradients of an activation that goes several ways are added up in another order:
-    # up to two roundings a block, of which there are two. (That of a key's bias is 0 but for
+    # Site by site, the gradients of an activation that goes several ways are added up in another
+    # order: up to two roundings a block, of which there are two. (That of a key's bias is 0 but for
     # roundings: softmax does not see it.)
-    value, grads = value_and_grad(fuse_loss(bare))(low, batch)
+    singly = bare.with_rule(Rule("linear", lambda f, path: f))
+    value, grads = value_and_grad(fuse_loss(singly))(low, batch)
     assert torch.equal(value, want_loss)
     got, want = (
         {path: g.float() for path, g in flatten(tree).items() if ".k.bias" not in path}

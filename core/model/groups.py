@@ -1,0 +1,135 @@
+"""Groups: neighbouring sites as one function, which rules open only as far as they must.
+
+The numbers are those of the sites one after the other. What a fused function saves is memory: it
+keeps nothing of an activation that is cheap to make again, and its consumer's backward makes it
+again in passing.
+
+A group is a site of kind ``group`` that declares its members. Its function asks ``site.open``
+whether a rule stands at a member, and ``site.member`` what rules leave of a linear. To add one (for
+decoding: norm, q, k, v, rotary positions and the write to a cache; attention, o and the residual):
+write the plain body, call it under ``site("group", ...)``, and take the fused kernel where every
+member is closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from torch import Tensor
+
+import kernels
+from core.forward import Site
+from core.model.layers import linear, rms_norm, swiglu, weight_of
+from params.tree import Tree
+
+
+def attention_in(
+    site: Site, norm: str, p: Tree, linears: Mapping[str, Tree], x: Tensor, *, eps: float
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The group ``attn_in``: RMS norm, then q, k and v of it. Arguments as :func:`norm_linears`."""
+
+    def run(_: Tree, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        return norm_linears(site, norm, p, linears, x, eps=eps)
+
+    members = (("norm", norm), *(("linear", at) for at in linears))
+    return site("group", run, {}, x, at="attn_in", members=members)
+
+
+def norm_mlp(
+    site: Site,
+    norm: str,
+    mlp: str,
+    p: Tree,
+    leaves: Tree,
+    x: Tensor,
+    residual: Tensor,
+    *,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The group ``mlp``: x + residual, RMS norm, then a gated MLP: x ``[N, D]`` -> ``[N, D]``, and
+    the sum.
+
+    norm, mlp: where the sites are; p: the norm's params; leaves: gate's, up's and down's. Fused, it
+    keeps what gate and up gave, and its last backward writes gradients over them. A rule at the
+    group may call it with ``keep=False``: it then computes them again in backward.
+    """
+    linears = {f"{mlp}.{name}": leaves[name] for name in ("gate", "up", "down")}
+    members = (("norm", norm), ("glu", mlp), *(("linear", at) for at in linears))
+    biased = any("bias" in each for each in linears.values())
+    *into, (down, last) = linears.items()
+
+    def run(_: Tree, x: Tensor, residual: Tensor, keep: bool = True) -> tuple[Tensor, Tensor]:
+        opened = any(site.open(kind, at) for kind, at in members)
+        if opened or biased or residual.dtype != x.dtype:
+            (gate, up), total = norm_linears(site, norm, p, dict(into), x, residual, eps=eps)
+            return glu_linear(site, mlp, down, last, gate, up), total
+        gate, up, out = (weight_of(each) for each in linears.values())
+        return kernels.add_norm_gated_mlp(x, residual, p["weight"], gate, up, out, eps, keep)
+
+    return site("group", run, {}, x, residual, at=mlp, members=members)
+
+
+def norm_linears(
+    site: Site,
+    norm: str,
+    p: Tree,
+    linears: Mapping[str, Tree],
+    x: Tensor,
+    residual: Tensor | None = None,
+    *,
+    eps: float,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """x + residual, RMS norm, then several linears of the result: x ``[N, D]`` -> ``[N, O]`` each,
+    and the sum (x itself if there is no residual), from which the residual stream is to go on.
+
+    norm, and the keys of linears: where the sites are; p: the norm's params. The fused function
+    keeps the sum alone, not the normed one, and its backward adds the branches' gradients. Adapters
+    are linears of the same normed input; a linear that has to be called gets a normed input of its
+    own, which is kept only if that call keeps it.
+    """
+    if residual is not None and residual.dtype != x.dtype:
+        x, residual = x + residual, None  # in the wider dtype
+    if site.open("norm", norm):
+        x = x if residual is None else x + residual
+        h = site("norm", partial(rms_norm, eps=eps), p, x, at=norm)
+        return tuple(site("linear", linear, each, h, at=at) for at, each in linears.items()), x
+
+    members = [site.member(linear, each, at) for at, each in linears.items()]
+    closed = [member for member in members if member.call is None]
+    branches = [branch for member in members for branch in member.branches]
+    weights = [weight_of(member.p) for member in closed]
+    dtype = weights[0].dtype if weights else x.dtype
+    weights += [branch.weight.to(dtype) for branch in branches]
+    biases = [member.p.get("bias") for member in closed] + [None] * len(branches)
+    outs: tuple[Tensor, ...] = ()
+    if weights:
+        outs, x = kernels.add_norm_linears(x, residual, p["weight"], weights, biases, eps)
+    elif residual is not None:
+        x = x + residual
+    plain, thin = iter(outs[: len(closed)]), iter(outs[len(closed) :])
+    h = rms_norm(p, x, eps=eps) if len(closed) < len(members) else x
+    results = []
+    for member in members:
+        y = next(plain) if member.call is None else member.call(member.p, h)
+        for branch in member.branches:
+            y = branch.join(y, next(thin))
+        results.append(y)
+    return tuple(results), x
+
+
+def glu_linear(site: Site, glu: str, down: str, p: Tree, gate: Tensor, up: Tensor) -> Tensor:
+    """SwiGLU, then a linear of the result: gate, up ``[N, F]`` -> ``[N, D]``.
+
+    glu, down: where the sites are; p: the linear's params. Fused, it keeps gate and up alone.
+    """
+    if site.open("glu", glu):
+        return site("linear", linear, p, site("glu", swiglu, {}, gate, up, at=glu), at=down)
+    member = site.member(linear, p, down)
+    if member.call is None:
+        y = kernels.glu_linear(gate, up, weight_of(member.p), member.p.get("bias"))
+    else:
+        y = member.call(member.p, kernels.swiglu(gate, up))
+    for branch in member.branches:
+        y = branch.join(y, kernels.glu_linear(gate, up, branch.weight.to(y.dtype)))
+    return y
