@@ -89,7 +89,8 @@ def _attention(
     """q ``[B, H, T, Dh]``, k and v ``[B, Hk, T, Dh]``; ``f`` is the call as the module makes it."""
     masked = options.get("attn_mask") is not None or options.get("dropout_p", 0.0) > 0
     grouped = q.ndim == 4 and q.shape[1] != k.shape[1]
-    if masked or q.ndim != 4 or k.shape != v.shape or q.shape[2:] != k.shape[2:]:
+    alike = q.ndim == 4 and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
+    if masked or not alike or k.shape != v.shape:
         return f(p, q, k, v, options)
     if not q.dtype == k.dtype == v.dtype or (grouped and not options.get("enable_gqa")):
         return f(p, q, k, v, options)  # torch says what is wrong with it

@@ -22,6 +22,7 @@ class State:
         inner = (vars(m).get("inner") for m in body.modules())
         self.modules = [*body.modules(), *(m for m in inner if isinstance(m, nn.Module))]
         self.first: dict[tuple[int, str], Any] = {}  # of what changes: module, attribute -> value
+        self.seen: list[Any] = []  # forms of batches that it was looked at with
 
     @contextmanager
     def kept(self, look: bool) -> Iterator[None]:
@@ -121,8 +122,10 @@ class Watch:
         fresh: Mapping[Any, Tensor] = {i: leaves[i] for i in copied} if known is None else {}
         trees = (held, own, fresh)
         versions = [{key: leaf._version for key, leaf in tree.items()} for tree in trees]
-        with state.kept(look=known is None):
+        look = form not in state.seen  # of one forward of several that a module has
+        with state.kept(look):
             out = run(batch)
+        state.seen += [form] if look else []
         changed, lost, written = (
             [key for key, version in old.items() if tree[key]._version != version]
             for tree, old in zip(trees, versions, strict=True)

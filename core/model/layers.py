@@ -143,6 +143,9 @@ class Logits:
     def dim(self) -> int:
         return self.hidden.ndim
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
@@ -181,6 +184,9 @@ class Logits:
 
     def __sub__(self, other: Any) -> Logits:
         return self + (-other)
+
+    def __rsub__(self, other: Any) -> Logits:
+        return -self + other
 
     def tanh(self) -> Logits:
         if self.softcap is not None:
@@ -293,6 +299,18 @@ class Logits:
         """The same for some rows of ``hidden [N, D]``."""
         return replace(self, hidden=self.hidden[rows])
 
+
+def _refusing(name: str) -> Callable[..., Any]:
+    def refuse(self: Logits, *others: Any) -> Any:
+        raise _unserved(name)
+
+    return refuse
+
+
+for _name in ("pow", "rpow", "matmul", "rmatmul", "mod", "floordiv", "rtruediv", "abs"):
+    setattr(Logits, f"__{_name}__", _refusing(_name))
+for _name in ("lt", "le", "gt", "ge"):
+    setattr(Logits, f"__{_name}__", _refusing("a comparison"))
 
 _SERVED = (
     *("tanh", "mul", "multiply", "div", "divide", "true_divide", "add", "reshape", "flatten"),

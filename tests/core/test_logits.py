@@ -66,6 +66,7 @@ SHAPES: dict[str, Callable[[Any], Any]] = {
     "flat": lambda x: x.flatten(0, 1).clone().unsqueeze(0).squeeze(0),
     "permuted": lambda x: x.permute(1, 0, 2).to(torch.float64).type_as(x),
     "negated": lambda x: -x,
+    "counted": lambda x: x[: len(x)],
 }
 
 
@@ -99,6 +100,10 @@ UNSERVED: dict[str, Callable[[Any], Any]] = {
     "a quotient with": lambda x: x / torch.ones(()),
     "a cast to": lambda x: x.to(torch.bfloat16),
     "a transposition of the vocabulary": lambda x: x.transpose(1, 2),
+    "pow": lambda x: x**2,
+    "a comparison": lambda x: x > 0,
+    "a sum with ": lambda x: 1 - x,
+    "matmul": lambda x: x @ torch.ones(7, 2),
     "topk": lambda x: torch.topk(x, 2),
     "cat": lambda x: torch.cat([x, x]),
 }

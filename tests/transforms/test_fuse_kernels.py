@@ -199,6 +199,7 @@ class Attention(nn.Module):
         ({"is_causal": True, "scale": 0.3}, (2, 2, 5, 8), True),
         ({"is_causal": True, "enable_gqa": True}, (2, 1, 5, 8), True),
         ({}, (2, 2, 7, 8), False),
+        ({}, (1, 2, 5, 8), False),
         ({"dropout_p": 0.5}, (2, 2, 5, 8), False),
     ],
 )
