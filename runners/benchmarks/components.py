@@ -95,8 +95,11 @@ def bench(
 # -- a part as a function of its inputs: weights by their paths in a layer, and x -----------------
 
 
-def attention(model: VLMConfig, length: int, i: Inputs) -> Tensor:
-    """x ``[N, D]`` through the linears of q, k and v, RoPE, attention and the linear of o."""
+def attention(model: VLMConfig, length: int, i: Inputs, dense: int | None = None) -> Tensor:
+    """x ``[N, D]`` through the linears of q, k and v, RoPE, attention and the linear of o.
+
+    dense: the length of all rows, for scores of ``[rows, H, length, length]``, as naive code has.
+    """
     size = model.text.head_size
     q, k, v = (
         kernels.linear(i["x"], i[f"attn.{n}.weight"], i.get(f"attn.{n}.bias")).unflatten(
@@ -108,8 +111,12 @@ def attention(model: VLMConfig, length: int, i: Inputs) -> Tensor:
         f"{n}_weight": i[f"attn.{n}_norm.weight"] for n in "qk" if f"attn.{n}_norm.weight" in i
     }
     q, k = kernels.rope(q, k, i["cos"], i["sin"], i["rows"], eps=model.text.norm_eps, **norms)
-    o = kernels.attention(q, k, v, i["cu_seqlens"], causal=True, max_seqlen=length, length=length)
+    o = kernels.attention(q, k, v, i["cu_seqlens"], causal=True, max_seqlen=length, length=dense)
     return kernels.linear(o.flatten(1), i["attn.o.weight"], i.get("attn.o.bias"))
+
+
+def plain_attention(model: VLMConfig, length: int, i: Inputs) -> Tensor:
+    return attention(model, length, i, dense=length)
 
 
 def mlp(model: VLMConfig, length: int, i: Inputs) -> Tensor:
@@ -147,7 +154,7 @@ def plain_loss(model: VLMConfig, length: int, i: Inputs) -> Tensor:
 Compute = Callable[[VLMConfig, int, Inputs], Tensor]
 # Of each part: as naive code has it, as the model computes it, and the weights that it takes.
 MAKE: dict[str, tuple[Compute, Compute, tuple[str, ...]]] = {
-    "attention": (attention, attention, ("attn.",)),
+    "attention": (plain_attention, attention, ("attn.",)),
     "mlp": (plain_mlp, mlp, ("mlp.", "mlp_norm.")),
     "norms": (norms, norms, ("norm.",)),
     "loss": (plain_loss, loss, ("head",)),
@@ -159,8 +166,7 @@ def part(model: VLMConfig, rows: int, length: int, name: str) -> Case:
     plain, own, prefixes = MAKE[name]
     text, tokens = model.text, rows * length
     inputs = inputs_of(model, rows, length, name)
-    with torch.device("meta"):
-        shapes = weights_of(model, torch.device("meta"))
+    shapes = weights_of(model, torch.device("meta"))
     weights = [path for path in shapes if path.startswith(prefixes)]
     wrt = ("x", *(("residual",) if name == "mlp" else ()), *weights)
     seeds = () if name == "loss" else ("dy",)
