@@ -26,6 +26,7 @@ from runners.benchmarks.report import console
 from runners.shell.cli import UsageError
 
 Run = Callable[[], Tensor]
+TURNS = 20  # of a round
 LEGEND = (
     "ms: median of one forward without gradients. speed: the module's time over this one's. error: "
     "the worst |x - y| / |y| against the module's results."
@@ -227,7 +228,8 @@ def bench(
     name = "overhead" if clock.device.type == "cpu" else "overhead_cuda"
     size = f"Models of {config.layers} layers, {config.width} wide; fp32 on a CPU, bf16 on a GPU."
     what = Cases(name, "Overhead", f"{LEGEND} {size}", "speed")
-    settings = Settings(config.rounds, config.seconds * config.rounds, backend)
+    # A turn is a call or two, so that what else the machine does hits all.
+    settings = Settings(TURNS * config.rounds, config.seconds * config.rounds, backend)
     return measure_cases(
         cases(config, clock.device), clock, settings, Path(config.out), command, output,
         measured_ceilings, what,
