@@ -11,7 +11,7 @@ from torch import Tensor
 
 from core.batch import IGNORE
 from params.tree import Tree, flatten
-from transforms.checkpoint import rematerialize
+from transforms.checkpoint import naming_what_differs, rematerialize
 
 Loss = Callable[[Tree, Any], Tensor]
 GradFn = Callable[[Tree, Any], tuple[Tensor, Tree]]
@@ -139,7 +139,9 @@ class _Accumulated(torch.autograd.Function):
                 fresh[i].requires_grad_()
             with torch.enable_grad():
                 loss = part(fresh, k)
-            grads = torch.autograd.grad(loss, [fresh[i] for i in wanted], materialize_grads=True)
+            inputs = [fresh[i] for i in wanted]
+            with naming_what_differs():
+                grads = torch.autograd.grad(loss, inputs, materialize_grads=True)
             losses.append(loss.detach())
             if not total:
                 total = [g if count == 1 else g.to(_wide(g.dtype), copy=True) for g in grads]

@@ -11,12 +11,14 @@ Two mechanisms, one meaning. Under plain autograd and ``torch.compile``,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import (
+    CheckpointError,
     CheckpointPolicy,
     create_selective_checkpoint_contexts,
     set_checkpoint_early_stop,
@@ -138,6 +140,21 @@ def keeper(policy: Policy) -> Keep | None:
         raise ValueError(f"only dots and attention go together, not {' and '.join(names)}")
     keeps = [keep for keep in map(POLICIES.get, names) if keep is not None]
     return (lambda op: any(keep(op) for keep in keeps)) if keeps else None
+
+
+@contextmanager
+def naming_what_differs() -> Iterator[None]:
+    """Around a backward pass: PyTorch says that a block computed other tensors when it was run
+    again; this says what that may come from."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise RuntimeError(
+            "a block that checkpoint runs again in backward computes something else there: a "
+            "module in it keeps a state from call to call, such as a cache (Hugging Face: "
+            "use_cache=False, in call= or in the config). Switch that off, or leave checkpoint "
+            f"out ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def rematerialize(

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointError
 
 from core.forward import Forward
 from params.formats import is_adapter, is_scale
 from params.tree import Tree, flatten, merge, partition, unflatten
+from transforms.checkpoint import naming_what_differs
 
 Loss = Callable[[Tree, Any], Tensor]
 
@@ -56,15 +56,8 @@ def value_and_grad(
                 f"the loss depends on none of the leaves that learn ({', '.join([*leaves][:4])}): "
                 "they are frozen, or it is computed under torch.no_grad() or from detached tensors"
             )
-        try:
+        with naming_what_differs():
             grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-        except CheckpointError as error:
-            raise RuntimeError(
-                "a block that checkpoint runs again in backward computes something else there: a "
-                "module in it keeps a state from call to call, such as a cache (Hugging Face: "
-                "use_cache=False, in call= or in the config). Switch that off, or leave checkpoint "
-                f"out ({str(error).splitlines()[0]})"
-            ) from error
         value = (loss.detach(), *aux) if aux else loss.detach()
         return value, unflatten(dict(zip(leaves, grads, strict=True)))
 

@@ -102,13 +102,12 @@ def caching(bench: Bench) -> None:
         return torch.cat([out.logits, *([h[-1]] if (h := out.get("hidden_states")) else [])], -1)
 
     batch = {k: v for k, v in bench.batch().items() if k != "labels"}
-    params = dict(module.named_parameters())
+    learned = {n: p for n, p in module.named_parameters() if p.requires_grad}
     try:
         loss = loss_of(call(module, batch), batch)
+        grads = torch.autograd.grad(loss, list(learned.values()), materialize_grads=True)
     except Exception as error:
         raise NothingThereError from error
-    learned = {n: p for n, p in params.items() if p.requires_grad}
-    grads = torch.autograd.grad(loss, list(learned.values()), materialize_grads=True)
     want = dict(zip(learned, grads, strict=True))
     forward, ready = from_module(module, call=call)
     for f in (forward, *chained(forward)):
