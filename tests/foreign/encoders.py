@@ -72,6 +72,17 @@ encoder(
     eager=False,
     max_position_embeddings="absent",
 )
+encoder("I-BERT", "IBertForMaskedLM", eager=False)
+encoder(
+    "XLM",
+    "XLMWithLMHeadModel",
+    config="XLMConfig",
+    emb_dim=32,
+    n_layers=2,
+    n_heads=4,
+    n_words=VOCAB,
+    eager=False,
+)
 encoder(
     "BERT, a classifier",
     "BertForSequenceClassification",

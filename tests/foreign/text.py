@@ -139,3 +139,10 @@ text(
     cls_token_id=1,
     sep_token_id=2,
 )
+text(
+    "CTRL",
+    "CTRLLMHeadModel",
+    config="CTRLConfig",
+    sizes={k: v for k, v in GPT2.items() if k != "n_inner"} | {"dff": 48},
+    eager=False,
+)

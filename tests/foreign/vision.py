@@ -127,6 +127,28 @@ vision(
     inputs=pictures(32, classes=5),
     eager=False,
 )
+vision(
+    "LeViT",
+    "LevitForImageClassification",
+    head="classifier.linear",
+    image_size=32,
+    hidden_sizes=[16, 24, 32],
+    num_attention_heads=[2, 2, 2],
+    depths=[1, 1, 1],
+    key_dim=[8, 8, 8],
+    patch_size=16,
+    mlp_ratio=[2, 2, 2],
+    attention_ratio=[2, 2, 2],
+    sizes=STAGES,
+    inputs=pictures(32, classes=5),
+    eager=False,
+)
+vision(
+    "Data2Vec vision",
+    "Data2VecVisionForImageClassification",
+    use_relative_position_bias=True,
+    eager=False,
+)
 tower("DINOv3", "DINOv3ViTModel", num_register_tokens=2, config="DINOv3ViTConfig")
 tower("SigLIP vision", "SiglipVisionModel", config="SiglipVisionConfig")
 tower("CLIP vision", "CLIPVisionModel", config="CLIPVisionConfig")
@@ -187,6 +209,17 @@ for name, model in (
     hugging_face(
         name, "audio", model, inputs=wave, call=last_hidden, sizes=WAVES, eager=name != "WavLM"
     )
+hugging_face(
+    "Wav2Vec2-BERT",
+    "audio",
+    "Wav2Vec2BertModel",
+    inputs=lambda g: {"input_features": torch.randn(2, 12, 16, generator=g)},
+    call=last_hidden,
+    feature_projection_input_dim=16,
+    conv_depthwise_kernel_size=3,
+    sizes={k: v for k, v in EYES.items() if k not in ("image_size", "patch_size")},
+    eager=False,
+)
 hugging_face(
     "Audio Spectrogram Transformer",
     "audio",
