@@ -85,35 +85,26 @@ def norm_linears(
 
     norm, and the keys of linears: where the sites are; p: the norm's params. The fused function
     keeps the sum alone, not the normed one, and its backward adds the branches' gradients. Adapters
-    are linears of the same normed input; a linear that has to be called gets a normed input of its
-    own, which is kept only if that call keeps it.
+    are linears of the same normed input.
     """
     if residual is not None and residual.dtype != x.dtype:
         x, residual = x + residual, None  # in the wider dtype
-    if site.open("norm", norm):
+    members = [site.member(linear, each, at) for at, each in linears.items()]
+    if site.open("norm", norm) or any(member.call is not None for member in members):
         x = x if residual is None else x + residual
         h = site("norm", partial(rms_norm, eps=eps), p, x, at=norm)
         return tuple(site("linear", linear, each, h, at=at) for at, each in linears.items()), x
 
-    members = [site.member(linear, each, at) for at, each in linears.items()]
-    closed = [member for member in members if member.call is None]
     branches = [branch for member in members for branch in member.branches]
-    weights = [weight_of(member.p) for member in closed]
-    dtype = weights[0].dtype if weights else x.dtype
-    weights += [branch.weight.to(dtype) for branch in branches]
-    biases = [member.p.get("bias") for member in closed] + [None] * len(branches)
-    outs: tuple[Tensor, ...] = ()
-    if weights:
-        outs, x = kernels.add_norm_linears(x, residual, p["weight"], weights, biases, eps)
-    elif residual is not None:
-        x = x + residual
-    plain, thin = iter(outs[: len(closed)]), iter(outs[len(closed) :])
-    h = rms_norm(p, x, eps=eps) if len(closed) < len(members) else x
+    weights = [weight_of(member.p) for member in members]
+    biases = [*(member.p.get("bias") for member in members), *(None for _ in branches)]
+    thin = [branch.weight.to(weights[0].dtype) for branch in branches]
+    outs, x = kernels.add_norm_linears(x, residual, p["weight"], [*weights, *thin], biases, eps)
+    beside = iter(outs[len(members) :])
     results = []
-    for member in members:
-        y = next(plain) if member.call is None else member.call(member.p, h)
+    for member, y in zip(members, outs, strict=False):
         for branch in member.branches:
-            y = branch.join(y, next(thin))
+            y = branch.join(y, next(beside))
         results.append(y)
     return tuple(results), x
 
@@ -123,13 +114,10 @@ def glu_linear(site: Site, glu: str, down: str, p: Tree, gate: Tensor, up: Tenso
 
     glu, down: where the sites are; p: the linear's params. Fused, it keeps gate and up alone.
     """
-    if site.open("glu", glu):
-        return site("linear", linear, p, site("glu", swiglu, {}, gate, up, at=glu), at=down)
     member = site.member(linear, p, down)
-    if member.call is None:
-        y = kernels.glu_linear(gate, up, weight_of(member.p), member.p.get("bias"))
-    else:
-        y = member.call(member.p, kernels.swiglu(gate, up))
+    if site.open("glu", glu) or member.call is not None:
+        return site("linear", linear, p, site("glu", swiglu, {}, gate, up, at=glu), at=down)
+    y = kernels.glu_linear(gate, up, weight_of(member.p), member.p.get("bias"))
     for branch in member.branches:
         y = branch.join(y, kernels.glu_linear(gate, up, branch.weight.to(y.dtype)))
     return y
