@@ -11,6 +11,7 @@ import torch
 
 import kernels
 from core import Forward, Longest, VLMConfig, vlm
+from core.explain import open_groups
 from core.model.vlm import ANY
 from runners.shell.cli import explained
 from runners.shell.errors import UserError
@@ -91,6 +92,7 @@ def compose(
         # What is kept in bf16 gains nothing by a wider sum of its gradient; 1.6 ms of 290, 1.5B.
         ending = partial(fuse_loss, accumulate="bf16")
     loss_fn = ending(forward, z_loss=config.z_loss, label_smoothing=config.label_smoothing)
+    report += [f"Group {line}" for line in open_groups(loss_fn.sites, loss_fn.rules)]
     eval_loss = ending(bare)
     if compiled:
         # Around everything, the gradients outside: torch.compile(torch.func.grad(f)) would
