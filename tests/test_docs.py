@@ -21,7 +21,15 @@ def test_examples_run(page: str) -> None:
         exec(compile(block, page, "exec"), names)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/log.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        *(f"docs/{p}.md" for p in ("architecture", "guide", "log")),
+    ],
+)
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
     missing = [link for link in LINK.findall(path.read_text()) if not (path.parent / link).exists()]
