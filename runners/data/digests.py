@@ -15,9 +15,9 @@ from params.disk import write_text
 from runners.data.split import digest_of, file_digest
 from runners.shell.cli import explained
 from runners.shell.errors import UserError
-from runners.training.checkpoints import TOKENIZER
 
 logger = logging.getLogger(__name__)
+TOKENIZER = "tokenizer.json"
 DATA = "data.json"
 SPLIT = 1  # how records are held out; raised where others would be
 

@@ -27,6 +27,7 @@ from core import VLMConfig, config_from_dict
 from params import load_params, num_bytes, save_params
 from params.disk import make_folder, write_text
 from params.tree import Tree
+from runners.data.digests import TOKENIZER
 from runners.data.tokenizer import ChatTokenizer
 from runners.shell.cli import explained
 from runners.shell.errors import UserError
@@ -50,7 +51,7 @@ from runners.training.states import (
     sweep_states,
 )
 
-MODEL, TOKENIZER = "model.safetensors", "tokenizer.json"
+MODEL = "model.safetensors"
 # What a process killed amid a write leaves: ours, and safetensors' own temporary files
 _LEFT = re.compile(
     r"(config|tokenizer|data|eval)\.json\.(part|tmp)|metrics\.jsonl\.part|(loss|samples)\.png\.part"

@@ -16,6 +16,7 @@ from core import Batch, Longest, VLMConfig, check_batch
 from params import flatten
 from params.tree import Tree
 from runners.data import digests
+from runners.data.digests import TOKENIZER
 from runners.data.encode import Encoder
 from runners.data.images import Augment, ImageSpec
 from runners.data.loader import Loader
@@ -28,7 +29,7 @@ from runners.shell.cli import explained
 from runners.shell.errors import UserError
 from runners.shell.kernel_cache import keep_compiled
 from runners.training.budget import check_memory
-from runners.training.checkpoints import TOKENIZER, Run, open_run
+from runners.training.checkpoints import Run, open_run
 from runners.training.compose import Composed, choose_device, choose_select, compose
 from runners.training.config import TrainConfig, model_config
 from runners.training.states import State, run_folder

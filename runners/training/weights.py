@@ -25,7 +25,6 @@ from runners.shell.errors import UserError
 from runners.shell.jsonfile import read_object
 from runners.training.checkpoints import (
     MODEL,
-    TOKENIZER,
     Run,
     find_weights,
     load_weights,
@@ -158,7 +157,7 @@ def save_merged(folder: Path, config: TrainConfig, model: VLMConfig) -> Path:
     record = {"id": values["id"], "train": as_dict(plain), "model": model.to_dict()}
     with explained(f"cannot write {target}"):
         make_folder(target)
-        for name in (TOKENIZER, digests.DATA):
+        for name in (digests.TOKENIZER, digests.DATA):
             shutil.copyfile(folder / name, target / name)
         save_params(whole, target / MODEL)
         write_text(target / CONFIG, json.dumps(record, indent=1))
