@@ -15,7 +15,7 @@ from torch import Tensor, nn
 class State:
     """What modules remember in attributes from call to call, and in dicts, lists and sets there: a
     table that is computed of parameters and kept would be one of older parameters. It is put back
-    after each call.
+    after each call, of modules that remember a tensor. Hooks put on in the first call stay.
     """
 
     def __init__(self, body: nn.Module) -> None:
@@ -34,11 +34,14 @@ class State:
         try:
             yield
         finally:
+            changed, remember = {}, set()
             for at, held in self._places() if look else ():
-                old, new = before.get(at, _NONE), held.get(at[1], _NONE)
+                old, new = before.get(at, _NONE), held[at[1]]
                 same_kind = type(old) is type(new) and type(old) in KINDS
                 if old is not new and not (same_kind and _alike(old, new)):
-                    self.first.setdefault(at, old)
+                    changed[at] = old
+                    remember |= {at[0]} if _holds_tensors(new) or _holds_tensors(old) else set()
+            self.first = {at: old for at, old in changed.items() if at[0] in remember} | self.first
             self._put_back()
 
     def _put_back(self) -> None:
@@ -65,6 +68,11 @@ _NONE = object()
 
 def _shallow(value: Any) -> Any:
     return type(value)(value) if type(value) in KINDS else value
+
+
+def _holds_tensors(value: Any) -> bool:
+    values = value.values() if isinstance(value, dict) else value if type(value) in KINDS else ()
+    return isinstance(value, Tensor) or any(isinstance(each, Tensor) for each in values)
 
 
 def _alike(old: Any, new: Any) -> bool:

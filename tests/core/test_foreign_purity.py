@@ -189,3 +189,25 @@ def test_what_a_module_remembers_is_not_of_older_parameters(assert_same) -> None
         )
         assert_same(got, want)
         params = map_leaves(lambda t: t * 1.1, params)
+
+
+class Installs(nn.Module):
+    """Puts a hook on a layer in its first call, and knows that it did."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.installed = nn.Linear(4, 4), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.installed:
+            self.line.register_forward_hook(lambda m, args, out: out + 1)
+        self.installed = True
+        return self.line(x)
+
+
+def test_a_hook_that_is_put_on_once_stays() -> None:
+    module = Installs()
+    forward, params = from_module(module)
+    x = torch.randn(3, 4)
+    for _ in range(3):
+        assert torch.equal(forward(params, {"x": x}), module(x))
