@@ -53,17 +53,6 @@ class Branch(NamedTuple):
     join: Callable[[Tensor, Tensor], Tensor]
 
 
-class Member(NamedTuple):
-    """A linear of a group as rules leave it.
-
-    call: ``(p, x) -> y``, or None where nothing but the plain linear of ``p`` is left to compute.
-    """
-
-    call: SiteFn | None
-    p: Tree
-    branches: tuple[Branch, ...]
-
-
 @dataclass(frozen=True, eq=False)
 class Rule:
     """At each selected site of ``kind``, ``f`` becomes ``wrap(f, path)``; ``stage`` orders rules.
@@ -119,21 +108,21 @@ class Site:
         """Whether any rule matches here: only then need a foreign module be rewritten."""
         return (kind, path) in self.table
 
-    def open(self, kind: str, at: str) -> bool:
-        """Whether a rule stands at this member of a group, which then is called by itself."""
-        return (kind, self._path(at)) in self.table
+    def rules_at(self, kind: str, at: str) -> tuple[Rule, ...]:
+        """The rules at a member of a group, innermost first."""
+        return self.table.get((kind, self._path(at)), ())
 
-    def member(self, f: SiteFn, p: Tree, at: str) -> Member:
-        """A linear of a group: the outer rules that can be said without the call are, the rest is
-        a call."""
+    def open(self, kind: str, at: str) -> bool:
+        """Whether a rule stands at this member of a group that has to be called there."""
+        return any(rule.in_group is None for rule in self.rules_at(kind, at))
+
+    def in_group(self, p: Tree, at: str) -> tuple[Tree, list[Branch]]:
+        """What rules make of the params of a linear of a group that is not open, and what joins."""
         path, branches = self._path(at), []
-        rules = list(self.table.get(("linear", path), ()))
-        while rules and rules[-1].in_group is not None:
-            p, branch = rules.pop().in_group(p, path)  # type: ignore[misc]
+        for rule in reversed(self.rules_at("linear", at)):
+            p, branch = rule.in_group(p, path)  # type: ignore[misc]  # there, or it were open
             branches += [] if branch is None else [branch]
-        for rule in rules:
-            f = rule.wrap(f, path)
-        return Member(f if rules else None, p, tuple(reversed(branches)))
+        return p, branches[::-1]
 
     def _path(self, at: str) -> str:
         return f"{self.path}.{at}" if self.path and at else self.path or at
@@ -161,11 +150,8 @@ class Recorder(Site):
 
     found: list[SiteInfo] = field(default_factory=list)
 
-    def open(self, kind: str, at: str) -> bool:
-        return True
-
-    def member(self, f: SiteFn, p: Tree, at: str) -> Member:
-        return Member(lambda p, x: self("linear", f, p, x, at=at), p, ())
+    def rules_at(self, kind: str, at: str) -> tuple[Rule, ...]:
+        return (Rule(kind, lambda f, path: f),)
 
     def __call__(
         self,

@@ -167,10 +167,7 @@ def _forward(
                 raise TypeError(said) from error
             if buffers:
                 return out, unflatten({name: flat[name] for name in kept})
-            for (
-                name,
-                leaf,
-            ) in theirs.items():  # a buffer that is made anew, where others are written
+            for name, leaf in theirs.items():  # one that is made anew, where others are written
                 if (new := flat[name]) is not leaf and new.shape == leaf.shape:
                     leaf.copy_(new.detach())
             return out

@@ -5,10 +5,10 @@ keeps nothing of an activation that is cheap to make again, and its consumer's b
 again in passing.
 
 A group is a site of kind ``group`` that declares its members. Its function asks ``site.open``
-whether a rule stands at a member, and ``site.member`` what rules leave of a linear. To add one (for
-decoding: norm, q, k, v, rotary positions and the write to a cache; attention, o and the residual):
-write the plain body, call it under ``site("group", ...)``, and take the fused kernel where every
-member is closed.
+whether a member has to be called, and ``site.in_group`` what rules make of a linear that has not.
+To add one (for decoding: norm, q, k, v, rotary positions and the write to a cache; attention, o and
+the residual): write the plain body, call it under ``site("group", ...)``, and take the fused kernel
+where every member is closed.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def norm_mlp(
     *into, (down, last) = linears.items()
 
     def run(_: Tree, x: Tensor, residual: Tensor, keep: bool = True) -> tuple[Tensor, Tensor]:
-        opened = any(site.open(kind, at) for kind, at in members)
-        if opened or biased or residual.dtype != x.dtype:
+        ruled = any(site.rules_at(kind, at) for kind, at in members)
+        if ruled or biased or residual.dtype != x.dtype:
             (gate, up), total = norm_linears(site, norm, p, dict(into), x, residual, eps=eps)
             return glu_linear(site, mlp, down, last, gate, up), total
         gate, up, out = (weight_of(each) for each in linears.values())
@@ -89,21 +89,21 @@ def norm_linears(
     """
     if residual is not None and residual.dtype != x.dtype:
         x, residual = x + residual, None  # in the wider dtype
-    members = [site.member(linear, each, at) for at, each in linears.items()]
-    if site.open("norm", norm) or any(member.call is not None for member in members):
+    if site.open("norm", norm) or any(site.open("linear", at) for at in linears):
         x = x if residual is None else x + residual
         h = site("norm", partial(rms_norm, eps=eps), p, x, at=norm)
         return tuple(site("linear", linear, each, h, at=at) for at, each in linears.items()), x
 
-    branches = [branch for member in members for branch in member.branches]
-    weights = [weight_of(member.p) for member in members]
-    biases = [*(member.p.get("bias") for member in members), *(None for _ in branches)]
+    members = [site.in_group(each, at) for at, each in linears.items()]
+    branches = [branch for _, joining in members for branch in joining]
+    weights = [weight_of(leaves) for leaves, _ in members]
+    biases = [*(leaves.get("bias") for leaves, _ in members), *(None for _ in branches)]
     thin = [branch.weight.to(weights[0].dtype) for branch in branches]
     outs, x = kernels.add_norm_linears(x, residual, p["weight"], [*weights, *thin], biases, eps)
     beside = iter(outs[len(members) :])
     results = []
-    for member, y in zip(members, outs, strict=False):
-        for branch in member.branches:
+    for (_, joining), y in zip(members, outs, strict=False):
+        for branch in joining:
             y = branch.join(y, next(beside))
         results.append(y)
     return tuple(results), x
@@ -114,10 +114,10 @@ def glu_linear(site: Site, glu: str, down: str, p: Tree, gate: Tensor, up: Tenso
 
     glu, down: where the sites are; p: the linear's params. Fused, it keeps gate and up alone.
     """
-    member = site.member(linear, p, down)
-    if site.open("glu", glu) or member.call is not None:
+    if site.open("glu", glu) or site.open("linear", down):
         return site("linear", linear, p, site("glu", swiglu, {}, gate, up, at=glu), at=down)
-    y = kernels.glu_linear(gate, up, weight_of(member.p), member.p.get("bias"))
-    for branch in member.branches:
+    p, branches = site.in_group(p, down)
+    y = kernels.glu_linear(gate, up, weight_of(p), p.get("bias"))
+    for branch in branches:
         y = branch.join(y, kernels.glu_linear(gate, up, branch.weight.to(y.dtype)))
     return y
