@@ -6,10 +6,11 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+C = TypeVar("C")
 SHOWN = 60  # characters of a wrong value that a message repeats
 
 
@@ -93,9 +94,39 @@ def shown(value: object) -> str:
 
 
 def fields_of(cls: type) -> dict[str, Field]:
-    """The fields of a dataclass by name, in their order."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {f.name: _field(hints[f.name]) for f in dataclasses.fields(cls)}
+    """The fields of a dataclass by name, in their order; of parts that are dataclasses, theirs."""
+    hints, found = typing.get_type_hints(cls, include_extras=True), dict[str, Field]()
+    for f in dataclasses.fields(cls):
+        hint = hints[f.name]
+        part = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        found |= fields_of(hint) if part else {f.name: _field(hint)}
+    return found
+
+
+def values_of(config: Any) -> dict[str, Any]:
+    """The values of :func:`fields_of` in an instance."""
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        found |= values_of(value) if dataclasses.is_dataclass(value) else {f.name: value}
+    return found
+
+
+def with_fields(config: C, values: Mapping[str, Any]) -> C:
+    """An instance with other values of some of :func:`fields_of`. Raises TypeError for a name that
+    is none of them."""
+    changes: dict[str, Any] = {}
+    left = dict(values)
+    for f in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            inner = {name: left.pop(name) for name in fields_of(type(value)) if name in left}
+            changes |= {f.name: with_fields(value, inner)} if inner else {}
+        elif f.name in left:
+            changes[f.name] = left.pop(f.name)
+    if left:
+        raise TypeError(f"{type(config).__name__} has no field {next(iter(left))!r}")
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
 def problems(config: Any) -> Iterator[tuple[str, str]]:
@@ -107,8 +138,9 @@ def problems(config: Any) -> Iterator[tuple[str, str]]:
     >>> list(problems(Sizes()))
     [('rows', 'must be 1 or more, not 0')]
     """
+    values = values_of(config)
     for name, field in fields_of(type(config)).items():
-        if problem := field.problem(getattr(config, name)):
+        if problem := field.problem(values[name]):
             yield name, problem
 
 

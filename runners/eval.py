@@ -257,9 +257,9 @@ def _score(results: Sequence[tuple[Question, bool, bool]]) -> Score:
 
 def open_evaluator(run: Run, device: torch.device) -> Evaluator:
     """The best weights of a run. Raises UserError naming what is missing or does not fit."""
-    encoder = build_encoder(run.config, run.model, run_tokenizer(run))
-    forward, params = open_params(run, compute_dtype(run.config, device)[0], device)
-    return Evaluator(forward, params, run.model, encoder, run.config.device_batch_size)
+    encoder = build_encoder(run.config.data, run.model, run_tokenizer(run))
+    forward, params = open_params(run, compute_dtype(run.config.speed, device)[0], device)
+    return Evaluator(forward, params, run.model, encoder, run.config.data.device_batch_size)
 
 
 def evaluate(
@@ -282,14 +282,14 @@ def held_out(run: Run, config: EvalConfig) -> Mapping[str, Source]:
         sources = open_sources(run.config, run.model)
         digests.check(run.folder, sources.digests, allowed=config.data_changed)
         return sources.held_out
-    files = replace(run.config, val_data=config.val_data, image_root=config.image_root)
-    return {"val": open_files(files)}
+    files = run.config.changed(val_data=config.val_data, image_root=config.image_root)
+    return {"val": open_files(files.data)}
 
 
 def run(argv: Sequence[str] | None = None) -> None:
     config = parse(EvalConfig, argv, prog="python -m runners.eval")
     found = open_run(config.run)
-    device = choose_device(replace(found.config, device=config.device))
+    device = choose_device(found.config.changed(device=config.device).run)
     evaluator = open_evaluator(found, device)
     splits = held_out(found, config)
     if not splits:
@@ -301,8 +301,8 @@ def run(argv: Sequence[str] | None = None) -> None:
         if name not in splits:
             raise UserError(f"--split {name}: this run has {', '.join(splits)}")
     chosen = {name: splits[name] for name in config.split or splits}
-    ask = config.ask or found.config.ask
-    reports = evaluate(evaluator, chosen, config.examples, chat=found.config.chat, ask=ask)
+    ask = config.ask or found.config.run.ask
+    reports = evaluate(evaluator, chosen, config.examples, chat=found.config.data.chat, ask=ask)
     if config.json:
         print(json.dumps([asdict(report) for report in reports], indent=1), flush=True)
     else:

@@ -122,7 +122,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     if not config.prompt:
         raise UsageError("--prompt is empty: say what to ask")
     found = open_run(config.run)
-    device = choose_device(dataclasses.replace(found.config, device=config.device))
+    device = choose_device(found.config.changed(device=config.device).run)
     evaluator = open_evaluator(found, device)
     try:
         images = decode_all([Path(name) for name in config.image])
@@ -135,7 +135,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     sampler = Sampler(config.temperature, config.top_k, config.top_p, config.seed)
     tokens = answer(
         evaluator, conversation,
-        chat=found.config.chat, max_tokens=config.max_tokens, sampler=sampler,
+        chat=found.config.data.chat, max_tokens=config.max_tokens, sampler=sampler,
     )  # fmt: skip
     for piece in pieces(tokens, evaluator.encoder.tokenizer.decode):
         sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)

@@ -57,7 +57,7 @@ def train(
     command: the command line, as the run's config.json is to quote it.
     """
     begun = time.monotonic()
-    display = display or Display(config.steps)
+    display = display or Display(config.optim.steps)
     with display.logging("runners"), display.logging("kernels"), ExitStack() as stack:
         check_wandb(config)
         claim = claim_folder(config)
@@ -66,12 +66,14 @@ def train(
         if claim.state is not None:
             _, step, old = read_record(claim.state)
             config = continued(old, config, step, claim.state)
-        elif config.lora_rank and config.init_from:  # wherever the run is opened from later
-            config = dataclasses.replace(config, init_from=str(Path(config.init_from).absolute()))
+        elif (
+            config.model.lora_rank and config.model.init_from
+        ):  # wherever the run is opened from later
+            config = config.changed(init_from=str(Path(config.model.init_from).absolute()))
         job = prepare(config, claim.state)
         stack.callback(job.loader.close)  # it runs already
         learner = Learner(job.params, config, job.select, job.composed.matrices)
-        check_room(folder, learner.kept, unflatten(learner.learning), config.keep_states)
+        check_room(folder, learner.kept, unflatten(learner.learning), config.run.keep_states)
         if job.state is not None:
             learner.restore(job.state)
         begin = origin(command, learner.step, job.device)
@@ -87,7 +89,7 @@ def train(
         try:
             backends = kernels.override(**job.composed.backends)
             with interruptible() as asked, display, backends:
-                stop = within(config.max_minutes, begun, asked)
+                stop = within(config.run.max_minutes, begun, asked)
                 finished = Training(job, learner, folder, metrics, display, begun).run(stop)
         finally:
             metrics.close()
@@ -96,7 +98,8 @@ def train(
         if not finished:
             again = shlex.join(["python", "-m", "runners.train", "--resume", str(folder)])
             display.say(
-                f"Stopped after step {learner.step} of {config.steps}, saved; continue: {again}"
+                f"Stopped after step {learner.step} of {config.optim.steps}, saved; "
+                f"continue: {again}"
             )
             return None
         for line in finish(job, folder):
@@ -120,27 +123,27 @@ def describe(job: Job, learner: Learner, folder: Path) -> list[str]:
     begun = f"continued after step {learner.step}" if learner.step else "new"
     return [
         f"Run {folder} ({begun}), {device}, torch {torch.__version__}",
-        f"Model {job.config.preset}: {count(job.params):,} parameters "
+        f"Model {job.config.model.preset}: {count(job.params):,} parameters "
         f"({num_bytes(job.params) / 1e6:,.0f} MB), {learns:,} learn; "
         f"vocabulary {job.model.text.vocab_size}",
-        f"Data {job.config.data}: {len(job.sources.train):,} records; batches of {spec.rows} rows "
-        f"of {spec.row_len} tokens{pictures}",
+        f"Data {job.config.data.data}: {len(job.sources.train):,} records; batches of "
+        f"{spec.rows} rows of {spec.row_len} tokens{pictures}",
         job.sources.summary,
         *job.composed.report,
-        f"Using {optimizer_line(job)}, {job.config.schedule} schedule",
+        f"Using {optimizer_line(job)}, {job.config.optim.schedule} schedule",
     ]
 
 
 def optimizer_line(job: Job) -> str:
     """What changes the params, in words."""
     config = job.config
-    if config.optimizer == "adamw8bit":
+    if config.optim.optimizer == "adamw8bit":
         return "AdamW with moments of 8 bits (bitsandbytes)"
     kernel = kernels.choose("adamw", str(job.device))
     adamw = f"fused AdamW ({kernel})"
-    if not config.use_fused_adamw:
+    if not config.optim.use_fused_adamw:
         adamw = "AdamW in a loop over the leaves (torch.optim)"
-    if config.optimizer == "adamw":
+    if config.optim.optimizer == "adamw":
         return adamw
     muon = kernels.choose("muon", str(job.device))
     return f"Muon for matrices ({muon} beside its products), {adamw} for the rest"
@@ -150,7 +153,7 @@ def finish(job: Job, folder: Path) -> list[str]:
     """Evaluates the best weights on what was held out, and draws loss.png and samples.png."""
     with warned("loss.png"):
         draw_loss(folder / "loss.png", read_metrics(folder))
-    if job.config.merge:
+    if job.config.model.merge:
         save_merged(folder, job.config, job.model)
     evaluator = Evaluator(
         job.composed.forward,
@@ -158,20 +161,24 @@ def finish(job: Job, folder: Path) -> list[str]:
             trained_params(folder, job.config, job.params, job.device), job.composed.matrices
         ),
         job.model,
-        build_encoder(job.config, job.model, job.tokenizer),
-        job.config.device_batch_size,
+        build_encoder(job.config.data, job.model, job.tokenizer),
+        job.config.data.device_batch_size,
     )
     reports: list[Report] = []
-    if job.config.eval_examples:
-        limit = job.config.eval_examples
+    if job.config.run.eval_examples:
+        limit = job.config.run.eval_examples
         reports = evaluate(
-            evaluator, job.sources.held_out, limit, chat=job.config.chat, ask=job.config.ask
+            evaluator,
+            job.sources.held_out,
+            limit,
+            chat=job.config.data.chat,
+            ask=job.config.run.ask,
         )
         with warned("eval.json"):
             write_text(
                 folder / "eval.json", json.dumps([dataclasses.asdict(r) for r in reports], indent=1)
             )
-    if job.config.samples and job.config.chat and job.sources.held_out:
+    if job.config.run.samples and job.config.data.chat and job.sources.held_out:
         samples = sample(evaluator, job)
         with warned("samples.png"):
             draw_samples(folder / "samples.png", samples)
@@ -184,12 +191,12 @@ def finish(job: Job, folder: Path) -> list[str]:
 def sample(evaluator: Evaluator, job: Job) -> list[Sample]:
     """Held-out questions about different pictures, with what the model says to each."""
     source, encoder, samples = job.sources.held_out["val"], evaluator.encoder, []
-    for number, index in enumerate(spread(len(source), job.config.samples)):
+    for number, index in enumerate(spread(len(source), job.config.run.samples)):
         try:
             shown = source[index]
         except BadRecordError:
             continue
-        single = alone(shown) if job.config.ask == "alone" else [shown]
+        single = alone(shown) if job.config.run.ask == "alone" else [shown]
         asked = [question for one in single for question in questions_of(one, encoder)]
         if not asked:
             continue

@@ -27,7 +27,7 @@ ORDERS = (
         ("runners.benchmarks",),
         ("runners.engine", "runners.training"),
         ("runners.data",),
-        ("runners.training.config",),
+        ("runners.training.config", "runners.training.settings"),
         ("runners.shell",),
     ),
 )

@@ -113,7 +113,7 @@ def rungs_of(config: CheckpointingConfig) -> list[Rung]:
 def entries_of(config: CheckpointingConfig, device: torch.device) -> list[Entry]:
     start = plain_config(config.preset, (*config.override, "vision=none"), config.length)
     documents = draw_documents(config.rows, config.length, 0.0)
-    programs = Programs(model_config(start), device)
+    programs = Programs(model_config(start.model), device)
     searched = config.only or ("none", "every block")
 
     def figures(trained: Trained) -> dict[str, Any]:

@@ -271,7 +271,7 @@ def optimizer(model: VLMConfig) -> Case:
     """AdamW with clipping over all of the model's params."""
 
     def made(name: str, wide: bool, **flags: Any) -> Provider:
-        config = TrainConfig(**flags)
+        config = TrainConfig.of(**flags)
 
         def build(sets: Sequence[Inputs]) -> Forward:
             device = sets[0]["here"].device
@@ -285,7 +285,7 @@ def optimizer(model: VLMConfig) -> Case:
                 for path, leaf in working.items()
             }
             copies = {p: leaf for p, leaf in working.items() if leaf is not flat[p]}
-            adamw, number = build_optimizer(flat, copies, config), 0
+            adamw, number = build_optimizer(flat, copies, config.optim), 0
 
             def step(i: Inputs) -> tuple[()]:
                 nonlocal number

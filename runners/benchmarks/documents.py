@@ -238,7 +238,7 @@ def _unmarked(turns: Sequence[Turn]) -> tuple[Turn, ...]:
 
 
 def read_documents(config: TrainConfig, model: VLMConfig, rows: int) -> tuple[Documents, VLMConfig]:
-    """Documents of ``config.data`` for so many rows, encoded and packed as training does, from all
+    """Documents of ``--data`` for so many rows, encoded and packed as training does, from all
     over the data (again from the start where there are too few), and the model: with more words
     where the tokenizer has more. A model without a vision tower is given the words of records with
     pictures. Raises UserError where the data cannot be read or used."""
@@ -247,11 +247,11 @@ def read_documents(config: TrainConfig, model: VLMConfig, rows: int) -> tuple[Do
     if fitted.text.vocab_size > model.text.vocab_size:
         model = fitted  # a preset's unused words stay: their rows of the head cost time
     source = sources.train if model.vision is not None else WithoutPictures(sources.train)
-    encoder = build_encoder(config, model, tokenizer)
+    encoder = build_encoder(config.data, model, tokenizer)
     sample = list(sample_documents(source, encoder, SAMPLE))
     spec = plan(encoder, sample, rows, model)
     mean = sum(len(document.tokens) for document in sample) / len(sample)
-    needed = 2 * math.ceil(rows * config.sequence_len / mean) + WINDOW
+    needed = 2 * math.ceil(rows * config.data.sequence_len / mean) + WINDOW
 
     def stream() -> Iterator[Document]:
         while True:
@@ -261,4 +261,4 @@ def read_documents(config: TrainConfig, model: VLMConfig, rows: int) -> tuple[Do
 
     packed = pack(stream(), spec)
     given = tuple(map(tuple, packed))
-    return Documents(lengths_of(packed), config.sequence_len, spec=spec, given=given), model
+    return Documents(lengths_of(packed), config.data.sequence_len, spec=spec, given=given), model

@@ -6,7 +6,6 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 
@@ -140,7 +139,7 @@ def row_step(trained: Trained, tokens: int) -> tuple[int, float]:
     """A step on one row: the most bytes held, and its seconds. Raises torch.OutOfMemoryError, after
     which another can be taken."""
     programs, device = trained.programs, trained.programs.device
-    config = replace(trained.plan.config, compile=False, cuda_graph=False)
+    config = trained.plan.config.changed(compile=False, cuda_graph=False)
     composed = compose(config, programs.model, device, Longest(tokens))
     vocab = programs.model.text.vocab_size
     batches, _ = batches_of(draw_documents(1, tokens, 0.0), vocab, 1, True)

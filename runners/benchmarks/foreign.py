@@ -132,7 +132,7 @@ def run_foreign(config: ForeignConfig, command: str) -> int:
         return 0
     clock = choose_clock(config.preset, "foreign")
     override = (*config.override, "vision=none")
-    model = model_config(plain_config(config.preset, override, config.length))
+    model = model_config(plain_config(config.preset, override, config.length).model)
     about = f"Qwen2ForCausalLM, {model.num_params():,} parameters, {config.rows} x {config.length}"
     table = replace(TABLE, about=f"{about} tokens a step")
     pace = Pace(config.steps, config.warmup, config.loaded)
@@ -190,7 +190,7 @@ def training(
         grad_fn = value_and_grad(way.loss(forward))
         if way.graph:
             grad_fn = cuda_graph(grad_fn)
-    config = replace(plain_config("tiny", (), 1), state_dtype="bf16")
+    config = plain_config("tiny", (), 1).changed(state_dtype="bf16")
     learner = Learner(params, config, None, torch.bfloat16)
     own = {name: batch[name] for name in ("input_ids", "labels")}
 

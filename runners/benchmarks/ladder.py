@@ -143,5 +143,5 @@ def plans(rungs: Sequence[Rung], start: TrainConfig) -> dict[str, Plan]:
         before = made[rung.parent] if rung.parent is not None else Plan(rung, start, True)
         changes = dict(rung.changes)
         packed = changes.pop("packed", before.packed)
-        made[rung.key] = Plan(rung, replace(before.config, **changes), packed)
+        made[rung.key] = Plan(rung, before.config.changed(**changes), packed)
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -24,7 +24,8 @@ from runners.benchmarks.steps import (
 )
 from runners.benchmarks.training import Programs, entry_of, plain_config
 from runners.shell.cli import UsageError
-from runners.training.config import Policy, TrainConfig, check_preset, model_config
+from runners.training.config import TrainConfig, check_preset, flags_of, model_config
+from runners.training.settings import Policy
 
 LONG = "checkpoint"  # the rung of rows that are longer than a step has tokens
 SHORT = 2048  # tokens of the row that a line of one step is made ready on
@@ -99,7 +100,7 @@ def entries_of(config: LengthsConfig, device: torch.device) -> list[Entry]:
     policies. Lines of one length share what they compile."""
     entries = []
     usual = next(key for key in TOPS if key in rungs_of(1))
-    model = model_config(plain_config(config.preset, (*config.override, "vision=none"), 1))
+    model = model_config(plain_config(config.preset, (*config.override, "vision=none"), 1).model)
     for length in config.lengths:
         documents = draw_documents(max(1, config.tokens // length), length, 0.0)
         programs, rows = Programs(model, device), len(documents.rows)
@@ -130,34 +131,33 @@ def ways(config: LengthsConfig, key: str, rows: int, length: int) -> dict[str, P
     made = {}
     for policy in config.checkpoint_policy:
         start = plain_config(config.preset, (*config.override, "vision=none"), length)
-        start = replace(start, device="auto", checkpoint_policy=policy)  # type: ignore[arg-type]
+        start = start.changed(device="auto", checkpoint_policy=policy)
         plan = plans(list(rungs_of(rows).values()), start)[key]
         name, changes = key, dict[str, Any]()
-        if not plan.config.use_gradient_checkpointing:
+        if not plan.config.speed.use_gradient_checkpointing:
             changes["checkpoint_policy"] = "nothing"
-        elif plan.config.checkpoint_policy == policy != "nothing":
+        elif plan.config.speed.checkpoint_policy == policy != "nothing":
             name = f"{key} ({policy})"
         if length >= config.once:
             changes |= {"compile": False, "cuda_graph": False}
-        made[name] = replace(plan, config=replace(plan.config, **changes))
+        made[name] = replace(plan, config=plan.config.changed(**changes))
     return made
 
 
 def flags(config: TrainConfig) -> str:
     """A config as a command line has it, what is the default left out.
 
-    >>> flags(TrainConfig(override=("vision=none",), use_fp8=True))
+    >>> flags(TrainConfig.of(override=("vision=none",), use_fp8=True))
     '--override vision=none --use_fp8=1'
     """
-    usual, words = TrainConfig(), []
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if value == getattr(usual, field.name):
+    usual, words = flags_of(TrainConfig()), []
+    for name, value in flags_of(config).items():
+        if value == usual[name]:
             continue
         if isinstance(value, tuple):
-            words.append(" ".join((f"--{field.name}", *value)))
+            words.append(" ".join((f"--{name}", *value)))
         else:
-            words.append(f"--{field.name}={int(value) if isinstance(value, bool) else value}")
+            words.append(f"--{name}={int(value) if isinstance(value, bool) else value}")
     return " ".join(words)
 
 

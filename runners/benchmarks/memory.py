@@ -117,7 +117,7 @@ def entries_of(config: MemoryConfig, device: torch.device) -> list[Entry]:
     started = time.perf_counter()
     start = plain_config(config.preset, (*config.override, "vision=none"), config.length)
     documents = draw_documents(config.rows, config.length, 0.0)
-    programs = Programs(model_config(start), device)
+    programs = Programs(model_config(start.model), device)
     searched = config.limits if config.longest and device.type == "cuda" else ()
 
     def allowed() -> float:

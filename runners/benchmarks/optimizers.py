@@ -44,7 +44,7 @@ def adamw(parameters: int, leaves: int) -> Case:
 def _ours(sets: Sequence[Inputs]) -> Forward:
     params = {str(i): leaf for i, leaf in enumerate(sets[0]["params"])}
     grads = {path: leaf.grad for path, leaf in params.items()}
-    optimizer, numbers = build_optimizer(params, {}, TrainConfig()), count(1)
+    optimizer, numbers = build_optimizer(params, {}, TrainConfig().optim), count(1)
 
     def step(i: Inputs) -> tuple[()]:
         optimizer.step(grads, number=next(numbers), lr=1e-5, factor=None)

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def run_trace(config: TraceConfig, command: str) -> int:
         raise UsageError(f"--warmup must be 1 or more, not {config.warmup}")
     if not torch.cuda.is_available():
         raise UserError("bench trace profiles a GPU, and PyTorch sees none here")
-    training = replace(parse_config([], gpu=True), tensorboard=False)
+    training = parse_config([], gpu=True).changed(tensorboard=False)
     return trace(config, training, command, console())
 
 
@@ -94,7 +94,7 @@ def profile_step(job: Job, warmup: int) -> profile:
     cuda = job.device.type == "cuda"
 
     def step() -> None:
-        group = [next(batches) for _ in range(job.config.grad_accum_steps)]
+        group = [next(batches) for _ in range(job.config.optim.grad_accum_steps)]
         learner.train_step(grad_fn, group)
         if cuda:
             torch.cuda.synchronize()

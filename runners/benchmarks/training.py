@@ -176,7 +176,7 @@ def check_pictures(config: TrainBenchConfig) -> None:
         if getattr(config, name):
             raise UsageError(f"--{name} measures text alone: leave --pictures out")
     with explained(f"--pictures {config.pictures} with --preset {config.preset}"):
-        pictures = pictures_of(model_config(starting_config(config)), config.pictures)
+        pictures = pictures_of(model_config(starting_config(config).model), config.pictures)
     if config.data is None and pictures is not None and pictures.tokens >= config.length:
         raise UsageError(
             f"--pictures {config.pictures} take {pictures.tokens} tokens, and text comes behind "
@@ -202,7 +202,7 @@ def starting_config(config: TrainBenchConfig) -> TrainConfig:
 
 def plain_config(preset: str, override: Sequence[str], length: int) -> TrainConfig:
     """The trainer's defaults. The rate is small: the numbers must stay ordinary ones."""
-    return TrainConfig(
+    return TrainConfig.of(
         preset=preset, override=tuple(override), device="auto", sequence_len=length, lr=1e-4,
         schedule="constant", warmup_steps=0,
     )  # fmt: skip
@@ -211,12 +211,14 @@ def plain_config(preset: str, override: Sequence[str], length: int) -> TrainConf
 def documents_of(config: TrainBenchConfig) -> tuple[Documents, VLMConfig]:
     """What a step is made of, and the model that learns it. Raises UserError for bad --data."""
     start = starting_config(config)
-    model = model_config(start)
+    model = model_config(start.model)
     if config.data is not None:
-        data = replace(
-            start, data=config.data, image_root=config.image_root, tokenizer=config.tokenizer,
+        data = start.changed(
+            data=config.data,
+            image_root=config.image_root,
+            tokenizer=config.tokenizer,
             val_fraction=0.0,
-        )  # fmt: skip
+        )
         return read_documents(data, model, config.rows)
     pictures = pictures_of(model, config.pictures)
     return draw_documents(config.rows, config.length, config.lengths, pictures=pictures), model
@@ -233,7 +235,7 @@ class Programs:
     def shared(self, key: str, plan: Plan) -> str | None:
         """The rung that compiles for this one, or None; to be asked in the order of measuring."""
         owner = self.owner.setdefault(self._key(plan), key)
-        return None if owner == key or not plan.config.compile else owner
+        return None if owner == key or not plan.config.speed.compile else owner
 
     def get(self, plan: Plan, longest: Longest) -> Composed:
         key = self._key(plan)
@@ -242,8 +244,8 @@ class Programs:
         return self.made[key]
 
     def _key(self, plan: Plan) -> Any:
-        shape = (plan.packed, plan.config.device_batch_size)
-        return replace(plan.config, **SAME_PROGRAM), shape  # type: ignore[arg-type]
+        shape = (plan.packed, plan.config.data.device_batch_size)
+        return plan.config.changed(**SAME_PROGRAM), shape
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,7 @@ def training(
     short: tokens of a row on which a step is taken beforehand, so that the first on these documents
     can be timed.
     """
-    at_once = documents.rows_at_once(plan.config.device_batch_size, plan.packed)
+    at_once = documents.rows_at_once(plan.config.data.device_batch_size, plan.packed)
     vocab = programs.model.text.vocab_size
     batches, longest = batches_of(documents, vocab, at_once, plan.packed)
     composed = programs.get(plan, longest)

@@ -16,7 +16,8 @@ from runners.data.split import digest_of, file_digest
 from runners.data.text import TextFiles, num_bytes
 from runners.data.types import Source, Together, questions_and_answers
 from runners.shell.errors import UserError
-from runners.training.config import TrainConfig, is_chat
+from runners.training.config import TrainConfig
+from runners.training.settings import DataSettings, is_chat
 
 NOTHING = "Held out: nothing (--val_fraction=0)"
 
@@ -35,48 +36,52 @@ class Sources:
 def open_sources(config: TrainConfig, model: VLMConfig) -> Sources:
     """The data that ``--data`` and ``--val_data`` name. Raises UserError where it cannot be
     read."""
-    if config.data == "shapes":
-        return _shapes(config, model)
-    return _conversations(config) if config.chat else _texts(config)
+    data = config.data
+    if data.chat:
+        asked = _how_asked(data, config.run.ask)
+        if data.data == "shapes":
+            return _shapes(data, model, config.run.seed, asked)
+        return _conversations(data, asked)
+    return _texts(data)
 
 
-def open_files(config: TrainConfig) -> Source:
+def open_files(data: DataSettings) -> Source:
     """What ``--val_data`` names alone. Raises UserError where it cannot be read."""
-    return _together(_apart(config)) if config.chat else _texts_apart(config)
+    return _together(_apart(data)) if data.chat else _texts_apart(data)
 
 
-def _how_asked(config: TrainConfig) -> str:
-    if config.turns == "single":
+def _how_asked(data: DataSettings, ask: str) -> str:
+    if data.turns == "single":
         return "each is asked alone (--turns=single)"
-    if config.ask == "alone":
+    if ask == "alone":
         return "each is asked alone (--ask=alone), which is not how it is trained"
     return "each is asked after the true turns before it"
 
 
-def _check_kind(config: TrainConfig) -> None:
-    for path in config.val_data:
-        if is_chat(path) != config.chat or path == "shapes":
-            kind = "conversations (.json, .jsonl)" if config.chat else "plain text"
-            raise UserError(f"--val_data {path}: --data {config.data} is {kind}, and so must it be")
+def _check_kind(data: DataSettings) -> None:
+    for path in data.val_data:
+        if is_chat(path) != data.chat or path == "shapes":
+            kind = "conversations (.json, .jsonl)" if data.chat else "plain text"
+            raise UserError(f"--val_data {path}: --data {data.data} is {kind}, and so must it be")
 
 
 # -- conversations ----------------------------------------------------------------------------
 
 
-def _conversations(config: TrainConfig) -> Sources:
-    whole = _llava(config, config.data)
+def _conversations(data: DataSettings, asked: str) -> Sources:
+    whole = _llava(data, data.data)
     digests = _digests("--data", whole)
-    if config.val_data:
-        held_out = _apart(config)
+    if data.val_data:
+        held_out = _apart(data)
         pictures = {held for source in held_out for held in source.pictures.values()}
         names = [name for source in held_out for name in source.names()]
         records = _with_shared(len(names), "records", set(names).intersection(whole.names()))
         shared = pictures.intersection(whole.pictures.values())
-        what = f"{', '.join(config.val_data)}: {records}"
+        what = f"{', '.join(data.val_data)}: {records}"
         train = whole
         digests += [digest for source in held_out for digest in _digests("--val_data", source)]
-    elif config.val_fraction:
-        train, part = whole.parted(config.val_fraction, config.val_seed)
+    elif data.val_fraction:
+        train, part = whole.parted(data.val_fraction, data.val_seed)
         held_out, shared = [part], set()
         shown = {name for record in part.records for name in record.files}
         pictures = {whole.pictures[name] for name in shown}
@@ -88,7 +93,7 @@ def _conversations(config: TrainConfig) -> Sources:
     occur = sum(answer in known for answer in answers)
     summary = (
         f"Held out: {what}, {_with_shared(len(pictures), 'pictures', shared)}; {occur:,} of "
-        f"{len(answers):,} held-out answers occur in training; {_how_asked(config)}"
+        f"{len(answers):,} held-out answers occur in training; {asked}"
     )
     return Sources(train, {"val": _together(held_out)}, summary=summary, digests=tuple(digests))
 
@@ -105,12 +110,12 @@ def _digests(flag: str, source: Llava) -> list[Digest]:
     return found
 
 
-def _apart(config: TrainConfig) -> list[Llava]:
+def _apart(data: DataSettings) -> list[Llava]:
     """The files of ``--val_data``, each in random order."""
-    _check_kind(config)
-    sources = [_llava(config, path) for path in config.val_data]
+    _check_kind(data)
+    sources = [_llava(data, path) for path in data.val_data]
     for source in sources:
-        source.shuffle(config.val_seed)
+        source.shuffle(data.val_seed)
     return sources
 
 
@@ -118,8 +123,8 @@ def _together(sources: Sequence[Llava]) -> Source:
     return sources[0] if len(sources) == 1 else Together(sources)
 
 
-def _llava(config: TrainConfig, path: str) -> Llava:
-    return Llava(path, images=config.image_root, turns=config.turns)
+def _llava(data: DataSettings, path: str) -> Llava:
+    return Llava(path, images=data.image_root, turns=data.turns)
 
 
 def _with_shared(count: int, kind: str, shared: Collection[bytes]) -> str:
@@ -138,19 +143,19 @@ def _answers(source: Llava) -> list[str]:
 # -- plain text -------------------------------------------------------------------------------
 
 
-def _texts(config: TrainConfig) -> Sources:
-    whole = TextFiles(_found("--data", config.data), documents=config.documents)
+def _texts(data: DataSettings) -> Sources:
+    whole = TextFiles(_found("--data", data.data), documents=data.documents)
     digests = _text_digests("--data", whole)
-    if config.val_data:
-        val = _texts_apart(config)
+    if data.val_data:
+        val = _texts_apart(data)
         shared = set(whole.digests).intersection(val.digests)
         what = _with_shared(len(val.documents), "documents", shared)
-        summary = f"Held out: {', '.join(config.val_data)}: {what}"
+        summary = f"Held out: {', '.join(data.val_data)}: {what}"
         digests += _text_digests("--val_data", val)
         return Sources(whole, {"val": val}, summary=summary, digests=tuple(digests))
-    if not config.val_fraction:
+    if not data.val_fraction:
         return Sources(whole, {}, digests=tuple(digests))
-    train, val = whole.parted(config.val_fraction, config.val_seed)
+    train, val = whole.parted(data.val_fraction, data.val_seed)
     size, all_of_it = (sum(map(num_bytes, source.documents)) for source in (val, whole))
     summary = (
         f"Held out: {len(val.documents):,} of {len(whole.documents):,} documents, "
@@ -163,11 +168,11 @@ def _text_digests(flag: str, source: TextFiles) -> list[Digest]:
     return [Digest(flag, path, digest.hex()) for path, digest in source.contents().items()]
 
 
-def _texts_apart(config: TrainConfig) -> TextFiles:
-    _check_kind(config)
-    paths = [path for name in config.val_data for path in _found("--val_data", name)]
-    source = TextFiles(paths, documents=config.documents)
-    source.shuffle(config.val_seed)
+def _texts_apart(data: DataSettings) -> TextFiles:
+    _check_kind(data)
+    paths = [path for name in data.val_data for path in _found("--val_data", name)]
+    source = TextFiles(paths, documents=data.documents)
+    source.shuffle(data.val_seed)
     return source
 
 
@@ -183,24 +188,24 @@ def _found(flag: str, name: str) -> Sequence[str]:
 # -- drawn scenes -----------------------------------------------------------------------------
 
 
-def _shapes(config: TrainConfig, model: VLMConfig) -> Sources:
+def _shapes(data: DataSettings, model: VLMConfig, seed: int, asked: str) -> Sources:
     if model.vision is None:
         raise UserError(
-            f"--data shapes has pictures, but --preset {config.preset} has no vision part: "
-            "choose another preset, or text"
+            "--data shapes has pictures, but this --preset has no vision part: choose another "
+            "preset, or text"
         )
     shapes = partial(
-        Shapes, config.seed,
-        size=model.vision.image_size, kinds=config.kinds,
-        max_objects=config.max_objects, questions=config.questions, ramp=config.ramp,
-        colours=tuple(COLOURS)[: config.colours], shapes=SHAPES[: config.shapes],
+        Shapes, seed,
+        size=model.vision.image_size, kinds=data.kinds,
+        max_objects=data.max_objects, questions=data.questions, ramp=data.ramp,
+        colours=tuple(COLOURS)[: data.colours], shapes=SHAPES[: data.shapes],
     )  # fmt: skip
     held_out: dict[str, Source] = {name: shapes(split=name) for name in ("val", "unseen")}
     summary = (
         f"Held out: {len(held_out['val'])} new scenes (val), and {len(held_out['unseen'])} with "
-        f"pairs of colour and shape that training never shows (unseen); {_how_asked(config)}"
+        f"pairs of colour and shape that training never shows (unseen); {asked}"
     )
-    scenes = Digest("--data", "shapes", f"scenes {VERSION} of seed {config.seed}")
+    scenes = Digest("--data", "shapes", f"scenes {VERSION} of seed {seed}")
     return Sources(
         shapes(split="train"), held_out, ordered=True, summary=summary, digests=(scenes,)
     )

@@ -11,11 +11,12 @@ import os
 import shutil
 import sys
 import textwrap
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from core.ranges import Field, describe, fields_of, problems, shown
+from core.ranges import Field, describe, fields_of, problems, shown, values_of, with_fields
 from runners.shell.errors import UserError, printable
 
 T = TypeVar("T")
@@ -79,29 +80,30 @@ def parse(
     *,
     prog: str | None = None,
     defaults: T | None = None,
-    groups: Mapping[str, Sequence[str]] | None = None,
+    first: Sequence[str] = (),
 ) -> T:
     """``cls``, a dataclass whose fields all have defaults or are given in ``argv``.
 
     Flags take dashes or underscores, ``--flag value`` or ``--flag=value``. Booleans also take
     ``=1/0/true/false/yes/no`` and stand alone as ``--flag`` and ``--no_flag``; tuples take several
     values, or one with commas, and may be given again for more; ``none`` is None where a field may
-    be. ``defaults``: an instance to start from instead of the fields' own defaults. ``--help``
-    prints the fields' docstrings, under the titles of ``groups`` (title -> fields), and exits.
+    be. ``defaults``: an instance to start from instead of the fields' own defaults. A field that is
+    a dataclass itself is a group of flags. ``--help`` prints the fields' docstrings, those of
+    ``first`` before the others, which stand under the docstring of their group, and exits.
 
     Raises UsageError, one sentence with the nearest suggestion, for an unknown flag, one that is
     given twice, or a value that its field does not take.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if _asks_for_help(argv):
-        print(help_text(cls, prog or cls.__name__, defaults, groups or {}), flush=True)
+        print(help_text(cls, prog or cls.__name__, defaults, first), flush=True)
         raise SystemExit(0)
     known = fields_of(cls)
     values = {name: _convert(name, known[name], words) for name, words in given(cls, argv).items()}
     needed = {f.name for f in dataclasses.fields(cls) if _required(f)}  # type: ignore[arg-type]
     if defaults is None and (missing := sorted(needed - set(values))):
         raise UsageError(f"--{missing[0]} is needed: see --help")
-    config = cls(**values) if defaults is None else dataclasses.replace(defaults, **values)  # type: ignore[type-var]
+    config = cls(**values) if defaults is None else with_fields(defaults, values)
     check(config)
     return config
 
@@ -170,7 +172,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _hint(name: str, fields: Mapping[str, Field]) -> str:
+def hint(name: str, fields: Mapping[str, Field]) -> str:
     """Which flag is meant by one that is not there: by its name elsewhere, or the nearest."""
     for field, others in ALIASES.items():
         if field in fields and name in others:
@@ -190,7 +192,7 @@ def _group(argv: Sequence[str], fields: Mapping[str, Field]) -> dict[str, list[s
             if name not in fields and name != negated and _is(fields.get(negated), bool):
                 name, has_value, value = negated, "=", "false"
             if name not in fields:
-                raise UsageError(f"unknown flag --{flag}{_hint(name, fields)} (see --help)")
+                raise UsageError(f"unknown flag --{flag}{hint(name, fields)} (see --help)")
             several = _is(fields[name], tuple)
             if name in found and not several:
                 raise UsageError(f"--{name} is given twice: give it once (see --help)")
@@ -245,21 +247,26 @@ def _required(f: dataclasses.Field[Any]) -> bool:
 # -- help ---------------------------------------------------------------------------------------
 
 
-def help_text(cls: type, prog: str, defaults: object, groups: Mapping[str, Sequence[str]]) -> str:
-    """Every flag with what it takes, its default and its docstring, under the groups' titles."""
+def help_text(cls: type, prog: str, defaults: object, first: Sequence[str] = ()) -> str:
+    """Every flag with what it takes, its default and its docstring, group by group."""
     width = min(100, shutil.get_terminal_size().columns)
     docs, known = _field_docs(cls), fields_of(cls)
-    own = {f.name: f for f in dataclasses.fields(cls)}
-    titled = {name for names in groups.values() for name in names}
-    rest = [name for name in known if name not in titled]
-    sections = {**groups, **({"other flags" if groups else "flags": rest} if rest else {})}
+    hints = typing.get_type_hints(cls)
+    groups = [h for h in hints.values() if isinstance(h, type) and dataclasses.is_dataclass(h)]
+    own = {f.name: f for group in groups or [cls] for f in dataclasses.fields(group)}
+    sections = {"most used": list(first)} if first else {}
+    for group in groups or [cls]:
+        docs |= _field_docs(group)
+        title = inspect.cleandoc(group.__doc__ or "").rstrip(".") if groups else "flags"
+        sections[title] = [name for name in fields_of(group) if name not in first]
+    values = None if defaults is None else values_of(defaults)
     lines = [f"usage: {prog} [--flag value | --flag=value | --no_flag] ...", ""]
-    lines += textwrap.wrap(inspect.cleandoc(cls.__doc__ or ""), width)
+    lines += textwrap.wrap(inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0], width)
     for title, names in sections.items():
         lines += ["", f"{title}:"]
         for name in names:
-            if defaults is not None:
-                default = f"default: {_written(getattr(defaults, name))}"
+            if values is not None:
+                default = f"default: {_written(values[name])}"
             else:
                 default = (
                     "needed" if _required(own[name]) else f"default: {_written(own[name].default)}"

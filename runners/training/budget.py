@@ -24,27 +24,29 @@ def check_memory(
     Counted is what no setting avoids: weights, the gradients and moments of what learns (if that is
     ``everything``), and what each block hands to the next: what passes may still be too large.
     """
-    states = 2 if config.state_dtype == "bf16" else 4
-    learns = states + (4 if states == 2 else MOMENTS[config.optimizer])
+    states = 2 if config.speed.state_dtype == "bf16" else 4
+    learns = states + (4 if states == 2 else MOMENTS[config.optim.optimizer])
     params = model.num_params()
-    if config.lora_rank:
-        states = 1 if config.quantize else 2
-    held = params * (states + (learns if everything and not config.lora_rank else 0))
-    tokens = config.device_batch_size * config.sequence_len
+    if config.model.lora_rank:
+        states = 1 if config.model.quantize else 2
+    held = params * (states + (learns if everything and not config.model.lora_rank else 0))
+    tokens = config.data.device_batch_size * config.data.sequence_len
     if tokens >= 2**31:
         raise UserError(
-            f"--device_batch_size {config.device_batch_size} rows of --sequence_len "
-            f"{config.sequence_len} are {tokens:,} tokens, more than can be counted in 32 bits"
+            f"--device_batch_size {config.data.device_batch_size} rows of --sequence_len "
+            f"{config.data.sequence_len} are {tokens:,} tokens, more than can be counted in 32 bits"
         )
     passed = 2 * tokens * model.text.dim
-    if not (config.use_gradient_checkpointing and config.checkpoint_policy == "offload"):
+    if not (
+        config.speed.use_gradient_checkpointing and config.speed.checkpoint_policy == "offload"
+    ):
         passed *= model.text.layers  # checkpointed or not, each block's input waits
-    if config.data == "shapes" and model.vision is not None:
+    if config.data.data == "shapes" and model.vision is not None:
         picture = model.image_tokens(model.vision.grid**2)
-        if picture > config.sequence_len:
+        if picture > config.data.sequence_len:
             raise UserError(
                 f"a picture of vision.image_size {model.vision.image_size} takes {picture:,} "
-                f"tokens, more than --sequence_len {config.sequence_len}"
+                f"tokens, more than --sequence_len {config.data.sequence_len}"
             )
     have = memory_of(device)
     if have is None or held + passed <= have:

@@ -78,13 +78,13 @@ def claim_folder(config: TrainConfig) -> Claim:
     Raises UserError if another process owns it, ``--name`` is taken and not resumed, or
     ``--resume`` leads nowhere. Nothing is left behind if it is released before anything is written.
     """
-    runs = Path(config.runs_dir)
-    if config.resume not in (None, "auto"):
-        return _claim_path(Path(config.resume), config)
-    if config.name is not None:
-        return _claim_named(runs / config.name, config)
-    base = f"{folder_name(Path(config.data).stem)}-{config.preset}"
-    if config.resume == "auto":
+    runs = Path(config.run.runs_dir)
+    if config.run.resume not in (None, "auto"):
+        return _claim_path(Path(config.run.resume), config)
+    if config.run.name is not None:
+        return _claim_named(runs / config.run.name, config)
+    base = f"{folder_name(Path(config.data.data).stem)}-{config.model.preset}"
+    if config.run.resume == "auto":
         for folder in reversed(_numbered(runs, base)):
             if find_states(folder) or (_may_begin_again(folder) and _alike(folder, config)):
                 return _claim_named(folder, config)
@@ -103,7 +103,7 @@ def _claim_path(path: Path, config: TrainConfig) -> Claim:
     folder = run_folder(path)
     begun = folder == path and (folder / CONFIG).is_file() and _may_begin_again(folder)
     if not (begun or (is_state(path) if folder != path else find_states(folder))):
-        raise UserError(f"--resume {config.resume}: there is no resumable state in it")
+        raise UserError(f"--resume {config.run.resume}: there is no resumable state in it")
     lock = Lock(folder)
     try:
         if folder == path:
@@ -120,7 +120,7 @@ def _claim_path(path: Path, config: TrainConfig) -> Claim:
 
 def _claim_named(folder: Path, config: TrainConfig) -> Claim:
     """For a new run of this name, or one that goes on where the last state was taken."""
-    resumed = config.resume == "auto"
+    resumed = config.run.resume == "auto"
     if not (folder / LOCK).exists():  # else the lock tells first who owns it
         _check_place(folder, resumed)
     lock = Lock(folder)

@@ -16,6 +16,7 @@ from core.model.vlm import ANY
 from runners.shell.cli import explained
 from runners.shell.errors import UserError
 from runners.training.config import TrainConfig
+from runners.training.settings import ModelSettings, RunSettings, SpeedSettings
 from transforms import (
     checkpoint,
     compile,
@@ -65,61 +66,67 @@ def compose(
     Order matters to speed and memory, not to the numbers. Raises UserError naming the flag that
     the device cannot serve.
     """
-    dtype, why = compute_dtype(config, device)
-    graphed = is_graphed(config, device)
-    compiled = is_compiled(config, device)
-    if config.state_dtype == "bf16" and dtype != torch.bfloat16:
+    dtype, why = compute_dtype(config.speed, device)
+    graphed = is_graphed(config.speed, device)
+    compiled = is_compiled(config.speed, device)
+    if config.speed.state_dtype == "bf16" and dtype != torch.bfloat16:
         raise UserError(f"--state_dtype bf16 computes in bf16, and here it is fp32: {why}")
     weights = {"fp32": "fp32 weights", "bf16": "bf16 weights, rounded stochastically"}
-    report = [f"Using {_short(dtype)} compute over {weights[config.state_dtype]}: {why}"]
+    report = [f"Using {_short(dtype)} compute over {weights[config.speed.state_dtype]}: {why}"]
     bare = adapted(config, model, dtype, longest)
-    report += _adapted_lines(config)
+    report += _adapted_lines(config.model)
     forward = bare
-    if config.use_fp8:
+    if config.speed.use_fp8:
         # Before checkpoint: a block then rounds again when it is recomputed.
         with explained("--use_fp8"):
             forward = fp8(forward, skip=_wide(model))
         report.append("Using fp8 matrix products, but for the head and first and last blocks")
-    if config.use_gradient_checkpointing:
+    if config.speed.use_gradient_checkpointing:
         # Inside the loss, which needs no recomputation of its own.
-        forward, line = _checkpointed(forward, config, compiled)
+        forward, line = _checkpointed(forward, config.speed, compiled)
         report.append(line)
     else:
         report.append("Gradient checkpointing off: --use_gradient_checkpointing=1 saves memory")
     # Last, because it turns logits into the loss: nothing can follow it but the compiler.
-    ending = fuse_loss if config.use_fused_loss else unfused_loss
-    if config.use_fused_loss and config.state_dtype == "bf16":
+    ending = fuse_loss if config.speed.use_fused_loss else unfused_loss
+    if config.speed.use_fused_loss and config.speed.state_dtype == "bf16":
         # What is kept in bf16 gains nothing by a wider sum of its gradient; 1.6 ms of 290, 1.5B.
         ending = partial(fuse_loss, accumulate="bf16")
-    loss_fn = ending(forward, z_loss=config.z_loss, label_smoothing=config.label_smoothing)
+    loss_fn = ending(
+        forward, z_loss=config.optim.z_loss, label_smoothing=config.optim.label_smoothing
+    )
     report += [f"Group {line}" for line in open_groups(loss_fn.sites, loss_fn.rules)]
     eval_loss = ending(bare)
     if compiled:
         # Around everything, the gradients outside: torch.compile(torch.func.grad(f)) would
         # silently drop the backward of custom kernels.
-        blocks = config.compile_scope == "blocks"
+        blocks = config.speed.compile_scope == "blocks"
         loss_fn, eval_loss = (compile(f, blocks=blocks) for f in (loss_fn, eval_loss))
         scope = "blocks: one program for all that are alike" if blocks else "the whole loss"
         report.append(f"Using torch.compile on {scope}; the first step takes longer")
     else:
         why = "the CUDA graph makes up for it" if graphed else "on a CPU it is --compile=1"
-        why = "--compile=0" if config.compile is False else why
+        why = "--compile=0" if config.speed.compile is False else why
         report.append(f"torch.compile off: {why}")
     if graphed:
         report.append("Using a CUDA graph: gradients are recorded in the third step")
     elif device.type == "cuda":
-        why = "--cuda_graph=0" if config.cuda_graph is False else "offloading cannot be recorded"
+        why = (
+            "--cuda_graph=0"
+            if config.speed.cuda_graph is False
+            else "offloading cannot be recorded"
+        )
         report.append(f"CUDA graph off: {why}")
-    backends = choose_backends(config, device)
+    backends = choose_backends(config.speed, device)
     with kernels.override(**backends):
         report += kernels.report(
             device=str(device),
             dtype=dtype,
             attentions=_attentions(model, longest),
             operations=_operations(model),
-            fused_loss=config.use_fused_loss,
-            flash_attention=config.use_flash_attn,
-            fused_kernels=config.use_fused_kernels,
+            fused_loss=config.speed.use_fused_loss,
+            flash_attention=config.speed.use_flash_attn,
+            fused_kernels=config.speed.use_fused_kernels,
             compiling=compiled,
         )
     matrices = matrix_dtype(config, dtype)
@@ -134,17 +141,17 @@ def adapted(
     """
     forward = vlm(model, longest=longest)
     with explained("--quantize, --fake_quant, --lora_rank"):
-        if config.quantize == "int8":
+        if config.model.quantize == "int8":
             forward = quantize_int8(forward)
-        if config.fake_quant:
+        if config.model.fake_quant:
             forward = fake_quant(forward)
             # It rounds what is trained, so the cast follows it at every use. Elsewhere no rule
             # casts: matrices come in the compute dtype, cast once a step by the optimizer.
             if matrix_dtype(config, dtype) != dtype:
                 forward = mixed_precision(forward, dtype)
-        if config.lora_rank:
+        if config.model.lora_rank:
             forward = lora(
-                forward, rank=config.lora_rank, alpha=config.lora_alpha,
+                forward, rank=config.model.lora_rank, alpha=config.model.lora_alpha,
                 select=choose_select(config, model),
             )  # fmt: skip
     return forward
@@ -152,12 +159,12 @@ def adapted(
 
 def matrix_dtype(config: TrainConfig, dtype: torch.dtype) -> torch.dtype:
     """What :func:`adapted` takes matrices in: the compute dtype; under fake_quant their own."""
-    if config.fake_quant:
-        return torch.bfloat16 if config.state_dtype == "bf16" else torch.float32
+    if config.model.fake_quant:
+        return torch.bfloat16 if config.speed.state_dtype == "bf16" else torch.float32
     return dtype
 
 
-def _adapted_lines(config: TrainConfig) -> list[str]:
+def _adapted_lines(config: ModelSettings) -> list[str]:
     lines = []
     if config.quantize is not None:
         lines.append(f"Using {config.quantize} weights, frozen; the head stays as it is")
@@ -174,19 +181,19 @@ def _adapted_lines(config: TrainConfig) -> list[str]:
 
 def choose_select(config: TrainConfig, model: VLMConfig) -> tuple[str, ...] | None:
     """Path patterns of what learns: ``--trainable``, or what the stage says. None: everything."""
-    if config.trainable:
-        return config.trainable
-    if config.stage == "align":
-        if model.projector is None or not config.chat:
+    if config.model.trainable:
+        return config.model.trainable
+    if config.model.stage == "align":
+        if model.projector is None or not config.data.chat:
             raise UserError(
                 "--stage align trains the projector: it needs a preset and data with pictures"
             )
         return ("projector",)
     # Without pictures no gradient reaches the vision tower: weight decay alone would spoil it.
-    return None if config.chat or model.vision is None else ("text",)
+    return None if config.data.chat or model.vision is None else ("text",)
 
 
-def _checkpointed(forward: Forward, config: TrainConfig, compiled: bool) -> tuple[Forward, str]:
+def _checkpointed(forward: Forward, config: SpeedSettings, compiled: bool) -> tuple[Forward, str]:
     """The forward with gradient checkpointing, and what the report says of it."""
     policy, between = config.checkpoint_policy, config.checkpoint_between
     if policy == "offload" and compiled:
@@ -220,7 +227,7 @@ def _policy(name: str) -> str | tuple[str, ...]:
     return names[0] if len(names) == 1 else names
 
 
-def is_compiled(config: TrainConfig, device: torch.device) -> bool:
+def is_compiled(config: SpeedSettings, device: torch.device) -> bool:
     """Whether torch.compile is used: what --compile says, else on a GPU where launching from Python
     costs time, or where it saves work. fp8 rounds an input once for all its products. A block that
     is recomputed leaves out what no gradient needs, its last product above all: of a 1.5B decoder
@@ -232,7 +239,7 @@ def is_compiled(config: TrainConfig, device: torch.device) -> bool:
     return device.type == "cuda" and (saves or not is_graphed(config, device))
 
 
-def is_graphed(config: TrainConfig, device: torch.device) -> bool:
+def is_graphed(config: SpeedSettings, device: torch.device) -> bool:
     """Whether gradients become a CUDA graph: on a GPU, unless --cuda_graph says otherwise. Raises
     UserError where they are to and cannot."""
     offloading = config.use_gradient_checkpointing and config.checkpoint_policy == "offload"
@@ -267,7 +274,7 @@ def _operations(model: VLMConfig) -> tuple[str, ...]:
     return (*norms, "swiglu", "rope")
 
 
-def choose_backends(config: TrainConfig, device: torch.device) -> dict[str, str]:
+def choose_backends(config: SpeedSettings, device: torch.device) -> dict[str, str]:
     """The kernels that flags turn off, as ``kernels.override`` takes them."""
     chosen = {}
     if not config.use_flash_attn and device.type == "cuda":
@@ -278,7 +285,7 @@ def choose_backends(config: TrainConfig, device: torch.device) -> dict[str, str]
     return chosen
 
 
-def choose_device(config: TrainConfig) -> torch.device:
+def choose_device(config: RunSettings) -> torch.device:
     """The GPU if there is one, unless told otherwise. Raises UserError for one that is missing."""
     have = torch.cuda.is_available()
     if config.device == "cuda" and not have:
@@ -286,7 +293,7 @@ def choose_device(config: TrainConfig) -> torch.device:
     return torch.device("cuda" if have and config.device != "cpu" else "cpu")
 
 
-def compute_dtype(config: TrainConfig, device: torch.device) -> tuple[torch.dtype, str]:
+def compute_dtype(config: SpeedSettings, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype of matmuls, and the reason."""
     if config.dtype != "auto":
         named = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -133,14 +133,14 @@ class Training:
         self.peak = peak_flops(job.device, job.composed.dtype)
         steps = _steps(folder)
         before = [step for step in steps if step <= learner.step]
-        self.kept = before[-max(2, self.config.keep_states) :]
+        self.kept = before[-max(2, self.config.run.keep_states) :]
         # Those after ours, given up by resuming an older one, go when ours has a successor
         keep_states(folder, [step for step in steps if step in self.kept or step > learner.step])
         # A first state soon, but not before its writing is little beside what it saves
         self.first_save = time.monotonic() + FIRST + 3 * num_bytes(learner.kept) / FIRST_RATE
         self.unproven: int | None = None  # a state from which no step was made yet
         self.begun = begun - learner.seconds  # as if all commands of the run were one
-        self.profiler = Profiler(folder, job.device) if self.config.profile else None
+        self.profiler = Profiler(folder, job.device) if self.config.run.profile else None
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """True if it came to the end; False if ``stop()`` or ``--stop_at`` ended it, resumably."""
@@ -148,7 +148,7 @@ class Training:
         batches = iter(self.job.loader)
         if self.job.device.type == "cuda":
             self.display.say("Compiling kernels in the first step, those that no earlier run kept")
-        while learner.step < config.steps:
+        while learner.step < config.optim.steps:
             if not self.kept and self._is_time_for_the_first(learner.step + 1):
                 self._save()
             group, waited = self._next(batches)
@@ -161,10 +161,13 @@ class Training:
             self.display.advance(learner.step)
             for read in self.late.push(step, values):
                 self._log(*read)
-            last, stopping = learner.step == config.steps, stop() or learner.step == config.stop_at
+            last, stopping = (
+                learner.step == config.optim.steps,
+                stop() or learner.step == config.run.stop_at,
+            )
             if self._validates(learner.step):
                 self._validate()
-            if last or stopping or self._due(config.save_every or config.val_every):
+            if last or stopping or self._due(config.run.save_every or config.run.val_every):
                 self._save()
             if stopping and not last:
                 return False
@@ -173,13 +176,13 @@ class Training:
     def _next(self, batches: Iterator[Batch]) -> tuple[list[Batch], float]:
         """The batches of a step, and the seconds they were waited for."""
         start = time.perf_counter()
-        group = [next(batches) for _ in range(self.config.grad_accum_steps)]
+        group = [next(batches) for _ in range(self.config.optim.grad_accum_steps)]
         return group, time.perf_counter() - start
 
     def _validates(self, step: int) -> bool:
-        every = self.config.val_every
+        every = self.config.run.val_every
         due = every > 0 and step % every == 0
-        return step == self.config.steps or due or step in self.config.ends
+        return step == self.config.optim.steps or due or step in self.config.optim.ends
 
     def _is_time_for_the_first(self, step: int) -> bool:
         """Weights are kept by validations: there is a state before them, to begin again from."""
@@ -192,12 +195,12 @@ class Training:
         loads = [measure_load(self.job.model, batch, self.job.pad) for batch in group]
         flops = sum(
             training_flops(
-                self.job.model, load, self.job.learns, adapters=self.config.lora_rank > 0
+                self.job.model, load, self.job.learns, adapters=self.config.model.lora_rank > 0
             )
             for load in loads
         )
         step = self.learner.step
-        lr = learning_rate(self.config, step)
+        lr = learning_rate(self.config.optim, step)
         return Step(step + 1, lr, sum(load.tokens for load in loads), flops, waited)
 
     def _log(self, step: Step, numbers: list[float], seconds: float) -> None:
@@ -209,7 +212,7 @@ class Training:
             self._prune()
         self.pace.add(step, seconds)
         self.learner.tokens += step.tokens
-        if step.number % self.config.log_every and step.number != self.config.steps:
+        if step.number % self.config.run.log_every and step.number != self.config.optim.steps:
             return
         pace, self.pace = self.pace, Pace()
         row: dict[str, float | int | str | None] = {
@@ -225,8 +228,8 @@ class Training:
             "seconds": time.monotonic() - self.begun,
         }
         self.metrics.write(row)
-        left = self.config.steps - step.number
-        self.display.show(row, self.config.steps, left * pace.seconds / pace.steps)
+        left = self.config.optim.steps - step.number
+        self.display.show(row, self.config.optim.steps, left * pace.seconds / pace.steps)
 
     def _refuse(self, what: str, step: int) -> NoReturn:
         """Ends a run that computed something that is not finite. A state that this process wrote
@@ -238,7 +241,7 @@ class Training:
         mend = "a lower --lr, a longer --warmup_steps or --dtype fp32"
         kept = [path for path in find_states(self.folder) if int(path.name) in self.kept]
         if not kept:
-            again = " and --resume=auto" if self.config.name else ""
+            again = " and --resume=auto" if self.config.run.name else ""
             raise UserError(f"{what}; no state was kept: start again with {mend}{again}")
         start = shlex.quote(f"--init_from={kept[-1]}")
         raise UserError(
@@ -262,7 +265,7 @@ class Training:
                 self._refuse("the validation loss", learner.step)
             if better := loss is None or learner.best is None or loss < learner.best:
                 learner.best = loss
-            if better or self.config.keep == "last":
+            if better or self.config.run.keep == "last":
                 save_best(self.folder, learner.kept, learner.step)
             if loss is not None:
                 seconds = time.monotonic() - self.begun
@@ -298,7 +301,9 @@ class Training:
     def _prune(self) -> None:
         """Keeps the newest states, and of an unproven one the one before it: its weights may be
         such that the next loss is not finite."""
-        self.kept = self.kept[-max(self.config.keep_states, 1 if self.unproven is None else 2) :]
+        self.kept = self.kept[
+            -max(self.config.run.keep_states, 1 if self.unproven is None else 2) :
+        ]
         keep_states(self.folder, self.kept)
 
 

@@ -35,7 +35,7 @@ Row = Mapping[str, float | int | str | None]
 
 def check_wandb(config: TrainConfig) -> None:
     """Raises UserError if ``--wandb`` was asked for and is not installed."""
-    if config.wandb and importlib.util.find_spec("wandb") is None:
+    if config.run.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("--wandb was asked for but is not installed: pip install wandb")
 
 
@@ -55,15 +55,15 @@ class Metrics:
         self._board: Any = None
         # Made for the first row, when the device has steps to work on: importing it takes 0.3 s
         self._make_board: Callable[[], Any] | None = None
-        if config.tensorboard:
+        if config.run.tensorboard:
             self._make_board = partial(_board, folder, after)
         self._wandb: Any = None
-        if config.wandb:
+        if config.run.wandb:
             import wandb
 
             self._wandb = wandb.init(
-                project=config.wandb_project, name=folder.name, id=run_id(folder), dir=str(folder),
-                config=as_dict(config), resume="allow",
+                project=config.run.wandb_project, name=folder.name, id=run_id(folder),
+                dir=str(folder), config=as_dict(config), resume="allow",
             )  # fmt: skip
 
     def write(self, row: Row) -> None:

@@ -11,7 +11,7 @@ from kernels.optimizer.adamw import grad_norm
 from params.paths import matches, select_paths
 from runners.shell.cli import explained
 from runners.shell.errors import UserError
-from runners.training.config import TrainConfig, lr_scales
+from runners.training.config import lr_scales
 from runners.training.optimizers import (
     AdamW,
     AdamW8bit,
@@ -21,6 +21,7 @@ from runners.training.optimizers import (
     TorchAdamW,
     adamw8bit_problem,
 )
+from runners.training.settings import OptimSettings
 
 
 def warmup(step: int, warmup_steps: int) -> float:
@@ -69,7 +70,7 @@ def wsd(
     return min(warmup(step, warmup_steps), falling)
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
+def learning_rate(config: OptimSettings, step: int) -> float:
     """The rate of a step, counted from 0."""
     steps, warm, final = config.steps, config.warmup_steps, config.final_lr
     if config.schedule == "cosine":
@@ -83,7 +84,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def build_optimizer(
-    params: Mapping[str, Tensor], copies: Mapping[str, Tensor], config: TrainConfig
+    params: Mapping[str, Tensor], copies: Mapping[str, Tensor], config: OptimSettings, seed: int = 0
 ) -> Optimizer:
     """The optimizer that a config asks for, over ``{path: tensor}``; copies: bf16 twins of some.
 
@@ -100,7 +101,7 @@ def build_optimizer(
     def adamw(some: Mapping[str, Tensor]) -> Optimizer:
         theirs = {path: copy for path, copy in copies.items() if path in some}
         if config.use_fused_adamw:
-            return AdamW(some, theirs, rates, **betas, seed=config.seed)
+            return AdamW(some, theirs, rates, **betas, seed=seed)
         return TorchAdamW(some, theirs, rates, **betas)
 
     if config.optimizer == "adamw":
@@ -110,7 +111,7 @@ def build_optimizer(
     return Muon(turned, copies, rates, adamw(rest), momentum=config.momentum)
 
 
-def choose_rates(params: Mapping[str, Tensor], config: TrainConfig) -> dict[str, Rates]:
+def choose_rates(params: Mapping[str, Tensor], config: OptimSettings) -> dict[str, Rates]:
     """Of every leaf, by the path patterns of ``--no_decay`` and ``--lr_scale``. Raises UserError
     for a pattern that names no leaf, and is none of the default ones."""
     scales: dict[str, float] = {}
@@ -118,7 +119,7 @@ def choose_rates(params: Mapping[str, Tensor], config: TrainConfig) -> dict[str,
         for pattern, factor in lr_scales(config).items():
             scales |= dict.fromkeys(select_paths(pattern, params), factor)
     with explained("--no_decay"):
-        for pattern in set(config.no_decay).difference(TrainConfig.no_decay):
+        for pattern in set(config.no_decay).difference(OptimSettings.no_decay):
             select_paths(pattern, params)
     spared = {path for path in params if any(matches(p, path) for p in config.no_decay)}
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from runners.shell.errors import UserError
@@ -22,28 +21,29 @@ def continued(old: TrainConfig, new: TrainConfig, step: int, state: Path) -> Tra
             f"{state} belongs to another config ({', '.join(differ)}): leave these flags out, or "
             "start a new run from its weights with --init_from"
         )
-    if new.steps < step:
-        raise UserError(f"--steps {new.steps} is less than the {step} that {state} has done")
-    if not new.ends:
-        ends = old.ends if old.steps == new.steps or not _ending(old, step) else (
-            *old.ends, old.steps
+    if new.optim.steps < step:
+        raise UserError(f"--steps {new.optim.steps} is less than the {step} that {state} has done")
+    if not new.optim.ends:
+        ends = old.optim.ends if old.optim.steps == new.optim.steps or not _ending(old, step) else (
+            *old.optim.ends, old.optim.steps
         )  # fmt: skip
-        new = dataclasses.replace(new, ends=ends)
-    if (old.steps, old.ends) != (new.steps, new.ends) and any(
-        learning_rate(old, done) != learning_rate(new, done) for done in range(step)
+        new = new.changed(ends=ends)
+    if (old.optim.steps, old.optim.ends) != (new.optim.steps, new.optim.ends) and any(
+        learning_rate(old.optim, done) != learning_rate(new.optim, done) for done in range(step)
     ):
         raise UserError(
-            f"--steps {old.steps} -> {new.steps}: steps that {state} has done would have had "
-            f"another rate under --schedule {new.schedule}, only constant and wsd can be extended; "
-            "start a new run from its weights with --init_from"
+            f"--steps {old.optim.steps} -> {new.optim.steps}: steps that {state} has done would "
+            f"have had another rate under --schedule {new.optim.schedule}, only constant and wsd "
+            "can be extended; start a new run from its weights with --init_from"
         )
     return new
 
 
 def _ending(config: TrainConfig, step: int) -> bool:
     """Whether a run after so many steps is over, or its rate falls towards its end."""
-    level = dataclasses.replace(config, schedule="constant")
-    since = max(config.ends, default=0)
-    return step >= config.steps or any(
-        learning_rate(config, done) < learning_rate(level, done) for done in range(since, step)
+    level = config.changed(schedule="constant")
+    since = max(config.optim.ends, default=0)
+    return step >= config.optim.steps or any(
+        learning_rate(config.optim, done) < learning_rate(level.optim, done)
+        for done in range(since, step)
     )

@@ -32,6 +32,7 @@ from runners.training.budget import check_memory
 from runners.training.checkpoints import Run, open_run
 from runners.training.compose import Composed, choose_device, choose_select, compose
 from runners.training.config import TrainConfig, model_config
+from runners.training.settings import DataSettings
 from runners.training.states import State, run_folder
 from runners.training.weights import build_params
 from transforms import trainable
@@ -71,7 +72,7 @@ class Job:
 
 def prepare(config: TrainConfig, state_path: Path | None = None) -> Job:
     """Opens the data, builds tokenizer, model, loader, params. Raises UserError; writes nothing."""
-    device = choose_device(config)
+    device = choose_device(config.run)
     keep_compiled(device)
     with ExitStack() as unfinished:
         job = _prepare(config, state_path, device, unfinished)
@@ -83,26 +84,31 @@ def _prepare(
     config: TrainConfig, state_path: Path | None, device: torch.device, unfinished: ExitStack
 ) -> Job:
     """unfinished: closes what was begun, if the rest fails."""
-    workers = choose_workers(config, device)  # first: the wrong number costs no time
-    shape = model_config(config)
-    check_memory(config, shape, device, everything=not config.trainable and config.stage != "align")
+    workers = choose_workers(config.data, device)  # first: the wrong number costs no time
+    shape = model_config(config.model)
+    check_memory(
+        config,
+        shape,
+        device,
+        everything=not config.model.trainable and config.model.stage != "align",
+    )
     sources = open_sources(config, shape)
     if state_path is not None:
-        digests.check(run_folder(state_path), sources.digests, allowed=config.data_changed)
-    elif config.config is not None:  # a run of its own, which may be meant to be of other data
-        again = Path(config.config)
+        digests.check(run_folder(state_path), sources.digests, allowed=config.data.data_changed)
+    elif config.run.config is not None:  # a run of its own, which may be meant to be of other data
+        again = Path(config.run.config)
         folder = again if again.is_dir() else again.parent
         if (folder / digests.DATA).is_file():
             digests.check(folder, sources.digests, allowed=True)
     tokenizer, model = choose_vocabulary(config, sources, state_path)
     # adapters alone learn where there are any: the patterns choose where they are
-    select = None if config.lora_rank else choose_select(config, model)
-    encoder = build_encoder(config, model, tokenizer, training=True)
+    select = None if config.model.lora_rank else choose_select(config, model)
+    encoder = build_encoder(config.data, model, tokenizer, training=True)
     sample = list(sample_documents(sources.train, encoder, SAMPLE))
-    spec = plan(encoder, sample, config.device_batch_size, model)
+    spec = plan(encoder, sample, config.data.device_batch_size, model)
     loader = Loader(
         sources.train, encoder, spec,
-        seed=config.seed, shuffle=not sources.ordered, augment=config.augment,
+        seed=config.run.seed, shuffle=not sources.ordered, augment=config.data.augment,
         workers=workers, data=digests.together("--data", sources.digests),
     )  # fmt: skip
     unfinished.callback(loader.close)
@@ -133,22 +139,22 @@ def choose_vocabulary(
     trained on the data, and the model gets as many rows as it has tokens, up to a multiple of 64
     (so that matmuls with the embedding have a shape the hardware likes).
     """
-    model = model_config(config)
+    model = model_config(config.model)
     if state_path is not None:
         run = open_run(run_folder(state_path))
         return run_tokenizer(run), run.model
     if (
-        config.tokenizer is None
-        and config.init_from
-        and (run_folder(Path(config.init_from)) / TOKENIZER).exists()
+        config.model.tokenizer is None
+        and config.model.init_from
+        and (run_folder(Path(config.model.init_from)) / TOKENIZER).exists()
     ):
-        run = open_run(run_folder(Path(config.init_from)))
+        run = open_run(run_folder(Path(config.model.init_from)))
         return run_tokenizer(run), _with_vocab(model, run.model.text.vocab_size)
-    if config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer)
+    if config.model.tokenizer is not None:
+        tokenizer = load_tokenizer(config.model.tokenizer)
         needed = _up_to_64(tokenizer.vocab_size)
         return tokenizer, _with_vocab(model, max(needed, model.text.vocab_size))
-    size = config.vocab_size or model.text.vocab_size
+    size = config.model.vocab_size or model.text.vocab_size
     tokenizer = train_tokenizer(sample_texts(sources.train), size)
     return tokenizer, _with_vocab(model, _up_to_64(tokenizer.vocab_size))
 
@@ -176,7 +182,7 @@ def image_spec(model: VLMConfig) -> ImageSpec | None:
 
 
 def build_encoder(
-    config: TrainConfig, model: VLMConfig, tokenizer: ChatTokenizer, *, training: bool = False
+    config: DataSettings, model: VLMConfig, tokenizer: ChatTokenizer, *, training: bool = False
 ) -> Encoder:
     """From conversations to documents of at most a row. Only training pictures are changed."""
     images = image_spec(model) if config.chat else None
@@ -255,11 +261,11 @@ def begin_validation(
 
     def build() -> list[Batch]:
         try:
-            batches = list(islice(loader, config.val_batches * config.grad_accum_steps))
+            batches = list(islice(loader, config.run.val_batches * config.optim.grad_accum_steps))
         finally:
             loader.close()
         for batch in batches[:1]:
-            with explained(config.data):
+            with explained(config.data.data):
                 check_batch(batch, model)
         return batches
 
@@ -272,7 +278,7 @@ def begin_validation(
     return made.result
 
 
-def choose_workers(config: TrainConfig, device: torch.device) -> int:
+def choose_workers(config: DataSettings, device: torch.device) -> int:
     """As told; else up to 12 beside a GPU, and none beside a CPU that computes with every core."""
     if config.workers is not None:
         check_workers(config.workers)

@@ -41,7 +41,7 @@ class Learner:
         working = flatten(self.working)
         copies = {p: working[p] for p, leaf in self.learning.items() if working[p] is not leaf}
         self.kept = kept_params(config, params)  # what the run saves
-        self.optimizer = build_optimizer(self.learning, copies, config)
+        self.optimizer = build_optimizer(self.learning, copies, config.optim, config.run.seed)
         self.config = config
         self.step = 0
         self.best: float | None = None
@@ -78,15 +78,17 @@ class Learner:
         loss, losses, grads = accumulate_grads(
             grad_fn, self.working, self._prepared(batches), device
         )
-        norm, factor = clipping([grads[path] for path in self.learning], self.config.grad_clip)
-        lr = learning_rate(self.config, self.step)
+        norm, factor = clipping(
+            [grads[path] for path in self.learning], self.config.optim.grad_clip
+        )
+        lr = learning_rate(self.config.optim, self.step)
         self.step += 1
         self.optimizer.step(grads, number=self.step, lr=lr, factor=factor)
         return torch.stack([loss, norm, *losses])
 
     def _prepared(self, batches: Sequence[Batch]) -> list[Batch]:
         """With the seed that dropout is to use: a function of the run's seed and the step."""
-        first = self.step * len(batches) + (self.config.seed * 0x9E3779B1)
+        first = self.step * len(batches) + (self.config.run.seed * 0x9E3779B1)
         seeds = [torch.tensor(first + i & 0x7FFFFFFF) for i in range(len(batches))]
         return [batch | {"seed": seed} for batch, seed in zip(batches, seeds, strict=True)]
 

@@ -6,7 +6,6 @@ digest, so that adapters are never put beside other weights than they were train
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -47,7 +46,7 @@ def build_params(
     """Params to start from, and the state that they are of, if any."""
     if state_path is None:
         return start_params(config, model, device), None
-    if not config.lora_rank:
+    if not config.model.lora_rank:
         like, frozen = init_params(model, device="meta"), Tree()
     else:
         check_base(run_folder(state_path), config)
@@ -62,26 +61,28 @@ def start_params(config: TrainConfig, model: VLMConfig, device: torch.device) ->
     What learns is fp32, or of --state_dtype. Frozen matrices beside adapters are in the dtype that
     the forward takes: nothing ever adds to them.
     """
-    dtype, _ = compute_dtype(config, device)
+    dtype, _ = compute_dtype(config.speed, device)
     forward = adapted(config, model, dtype)
-    if config.init_from:
+    if config.model.init_from:
         # A base that is quantised is so on the CPU: the device never holds its floats.
-        there = torch.device("cpu") if config.quantize else device
-        params = forward.prepare(load_base(config.init_from, model, there), config.seed)
+        there = torch.device("cpu") if config.model.quantize else device
+        params = forward.prepare(load_base(config.model.init_from, model, there), config.run.seed)
         params = map_with_path(lambda path, leaf: leaf.to(device), params)
     else:
-        params = forward.prepare(init_params(model, config.seed, device=device), config.seed)
-    if config.lora_rank:
+        params = forward.prepare(
+            init_params(model, config.run.seed, device=device), config.run.seed
+        )
+    if config.model.lora_rank:
         learning, frozen = trainable(params)
         params = merge(learning, cast_matrices(frozen, matrix_dtype(config, dtype)))
-    return cast_matrices(params, torch.bfloat16) if config.state_dtype == "bf16" else params
+    return cast_matrices(params, torch.bfloat16) if config.speed.state_dtype == "bf16" else params
 
 
 def load_base(path: str, model: VLMConfig, device: torch.device) -> Tree:
     """The weights that ``--init_from`` names, fp32 whatever they were stored as. Raises UserError,
     also for a run of adapters, which are no model."""
     folder = run_folder(Path(path))
-    if (folder / CONFIG).is_file() and open_run(folder).config.lora_rank:
+    if (folder / CONFIG).is_file() and open_run(folder).config.model.lora_rank:
         raise UserError(
             f"{folder} holds adapters: python -m runners.train --resume {folder} --merge 1 writes "
             f"{folder / MERGED}, which can be started from"
@@ -92,12 +93,12 @@ def load_base(path: str, model: VLMConfig, device: torch.device) -> Tree:
 
 def kept_params(config: TrainConfig, params: Tree) -> Tree:
     """The part of a run's params that it saves: all, or its adapters."""
-    return trainable(params)[0] if config.lora_rank else params
+    return trainable(params)[0] if config.model.lora_rank else params
 
 
 def trained_params(path: Path, config: TrainConfig, whole: Tree, device: torch.device) -> Tree:
     """The best weights of a run (or those of a state), beside the frozen ones of ``whole``."""
-    if not config.lora_rank:
+    if not config.model.lora_rank:
         return load_weights(path, whole, device)
     learning, frozen = trainable(whole)
     return merge(load_weights(path, learning, device), frozen)
@@ -108,7 +109,7 @@ def open_params(run: Run, dtype: torch.dtype, device: torch.device) -> tuple[For
     UserError naming what is missing or does not fit."""
     forward = adapted(run.config, run.model, dtype)
     matrices = matrix_dtype(run.config, dtype)
-    if run.config.lora_rank:
+    if run.config.model.lora_rank:
         check_base(run.folder, run.config)
         whole = start_params(run.config, run.model, device)
     else:
@@ -121,9 +122,9 @@ def open_params(run: Run, dtype: torch.dtype, device: torch.device) -> tuple[For
 
 def base_digest(config: TrainConfig) -> str | None:
     """What stands for the base of a run of adapters; None for other runs. Raises UserError."""
-    if not config.lora_rank or config.init_from is None:
+    if not config.model.lora_rank or config.model.init_from is None:
         return None
-    found = find_weights(Path(config.init_from))
+    found = find_weights(Path(config.model.init_from))
     with explained("--init_from"):
         file = locate(found / TENSORS if is_state(found) else found)
         if file.suffix == ".safetensors":
@@ -136,8 +137,8 @@ def check_base(folder: Path, config: TrainConfig) -> None:
     """Raises UserError where the base of a run's adapters is missing or holds other weights."""
     if read_object(folder / CONFIG).get("base", str) != base_digest(config):
         raise UserError(
-            f"{config.init_from} holds other weights than those that the adapters of {folder} were "
-            "trained beside: restore it from a copy, or train the adapters again"
+            f"{config.model.init_from} holds other weights than those that the adapters of "
+            f"{folder} were trained beside: restore it from a copy, or train the adapters again"
         )
 
 
@@ -145,13 +146,13 @@ def save_merged(folder: Path, config: TrainConfig, model: VLMConfig) -> Path:
     """Writes ``RUN/merged``: a folder like a run's, of whole weights with the best adapters added
     in, in fp32. Its base are the floats, also for adapters that were trained beside int8 ones."""
     cpu = torch.device("cpu")
-    base = load_base(str(config.init_from), model, cpu)
+    base = load_base(str(config.model.init_from), model, cpu)
     best = load_params(find_weights(folder))
     adapters = best["params"] if is_state(find_weights(folder)) else best
-    whole = merge_lora(vlm(model), merge(base, adapters), alpha=config.lora_alpha)
+    whole = merge_lora(vlm(model), merge(base, adapters), alpha=config.model.lora_alpha)
     target = folder / MERGED
-    plain = dataclasses.replace(
-        config, lora_rank=0, lora_alpha=None, quantize=None, merge=False, name=None, resume=None
+    plain = config.changed(
+        lora_rank=0, lora_alpha=None, quantize=None, merge=False, name=None, resume=None
     )
     values = read_object(folder / CONFIG).values
     record = {"id": values["id"], "train": as_dict(plain), "model": model.to_dict()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +24,7 @@ OVERRIDE = (
 )
 
 
-BASE = TrainConfig(
+BASE = TrainConfig.of(
     name="micro", override=OVERRIDE, device="cpu", dtype="fp32", sequence_len=96,
     device_batch_size=2, steps=6, warmup_steps=2, log_every=1, val_every=0, val_batches=1,
     eval_examples=0, samples=0, tensorboard=False, workers=0,
@@ -48,7 +47,7 @@ def _each_vocabulary_is_trained_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def micro(tmp_path: Path) -> Callable[..., TrainConfig]:
     """``micro(steps=3, ...)``: a config of a 30,000-parameter model, logging every step."""
-    return partial(replace, BASE, runs_dir=str(tmp_path / "the runs"))
+    return partial(BASE.changed, runs_dir=str(tmp_path / "the runs"))
 
 
 @pytest.fixture
@@ -66,8 +65,8 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, not to be changed, that has learnt to count to one, and that answers are colours."""
-    config = replace(
-        BASE, runs_dir=str(tmp_path_factory.mktemp("runs")), steps=40, lr=0.01,
+    config = BASE.changed(
+        runs_dir=str(tmp_path_factory.mktemp("runs")), steps=40, lr=0.01,
         kinds=("colour", "count"), max_objects=1, sequence_len=128, schedule="constant",
         device_batch_size=4,
     )  # fmt: skip

@@ -17,7 +17,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from stat import S_ISREG
 
@@ -72,7 +71,7 @@ def attempt(config: TrainConfig, last: int) -> tuple[int, int]:
     status = 1
     try:
         torch.set_num_threads(1)
-        counted_so_far = count_operations(config.runs_dir, last)
+        counted_so_far = count_operations(config.run.runs_dir, last)
         train(config, Display(1, console=Console(quiet=True)))
         os.write(write, str(counted_so_far()).encode())
         status = 0
@@ -95,10 +94,10 @@ def result(folder: Path) -> str:
 
 
 def main(room: Path, chosen: list[int]) -> int:
-    base = replace(BASE, steps=4, val_every=2, save_every=1, log_every=1, resume="auto")
+    base = BASE.changed(steps=4, val_every=2, save_every=1, log_every=1, resume="auto")
 
     def config(name: str) -> TrainConfig:
-        return replace(base, name="run", runs_dir=str(room.absolute() / name))
+        return base.changed(name="run", runs_dir=str(room.absolute() / name))
 
     status, operations = attempt(config("whole"), 0)
     want = result(room / "whole" / "run")
@@ -108,7 +107,7 @@ def main(room: Path, chosen: list[int]) -> int:
         run = config(f"killed{k}")
         again = 1 + 7 * k % operations
         ends = [attempt(run, last)[0] for last in (k, again, 0)]
-        got = result(Path(run.runs_dir) / "run") if ends[-1] == 0 else "did not end"
+        got = result(Path(run.run.runs_dir) / "run") if ends[-1] == 0 else "did not end"
         ok = got == want and ends[0] == -signal.SIGKILL and ends[1] in (0, -signal.SIGKILL)
         failed |= not ok
         print(f"{k} {again}: {'the same' if ok else f'WRONG: {ends} {got}'}", flush=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,10 +32,15 @@ CPU = torch.device("cpu")
 def adapting(micro: Micro, trained: Path) -> TrainConfig:
     """Adapters over a run that has learnt something."""
     base = open_run(trained).config
-    return replace(
-        base, runs_dir=micro().runs_dir, name="adapters", init_from=str(trained), lora_rank=2,
-        steps=4, lr=0.02, warmup_steps=0,
-    )  # fmt: skip
+    return base.changed(
+        runs_dir=micro().run.runs_dir,
+        name="adapters",
+        init_from=str(trained),
+        lora_rank=2,
+        steps=4,
+        lr=0.02,
+        warmup_steps=0,
+    )
 
 
 def losses(folder: Path) -> list[object]:
@@ -47,7 +51,7 @@ def losses(folder: Path) -> list[object]:
 def test_a_run_of_adapters_keeps_them_alone(
     adapting: TrainConfig, quiet: Quiet, trained: Path, quantize: str | None
 ) -> None:
-    config = replace(adapting, quantize=quantize, lora_alpha=4.0, merge=True)  # type: ignore[arg-type]
+    config = adapting.changed(quantize=quantize, lora_alpha=4.0, merge=True)  # type: ignore[arg-type]
     folder = train(config, quiet())
     assert folder is not None
     kept = flatten(load_params(folder / MODEL))
@@ -76,26 +80,26 @@ def test_a_run_of_adapters_keeps_them_alone(
     for path, leaf in merged.items():
         torch.testing.assert_close(leaf, base[path] + change.get(path, 0.0))
     whole = unflatten({path: leaf + change.get(path, 0.0) for path, leaf in held.items()})
-    batch = prepare(replace(config, name="other")).validation[0]
+    batch = prepare(config.changed(name="other")).validation[0]
     got = evaluator.forward(evaluator.params, batch)
     wanted = vlm(evaluator.model)(whole, batch)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
     # the merged folder opens as a run, and can be begun from; the adapters cannot
     opened = open_run(folder / MERGED)
-    assert (opened.config.lora_rank, (folder / MERGED / DATA).is_file()) == (0, True)
+    assert (opened.config.model.lora_rank, (folder / MERGED / DATA).is_file()) == (0, True)
     assert load_weights(opened.folder, open_evaluator(opened, CPU).params, CPU)
     with pytest.raises(UserError, match=r"holds adapters: .*--merge 1"):
-        train(replace(config, name="on top", init_from=str(folder)), quiet())
+        train(config.changed(name="on top", init_from=str(folder)), quiet())
 
 
 def test_adapters_are_resumed_to_the_same_losses(
     adapting: TrainConfig, quiet: Quiet, trained: Path, tmp_path: Path
 ) -> None:
-    config = replace(adapting, quantize="int8", steps=4)
-    straight = train(replace(config, name="straight"), quiet())
-    assert train(replace(config, stop_at=2), quiet()) is None
-    resumed = train(parse_config([f"--resume={config.runs_dir}/adapters"]), quiet())
+    config = adapting.changed(quantize="int8", steps=4)
+    straight = train(config.changed(name="straight"), quiet())
+    assert train(config.changed(stop_at=2), quiet()) is None
+    resumed = train(parse_config([f"--resume={config.run.runs_dir}/adapters"]), quiet())
     assert straight is not None
     assert resumed is not None
     assert losses(resumed) == losses(straight)
@@ -123,7 +127,7 @@ def test_rounded_weights_are_trained_in_full(micro: Micro, quiet: Quiet, dtype: 
         else leaf
         for path, leaf in flatten(job.params).items()
     }
-    plain = prepare(replace(config, fake_quant=False)).composed
+    plain = prepare(config.changed(fake_quant=False)).composed
     wanted = plain.forward(cast_matrices(unflatten(rounded), plain.matrices), batch)
     got = job.composed.forward(job.params, batch)
     torch.testing.assert_close(got.float(), wanted.float(), rtol=0, atol=0)
@@ -148,9 +152,9 @@ def test_flags_that_do_not_go_together(micro: Micro, flags: dict[str, object], s
 
 
 def test_adapters_stand_where_trainable_says(adapting: TrainConfig) -> None:
-    job = prepare(replace(adapting, trainable=("text.blocks.0.attn",)))
+    job = prepare(adapting.changed(trainable=("text.blocks.0.attn",)))
     found = [path for path in flatten(job.params) if path.endswith("lora_a")]
     assert found
     assert all(path.startswith("text.blocks.0.attn") for path in found)
     with pytest.raises(UserError, match="nothing to adapt"):
-        prepare(replace(adapting, trainable=("text.norm",)))
+        prepare(adapting.changed(trainable=("text.norm",)))

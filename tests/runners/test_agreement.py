@@ -102,7 +102,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-BASE = TrainConfig(
+BASE = TrainConfig.of(
     device="cpu", steps=300, warmup_steps=30, log_every=1, val_every=0, val_batches=1,
     eval_examples=0, samples=0, tensorboard=False, workers=0,
 )  # fmt: skip
@@ -114,7 +114,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[list[float]]:
     display = Display(1, console=Console(quiet=True))
     folder = str(tmp_path_factory.mktemp("plain"))
     return [
-        curve(replace(BASE, **PLAIN, seed=seed, name=str(seed), runs_dir=folder), display)
+        curve(BASE.changed(**PLAIN, seed=seed, name=str(seed), runs_dir=folder), display)
         for seed in range(3)
     ]
 
@@ -130,7 +130,7 @@ def test_loss_curves_agree_within_the_noise_of_the_seed(
     """300 steps of the tiny preset: the fast run lies as near to the plain one of the same seed as
     plain runs of other seeds lie to each other, or nearer."""
     noise = mean(apart(plain[i], plain[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
-    fast = curve(replace(BASE, **FAST | WAYS[way], runs_dir=str(tmp_path)), quiet())
+    fast = curve(BASE.changed(**FAST | WAYS[way], runs_dir=str(tmp_path)), quiet())
     assert fast[-1] < 0.8 * fast[0]
     assert apart(fast, plain[0]) <= noise
 
@@ -157,7 +157,7 @@ def test_working_copies_follow_their_masters(micro: Micro) -> None:
 def test_bf16_states_take_half_the_memory_and_are_saved_as_such(micro: Micro, quiet: Quiet) -> None:
     config = micro(dtype="bf16", state_dtype="bf16", stop_at=3, name="half")
     assert train(config, quiet()) is None
-    job = prepare(replace(config, resume="auto"), Path(config.runs_dir) / "half/state/00000003")
+    job = prepare(config.changed(resume="auto"), Path(config.run.runs_dir) / "half/state/00000003")
     job.loader.close()
     assert job.state is not None
     for path, leaf in flatten(job.params).items():

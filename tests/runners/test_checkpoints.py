@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 
 
 def _state(config: TrainConfig, step: int) -> State:
-    params = init_params(model_config(config), seed=step)
+    params = init_params(model_config(config.model), seed=step)
     moments = {"exp_avg.text.norm.weight": torch.full((32,), float(step))}
     return State(step, params, moments, {"epoch": 1, "waiting": [[0, 1, 2]]}, 0.5, rng_state())
 
@@ -52,7 +52,7 @@ def test_a_state_comes_back_whole(micro: Micro, tmp_path: Path) -> None:
     torch.rand(7)  # moves the generator on from what was saved
     path = save_state(tmp_path, saved, config)
     assert newest_state(tmp_path) == path
-    found = load_state(path, init_params(model_config(config), device="meta"), config, CPU)
+    found = load_state(path, init_params(model_config(config.model), device="meta"), config, CPU)
     assert (found.step, found.best, found.loader) == (12, 0.5, saved.loader)
     assert torch.equal(
         found.params["text"]["norm"]["weight"], saved.params["text"]["norm"]["weight"]
@@ -138,7 +138,7 @@ def test_a_flipped_bit_is_found_and_the_state_before_it_used(
 ) -> None:
     config = micro()
     older, path = (save_state(tmp_path, _state(config, step), config) for step in (3, 5))
-    like = init_params(model_config(config), device="meta")
+    like = init_params(model_config(config.model), device="meta")
     whole = {file.name: file.read_bytes() for file in path.iterdir()}
     random = np.random.default_rng(0)
     for turn in range(40):
@@ -155,7 +155,7 @@ def test_a_flipped_bit_is_found_and_the_state_before_it_used(
         else:  # it changed nothing: the name of the checksum, or a letter of white space
             assert torch.equal(
                 load_state(path, like, config, CPU).params["text"]["embed"]["weight"],
-                init_params(model_config(config), seed=5)["text"]["embed"]["weight"],
+                init_params(model_config(config.model), seed=5)["text"]["embed"]["weight"],
             )
             assert at < 400
         (path / name).write_bytes(whole[name])
@@ -168,7 +168,7 @@ def test_a_flipped_bit_is_found_and_the_state_before_it_used(
 
 
 def test_a_state_of_another_config_is_refused_by_name(micro: Micro, tmp_path: Path) -> None:
-    like = init_params(model_config(micro()), device="meta")
+    like = init_params(model_config(micro().model), device="meta")
     path = save_state(tmp_path, _state(micro(), 3), micro())
     load_state(path, like, micro(log_every=7, stop_at=9), CPU)
     with pytest.raises(UserError, match="another config") as caught:
@@ -201,12 +201,12 @@ def test_a_damaged_state_is_named(
     if damage is not None:
         (path / file).write_bytes(damage)
     with pytest.raises(UserError, match=said):
-        load_state(path, init_params(model_config(micro()), device="meta"), micro(), CPU)
+        load_state(path, init_params(model_config(micro().model), device="meta"), micro(), CPU)
 
 
 def test_a_state_of_another_shape_is_refused(micro: Micro, tmp_path: Path) -> None:
     path = save_state(tmp_path, _state(micro(), 3), micro())
-    data = model_config(micro()).to_dict()
+    data = model_config(micro().model).to_dict()
     data["text"]["mlp_dim"] = 64
     with pytest.raises(UserError, match=r"mlp\.\w+\.weight"):
         load_state(path, init_params(config_from_dict(data), device="meta"), micro(), CPU)
@@ -219,7 +219,7 @@ def claimed(config: TrainConfig) -> tuple[Path, Path | None]:
 
 
 def test_names_of_runs(micro: Micro, tmp_path: Path) -> None:
-    runs = Path(micro().runs_dir)
+    runs = Path(micro().run.runs_dir)
     unnamed = micro(name=None)
     assert claimed(unnamed) == (runs / "shapes-tiny", None)
     assert claimed(micro(resume="auto")) == (runs / "micro", None)
@@ -250,7 +250,7 @@ def test_names_of_runs(micro: Micro, tmp_path: Path) -> None:
 
 def test_a_run_that_saved_nothing_begins_again(micro: Micro) -> None:
     """Killed before its first state, at whichever file."""
-    auto, folder = micro(resume="auto"), Path(micro().runs_dir) / "micro"
+    auto, folder = micro(resume="auto"), Path(micro().run.runs_dir) / "micro"
     folder.mkdir(parents=True)
     for name in (
         ".lock",
@@ -282,15 +282,15 @@ def test_a_run_that_saved_nothing_begins_again(micro: Micro) -> None:
 def test_an_unnamed_run_begins_again_if_it_was_told_the_same(micro: Micro) -> None:
     auto = micro(name=None, resume="auto")
     tokenizer = train_tokenizer(["a b c"], 300)
-    first = Path(auto.runs_dir) / "shapes-tiny"
-    create_folder(first, auto, model_config(auto), tokenizer)
+    first = Path(auto.run.runs_dir) / "shapes-tiny"
+    create_folder(first, auto, model_config(auto.model), tokenizer)
     assert claimed(auto) == (first, None)
     assert claimed(micro(name=None, resume="auto", lr=0.5))[0].name == "shapes-tiny-2"
 
 
 def test_a_folder_has_one_owner(micro: Micro) -> None:
     """Named: the second is refused, however it begins. Unnamed: it takes another number."""
-    folder = Path(micro().runs_dir) / "micro"
+    folder = Path(micro().run.runs_dir) / "micro"
     owner = f"process {os.getpid()} on {socket.gethostname()}"
     claim = claim_folder(micro())
     for again in (micro(), micro(resume="auto")):
@@ -324,7 +324,7 @@ def test_a_folder_that_cannot_be_locked_is_warned_about(
 def test_room_and_rights_are_looked_at_first(
     micro: Micro, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    params = init_params(model_config(micro()), device="meta")
+    params = init_params(model_config(micro().model), device="meta")
     check_room(tmp_path / "not" / "yet", params, params)
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -342,9 +342,9 @@ def test_room_and_rights_are_looked_at_first(
 
 def test_a_folder_tells_its_run(micro: Micro, tmp_path: Path) -> None:
     folder, config = tmp_path / "run", micro(lr=0.25)
-    create_folder(folder, config, model_config(config), train_tokenizer(["a b c"], 300))
+    create_folder(folder, config, model_config(config.model), train_tokenizer(["a b c"], 300))
     found = open_run(folder)
-    assert (found.config, found.model) == (config, model_config(config))
+    assert (found.config, found.model) == (config, model_config(config.model))
     with pytest.raises(UserError, match="model"):
         load_weights(folder, init_params(found.model, device="meta"), CPU)
     record = json.loads((folder / "config.json").read_text())

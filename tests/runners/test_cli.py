@@ -17,10 +17,11 @@ from runners.shell.cli import ALIASES, UsageError, guarded, help_text, parse
 from runners.shell.errors import UserError
 from runners.training.config import (
     FREE_FIELDS,
-    GROUPS,
+    MOST_USED,
     TrainConfig,
     as_dict,
     differing_fields,
+    flags_of,
     from_dict,
     model_config,
     parse_config,
@@ -39,12 +40,14 @@ def test_the_flags_of_the_mission_parse() -> None:
         "--use_fused_loss=1 --use_flash_attn=1 --use_fused_kernels=1"
     )
     config = parse_config(line.split())
-    expected = TrainConfig(sequence_len=4096, use_gradient_checkpointing=True, device_batch_size=8)
+    expected = TrainConfig.of(
+        sequence_len=4096, use_gradient_checkpointing=True, device_batch_size=8
+    )
     assert config == expected
     assert parse_config(line.replace("_", "-").split()) == expected
     off = parse_config(line.replace("=1", "=0").split())
     names = ("gradient_checkpointing", "fused_loss", "flash_attn", "fused_kernels")
-    assert [getattr(off, f"use_{name}") for name in names] == [False] * 4
+    assert list(flags_of(off, (f"use_{name}" for name in names)).values()) == [False] * 4
 
 
 @pytest.mark.parametrize(
@@ -59,17 +62,17 @@ def test_the_flags_of_the_mission_parse() -> None:
 @pytest.mark.parametrize("name", ["compile", "use_fused_loss", "wandb"])
 def test_booleans_take_every_spelling(spelling: str, value: bool, name: str) -> None:
     argv = spelling.replace("compile", name).split()
-    assert getattr(parse_config(argv), name) is value
+    assert flags_of(parse_config(argv))[name] is value
 
 
 def test_values_of_other_types() -> None:
     argv = "--lr 3e-4 --trainable projector text.blocks.-1 --kinds=colour,count --stop_at 7"
     config = parse_config(argv.split())
-    assert config.lr == 3e-4
-    assert config.trainable == ("projector", "text.blocks.-1")
-    assert config.kinds == ("colour", "count")
-    assert config.stop_at == 7
-    assert config.workers is None
+    assert config.optim.lr == 3e-4
+    assert config.model.trainable == ("projector", "text.blocks.-1")
+    assert config.data.kinds == ("colour", "count")
+    assert config.run.stop_at == 7
+    assert config.data.workers is None
 
 
 @pytest.mark.parametrize(
@@ -152,9 +155,16 @@ def test_help_names_every_field_once_the_most_used_first(
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     flags = re.findall(r"^  --(\w+) ", shown, flags=re.MULTILINE)
-    assert sorted(flags) == sorted(f.name for f in dataclasses.fields(TrainConfig))
-    assert tuple(flags[:10]) == GROUPS["most used"]
-    assert all(f"\n{title}:\n" in shown for title in GROUPS)
+    assert sorted(flags) == sorted(fields_of(TrainConfig))
+    assert tuple(flags[:10]) == MOST_USED
+    titles = (
+        "most used",
+        "The model",
+        "The data",
+        "The optimizer and the loss",
+        "Memory and speed",
+    )
+    assert all(f"\n{title}:\n" in shown for title in titles)
     assert "other flags" not in shown
     assert "from 0" not in shown
     assert re.search(r"--steps INT\n +Optimizer steps.*default: 3600", shown, flags=re.DOTALL)
@@ -163,16 +173,16 @@ def test_help_names_every_field_once_the_most_used_first(
 def test_help_names_every_preset_by_size() -> None:
     sizes = [preset.num_params() for preset in PRESETS.values()]
     assert sizes == sorted(sizes)
-    text = " ".join(help_text(TrainConfig, "train", None, GROUPS).split())
+    text = " ".join(help_text(TrainConfig, "train", None, MOST_USED).split())
     *most, last = PRESETS
     assert f"by size: {', '.join(most)} or {last}." in text
 
 
 def test_lists_grow_where_a_flag_is_given_again() -> None:
     config = parse_config(["--override", "text.layers=6", "--kinds=count,shape", *EXTRA])
-    assert config.override == ("text.layers=6", "text.dropout=0.5")
-    assert config.kinds == ("count", "shape", "colour")
-    assert parse_config(["--no_decay", "--lr_scale="]).no_decay == ()
+    assert config.model.override == ("text.layers=6", "text.dropout=0.5")
+    assert config.data.kinds == ("count", "shape", "colour")
+    assert parse_config(["--no_decay", "--lr_scale="]).optim.no_decay == ()
 
 
 def test_none_is_a_value_where_a_field_may_be() -> None:
@@ -183,19 +193,15 @@ def test_none_is_a_value_where_a_field_may_be() -> None:
 
 def test_hints_name_flags_that_there_are() -> None:
     fields = {
-        f.name
+        name
         for cls in (TrainConfig, evaluation.EvalConfig, generate.GenerateConfig)
-        for f in dataclasses.fields(cls)
+        for name in fields_of(cls)
     }
     assert set(ALIASES) <= fields
     assert not {name for names in ALIASES.values() for name in names} & {"lr", "steps", "seed"}
 
 
-NUMBERS = [
-    f.name
-    for f in dataclasses.fields(TrainConfig)
-    if fields_of(TrainConfig)[f.name].kind in (int, float)
-]
+NUMBERS = [name for name, field in fields_of(TrainConfig).items() if field.kind in (int, float)]
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -210,10 +216,9 @@ def test_every_number_has_a_range(name: str) -> None:
 
 
 def test_every_field_has_help() -> None:
-    source = (Path(train.__file__).with_name("training") / "config.py").read_text()
-    body = source[source.index("class TrainConfig") : source.index("def chat")]
-    documented = re.findall(r'^    (\w+): .*\n    """', body, flags=re.MULTILINE)
-    assert documented == [f.name for f in dataclasses.fields(TrainConfig)]
+    source = (Path(train.__file__).with_name("training") / "settings.py").read_text()
+    documented = re.findall(r'^    (\w+): .*\n    """', source, flags=re.MULTILINE)
+    assert documented == list(fields_of(TrainConfig))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,13 +277,15 @@ def test_a_reader_may_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_overrides_change_the_model() -> None:
-    config = TrainConfig(override=("text.layers=6", "projector.kind=resampler", "text.softcap=30"))
-    model = model_config(config)
+    config = TrainConfig.of(
+        override=("text.layers=6", "projector.kind=resampler", "text.softcap=30")
+    )
+    model = model_config(config.model)
     assert model.text.layers == 6
     assert model.projector is not None
     assert model.projector.kind == "resampler"
     assert model.text.softcap == 30
-    assert model_config(TrainConfig(override=("vision=none",))).vision is None
+    assert model_config(TrainConfig.of(override=("vision=none",)).model).vision is None
 
 
 @pytest.mark.parametrize(
@@ -292,17 +299,72 @@ def test_overrides_change_the_model() -> None:
 )
 def test_a_bad_override_is_named(override: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        model_config(TrainConfig(override=(override,)))
+        model_config(TrainConfig.of(override=(override,)).model)
 
 
 def test_configs_survive_json() -> None:
-    config = TrainConfig(trainable=("vision",), compile=False, lr=1e-4)
+    config = TrainConfig.of(trainable=("vision",), compile=False, lr=1e-4)
     assert from_dict(as_dict(config)) == config
     assert from_dict(as_dict(config) | {"of_the_future": 1}) == config
+    flat = {n: list(v) if isinstance(v, tuple) else v for n, v in flags_of(config).items()}
+    assert from_dict(flat) == config  # of versions that had no parts
+
+
+FILES = {
+    "flat.toml": 'data = "x.json"\nlr = 1\ntrainable = ["vision"]\nuse_fp8 = true',
+    "parts.toml": (
+        '[data]\ndata = "x.json"\n[optim]\nlr = 1\n[model]\ntrainable = ["vision"]\n'
+        "[speed]\nuse_fp8 = true"
+    ),
+    "flat.json": '{"data": "x.json", "lr": 1, "trainable": ["vision"], "use_fp8": true}',
+    "parts.json": (
+        '{"data": {"data": "x.json"}, "optim": {"lr": 1}, "model": {"trainable": ["vision"]}, '
+        '"speed": {"use_fp8": true}}'
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_file_says_flags_that_a_command_line_overrides(
+    tmp_path: Path, name: str, gpu: bool
+) -> None:
+    path = tmp_path / name
+    path.write_text(FILES[name])
+    told = {"data": "x.json", "lr": 1, "trainable": ("vision",), "use_fp8": True}
+    config = parse_config(["--config", str(path)], gpu=gpu)
+    assert config == parse_config([], gpu=gpu).changed(**told, config=str(path))
+    again = parse_config(["--config", str(path), "--lr=2", "--trainable=text"], gpu=gpu)
+    assert again == config.changed(lr=2.0, trainable=("text",))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lr =", "Invalid value"),
+        ('lr = "high"', "lr must be a number, not 'high'"),
+        ("steps = 1.5", "steps must be a whole number, not 1.5"),
+        ("learning = 1", "unknown flag 'learning'"),
+        ("[optim]\nlt = 1", "unknown flag 'lt'; did you mean --lr?"),
+        ("[speed]\nlr = 1", "'lr' belongs to optim, not to speed"),
+        ("[optimizer]\nlr = 1", "optimizer must be one of"),
+        ("learning_rate = 1", "did you mean --lr?"),
+        ('resume = "x"', "--resume is for a command line"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        parse_config(["--config", str(path)])
+    assert str(caught.value).startswith(f"--config {path}: ")
+    assert said in str(caught.value)
+    with pytest.raises(UsageError, match="there is no such file"):
+        parse_config(["--config", str(tmp_path / "none.toml")])
 
 
 def test_what_counts_as_another_config() -> None:
     old = TrainConfig()
-    assert differing_fields(old, TrainConfig(log_every=3, name="other", stop_at=9)) == []
-    assert differing_fields(old, TrainConfig(lr=1.0)) == ["--lr 0.0012 -> 1.0"]
-    assert {f.name for f in dataclasses.fields(TrainConfig)} >= FREE_FIELDS
+    assert differing_fields(old, TrainConfig.of(log_every=3, name="other", stop_at=9)) == []
+    assert differing_fields(old, TrainConfig.of(lr=1.0)) == ["--lr 0.0012 -> 1.0"]
+    assert {*fields_of(TrainConfig)} >= FREE_FIELDS

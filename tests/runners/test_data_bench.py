@@ -67,10 +67,10 @@ def config(tmp_path: Path) -> TrainBenchConfig:
 
 
 def tokenizer_of(config: TrainBenchConfig) -> ChatTokenizer:
-    data = replace(
-        starting_config(config), data=config.data, image_root=config.image_root, val_fraction=0.0
+    data = starting_config(config).changed(
+        data=config.data, image_root=config.image_root, val_fraction=0.0
     )
-    model = model_config(data)
+    model = model_config(data.model)
     return train_tokenizer(
         sample_texts(open_sources(data, model).train), model.text.vocab_size
     )  # as training does: the same one
@@ -98,11 +98,12 @@ def test_rows_are_as_training_packs_them(config: TrainBenchConfig) -> None:
     """The loader on the same records in the same order fills rows with the same documents."""
     documents, model = documents_of(replace(config, pictures=1))
     assert documents.spec is not None
-    data = replace(
-        starting_config(replace(config, pictures=1)), data=config.data,
-        image_root=config.image_root, val_fraction=0.0,
-    )  # fmt: skip
-    encoder = build_encoder(data, model, tokenizer_of(replace(config, pictures=1)))
+    data = starting_config(replace(config, pictures=1)).changed(
+        data=config.data,
+        image_root=config.image_root,
+        val_fraction=0.0,
+    )
+    encoder = build_encoder(data.data, model, tokenizer_of(replace(config, pictures=1)))
     source = open_sources(data, model).train
     (first,) = islice(Loader(source, encoder, documents.spec, shuffle=False), 1)
     (batch,), _ = batches_of(documents, model.text.vocab_size, 3, True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,31 +45,31 @@ def test_a_run_does_not_go_on_with_other_data(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     data = write_records(tmp_path / "train.json", "a")
-    config = micro(data=str(data), override=("vision=none", *micro().override[:5]))
-    assert train(replace(config, stop_at=3), quiet()) is None
+    config = micro(data=str(data), override=("vision=none", *micro().model.override[:5]))
+    assert train(config.changed(stop_at=3), quiet()) is None
     size = data.stat().st_size
     write_records(data, "b")
     assert data.stat().st_size == size
-    folder = Path(config.runs_dir) / "micro"
+    folder = Path(config.run.runs_dir) / "micro"
     before = (folder / "data.json").read_text()
     with pytest.raises(UserError, match=r"train\.json \(--data\) holds other data") as caught:
-        train(replace(config, resume="auto"), quiet())
+        train(config.changed(resume="auto"), quiet())
     assert "--data_changed=1" in str(caught.value)
     assert "--init_from" in str(caught.value)
     assert (folder / "data.json").read_text() == before
     write_records(data, "a")  # put back
-    assert train(replace(config, resume="auto", stop_at=4), quiet()) is None
+    assert train(config.changed(resume="auto", stop_at=4), quiet()) is None
     write_records(data, "b")
-    assert train(replace(config, resume="auto", stop_at=5, data_changed=True), quiet()) is None
-    assert train(replace(config, resume="auto"), quiet()) == folder  # that permission was for good
+    assert train(config.changed(resume="auto", stop_at=5, data_changed=True), quiet()) is None
+    assert train(config.changed(resume="auto"), quiet()) == folder  # that permission was for good
     assert evaluation.main(["--run", str(folder), "--examples=2"]) == 0
     write_records(data, "c")
     assert evaluation.main(["--run", str(folder), "--examples=2"]) == 1
     assert "train.json (--data) holds other data" in capsys.readouterr().err
     with pytest.raises(UserError, match="holds other data"):  # not for data to come
-        train(replace(config, resume="auto"), quiet())
+        train(config.changed(resume="auto"), quiet())
     caplog.clear()
-    anew = prepare(replace(config, name="anew", config=str(folder)))  # a run of its own: a warning
+    anew = prepare(config.changed(name="anew", config=str(folder)))  # a run of its own: a warning
     assert "holds other data" in caplog.text
     assert len(anew.sources.train) == 23
 
@@ -78,14 +77,14 @@ def test_a_run_does_not_go_on_with_other_data(
 def test_changed_data_is_read_from_its_start(micro: Micro, quiet: Quiet, tmp_path: Path) -> None:
     """What is trained after a change does not depend on what was read before it."""
     data = tmp_path / "train.json"
-    override = ("vision=none", *micro().override[:5])
+    override = ("vision=none", *micro().model.override[:5])
     found = []
     for name, first in (("one", "a"), ("two", "c")):
         config = micro(name=name, data=str(data), override=override, vocab_size=261, lr=1e-30)
         write_records(data, first)
-        assert train(replace(config, stop_at=3 if name == "one" else 1), quiet()) is None
+        assert train(config.changed(stop_at=3 if name == "one" else 1), quiet()) is None
         write_records(data, "b")
-        folder = train(replace(config, resume="auto", data_changed=True), quiet())
+        folder = train(config.changed(resume="auto", data_changed=True), quiet())
         assert folder is not None
         rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         found.append([row["loss"] for row in rows if "loss" in row])
@@ -155,7 +154,7 @@ def test_what_changed_is_named(
     (tmp_path / "run/tokenizer.json").write_text('{"x": 1}')
     data, *val = (name if name == "shapes" else str(tmp_path / name) for name in names)
     config = micro(data=data, val_data=tuple(val), documents="paragraph", val_fraction=0.05)
-    model = model_config(config)
+    model = model_config(config.model)
     digests.save(tmp_path / "run", open_sources(config, model).digests)
     edit(tmp_path)
     now = open_sources(config, model).digests

@@ -34,7 +34,7 @@ from runners.training.checkpoints import open_run
 def test_exact_match_is_what_greedy_decoding_gives(trained: Path, per_picture: int) -> None:
     found = open_run(trained)
     evaluator = open_evaluator(found, torch.device("cpu"))
-    config = replace(found.config, questions=per_picture, max_objects=3)
+    config = found.config.changed(questions=per_picture, max_objects=3)
     val = open_sources(config, found.model).held_out["val"]
     asked = questions(val, evaluator.encoder, 40)
     assert len(asked) == 40
@@ -234,5 +234,5 @@ def test_files_can_be_asked_about(
 
 def test_evaluators_do_not_need_the_data(trained: Path) -> None:
     found = open_run(trained)
-    gone = replace(found, config=replace(found.config, data="gone.json"))
+    gone = replace(found, config=found.config.changed(data="gone.json"))
     assert isinstance(open_evaluator(gone, torch.device("cpu")), Evaluator)

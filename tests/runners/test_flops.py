@@ -20,7 +20,7 @@ Micro = Callable[..., TrainConfig]
 @pytest.mark.parametrize("projector", ["mlp", "resampler"])
 def test_padding_is_no_load(micro: Micro, projector: str) -> None:
     override = (f"projector.kind={projector}", "projector.queries=3", "projector.heads=2")
-    job = prepare(micro(override=(*micro().override, *override)))
+    job = prepare(micro(override=(*micro().model.override, *override)))
     documents = list(islice(sample_documents(job.sources.train, job.encoder, 3), 3))
     batch = collate([documents[:1], documents[1:2]], job.spec)
     load = measure_load(job.model, batch, job.pad)
@@ -31,13 +31,13 @@ def test_padding_is_no_load(micro: Micro, projector: str) -> None:
 
 def test_text_has_no_pictures(micro: Micro) -> None:
     batch = make_batch(torch.ones(2, 5, dtype=torch.int64))
-    load = measure_load(model_config(micro()), batch, pad=0)
+    load = measure_load(model_config(micro().model), batch, pad=0)
     assert load.documents.tolist() == [5, 5]
     assert load.pictures.tolist() == []
 
 
 def test_flops_add_up_and_frozen_parts_cost_less(micro: Micro) -> None:
-    model = model_config(micro())
+    model = model_config(micro().model)
     load = Load(torch.tensor([10, 30]), torch.tensor([4, 4]))
     text = 40 * model.flops_per_token(25)  # (10 * 10 + 30 * 30) / 40
     vision = 8 * model.flops_per_patch(4)

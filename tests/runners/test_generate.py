@@ -29,7 +29,9 @@ Micro = Callable[..., TrainConfig]
 
 
 def _model(micro: Micro, *override: str) -> tuple[VLMConfig, Tree]:
-    model = model_config(micro(override=(*micro().override, "text.vocab_size=300", *override)))
+    model = model_config(
+        micro(override=(*micro().model.override, "text.vocab_size=300", *override)).model
+    )
     # Wide initial weights: greedy choices vary instead of repeating one token.
     return model, {k: _wider(v) for k, v in init_params(model, seed=1).items()}
 

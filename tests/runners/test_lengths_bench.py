@@ -59,12 +59,12 @@ def test_a_step_has_as_many_tokens_or_one_row() -> None:
     }  # fmt: skip
     for n, (entry, plan, documents) in made.items():
         config = plan.config
-        assert config.use_gradient_checkpointing == (n > 16_384)
-        assert (config.device_batch_size, config.sequence_len) == (len(documents.rows), n)
-        assert (config.compile, entry.pace) == (True, None)
+        assert config.speed.use_gradient_checkpointing == (n > 16_384)
+        assert (config.data.device_batch_size, config.data.sequence_len) == (len(documents.rows), n)
+        assert (config.speed.compile, entry.pace) == (True, None)
         assert documents.full
     (alone,) = (line for line in lines_of(LengthsConfig(once=131_072)) if line[0].pace)
-    assert (alone[2].row_len, alone[1].config.compile) == (131_072, False)
+    assert (alone[2].row_len, alone[1].config.speed.compile) == (131_072, False)
 
 
 def test_policies_are_lines_where_they_matter() -> None:
@@ -72,7 +72,7 @@ def test_policies_are_lines_where_they_matter() -> None:
         SMALL, lengths=(64,), only=("blocks", "checkpoint", "checkpoint_dots"),
         checkpoint_policy=("nothing", "attention"),
     )  # fmt: skip
-    kept = {entry.phase: plan.config.checkpoint_policy for entry, plan, _ in lines_of(config)}
+    kept = {entry.phase: plan.config.speed.checkpoint_policy for entry, plan, _ in lines_of(config)}
     assert kept == {
         "blocks": "nothing", "checkpoint": "nothing", "checkpoint (attention)": "attention",
         "checkpoint_dots": "dots+attention",

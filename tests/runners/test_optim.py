@@ -58,13 +58,13 @@ def test_schedules_survive_their_extremes() -> None:
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
 def test_learning_rate_is_the_peak_times_the_schedule(schedule: str) -> None:
-    config = TrainConfig(schedule=schedule, lr=0.5, steps=20, warmup_steps=4, final_lr=0.2)  # type: ignore[arg-type]
-    assert learning_rate(config, 0) == 0.125
-    assert learning_rate(config, 3) == 0.5
+    config = TrainConfig.of(schedule=schedule, lr=0.5, steps=20, warmup_steps=4, final_lr=0.2)  # type: ignore[arg-type]
+    assert learning_rate(config.optim, 0) == 0.125
+    assert learning_rate(config.optim, 3) == 0.5
     if schedule == "constant":
-        assert learning_rate(config, 19) == 0.5
+        assert learning_rate(config.optim, 19) == 0.5
     else:
-        assert 0.1 < learning_rate(config, 19) < 0.5
+        assert 0.1 < learning_rate(config.optim, 19) < 0.5
 
 
 def _params() -> dict[str, Tensor]:
@@ -83,17 +83,17 @@ def _grads(params: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
 
 
 def test_decay_goes_to_matrices_only() -> None:
-    rates = choose_rates(_params(), TrainConfig())
+    rates = choose_rates(_params(), TrainConfig().optim)
     matrix = "text.blocks.0.mlp.up.weight"
     assert rates.pop(matrix) == Rates(0.1)
     assert set(rates.values()) == {Rates(0.0)}
-    everything = choose_rates(_params(), TrainConfig(no_decay=()))
+    everything = choose_rates(_params(), TrainConfig.of(no_decay=()).optim)
     assert set(everything.values()) == {Rates(0.1)}
 
 
 def test_rates_of_their_own_by_path_pattern() -> None:
-    config = TrainConfig(no_decay=(), lr_scale=("text=0.5", "mlp.up=0.1", "projector=0"))
-    rates = {path: rate.scale for path, rate in choose_rates(_params(), config).items()}
+    config = TrainConfig.of(no_decay=(), lr_scale=("text=0.5", "mlp.up=0.1", "projector=0"))
+    rates = {path: rate.scale for path, rate in choose_rates(_params(), config.optim).items()}
     assert rates == {
         "text.blocks.0.mlp.up.weight": 0.1,  # the last that names it
         "text.blocks.0.mlp_norm.weight": 0.5,
@@ -103,9 +103,9 @@ def test_rates_of_their_own_by_path_pattern() -> None:
     with pytest.raises(
         UserError, match=r"--lr_scale: pattern 'visoin' matches nothing; did you mean 'vision'"
     ):
-        choose_rates(_params(), TrainConfig(lr_scale=("visoin=0.5",)))
+        choose_rates(_params(), TrainConfig.of(lr_scale=("visoin=0.5",)).optim)
     with pytest.raises(UserError, match="--no_decay: pattern 'visoin' matches nothing"):
-        choose_rates(_params(), TrainConfig(no_decay=("*norm", "visoin")))
+        choose_rates(_params(), TrainConfig.of(no_decay=("*norm", "visoin")).optim)
 
 
 @pytest.mark.parametrize(
@@ -113,26 +113,26 @@ def test_rates_of_their_own_by_path_pattern() -> None:
 )
 def test_a_rate_that_is_none_is_refused(entry: str) -> None:
     with pytest.raises(UserError, match=f"--lr_scale {entry}: wanted is PATTERN=FACTOR"):
-        check(TrainConfig(lr_scale=(entry,)))
+        check(TrainConfig.of(lr_scale=(entry,)))
 
 
 OPTIMIZERS = {
     "adamw": TrainConfig(),
-    "adamw in a loop": TrainConfig(use_fused_adamw=False),
-    "muon": TrainConfig(optimizer="muon"),
-    "muon, adamw in a loop": TrainConfig(optimizer="muon", use_fused_adamw=False),
+    "adamw in a loop": TrainConfig.of(use_fused_adamw=False),
+    "muon": TrainConfig.of(optimizer="muon"),
+    "muon, adamw in a loop": TrainConfig.of(optimizer="muon", use_fused_adamw=False),
 }
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "loop"])
 def test_two_steps_equal_adamw_written_out(fused: bool) -> None:
-    config = TrainConfig(
+    config = TrainConfig.of(
         weight_decay=0.5, beta1=0.8, beta2=0.9, use_fused_adamw=fused, lr_scale=("vision=0.5",)
     )
     params = _params()
     copies = {"vision.positions.weight": params["vision.positions.weight"].bfloat16()}
     expected = {k: v.double() for k, v in params.items()}
-    optimizer = build_optimizer(params, copies, config)
+    optimizer = build_optimizer(params, copies, config.optim)
     moments = {k: (torch.zeros_like(v), torch.zeros_like(v)) for k, v in expected.items()}
     factor = torch.tensor(0.5)
     for t, rate in enumerate((0.1, 0.03), start=1):
@@ -184,12 +184,12 @@ def test_moments_come_back_and_go_on_as_before(name: str) -> None:
 
     config = OPTIMIZERS[name]
     params = _params()
-    optimizer = build_optimizer(params, {}, config)
+    optimizer = build_optimizer(params, {}, config.optim)
     step(optimizer, params, 1)
     saved = {k: v.clone() for k, v in optimizer.state().items()}
     twins = {k: v.clone() for k, v in params.items()}
     step(optimizer, params, 2)
-    again = build_optimizer(twins, {}, config)
+    again = build_optimizer(twins, {}, config.optim)
     again.load(saved)
     step(again, twins, 2)
     assert all(torch.equal(params[k], twins[k]) for k in params)
@@ -218,8 +218,8 @@ def test_muon_is_torchs_in_batches() -> None:
         f"text.blocks.0.{n}.weight": torch.randn(s, generator=generator) for n, s in shapes.items()
     }
     theirs = [p.clone().requires_grad_() for p in params.values()]
-    config = TrainConfig(optimizer="muon", weight_decay=0.1, momentum=0.9)
-    optimizer = build_optimizer(params, {}, config)
+    config = TrainConfig.of(optimizer="muon", weight_decay=0.1, momentum=0.9)
+    optimizer = build_optimizer(params, {}, config.optim)
     peer = torch.optim.Muon(
         theirs, lr=0.1, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"
     )
@@ -238,7 +238,7 @@ def test_muon_is_torchs_in_batches() -> None:
 
 def test_every_combination_is_what_was_asked_for() -> None:
     def kinds(**flags: Any) -> list[str]:
-        optimizer = build_optimizer(_params(), {}, TrainConfig(**flags))
+        optimizer = build_optimizer(_params(), {}, TrainConfig.of(**flags).optim)
         rest = [optimizer.rest] if isinstance(optimizer, Muon) else []
         return [type(one).__name__ for one in (optimizer, *rest)]
 
@@ -248,8 +248,8 @@ def test_every_combination_is_what_was_asked_for() -> None:
     assert kinds(optimizer="muon", use_fused_adamw=False) == ["Muon", "TorchAdamW"]
     for flags in ({"optimizer": "muon"}, {"optimizer": "adamw8bit"}, {"use_fused_adamw": False}):
         with pytest.raises(UserError, match="--state_dtype bf16 needs --optimizer adamw"):
-            check(TrainConfig(state_dtype="bf16", **flags))
-    check(TrainConfig(state_dtype="bf16"))
+            check(TrainConfig.of(state_dtype="bf16", **flags))
+    check(TrainConfig.of(state_dtype="bf16"))
 
 
 class Eighth(torch.optim.AdamW):
@@ -282,13 +282,13 @@ def test_bitsandbytes_is_tried_before_it_is_used(
     proof.import_problem.cache_clear()
     module = SimpleNamespace(optim=SimpleNamespace(AdamW8bit=library)) if library else None
     monkeypatch.setitem(sys.modules, "bitsandbytes", module)
-    config = TrainConfig(optimizer="adamw8bit")
+    config = TrainConfig.of(optimizer="adamw8bit")
     try:
         if said is None:
-            assert isinstance(build_optimizer(_params(), {}, config).optimizer, Eighth)
+            assert isinstance(build_optimizer(_params(), {}, config.optim).optimizer, Eighth)
         else:
             with pytest.raises(UserError, match=f"bitsandbytes: {said}"):
-                build_optimizer(_params(), {}, config)
+                build_optimizer(_params(), {}, config.optim)
     finally:
         proof.import_problem.cache_clear()
 

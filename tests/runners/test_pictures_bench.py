@@ -33,7 +33,7 @@ SMALL = TrainBenchConfig(
     preset="tiny", override=MICRO, rows=2, length=48, lengths=0.6, pictures=2, steps=1, warmup=1,
     rounds=1,
 )  # fmt: skip
-MODEL = model_config(training.starting_config(SMALL))  # a picture: 4 patches, 4 tokens
+MODEL = model_config(training.starting_config(SMALL).model)  # a picture: 4 patches, 4 tokens
 
 
 def drawn(rows: int = 3, length: int = 96, count: int = 2, sigma: float = 0.6) -> Documents:

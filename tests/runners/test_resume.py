@@ -6,7 +6,6 @@ import itertools
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +46,13 @@ def test_a_run_goes_on_is_extended_and_runs_again_to_the_same_bits(
     micro: Micro, quiet: Quiet, schedule: str
 ) -> None:
     assert train(micro(schedule=schedule, decay_fraction=0.5, stop_at=2), quiet()) is None
-    folder = Path(micro().runs_dir) / "micro"
+    folder = Path(micro().run.runs_dir) / "micro"
     begun = json.loads((folder / "config.json").read_text())
     go_on = ["--resume", str(folder)]
-    assert parse_config(go_on).stop_at is None
+    assert parse_config(go_on).run.stop_at is None
     run(parse_config(go_on), quiet())
-    assert parse_config([*go_on, "--steps=9"], gpu=True) == replace(
-        micro(schedule=schedule, decay_fraction=0.5, steps=9), resume=str(folder), name=None
+    assert parse_config([*go_on, "--steps=9"], gpu=True) == micro(
+        schedule=schedule, decay_fraction=0.5, steps=9, resume=str(folder), name=None
     )
     run(parse_config([*go_on, "--steps", "9", "--log_every=3"]), quiet())
     rows: list[dict[str, Any]] = [dict(row) for row in read_metrics(folder)]
@@ -67,22 +66,22 @@ def test_a_run_goes_on_is_extended_and_runs_again_to_the_same_bits(
     record = json.loads((folder / "config.json").read_text())
     assert record["id"] == begun["id"] == run_id(folder)
     assert [start["after"] for start in record["starts"]] == [0, 2, 6]
-    assert (record["train"]["steps"], record["train"]["ends"]) == (9, [6])
+    assert (record["train"]["optim"]["steps"], record["train"]["optim"]["ends"]) == (9, [6])
 
     source = str(folder / "config.json")
     again = parse_config(["--config", source, "--name=again"])
-    assert again == replace(read_config(Path(source)), resume=None, config=source, name="again")
+    assert again == read_config(Path(source)).changed(resume=None, config=source, name="again")
     assert equal(folder, run(again, quiet()))
-    assert run_id(Path(again.runs_dir) / "again") != record["id"]
+    assert run_id(Path(again.run.runs_dir) / "again") != record["id"]
 
 
 def test_the_rates_of_an_extended_run_rise_again() -> None:
-    config = TrainConfig(
+    config = TrainConfig.of(
         schedule="wsd", steps=30, ends=(10,), warmup_steps=2, decay_fraction=0.3, lr=1.0
     )
-    rates = [learning_rate(config, step) for step in range(30)]
-    before = replace(config, steps=10, ends=())
-    assert rates[:10] == [learning_rate(before, step) for step in range(10)]
+    rates = [learning_rate(config.optim, step) for step in range(30)]
+    before = config.changed(steps=10, ends=())
+    assert rates[:10] == [learning_rate(before.optim, step) for step in range(10)]
     assert rates[7] < 1
     assert rates[9] < rates[8] < rates[7]
     assert rates[10:24] == [1.0] * 14
@@ -103,10 +102,10 @@ def test_the_rates_of_an_extended_run_rise_again() -> None:
     ],
 )
 def test_what_can_be_extended(schedule: Any, step: int, steps: int, ends: tuple[int, ...]) -> None:
-    old = TrainConfig(schedule=schedule, steps=10, warmup_steps=2, decay_fraction=0.3)
-    found = continued(old, replace(old, steps=steps, log_every=3), step, Path("state"))
-    assert found == replace(old, steps=steps, ends=ends, log_every=3)
-    same = [learning_rate(old, s) == learning_rate(found, s) for s in range(step)]
+    old = TrainConfig.of(schedule=schedule, steps=10, warmup_steps=2, decay_fraction=0.3)
+    found = continued(old, old.changed(steps=steps, log_every=3), step, Path("state"))
+    assert found == old.changed(steps=steps, ends=ends, log_every=3)
+    same = [learning_rate(old.optim, s) == learning_rate(found.optim, s) for s in range(step)]
     assert all(same)
 
 
@@ -121,9 +120,9 @@ def test_what_can_be_extended(schedule: Any, step: int, steps: int, ends: tuple[
     ],
 )
 def test_what_cannot_be_changed_is_named(changes: dict[str, Any], step: int, said: str) -> None:
-    old = TrainConfig(steps=10, warmup_steps=2)
+    old = TrainConfig.of(steps=10, warmup_steps=2)
     with pytest.raises(UserError, match=said):
-        continued(old, replace(old, **changes), step, Path("state"))
+        continued(old, old.changed(**changes), step, Path("state"))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +148,7 @@ def test_a_run_stops_when_its_time_is_over(micro: Micro, quiet: Quiet) -> None:
     assert not within(1e9, 0.0, lambda: False)()
     assert within(1e9, 0.0, lambda: True)()
     assert train(micro(max_minutes=1e-9), quiet()) is None
-    folder = Path(micro().runs_dir) / "micro"
+    folder = Path(micro().run.runs_dir) / "micro"
     assert [row["step"] for row in read_metrics(folder)] == [1]
     assert (
         len([row for row in read_metrics(run(micro(resume="auto"), quiet())) if "loss" in row]) == 6

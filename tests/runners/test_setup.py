@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def test_a_job_fits_together(micro: Micro) -> None:
         check_batch(batch, job.model)
         assert batch["tokens"].shape == (2 * 96,)
     assert job.learns == {"text", "vision", "projector"}
-    assert not Path(job.config.runs_dir).exists()
+    assert not Path(job.config.run.runs_dir).exists()
 
 
 @pytest.mark.parametrize("val_batches", [2, 50])  # a part of the rows there are, all
@@ -121,7 +120,7 @@ def llava(tmp_path: Path) -> Path:
 
 def test_llava_files_are_parted_by_record(micro: Micro, llava: Path) -> None:
     config = micro(data=str(llava), val_fraction=0.3)
-    sources = open_sources(config, model_config(config))
+    sources = open_sources(config, model_config(config.model))
     train = {sources.train[i].id for i in range(len(sources.train))}
     val = {sources.held_out["val"][i].id for i in range(len(sources.held_out["val"]))}
     assert (len(train), len(val)) == (28, 12)
@@ -134,10 +133,12 @@ def test_llava_files_are_parted_by_record(micro: Micro, llava: Path) -> None:
         ({"turns": "single"}, "each is asked alone (--turns=single)"),
         ({"ask": "alone"}, "alone (--ask=alone), which is not how it is trained"),
     ):
-        assert open_sources(replace(config, **changes), model_config(config)).summary.endswith(how)
-    other_seed = open_sources(replace(config, seed=1), model_config(config)).held_out["val"]
+        assert open_sources(config.changed(**changes), model_config(config.model)).summary.endswith(
+            how
+        )
+    other_seed = open_sources(config.changed(seed=1), model_config(config.model)).held_out["val"]
     assert {other_seed[i].id for i in range(12)} == val
-    everything = open_sources(micro(data=str(llava), val_fraction=0.0), model_config(config))
+    everything = open_sources(micro(data=str(llava), val_fraction=0.0), model_config(config.model))
     assert len(everything.train) == 40
     assert not everything.held_out
     job = prepare(micro(data=str(llava), val_fraction=0.0))
@@ -152,7 +153,7 @@ def test_files_of_their_own_are_held_out(micro: Micro, llava: Path, tmp_path: Pa
     (tmp_path / "train.json").write_text(json.dumps(records[:32]))
     files = tuple(str(tmp_path / name) for name in ("a.json", "b.json"))
     config = micro(data=str(llava), val_data=files)
-    sources = open_sources(config, model_config(config))
+    sources = open_sources(config, model_config(config.model))
     val = sources.held_out["val"]
     assert len(sources.train) == 32
     assert {val[i].id for i in range(len(val))} == {*map(str, (0, 1, 2)), *map(str, range(30, 40))}
@@ -166,9 +167,9 @@ def test_files_of_their_own_are_held_out(micro: Micro, llava: Path, tmp_path: Pa
     text = tmp_path / "text.txt"
     text.write_text("one\n\ntwo\n\nthree")
     with pytest.raises(UserError, match=r"text\.txt: --data .* is conversations"):
-        open_sources(replace(config, val_data=(str(text),)), model_config(config))
+        open_sources(config.changed(val_data=(str(text),)), model_config(config.model))
     words = micro(data=str(text), val_data=(str(text),), documents="paragraph")
-    assert open_sources(words, model_config(words)).summary == (
+    assert open_sources(words, model_config(words.model)).summary == (
         f"Held out: {text}: 3 documents (3 of them in --data too)"
     )
 
@@ -181,7 +182,7 @@ def test_pictures_for_a_model_without_eyes_are_refused(micro: Micro, llava: Path
 def test_text_comes_from_files_folders_and_globs(micro: Micro, tmp_path: Path) -> None:
     for i in range(30):
         (tmp_path / f"{i}.txt").write_text(f"text number {i} " * 20)
-    model = model_config(micro())
+    model = model_config(micro().model)
     sizes = []
     for data in (str(tmp_path), str(tmp_path / "*.txt"), str(tmp_path / "1?.txt")):
         sources = open_sources(micro(data=data, val_fraction=0.3), model)
@@ -199,7 +200,9 @@ def test_vocabularies(micro: Micro, tmp_path: Path) -> None:
     job = prepare(micro(tokenizer=str(path)))
     assert job.tokenizer.vocab_size == tokenizer.vocab_size
     assert job.model.text.vocab_size == 512  # the preset's: it has room
-    small = prepare(micro(tokenizer=str(path), override=(*micro().override, "text.vocab_size=64")))
+    small = prepare(
+        micro(tokenizer=str(path), override=(*micro().model.override, "text.vocab_size=64"))
+    )
     assert small.model.text.vocab_size == 320
     own = prepare(micro(vocab_size=280))
     assert own.tokenizer.vocab_size <= 280
@@ -207,35 +210,35 @@ def test_vocabularies(micro: Micro, tmp_path: Path) -> None:
 
 
 def test_what_learns(micro: Micro) -> None:
-    model = model_config(micro())
+    model = model_config(micro().model)
     assert choose_select(micro(), model) is None
     assert choose_select(micro(stage="pretrain"), model) is None
     assert choose_select(micro(stage="align"), model) == ("projector",)
     assert choose_select(micro(stage="align", trainable=("vision",)), model) == ("vision",)
     assert choose_select(micro(data="x.txt"), model) == ("text",)
     blind = micro(override=("vision=none",), data="x.txt")
-    assert choose_select(blind, model_config(blind)) is None
+    assert choose_select(blind, model_config(blind.model)) is None
     with pytest.raises(UserError, match="--stage align"):
         choose_select(micro(stage="align", data="x.txt"), model)
     with pytest.raises(UserError, match="--stage align"):
-        choose_select(micro(stage="align"), model_config(blind))
+        choose_select(micro(stage="align"), model_config(blind.model))
 
 
 def test_image_specs_follow_the_model(micro: Micro) -> None:
-    spec = image_spec(model_config(micro()))
+    spec = image_spec(model_config(micro().model))
     assert spec is not None
     assert (spec.patch_size, spec.image_size, spec.tokens(4)) == (8, 16, 4)
-    override = (*micro().override, "projector.kind=resampler", "projector.queries=3")
-    spec = image_spec(model_config(micro(override=override)))
+    override = (*micro().model.override, "projector.kind=resampler", "projector.queries=3")
+    spec = image_spec(model_config(micro(override=override).model))
     assert spec is not None
     assert spec.tokens(4) == 3
-    assert image_spec(model_config(micro(override=("vision=none",)))) is None
+    assert image_spec(model_config(micro(override=("vision=none",)).model)) is None
 
 
 def test_workers(micro: Micro) -> None:
-    assert choose_workers(micro(workers=None), torch.device("cpu")) == 0
-    assert 1 <= choose_workers(micro(workers=None), torch.device("cuda")) <= 8
-    assert choose_workers(micro(workers=3), torch.device("cpu")) == 3
+    assert choose_workers(micro(workers=None).data, torch.device("cpu")) == 0
+    assert 1 <= choose_workers(micro(workers=None).data, torch.device("cuda")) <= 8
+    assert choose_workers(micro(workers=3).data, torch.device("cpu")) == 3
 
 
 @pytest.mark.parametrize(
@@ -265,7 +268,7 @@ def test_a_run_that_fits_is_let_through(micro: Micro) -> None:
     assert 2**28 < memory < 2**50
     for preset in ("tiny", "mini", "small"):
         config = micro(preset=preset, override=())
-        check_memory(config, model_config(config), torch.device("cpu"), everything=True)
+        check_memory(config, model_config(config.model), torch.device("cpu"), everything=True)
 
 
 def test_imports_start_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

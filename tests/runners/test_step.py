@@ -50,7 +50,7 @@ def assert_same(a: torch.Tensor, b: torch.Tensor, path: str) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_not_finite_is_named(micro: Micro, bad: float, dtype: torch.dtype) -> None:
-    learner = Learner(init_params(model_config(micro()), dtype=dtype), micro(), None)
+    learner = Learner(init_params(model_config(micro().model), dtype=dtype), micro(), None)
     assert learner.not_finite() is None
     learner.params["text"]["norm"]["weight"][5] = bad
     assert learner.not_finite() == "text.norm.weight"
@@ -103,7 +103,7 @@ def test_a_step_changes_what_learns_in_place_and_nothing_else(job: Job) -> None:
 
 
 def test_dropout_follows_the_seed_and_the_step(micro: Micro) -> None:
-    config = micro(override=(*micro().override, "text.dropout=0.3"))
+    config = micro(override=(*micro().model.override, "text.dropout=0.3"))
     job = prepare(config)
     batch = _rows(job)[0]
 
@@ -140,7 +140,7 @@ def test_optimisations_change_no_number(micro: Micro, job: Job, flags: dict[str,
 
 
 def test_flags_turn_kernels_off_and_the_report_says_so(micro: Micro) -> None:
-    model = model_config(micro())
+    model = model_config(micro().model)
     on, off = (
         compose(
             micro(use_fused_kernels=f, use_fused_loss=f, use_gradient_checkpointing=f), model, CPU
@@ -156,14 +156,14 @@ def test_flags_turn_kernels_off_and_the_report_says_so(micro: Micro) -> None:
     assert any(line.startswith("Gradient checkpointing off") for line in off.report)
     assert any("fp32 compute" in line for line in off.report)
     cuda = torch.device("cuda")
-    assert choose_backends(micro(use_flash_attn=False), cuda) == {"attention": "plain"}
-    assert choose_backends(micro(use_flash_attn=False), CPU) == {}
+    assert choose_backends(micro(use_flash_attn=False).speed, cuda) == {"attention": "plain"}
+    assert choose_backends(micro(use_flash_attn=False).speed, CPU) == {}
 
 
 def test_offload_needs_eager_mode(micro: Micro) -> None:
     config = micro(use_gradient_checkpointing=True, checkpoint_policy="offload", compile=True)
     with pytest.raises(UserError, match="needs --compile=0"):
-        compose(config, model_config(config), CPU)
+        compose(config, model_config(config.model), CPU)
 
 
 def test_who_records_and_who_compiles(micro: Micro) -> None:
@@ -179,10 +179,13 @@ def test_who_records_and_who_compiles(micro: Micro) -> None:
         ({"compile": False, **offload}, gpu, False, False),
     ):
         config = micro(**{"compile": None, **flags})
-        assert (is_graphed(config, device), is_compiled(config, device)) == (graphed, compiled)
+        assert (is_graphed(config.speed, device), is_compiled(config.speed, device)) == (
+            graphed,
+            compiled,
+        )
     for flags, device in (({}, CPU), (offload, gpu)):
         with pytest.raises(UserError, match="--cuda_graph: "):
-            is_graphed(micro(cuda_graph=True, **flags), device)
+            is_graphed(micro(cuda_graph=True, **flags).speed, device)
 
 
 def test_gradients_may_lie_where_the_last_ones_lay(job: Job) -> None:

@@ -63,7 +63,7 @@ def test_resuming_equals_never_having_stopped(
     micro: Micro, quiet: Quiet, extra: dict[str, Any]
 ) -> None:
     dropout = extra.pop("override_dropout", 0.0)
-    override = (*micro().override, f"text.dropout={dropout}")
+    override = (*micro().model.override, f"text.dropout={dropout}")
     whole = run(micro(name="whole", override=override, **extra), quiet())
     for stop in (2, 5):
         assert (
@@ -81,7 +81,7 @@ def test_resuming_equals_never_having_stopped(
 
 def test_rows_after_the_state_are_written_once(micro: Micro, quiet: Quiet) -> None:
     assert train(micro(stop_at=3), quiet()) is None
-    folder = Path(micro().runs_dir) / "micro"
+    folder = Path(micro().run.runs_dir) / "micro"
     with (folder / "metrics.jsonl").open("a") as file:  # as left by a crash after the state
         file.write('{"step": 4, "loss": 9.0}\n{"step": 5, "lo')
     run(micro(resume="auto"), quiet())
@@ -102,7 +102,7 @@ def test_ctrl_c_saves_a_state_and_exits_cleanly(
         patched.setattr(Display, "advance", press)
         assert train(micro(), quiet()) is None
     assert signal.getsignal(signal.SIGINT) is before
-    state = newest_state(Path(micro().runs_dir) / "micro")
+    state = newest_state(Path(micro().run.runs_dir) / "micro")
     assert state is not None
     assert json.loads((state / "state.json").read_text())["step"] == 2
     assert losses(run(micro(resume="auto"), quiet())) == losses(run(micro(name="b"), quiet()))
@@ -122,7 +122,7 @@ def test_the_line_of_an_interrupted_step_is_of_that_step(
     before = time.perf_counter()
     assert train(micro(stop_at=4), quiet()) is None
     spent = time.perf_counter() - before
-    rows = read_metrics(Path(micro().runs_dir) / "micro")
+    rows = read_metrics(Path(micro().run.runs_dir) / "micro")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     steps: list[Any] = [row["s_per_step"] for row in rows]
     assert 0 < sum(steps) < spent
@@ -132,7 +132,7 @@ def test_the_line_of_an_interrupted_step_is_of_that_step(
 def test_an_interrupted_command_says_how_to_go_on(
     micro: Micro, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = str(Path(micro().runs_dir) / "it's mine")
+    runs = str(Path(micro().run.runs_dir) / "it's mine")
     monkeypatch.setattr(
         train_module, "parse_config", lambda argv, gpu: micro(stop_at=1, runs_dir=runs)
     )
@@ -157,7 +157,7 @@ def test_a_state_that_leads_nowhere_is_not_kept(
         train(config, quiet())
     assert "no state was kept: start again with a lower --lr" in str(caught.value)
     assert str(caught.value).endswith("and --resume=auto")
-    folder = Path(config.runs_dir) / "micro"
+    folder = Path(config.run.runs_dir) / "micro"
     assert find_states(folder) == []
     assert not (folder / "model.safetensors").exists()
     assert len(losses(run(micro(steps=2, resume="auto"), quiet()))) == 2
@@ -168,11 +168,11 @@ def test_the_last_usable_state_is_kept_and_named(
 ) -> None:
     rates = iter([1e-3, 1e-3, 1e30, 1e30, 1e30])
     monkeypatch.setattr("runners.training.step.learning_rate", lambda config, step: next(rates))
-    config = micro(save_every=1, runs_dir=str(Path(micro().runs_dir) / "of mine"))
+    config = micro(save_every=1, runs_dir=str(Path(micro().run.runs_dir) / "of mine"))
     with pytest.raises(UserError, match=r"loss of batch 4 is not finite \(step 4\)") as caught:
         train(config, quiet())
     monkeypatch.undo()
-    folder = Path(config.runs_dir) / "micro"
+    folder = Path(config.run.runs_dir) / "micro"
     state = folder / "state" / "00000002"
     assert find_states(folder) == [state]
     assert newest_state(folder) == state
@@ -198,7 +198,7 @@ def test_a_state_without_room_ends_the_run_in_a_line(
     assert "\n" not in str(caught.value)
     monkeypatch.undo()
     flag = shlex.split(str(caught.value))[-1]
-    folder = Path(micro().runs_dir) / "micro"
+    folder = Path(micro().run.runs_dir) / "micro"
     assert flag == f"--resume={folder}"
     assert {path.name for path in (folder / "state").iterdir()} == {"00000001", "00000002"}
     resumed = run(micro(name=None, resume=str(folder)), quiet())
@@ -218,7 +218,7 @@ def test_a_damaged_state_costs_the_steps_since_the_one_before(
 ) -> None:
     whole = run(micro(name="whole"), quiet())
     assert train(micro(save_every=2, stop_at=4), quiet()) is None
-    folder = Path(micro().runs_dir) / "micro"
+    folder = Path(micro().run.runs_dir) / "micro"
     newest = folder / "state" / "00000004"
     tensors = newest / "state.safetensors"
     content = bytearray(tensors.read_bytes())
@@ -235,13 +235,13 @@ def test_the_first_state_comes_early(
 ) -> None:
     """A few seconds after the first step, and before any weights are kept."""
     stepped: list[list[Path]] = []
-    folder = Path(micro().runs_dir) / "micro"
+    folder = Path(micro().run.runs_dir) / "micro"
     monkeypatch.setattr(Display, "advance", lambda self, step: stepped.append(find_states(folder)))
     run(micro(steps=3), quiet())
     assert [[p.name for p in found] for found in stepped] == [[], [], ["00000002"]]
     monkeypatch.setattr("runners.training.loop.FIRST", -1e9)
     stepped.clear()
-    folder = Path(micro().runs_dir) / "early"
+    folder = Path(micro().run.runs_dir) / "early"
     run(micro(name="early", steps=3), quiet())
     assert [[p.name for p in found] for found in stepped] == [["00000000"]] * 3
 
@@ -371,4 +371,4 @@ def test_bad_input_leaves_no_run_behind(
         train(micro(**changes), quiet())
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not Path(micro().runs_dir).exists()
+    assert not Path(micro().run.runs_dir).exists()

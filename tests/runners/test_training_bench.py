@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import textwrap
@@ -31,7 +30,7 @@ from runners.benchmarks.training import Programs, TrainBenchConfig, bench, check
 from runners.shell.cli import UsageError
 from runners.shell.errors import UserError
 from runners.training.compose import is_compiled, is_graphed
-from runners.training.config import TrainConfig
+from runners.training.config import TrainConfig, flags_of
 from runners.training.flops import measure_load
 
 MICRO = (
@@ -70,14 +69,10 @@ def test_rungs_differ_by_the_flags_they_name_and_by_nothing_else(ragged: bool) -
         else:
             before, packed = made[rung.parent].config, made[rung.parent].packed
         differing = {
-            field.name
-            for field in dataclasses.fields(TrainConfig)
-            if getattr(before, field.name) != getattr(plan.config, field.name)
+            name for name, value in flags_of(plan.config).items() if flags_of(before)[name] != value
         }
         assert differing <= named, rung.key
-        assert {name: getattr(plan.config, name) for name in named} == {
-            name: rung.changes[name] for name in named
-        }
+        assert flags_of(plan.config, named) == {name: rung.changes[name] for name in named}
         if rung.parent is not None:
             assert differing == named, f"{rung.key} names what it does not change"
             assert (plan.packed != packed) == ("packed" in rung.changes)
@@ -101,13 +96,16 @@ def test_without_packing_its_children_stand_on_its_parent() -> None:
 def test_the_top_of_the_ladder_is_what_the_trainer_does_by_default() -> None:
     """On a GPU: what is None there by default."""
     plan = plans(ladder(8, True), TrainConfig())[TOPS[0]]
-    gpu, default = torch.device("cuda"), replace(TrainConfig(), dtype="bf16", device_batch_size=8)
-    chosen = {"compile": is_compiled(default, gpu), "cuda_graph": is_graphed(default, gpu)}
-    assert plan.config == replace(default, **chosen)
+    gpu, default = torch.device("cuda"), TrainConfig().changed(dtype="bf16", device_batch_size=8)
+    chosen = {
+        "compile": is_compiled(default.speed, gpu),
+        "cuda_graph": is_graphed(default.speed, gpu),
+    }
+    assert plan.config == default.changed(**chosen)
     assert plan.packed
     for key in ("fp8", "checkpoint"):
         made = plans(ladder(8, True), TrainConfig())[key].config
-        assert made.compile == is_compiled(replace(made, compile=None), gpu)
+        assert made.speed.compile == is_compiled(made.changed(compile=None).speed, gpu)
 
 
 def test_phases_come_in_order_and_every_parent_before_its_child() -> None:
@@ -257,7 +255,7 @@ def test_compiled_rungs_run_through_the_compiler(tmp_path: Path, monkeypatch) ->
 def test_running_out_of_memory_is_a_row(tmp_path: Path, uncompiled: None, monkeypatch) -> None:
     class Full(training.Learner):
         def train_step(self, grad_fn, batches):
-            if self.config.dtype == "fp32":
+            if self.config.speed.dtype == "fp32":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
             return super().train_step(grad_fn, batches)
 
