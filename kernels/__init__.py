@@ -7,12 +7,13 @@ from kernels.loss.cross_entropy import cross_entropy
 from kernels.loss.linear_cross_entropy import linear_cross_entropy
 from kernels.mlp.fused_mlp import add_norm_gated_mlp
 from kernels.mlp.glu import geglu, relu2, swiglu
-from kernels.norm.rms_norm import add_rms_norm, layer_norm, rms_norm
+from kernels.norm.layer_norm import layer_norm
+from kernels.norm.rms_norm import add_rms_norm, rms_norm
 from kernels.optimizer.adamw import adamw_
 from kernels.quantised.fp8_linear import fp8_linear
 from kernels.quantised.int8_linear import int8_linear
 from kernels.rope.rope import rope
-from kernels.runtime.dispatch import choose, override, report
+from kernels.runtime.dispatch import choose, override, why_not
 
 __all__ = [
     "adamw_",
@@ -32,8 +33,8 @@ __all__ = [
     "norm_linears",
     "override",
     "relu2",
-    "report",
     "rms_norm",
     "rope",
     "swiglu",
+    "why_not",
 ]

@@ -18,7 +18,7 @@ from core.model.layers import Logits
 from core.model.text import decode, embed_tokens
 from core.model.vision import encode, resample, segment_ids, shuffle_and_project
 from core.sites import SiteInfo
-from kernels.runtime.dispatch import BACKENDS
+from kernels.runtime import dispatch
 from params.tree import Tree, map_leaves
 
 
@@ -110,9 +110,8 @@ def _sites(config: VLMConfig) -> tuple[SiteInfo, ...]:
     """The sites of a config, found by running the narrowest model that has the same ones."""
     thin = _thin(config)
     params = map_leaves(lambda leaf: torch.zeros(leaf.shape, device="cpu"), thin.param_spec())
-    # whatever backend the user asks for, these run anywhere
-    plain = dict.fromkeys(BACKENDS, "torch") | {"attention": "plain"}
-    with torch.no_grad(), kernels.override(**plain):
+    # whatever backend the user asks for, plain torch runs anywhere
+    with torch.no_grad(), kernels.override(**dispatch.plain()):
         return record_sites(lambda site: partial(run, site, thin, ANY), params, _example(thin))
 
 

@@ -1,6 +1,6 @@
 """Attention over packed documents, with grouped keys and values and sliding windows.
 
-Backends (chosen in `kernels.runtime.dispatch`, by what was measured):
+Backends (declared below; `kernels.attention.backends` says which serves what, and which first):
 
 - `flash-attn-4`, `flash-attn`, `torch-varlen`, `triton`: flash attention on CUDA, fp16 and bf16
   (`triton` fp32 too); `cudnn`, for documents of equal length (`kernels.attention.attention_flash`).
@@ -13,78 +13,31 @@ exactly 0, so a NaN in one document reaches the others there.
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.attention import attention_flash
+from kernels.attention import attention_flash, backends
 from kernels.attention.attention_padded import padded_attention
+from kernels.attention.backends import AttentionCall, library
+from kernels.attention.formula import attention_reference
 from kernels.runtime.autograd import (
     Op,
-    accumulation_dtype,
     can_read,
     check_device,
     check_floating,
     fold_all,
     run,
 )
-from kernels.runtime.dispatch import Facts, Proof, choose, proved_by
-from kernels.runtime.dynamo import allow_in_graph
-from kernels.runtime.proof import check_close
+from kernels.runtime.dispatch import OPERATIONS, Backend, choose, declare, why_not
+from kernels.runtime.dynamo import allow_in_graph, constant_result
+from kernels.runtime.proof import warn_once
 
 # The most scores that a library's higher derivatives may hold at a time: 4 GiB in fp32, of which a
 # second derivative keeps about six.
 _MOST_SCORES = 2**30
-
-
-def attention_reference(
-    q: Tensor,  # [N, H, Dh]
-    k: Tensor,  # [N, Hk, Dh]
-    v: Tensor,  # [N, Hk, Dh]
-    cu_seqlens: Tensor | None,  # [S + 1]; not read if there is a length
-    *,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    length: int | None = None,
-) -> Tensor:
-    """What `attention` computes, in the accumulation dtype: plain torch, any order.
-
-    All tensors may have leading dimensions more, the same in each: examples.
-    """
-    if q.ndim > 3:
-
-        def one(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-            return attention_reference(
-                q, k, v, cu_seqlens, causal=causal, window=window, scale=scale, length=length
-            )
-
-        dims = (0, 0, 0, None if cu_seqlens is None else 0)
-        return torch.func.vmap(one, dims)(q, k, v, cu_seqlens)
-    n, heads = q.shape[:2]
-    groups = heads // k.shape[1]
-    dtype = accumulation_dtype(q.dtype)
-    size = n if length is None else length
-    index = torch.arange(size, device=q.device)
-    gap = index[:, None] - index
-    seen = gap >= 0 if causal else torch.ones_like(gap, dtype=torch.bool)
-    if length is None:
-        assert cu_seqlens is not None
-        document = (cu_seqlens[1:] <= index[:, None]).sum(-1)
-        seen = seen & (document[:, None] == document)
-    if window is not None:
-        seen = seen & (gap.abs() < window)
-    rows = (1, n) if length is None else (n // length, length)
-    q, k, v = (x.unflatten(0, rows) for x in (q, k, v))  # [B, T, heads, Dh]
-    grouped = q.to(dtype).unflatten(2, (-1, groups))  # [B, T, Hk, G, Dh]
-    scores = torch.einsum("bqhgd,bkhd->bhgqk", grouped, k.to(dtype)) * scale
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-    out = torch.einsum("bhgqk,bkhd->bqhgd", weights, v.to(dtype))
-    return out.flatten(2, 3).flatten(0, 1).to(q.dtype)
 
 
 # Flash attention: the library's forward and backward; everything beyond them by the formula
@@ -126,92 +79,6 @@ FLASH = Op(
 )
 
 
-# Libraries are proved by a call of the kind that is to be made, of a few short documents: what they
-# compile for it is what the call needs in any case.
-_PARTS = {
-    "flash-attn-4": ("flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels", "torch"),
-    "flash-attn": ("flash-attn", "torch"),
-    "torch-varlen": ("torch",),
-    "cudnn": ("torch",),
-}
-
-
-def _kind(facts: Facts) -> Hashable:
-    return (
-        facts.dtype,
-        facts.head_dim,
-        facts.group,
-        facts.window is None,
-        facts.length is None,
-        facts.causal,
-        facts.many,
-        _longest(facts) <= 128,  # within one tile
-        torch.are_deterministic_algorithms_enabled(),
-    )
-
-
-def _longest(facts: Facts) -> int:
-    """An upper bound on the tokens of a proof's documents."""
-    return min(facts.length or facts.max_seqlen or 512, 512)
-
-
-def prove_attention(backend: str, facts: Facts) -> None:
-    """Raises whatever is wrong with a library's forward and backward of such a call, by fp64."""
-    longest = _longest(facts)
-    length = None if facts.length is None else longest
-    lengths = [length, length] if length else [min(n, longest) for n in (70, 0, 160, 1, 40)]
-    ends = [*itertools.accumulate(lengths, initial=0)]
-    cu = torch.tensor(ends + ends[-1:] * (257 if facts.many else 0), dtype=torch.int32)
-    generator = torch.Generator().manual_seed(0)
-    kv_heads = 2 if facts.group <= 4 else 1
-    heads = kv_heads * facts.group
-    q, k, v, grad = (
-        torch.randn(ends[-1], n, facts.head_dim, generator=generator, dtype=torch.float32).to(
-            facts.dtype
-        )
-        for n in (heads, kv_heads, kv_heads, heads)
-    )
-    window = None if facts.window is None else min(facts.window, 48)
-    static: dict[str, Any] = {
-        "length": length,
-        "causal": facts.causal,
-        "window": window,
-        "scale": facts.head_dim**-0.5,
-    }
-    wide = [x.double().requires_grad_() for x in (q, k, v)]
-    exact = attention_reference(wide[0], wide[1], wide[2], cu, **static)
-    exact_grads = torch.autograd.grad(exact, wide, grad.double())
-    q, k, v, grad, cu = (x.to(facts.device) for x in (q, k, v, grad, cu))
-    known = cu if length is None else None
-    static |= {"backend": backend, "longest": longest}
-    out, lse = attention_flash.flash_forward(q, k, v, known, **static)
-    grads = attention_flash.flash_backward(
-        grad,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        known,
-        **static,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
-    # weights, their gradients and results are rounded once each: less than an ulp in the mean
-    allowed = torch.finfo(facts.dtype).eps
-    # q's and k's gradients of a document of one token are 0: differences of sums of Dh products,
-    # in fp32, times a row of norm sqrt(Dh)
-    slack = 8 * torch.finfo(torch.float32).eps * facts.head_dim * static["scale"]
-    check_close("its output", out, exact.detach(), allowed)
-    for name, got, right in zip("qkv", grads, exact_grads, strict=True):
-        check_close(f"its gradient of {name}", got, right, allowed, slack)
-
-
-for _backend, _parts in _PARTS.items():
-    proved_by(
-        "attention", _backend, Proof(_parts, functools.partial(prove_attention, _backend), _kind)
-    )
-
-
 @allow_in_graph
 def _apply_flash(
     q: Tensor,
@@ -226,10 +93,76 @@ def _apply_flash(
     scale: float,
     deterministic: bool,
 ) -> Tensor:
-    return run(
-        FLASH, q, k, v, cu_seqlens, backend=backend, longest=longest, length=length,
-        causal=causal, window=window, scale=scale, deterministic=deterministic,
-    )  # fmt: skip
+    static = {"backend": backend, "longest": longest, "length": length, "causal": causal}
+    static |= {"window": window, "scale": scale, "deterministic": deterministic}
+    return run(FLASH, q, k, v, cu_seqlens, **static)
+
+
+# The backends: (q, k, v, cu_seqlens, options) -> out
+
+
+class Options(NamedTuple):
+    """The static arguments of a checked call."""
+
+    backend: str
+    bounds: tuple[int, ...]  # cu_seqlens in Python; () where it cannot be read
+    causal: bool
+    window: int | None
+    scale: float
+    max_seqlen: int | None
+    length: int | None
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, options: Options) -> Tensor:
+    return _apply_flash(
+        q,
+        k,
+        v,
+        cu_seqlens if options.length is None else None,
+        options.backend,
+        options.length or options.max_seqlen or q.shape[0],
+        options.length,
+        options.causal,
+        options.window,
+        options.scale,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, options: Options) -> Tensor:
+    bounds, length = options.bounds, options.length
+    if length is not None:
+        bounds = tuple(range(0, q.shape[0] + 1, length))
+    return padded_attention(q, k, v, bounds, options.causal, options.window, options.scale)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, options: Options) -> Tensor:
+    return attention_reference(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        causal=options.causal,
+        window=options.window,
+        scale=options.scale,
+        length=options.length,
+    )
+
+
+_FLASH_4 = ("flash-attn-4", "nvidia-cutlass-dsl", "quack-kernels", "torch")
+_FLASH_2 = ("flash-attn", "torch")
+declare(
+    "attention",
+    library("flash-attn-4", _flash, _FLASH_4, "flash_attn.cute", capability=(9, 0)),
+    library("cudnn", _flash),
+    library("flash-attn", _flash, _FLASH_2, "flash_attn.flash_attn_interface"),
+    library("torch-varlen", _flash),
+    Backend("triton", backends.triton_why_not, _flash),
+    Backend("padded", backends.padded_why_not, _padded),
+    Backend("plain", lambda call: None, _plain),
+    call=AttentionCall,
+    order=backends.order,
+)
 
 
 def attention(
@@ -295,8 +228,7 @@ def attention(
     many = False
     if length is None and cu_seqlens.shape[0] > 257:
         many = True
-    backend = choose(
-        "attention",
+    backend = _choose(
         str(q.device),
         q.dtype,
         dim,
@@ -314,27 +246,23 @@ def attention(
     if can_read(cu_seqlens):
         bounds = tuple(cu_seqlens.tolist())
         _check_bounds(bounds, n, length)
-    if backend == "padded":
-        if length is not None:
-            bounds = tuple(range(0, n + 1, length))
-        return padded_attention(q, k, v, bounds, causal, window, scale)
-    if backend == "plain":
-        return attention_reference(
-            q, k, v, cu_seqlens, causal=causal, window=window, scale=scale, length=length
+    options = Options(backend, bounds, causal, window, scale, max_seqlen, length)
+    run_backend = OPERATIONS["attention"].backends[backend].run
+    assert run_backend is not None
+    out: Tensor = run_backend(q, k, v, cu_seqlens, options)
+    return out
+
+
+@constant_result
+def _choose(*facts: Any) -> str:
+    """`choose`, with a warning where it takes the O(N^2) formula on a GPU."""
+    chosen = choose("attention", *facts)
+    if chosen == "plain" and AttentionCall(*facts).on_gpu:
+        warn_once(
+            "attention runs as plain masked arithmetic, O(N^2) in memory: "
+            f"torch varlen {why_not('attention', 'torch-varlen', *facts)}"
         )
-    return _apply_flash(
-        q,
-        k,
-        v,
-        cu_seqlens if length is None else None,
-        backend,
-        length or max_seqlen or n,
-        length,
-        causal,
-        window,
-        scale,
-        torch.are_deterministic_algorithms_enabled(),
-    )
+    return chosen
 
 
 def _constant(n: int) -> int:

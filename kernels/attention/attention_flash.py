@@ -242,7 +242,7 @@ _LIBRARIES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 _DENSE = ("flash-attn-4", "torch-varlen", "cudnn")  # take equal lengths as a batch [B, T, H, Dh]
 # Number the entries of their fp32 gradient of q in 32 bits, each document padded by 128 rows: at
 # 2.2e9 of them 1.3% of torch 2.11's came out wrong, without an error.
-_SMALL = ("torch-varlen", "flash-attn")
+SMALL = ("torch-varlen", "flash-attn")
 
 
 def is_large(q: Tensor, documents: int) -> bool:
@@ -269,7 +269,7 @@ def flash_forward(
     lse_shape = _lse_shape(q, backend, length)
     if q.numel() == 0:
         return torch.empty_like(q), torch.empty(lse_shape, device=q.device)
-    if backend in _SMALL and is_large(q, 0 if cu_seqlens is None else cu_seqlens.shape[0]):
+    if backend in SMALL and is_large(q, 0 if cu_seqlens is None else cu_seqlens.shape[0]):
         raise RuntimeError(f"attention backend {backend} cannot count so many examples' entries")
     forward = _LIBRARIES[backend][0]
     (x, y, z), cu = _arranged((q, k, v), cu_seqlens, backend, length)

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from kernels.linear.column_sums import column_sums
 from kernels.runtime.autograd import Dims, Op, Tensors, accumulation_dtype, fold_rows, rows_of, run
-from kernels.runtime.dispatch import choose
+from kernels.runtime.dispatch import TORCH, TRITON, choose, declare
 from kernels.runtime.dynamo import allow_in_graph
+
+declare("linear", TRITON, TORCH)
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

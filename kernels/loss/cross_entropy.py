@@ -24,9 +24,11 @@ from kernels.runtime.autograd import (
     run,
     with_signature,
 )
-from kernels.runtime.dispatch import choose
+from kernels.runtime.dispatch import TORCH, TRITON, choose, declare
 from kernels.runtime.dynamo import allow_in_graph, check_hidden
 from kernels.runtime.operators import fake, operator
+
+declare("cross_entropy", TRITON, TORCH)
 
 _CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}  # logits at a time: 1 MB, 256 MB in fp32
 

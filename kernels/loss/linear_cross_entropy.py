@@ -43,9 +43,11 @@ from kernels.runtime.autograd import (
     run,
     with_signature,
 )
-from kernels.runtime.dispatch import choose
+from kernels.runtime.dispatch import TORCH, TRITON, choose, declare
 from kernels.runtime.dynamo import allow_in_graph, check_hidden
 from kernels.runtime.operators import fake, operator
+
+declare("linear_cross_entropy", TRITON, TORCH)
 
 _CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}  # torch, fp32 logits at a time: 4 MB, 512 MB
 # Triton: `linear_cross_entropy` says what other sizes cost. A training step (1.5B parameters,

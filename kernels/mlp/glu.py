@@ -16,9 +16,12 @@ from torch import Tensor
 
 from kernels.mlp import glu_triton
 from kernels.runtime.autograd import Op, check_floating, fold_all, fold_all_backward, run
-from kernels.runtime.dispatch import choose
+from kernels.runtime.dispatch import TORCH, TRITON, choose, declare
 from kernels.runtime.dynamo import allow_in_graph
 from kernels.runtime.operators import fake, operator
+
+for _activation in ("swiglu", "geglu", "relu2"):
+    declare(_activation, TRITON, TORCH)
 
 # References: plain torch, differentiable to any order
 

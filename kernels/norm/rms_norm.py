@@ -1,8 +1,8 @@
-"""RMSNorm, with or without a residual add, and LayerNorm, over the last dimension.
+"""RMSNorm over the last dimension, with or without a residual add.
 
-On a GPU the kernels of `rms_norm_triton` and `layer_norm_triton` run; elsewhere it
+On a GPU the kernels of `rms_norm_triton` run; elsewhere it
 is torch, in few passes over memory. Statistics are fp32. Backward keeps x (with a residual: the
-sum alone) and one statistic (two for LayerNorm) a row, never an fp32 copy of x.
+sum alone) and one statistic a row, never an fp32 copy of x.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.norm import layer_norm_triton, rms_norm_triton
+from kernels.norm import rms_norm_triton
 from kernels.runtime.autograd import (
     Dims,
     Op,
@@ -20,9 +20,12 @@ from kernels.runtime.autograd import (
     run,
     run_of_sum,
 )
-from kernels.runtime.dispatch import choose
+from kernels.runtime.dispatch import TORCH, TRITON, choose, declare
 from kernels.runtime.dynamo import allow_in_graph
 from kernels.runtime.operators import fake, operator
+
+declare("rms_norm", TRITON, TORCH)
+
 
 # References: plain torch, differentiable to any order
 
@@ -43,21 +46,6 @@ def add_rms_norm_reference(
     """What `add_rms_norm` computes."""
     total = x + residual
     return rms_norm_reference(total, weight, eps=eps), total
-
-
-def layer_norm_reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float
-) -> Tensor:
-    """What `layer_norm` computes."""
-    dtype = accumulation_dtype(x.dtype)
-    wide = x.to(dtype)
-    centred = wide - wide.mean(-1, keepdim=True)
-    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
-        y = y * weight.to(dtype)
-    if bias is not None:
-        y = y + bias.to(dtype)
-    return y.to(x.dtype)
 
 
 # RMSNorm: y = x r w with r = (mean x^2 + eps)^-1/2
@@ -107,7 +95,7 @@ def _rms_backward_wide(
     return dx, dw
 
 
-def _fold(batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
+def fold_norm(batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
     """Examples are more rows, if they share weight and bias."""
     (x, *leaves), (dim, *others) = tensors, dims
     if x is None or dim is None or any(other is not None for other in others):
@@ -140,11 +128,11 @@ _rms_op = operator("rms_norm")(_rms_kernel)
 _rms_backward_op = operator("rms_norm_backward")(_rms_backward_kernel)
 
 
-def _fake_leaf(x: Tensor, leaf: Tensor | None, needs: bool) -> Tensor:
+def fake_leaf(x: Tensor, leaf: Tensor | None, needs: bool) -> Tensor:
     return leaf.new_empty(leaf.shape) if needs and leaf is not None else x.new_empty(0)
 
 
-def _fake_statistic(x: Tensor) -> Tensor:
+def fake_statistic(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
@@ -153,7 +141,7 @@ def _(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     total = x.new_empty(0 if residual is None else x.shape)
-    return x.new_empty(x.shape), total, _fake_statistic(x)
+    return x.new_empty(x.shape), total, fake_statistic(x)
 
 
 @fake("rms_norm_backward")
@@ -165,7 +153,7 @@ def _(
     r: Tensor,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), _fake_leaf(x, weight, needs_weight)
+    return x.new_empty(x.shape), fake_leaf(x, weight, needs_weight)
 
 
 def _rms_forward_triton(
@@ -187,10 +175,10 @@ def _rms_backward_triton(
 
 
 RMS_NORM = Op(
-    "rms_norm", rms_norm_reference, _rms_forward, _rms_backward, fold=_fold, vmappable=True
+    "rms_norm", rms_norm_reference, _rms_forward, _rms_backward, fold=fold_norm, vmappable=True
 )
 RMS_NORM_TRITON = Op(
-    "rms_norm", rms_norm_reference, _rms_forward_triton, _rms_backward_triton, fold=_fold
+    "rms_norm", rms_norm_reference, _rms_forward_triton, _rms_backward_triton, fold=fold_norm
 )
 
 
@@ -263,140 +251,6 @@ def _apply_add_rms_norm(
     return run_of_sum(op, x, residual, weight, eps=eps)
 
 
-# LayerNorm: y = c r w + b with c = x - mean x, r = (mean c^2 + eps)^-1/2
-
-
-def _layer_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    wide = x.to(accumulation_dtype(x.dtype)).contiguous()
-    mean = wide.mean(-1, keepdim=True)
-    centred = wide - mean
-    r = torch.rsqrt(torch.linalg.vecdot(centred, centred).unsqueeze(-1) / x.shape[-1] + eps)
-    y = centred.mul_(r)
-    if weight is not None:
-        y *= weight.to(y.dtype)
-    if bias is not None:
-        y += bias.to(y.dtype)
-    return y.to(x.dtype), (mean, r)
-
-
-def _layer_backward(
-    grad: Tensor,
-    needs: tuple[bool, ...],
-    tensors: tuple[Tensor, Tensor | None, Tensor | None],
-    residuals: tuple[Tensor, ...],
-    *,
-    eps: float,
-) -> tuple[Tensor | None, ...]:
-    """With u = c r and v = g w: dx = r (v - mean v - u mean(v u)), dw = sum g u, db = sum g."""
-    (x, weight, bias), (mean, r) = tensors, residuals
-    dim = x.shape[-1]
-    u = (x.to(r.dtype) - mean) * r
-    g = grad.to(r.dtype)
-    gu = g * u
-    if weight is None:
-        v, mean_v, mean_vu = g, g.mean(-1, keepdim=True), gu.mean(-1, keepdim=True)
-    else:
-        w = weight.to(r.dtype)
-        v, mean_v, mean_vu = g * w, (g @ w).unsqueeze(-1) / dim, (gu @ w).unsqueeze(-1) / dim
-    dx = torch.addcmul(v - mean_v, u, mean_vu, value=-1.0) * r
-    dw = db = None
-    if weight is not None and needs[1]:
-        dw = gu.reshape(-1, dim).sum(0).to(weight.dtype)
-    if bias is not None and needs[2]:
-        db = g.reshape(-1, dim).sum(0).to(bias.dtype)
-    return dx.to(x.dtype), dw, db
-
-
-def _layer_backward_kernel(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    r: Tensor,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dw and db (empty if they are not asked for)."""
-    dx, dw, db = layer_norm_triton.layer_norm_backward(
-        grad, x, weight, bias, mean, r, needs_weight, needs_bias
-    )
-    return dx, x.new_empty(0) if dw is None else dw, x.new_empty(0) if db is None else db
-
-
-def _layer_kernel(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normed, mean, r."""
-    return layer_norm_triton.layer_norm_forward(x, weight, bias, eps)
-
-
-_layer_op = operator("layer_norm")(_layer_kernel)
-_layer_backward_op = operator("layer_norm_backward")(_layer_backward_kernel)
-
-
-@fake("layer_norm")
-def _(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), _fake_statistic(x), _fake_statistic(x)
-
-
-@fake("layer_norm_backward")
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    r: Tensor,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dw, db = _fake_leaf(x, weight, needs_weight), _fake_leaf(x, bias, needs_bias)
-    return x.new_empty(x.shape), dw, db
-
-
-def _layer_forward_triton(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    y, mean, r = _layer_op(x, weight, bias, eps)
-    return y, (mean, r)
-
-
-def _layer_backward_triton(
-    grad: Tensor,
-    needs: tuple[bool, ...],
-    tensors: tuple[Tensor, Tensor | None, Tensor | None],
-    residuals: tuple[Tensor, ...],
-    *,
-    eps: float,
-) -> tuple[Tensor | None, ...]:
-    return _layer_backward_op(grad, *tensors, *residuals, *needs[1:])
-
-
-LAYER_NORM = Op(
-    "layer_norm",
-    layer_norm_reference,
-    _layer_forward,
-    _layer_backward,
-    fold=_fold,
-    vmappable=True,
-)
-LAYER_NORM_TRITON = Op(
-    "layer_norm", layer_norm_reference, _layer_forward_triton, _layer_backward_triton, fold=_fold
-)
-
-
-@allow_in_graph
-def _apply_layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, triton: bool
-) -> Tensor:
-    return run(LAYER_NORM_TRITON if triton else LAYER_NORM, x, weight, bias, eps=eps)
-
-
 # Public
 
 
@@ -419,7 +273,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     >>> rms_norm(torch.tensor([3.0, 4.0]), eps=0.0).square().mean().item()
     1.0
     """
-    _check("rms_norm", x, eps, weight=weight)
+    check_norm("rms_norm", x, eps, weight=weight)
     triton = choose("rms_norm", str(x.device), x.dtype) == "triton"
     return _apply_rms_norm(x, weight, eps, triton)
 
@@ -447,7 +301,7 @@ def add_rms_norm(
     >>> total
     tensor([3., 4.])
     """
-    _check("add_rms_norm", x, eps, weight=weight)
+    check_norm("add_rms_norm", x, eps, weight=weight)
     check_floating("add_rms_norm", x=x, residual=residual)
     if x.shape != residual.shape or x.dtype != residual.dtype:
         raise ValueError(
@@ -458,31 +312,7 @@ def add_rms_norm(
     return _apply_add_rms_norm(x, residual, weight, eps, triton)
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6
-) -> Tensor:
-    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias, over the last dimension.
-
-    As arXiv 1607.06450, with the biased variance. Statistics and arithmetic are fp32 (fp64 for
-    fp64 x), rounded once at the end.
-
-    Args:
-        x: [..., D], any floating dtype.
-        weight, bias: [D], any floating dtype, or None for 1 and 0.
-
-    Returns:
-        [..., D] in x.dtype.
-
-    Raises:
-        ValueError: a weight or bias that is not [D], a dtype that is not floating point, two
-            devices.
-    """
-    _check("layer_norm", x, eps, weight=weight, bias=bias)
-    triton = choose("layer_norm", str(x.device), x.dtype, x.shape[-1]) == "triton"
-    return _apply_layer_norm(x, weight, bias, eps, triton)
-
-
-def _check(where: str, x: Tensor, eps: float, **leaves: Tensor | None) -> None:
+def check_norm(where: str, x: Tensor, eps: float, **leaves: Tensor | None) -> None:
     check_floating(where, x=x, **leaves)
     if x.ndim == 0:
         raise ValueError(f"{where}: x must have at least one dimension, got a scalar.")

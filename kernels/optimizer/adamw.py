@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from kernels.optimizer.adamw_triton import Plan, adamw_launch, make_plan, step_table
-from kernels.runtime.dispatch import choose
+from kernels.runtime.dispatch import TORCH, TRITON, choose, declare
 from kernels.runtime.hashing import LOW, lowbias32
 from kernels.runtime.operators import fake, operator
+
+declare("adamw", TRITON, TORCH)
 
 _STATES = (torch.float32, torch.bfloat16)
 _GRADS = (torch.float32, torch.bfloat16, torch.float16)

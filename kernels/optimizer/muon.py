@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from kernels.optimizer.muon_triton import gather_launch, move_launch
-from kernels.runtime.dispatch import choose
+from kernels.runtime.dispatch import TORCH, TRITON, choose, declare
+
+declare("muon", TRITON, TORCH)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.quantised import fp8_triton
+from kernels.runtime import launch
 from kernels.runtime.autograd import (
     accumulation_dtype,
     batch_first,
@@ -39,9 +40,25 @@ from kernels.runtime.autograd import (
     shaped,
     with_signature,
 )
-from kernels.runtime.dispatch import choose
+from kernels.runtime.dispatch import TORCH, Backend, CallInfo, choose, declare
 from kernels.runtime.dynamo import allow_in_graph, check_hidden
 from kernels.runtime.operators import fake, operator
+
+
+def _why_not(call: CallInfo) -> str | None:
+    device = torch.device(call.device)
+    if device.type == "cuda" and (has := torch.cuda.get_device_capability(device)) < (9, 0):
+        return f"needs compute capability 9.0, this GPU has {has[0]}.{has[1]}"
+    return launch.why_not(call.device, call.dtype)
+
+
+def _order(call: CallInfo) -> tuple[str, ...]:
+    """torch only imitates float8, slower than bf16: a GPU takes it where it is asked for alone."""
+    return ("triton",) if torch.device(call.device).type == "cuda" else ("triton", "torch")
+
+
+declare("fp8_linear", Backend("triton", _why_not), TORCH, order=_order)
+
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SCALINGS = ("tensor", "row")

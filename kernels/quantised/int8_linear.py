@@ -24,9 +24,11 @@ from kernels.runtime.autograd import (
     shaped,
     with_signature,
 )
-from kernels.runtime.dispatch import choose
+from kernels.runtime.dispatch import TORCH, TRITON, choose, declare
 from kernels.runtime.dynamo import allow_in_graph, check_hidden
 from kernels.runtime.operators import fake, operator
+
+declare("int8_linear", TRITON, TORCH)
 
 # Reference: plain torch
 

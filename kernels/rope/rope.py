@@ -30,9 +30,11 @@ from kernels.runtime.autograd import (
     run,
     with_signature,
 )
-from kernels.runtime.dispatch import choose
+from kernels.runtime.dispatch import TORCH, TRITON, choose, declare
 from kernels.runtime.dynamo import allow_in_graph, check_hidden
 from kernels.runtime.operators import fake, operator
+
+declare("rope", TRITON, TORCH)
 
 # References: plain torch, differentiable to any order (in the tables too)
 

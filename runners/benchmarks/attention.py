@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
-from kernels.runtime.dispatch import BACKENDS
+from kernels.runtime.dispatch import OPERATIONS
 from runners.benchmarks.elementwise import peer
 from runners.benchmarks.harness import Case
 from runners.benchmarks.providers import Forward, Inputs, MissingError, Provider, simple
@@ -97,7 +97,7 @@ def attention(
         *([simple("ours, compiled", forward, compiled=True, charted=False)] if training else []),
         *(
             Provider(f"ours by {name}", _by(name, forward), charted=False)
-            for name in BACKENDS["attention"]
+            for name in OPERATIONS["attention"].backends
         ),
     ]
     dense = uniform is not None and window is None

@@ -15,6 +15,7 @@ from core.explain import open_groups
 from core.model.vlm import ANY
 from runners.shell.cli import explained
 from runners.shell.errors import UserError
+from runners.training.backends import report_backends
 from runners.training.config import TrainConfig
 from runners.training.settings import ModelSettings, RunSettings, SpeedSettings
 from transforms import (
@@ -119,11 +120,11 @@ def compose(
         report.append(f"CUDA graph off: {why}")
     backends = choose_backends(config.speed, device)
     with kernels.override(**backends):
-        report += kernels.report(
-            device=str(device),
-            dtype=dtype,
-            attentions=_attentions(model, longest),
-            operations=_operations(model),
+        report += report_backends(
+            str(device),
+            dtype,
+            _attentions(model, longest),
+            _operations(model),
             fused_loss=config.speed.use_fused_loss,
             flash_attention=config.speed.use_flash_attn,
             fused_kernels=config.speed.use_fused_kernels,
@@ -269,7 +270,7 @@ def _attentions(model: VLMConfig, longest: Longest) -> dict[str, dict[str, Any]]
 
 
 def _operations(model: VLMConfig) -> tuple[str, ...]:
-    """The fused kernels that a step of a model can use, as ``kernels.report`` takes them."""
+    """The fused kernels that a step of a model can use, as `report_backends` takes them."""
     norms = ("rms_norm", "layer_norm") if model.vision is not None else ("rms_norm",)
     return (*norms, "swiglu", "rope")
 

@@ -1,6 +1,6 @@
 """attention on a GPU: each library against fp64, head size by head size; drivers; large tensors.
 
-`dispatch.TESTED` says which head sizes a library serves: those that pass here. To try another,
+`backends.TESTED` says which head sizes a library serves: those that pass here. To try another,
 `parity(backend, head_dim, case)` runs it whatever the table says.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 import kernels
 from kernels import attention
+from kernels.attention import backends
 from kernels.runtime import dispatch
 
 module = importlib.import_module("kernels.attention.attention")
@@ -137,8 +138,8 @@ def parity(
     right, plain = references(case, head_dim, dtype)
     cu, eps = boundaries(case.lengths), torch.finfo(dtype).eps
     eps = 8 * eps if dtype == torch.float32 else eps
-    tested = dispatch.TESTED[backend]
-    dispatch.TESTED[backend] = (*tested, head_dim)
+    tested = backends.TESTED[backend]
+    backends.TESTED[backend] = (*tested, head_dim)
     try:
         with kernels.override(attention=backend):
             got = outputs_and_gradients(
@@ -149,7 +150,7 @@ def parity(
                 *tensors(case, head_dim, dtype),
             )  # fmt: skip
     finally:
-        dispatch.TESTED[backend] = tested
+        backends.TESTED[backend] = tested
     shares = {}
     for name, mine, theirs, exact in zip(("out", "dq", "dk", "dv"), got, plain, right, strict=True):
         assert mine.dtype == dtype
@@ -176,11 +177,11 @@ SAMPLE = {
 
 
 def tested() -> list[Any]:
-    """(library, head size, case, dtype) of everything that `dispatch.TESTED` promises."""
+    """(library, head size, case, dtype) of everything that `backends.TESTED` promises."""
     half, single = torch.float16, torch.float32
     out = []
     for backend in LIBRARIES:
-        for head_dim in dispatch.TESTED[backend]:
+        for head_dim in backends.TESTED[backend]:
             names = tuple(CASES) if head_dim in (64, 128) else ("causal", "full window")
             for name in names:
                 often = name in SAMPLE[backend].get(head_dim, ())
@@ -210,7 +211,7 @@ def test_exactly_the_tested_sizes_are_served(backend: str) -> None:
     needs(backend)
     for head_dim in (*SIZES, 20, 40, 320):
         reason = refusal(backend, head_dim, CASES["uniform full"], torch.bfloat16)
-        assert (reason is None) == (head_dim in dispatch.TESTED[backend])
+        assert (reason is None) == (head_dim in backends.TESTED[backend])
         assert reason in (None, f"is not tested for head size {head_dim}")
 
 

@@ -1,4 +1,4 @@
-"""dispatch: what is chosen, overrides, loud refusals, the report."""
+"""dispatch: what is chosen, overrides, loud refusals."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import kernels
+from kernels.attention import backends
 from kernels.optimizer import muon
 from kernels.runtime import dispatch, launch, proof
 
@@ -25,9 +26,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
         monkeypatch.setattr(
-            dispatch, "import_problem", lambda name, remedy: remedy if name in missing else None
+            backends, "import_problem", lambda name, remedy: remedy if name in missing else None
         )
-        monkeypatch.setattr(dispatch, "_proofs", {})  # of these: test_proof.py
+        monkeypatch.setattr(dispatch, "proof_problem", lambda *_: None)  # test_proof.py
         if "triton" in missing:
             monkeypatch.setattr(launch, "triton", None)
 
@@ -94,7 +95,7 @@ def test_a_slow_choice_on_a_gpu_is_said_once(gpu: Any, caplog: pytest.LogCapture
     proof._warned.clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            dispatch.choose("attention", "cuda", torch.float64)
+            attention_module._choose("cuda", torch.float64)
     assert len(caplog.records) == 1
     assert "O(N^2) in memory" in caplog.text
     assert "takes bfloat16 or float16, not torch.float64" in caplog.text
@@ -183,7 +184,7 @@ def test_padded_asked_for_where_boundaries_cannot_be_read() -> None:
     ("names", "message"),
     [
         ({"attention": "fast"}, "unknown backend 'fast' for attention; there are flash-attn-4"),
-        ({"loss": "torch"}, "unknown operation 'loss'; there are attention, cross_entropy"),
+        ({"loss": "torch"}, "unknown operation 'loss'; there are adamw, attention, cross_entropy"),
     ],
 )
 def test_unknown_names_are_refused(
@@ -215,7 +216,7 @@ def test_fused_kernels_on_a_gpu(
 ) -> None:
     gpu(capability)
     # float8 has no torch to fall back to: test_fp8_linear.py
-    others = [op for op in dispatch.BACKENDS if op not in OWN_RULES]
+    others = [op for op in dispatch.OPERATIONS if op not in OWN_RULES]
     assert {dispatch.choose(op, "cuda", dtype) for op in others} == {chosen}
 
 
@@ -230,52 +231,6 @@ def test_triton_on_a_cpu_is_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(launch, "INTERPRETED", True)
     assert dispatch.choose("rms_norm") == "triton"
     assert dispatch.choose("rms_norm", "meta") == "torch"
-
-
-def test_report_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "INTERPRETED", False)
-    why = "needs a CUDA GPU (or TRITON_INTERPRET=1, which is for tests)"
-    assert dispatch.report(operations=("rms_norm", "rope")) == [
-        "Using fused cross-entropy (torch, in chunks)",
-        "Flash attention off: needs a CUDA GPU; using padded attention (torch)",
-        f"No fused kernels: {why}; using torch, with backwards that recompute: rms_norm, rope",
-    ]
-
-
-def test_report_says_what_is_off() -> None:
-    lines = dispatch.report(fused_loss=False, flash_attention=False, fused_kernels=False)
-    assert lines == [
-        "Fused loss off",
-        "Flash attention off; using padded attention (torch)",
-        "Fused kernels off",
-    ]
-
-
-def test_report_on_a_gpu(gpu: Any) -> None:
-    gpu(missing=(FLASH_4, FLASH_2))
-    lines = dispatch.report(device="cuda", dtype=torch.bfloat16)
-    assert lines == [
-        "Using fused cross-entropy (triton)",
-        "Using flash attention (triton)",
-        "Using fused kernels (triton): rms_norm, layer_norm, swiglu, rope",
-    ]
-    with kernels.override(rope="torch"):
-        assert dispatch.report(device="cuda", dtype=torch.bfloat16)[2:] == [
-            "Using fused kernels (triton): rms_norm, layer_norm, swiglu",
-            "Fused kernels off, torch was asked for: rope",
-        ]
-    gpu(missing=(FLASH_2, "triton"))
-    attentions = {"text": {"head_dim": 64}, "vision": {"head_dim": 72}, "other": {"head_dim": 128}}
-    lines = dispatch.report(device="cuda", dtype=torch.bfloat16, attentions=attentions)
-    assert lines[1:3] == [
-        "Using flash attention (flash-attn 4) for text, other",
-        "Using flash attention (torch varlen) for vision",
-    ]
-    assert lines[3].startswith("No fused kernels: install triton; using torch")
-    with kernels.override(attention="plain"):
-        assert dispatch.report(device="cuda", dtype=torch.bfloat16)[1] == (
-            "Flash attention off: plain was asked for; using plain attention (torch)"
-        )
 
 
 # A backend that was asked for and cannot serve: every operation, backend and public function
@@ -369,14 +324,14 @@ CALLS: dict[str, dict[str, Call]] = {
 
 def unserved() -> Iterator[Any]:
     for op, calls in CALLS.items():
-        for backend in dispatch.BACKENDS[op]:
+        for backend in dispatch.OPERATIONS[op].backends:
             if backend not in ("torch", "plain", "padded"):
                 for name, call in calls.items():
                     yield pytest.param(op, backend, call, id=f"{backend}-{name}")
 
 
 def test_every_operation_is_called() -> None:
-    assert set(CALLS) == set(dispatch.BACKENDS)
+    assert set(CALLS) == set(dispatch.OPERATIONS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

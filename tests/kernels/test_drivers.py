@@ -64,7 +64,7 @@ def make_cases() -> dict[str, Case]:
     ragged = torch.tensor([0, 3, 3, 8, 10, 12, 12, 12], dtype=torch.int32)
     uniform = torch.tensor([0, 4, 8, 12, 12], dtype=torch.int32)
     ln, rn = (
-        module("norm.rms_norm").layer_norm_reference,
+        module("norm.layer_norm").layer_norm_reference,
         module("norm.rms_norm").rms_norm_reference,
     )
     ce = module("loss.cross_entropy")
@@ -115,14 +115,14 @@ def make_cases() -> dict[str, Case]:
             lambda x, w, b: kernels.layer_norm(x, w, b, 1e-3),
             lambda x, w, b: ln(x, w, b, eps=1e-3),
             ((3, 4, DIM), (DIM,), (DIM,)),
-            module("norm.rms_norm"),
+            module("norm.layer_norm"),
             "LAYER_NORM",
         ),
         "layer_norm without leaves": Case(
             lambda x: kernels.layer_norm(x, None, None, 1e-3),
             lambda x: ln(x, None, None, eps=1e-3),
             ((N, DIM),),
-            module("norm.rms_norm"),
+            module("norm.layer_norm"),
             "LAYER_NORM",
         ),
         "swiglu": Case(

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
-from kernels.attention import attention_flash
+from kernels.attention import attention_flash, backends
+from kernels.attention.backends import AttentionCall
 from kernels.runtime import dispatch, proof
-from kernels.runtime.dispatch import Facts
 
 attention = importlib.import_module("kernels.attention.attention")
 BF16 = torch.bfloat16
@@ -219,8 +219,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def prove(kind: str) -> str | None:
-    facts = Facts(**{"device": "cpu", "dtype": BF16, "head_dim": 32, **KINDS[kind]})
-    return problem(lambda: attention.prove_attention("cudnn", facts), kind)
+    facts = AttentionCall(**{"device": "cpu", "dtype": BF16, "head_dim": 32, **KINDS[kind]})
+    return problem(lambda: backends.prove_attention("cudnn", facts), kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -278,7 +278,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    monkeypatch.setattr(dispatch, "import_problem", lambda module, remedy: None)
+    monkeypatch.setattr(backends, "import_problem", lambda module, remedy: None)
     monkeypatch.setattr(dispatch.launch, "triton", object())
     monkeypatch.setattr(proof, "_run", lambda case, device: proved(case))
 
@@ -289,16 +289,19 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
             return error
         return None
 
-    def trying(backend: str) -> Callable[[Facts], None]:
-        def case(facts: Facts) -> None:
+    def trying(backend: str) -> Callable[[AttentionCall], None]:
+        def case(facts: AttentionCall) -> None:
             tried.setdefault(backend, []).append(facts)
             if backend in tried["broken"]:
                 raise TypeError("epilogue fn depends on <ContextVar>")
 
         return case
 
-    for (op, backend), how in dispatch._proofs.items():
-        monkeypatch.setitem(dispatch._proofs, (op, backend), how._replace(case=trying(backend)))
+    table = dispatch.OPERATIONS["attention"].backends
+    for name, backend in table.items():
+        if backend.proof is not None:
+            trial = backend._replace(proof=backend.proof._replace(case=trying(name)))
+            monkeypatch.setitem(table, name, trial)
     return tried
 
 
@@ -341,17 +344,16 @@ def test_each_kind_of_call_is_proved(hopper: Any) -> None:
         torch.use_deterministic_algorithms(False)
 
 
-def test_a_report_tries_nothing(hopper: Any) -> None:
-    lines = dispatch.report(device="cuda", dtype=BF16)
-    assert "Using flash attention (flash-attn 4)" in lines
+def test_why_not_tries_nothing(hopper: Any) -> None:
     assert dispatch.why_not("attention", "flash-attn-4", "cuda", BF16) is None
     assert set(hopper) == {"broken"}
 
 
-def test_every_backend_from_outside_has_a_proof() -> None:
+def test_exactly_the_backends_from_outside_have_a_proof() -> None:
     ours = {"triton", "torch", "plain", "padded"}
-    outside = {(op, b) for op, names in dispatch.BACKENDS.items() for b in names if b not in ours}
-    assert set(dispatch._proofs) == outside
+    for operation in dispatch.OPERATIONS.values():
+        for name, backend in operation.backends.items():
+            assert (backend.proof is None) == (name in ours)
 
 
 def test_broken_imports_say_so(

@@ -40,6 +40,7 @@ from tests.kernels.drivers import (
 from tests.rounding import ulps
 
 norms = importlib.import_module("kernels.norm.rms_norm")
+layer_norms = importlib.import_module("kernels.norm.layer_norm")
 EPS = 1e-5
 EPS32 = torch.finfo(torch.float32).eps
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -325,9 +326,9 @@ CASES = {
     ),
     "layer_norm": Case(
         lambda x, w, b: layer_norm(x, w, b, EPS),
-        lambda x, w, b: norms.layer_norm_reference(x, w, b, eps=EPS),
+        lambda x, w, b: layer_norms.layer_norm_reference(x, w, b, eps=EPS),
         ((5, 24), (24,), (24,)),
-        norms,
+        layer_norms,
         "LAYER_NORM_TRITON",
     ),
 }
