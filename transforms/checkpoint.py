@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from core.forward import Forward, Rule
 from core.sites import SiteInfo
 from kernels.runtime.autograd import nested_forward_mode
+from kernels.runtime.operators import kind_of
 from transforms.kept import Keep, contexts, operation
 from transforms.legal import check_legal
 from transforms.offload import offloaded
@@ -35,23 +36,31 @@ from transforms.recompute import functional, unchanging
 
 Policy = str | Sequence[str] | Keep
 
-# Matrix products with a weight; those of plain attention have a batch dimension (bmm) and would
-# keep [H, T, T]. Names are those that `operation` gives.
-DOTS = frozenset((
-    "aten.mm", "aten.addmm", "aten._int_mm", "aten._scaled_mm",
-    "nanovision.int8_linear_forward",
-))  # fmt: skip
-# Outputs and statistics of flash attention: large to compute, small to keep.
-ATTENTIONS = frozenset((
-    "nanovision.flash_attention", "nanovision.padded_attention",
-    "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_efficient_attention",
-    "aten._scaled_dot_product_cudnn_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
+# PyTorch's operations of the kinds that kernels register theirs with (`kind_of`).
+MATMULS = {"aten.mm", "aten.addmm", "aten._int_mm", "aten._scaled_mm"}
+ATTENTIONS = {
+    "aten._scaled_dot_product_flash_attention",
+    "aten._scaled_dot_product_efficient_attention",
+    "aten._scaled_dot_product_cudnn_attention",
+    "aten._scaled_dot_product_flash_attention_for_cpu",
     "aten._flash_attention_forward",
-))  # fmt: skip
+}
+
+
+def _is_matmul(name: str) -> bool:
+    """A product with a weight. Plain attention's are batched (bmm), and would keep [H, T, T]."""
+    return name in MATMULS or kind_of(name) == "matmul"
+
+
+def _is_attention(name: str) -> bool:
+    """Flash attention: its outputs and statistics are slow to compute and small to keep."""
+    return name in ATTENTIONS or kind_of(name) == "attention"
+
+
 POLICIES: dict[str, Keep | None] = {
     "nothing": None,
-    "dots": DOTS.__contains__,
-    "attention": ATTENTIONS.__contains__,
+    "dots": _is_matmul,
+    "attention": _is_attention,
     "offload": None,
 }
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kernels.attention import attention_triton
 from kernels.runtime.autograd import fold_all
-from kernels.runtime.operators import LIBRARY, fake, operator
+from kernels.runtime.operators import LIBRARY, operator
 
 # The libraries. Each forward gives (out, lse), each backward (dq, dk, dv), in any layout: the ops
 # make them contiguous. `cu` is None for a dense batch: q, k, v are then [B, T, heads, Dh].
@@ -329,30 +329,17 @@ def _lse_shape(q: Tensor, backend: str, length: int | None) -> tuple[int, ...]:
     return heads, n
 
 
-def _forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    backend: str,
-    longest: int,
-    length: int | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(q: Tensor, backend: str, length: int | None, **_: Any) -> tuple[Tensor, Tensor]:
     lse_shape = _lse_shape(q, backend, length)
     return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=torch.float32)
 
 
-def _backward_fake(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-operator("flash_attention")(flash_forward)
-operator("flash_attention_backward")(flash_backward)
-fake("flash_attention")(_forward_fake)
-fake("flash_attention_backward")(_backward_fake)
+operator("flash_attention", fake=_forward_fake, kind="attention")(flash_forward)
+operator("flash_attention_backward", fake=_backward_fake)(flash_backward)
 
 
 # Examples side by side are documents of one packed batch: a vmap level costs no further launch.

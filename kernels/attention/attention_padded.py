@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.runtime.autograd import Op, accumulation_dtype, run
 from kernels.runtime.dynamo import allow_in_graph
+from kernels.runtime.operators import operator
 
 # Documents up to _SMALL tokens go through batched matmuls, longer ones through torch's CPU flash
 # kernel. Measured on one core, bf16, forward + backward: 68 documents of 60 tokens, 4 heads of 32:
@@ -253,13 +254,8 @@ def _padded(
     return [_join(parts, plan, heads), *residuals]
 
 
-# One operation to those who decide what is kept for backward (transforms.checkpoint).
-_OPS = torch.library.Library("nanovision", "FRAGMENT")
-_OPS.define(
-    "padded_attention(Tensor q, Tensor k, Tensor v, int[] bounds, bool causal, int? window, "
-    "float scale) -> Tensor[]"
-)
-_OPS.impl("padded_attention", _padded, "CompositeExplicitAutograd")
+# One operation for policies of what backward keeps (transforms.checkpoint). It reads `bounds`.
+operator("padded_attention", fake=None, kind="attention")(_padded)
 
 
 def _padded_forward(

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from kernels.linear.linear import bias_gradient, linear_reference, sums_biases
 from kernels.mlp import glu_triton
@@ -45,22 +44,9 @@ from kernels.runtime.autograd import (
 )
 from kernels.runtime.dispatch import choose
 from kernels.runtime.dynamo import allow_in_graph
-from kernels.runtime.operators import fake, operator
+from kernels.runtime.operators import empty, operator
 
 Shape = Sequence[int]
-
-# Pieces
-
-
-def nothing(like: Tensor) -> Tensor:
-    """What an operator returns in the place of a gradient that nobody asked for."""
-    return like.new_empty(0)
-
-
-def like(x: Tensor, needed: bool) -> Tensor:
-    """The fake of a gradient."""
-    return x.new_empty(x.shape) if needed else nothing(x)
-
 
 # GLU, then a linear layer: y = h W^T + b with h = act(gate) up
 
@@ -115,13 +101,13 @@ def _glu_linear_gradients(
     [..., F] is allocated three times: for dh, which becomes the gradient of up, for the gradient of
     gate, and for h, which is gone at the end.
     """
-    d_gate, d_up, h = nothing(gate), nothing(up), None
+    d_gate, d_up, h = empty(gate), empty(up), None
     if needs_input:
         dh = torch.mm(rows_of(grad), weight).view(gate.shape)
         d_gate, d_up, h = glu_gradients(dh, gate, up, activation, triton, needs_weight)
         del dh
     if not needs_weight:
-        return d_gate, d_up, nothing(weight)
+        return d_gate, d_up, empty(weight)
     if h is None:
         h = glu(gate, up, activation, triton)
     return d_gate, d_up, torch.mm(rows_of(grad).t(), rows_of(h).to(weight.dtype))
@@ -150,21 +136,21 @@ def glu_gradients(
     return d_gate.to(gate.dtype), d_up.to(up.dtype), None
 
 
-_glu_linear_op = operator("glu_linear_backward")(_glu_linear_gradients)
-
-
-@fake("glu_linear_backward")
-def _(
-    grad: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    weight: Tensor,
-    activation: str,
-    triton: bool,
-    needs_input: bool,
-    needs_weight: bool,
+def _glu_linear_fake(
+    gate: Tensor, up: Tensor, weight: Tensor, needs_input: bool, needs_weight: bool, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return like(gate, needs_input), like(up, needs_input), like(weight, needs_weight)
+    return empty(gate, needs_input), empty(up, needs_input), empty(weight, needs_weight)
+
+
+def _glu_linear_flops(
+    gate: Shape, weight: Shape, needs_input: bool, needs_weight: bool, **_: Any
+) -> int:
+    return 2 * math.prod(gate) * weight[0] * (needs_input + needs_weight)
+
+
+_glu_linear_op = operator("glu_linear_backward", fake=_glu_linear_fake, flops=_glu_linear_flops)(
+    _glu_linear_gradients
+)
 
 
 def _glu_linear_backward(
@@ -379,7 +365,7 @@ def _norm_linears_gradients(
     """
     flat, groups = [rows_of(grad) for grad in grads], _groups(weights)
     joined = [_join(flat, group, 1) for group in groups]
-    of_weights = [nothing(weight) for weight in weights]
+    of_weights = [empty(weight) for weight in weights]
     back, forth = needs_input or needs[0], any(needs[1:])
 
     def learn(h: Tensor) -> None:
@@ -399,28 +385,33 @@ def _norm_linears_gradients(
         del dh
         if h is not None:
             learn(h)
-    of_norm = (nothing(t) if g is None else g for t, g in ((x, dx), (norm_weight, dw)))
+    of_norm = (empty(t) if g is None else g for t, g in ((x, dx), (norm_weight, dw)))
     return [*of_norm, *of_weights]
 
 
-_norm_linears_op = operator("norm_linears_backward")(_norm_linears_gradients)
-
-
-@fake("norm_linears_backward")
-def _(
-    grads: Sequence[Tensor],
-    grad_total: Tensor | None,
+def _norm_linears_fake(
     x: Tensor,
     norm_weight: Tensor,
     weights: Sequence[Tensor],
-    r: Tensor,
-    eps: float,
-    triton: bool,
     needs_input: bool,
     needs: Sequence[bool],
+    **_: Any,
 ) -> list[Tensor]:
     leaves = zip((norm_weight, *weights), needs, strict=True)
-    return [like(x, needs_input or needs[0]), *(like(leaf, need) for leaf, need in leaves)]
+    return [empty(x, needs_input or needs[0]), *(empty(leaf, need) for leaf, need in leaves)]
+
+
+def _norm_linears_flops(
+    x: Shape, weights: Sequence[Shape], needs_input: bool, needs: Sequence[bool], **_: Any
+) -> int:
+    back = needs_input or needs[0]
+    pairs = zip(weights, needs[1:], strict=True)
+    return sum(2 * math.prod(x) * weight[0] * (back + need) for weight, need in pairs)
+
+
+_norm_linears_op = operator(
+    "norm_linears_backward", fake=_norm_linears_fake, flops=_norm_linears_flops
+)(_norm_linears_gradients)
 
 
 def _norm_linears_backward(
@@ -509,43 +500,6 @@ def _apply_add_norm_linears(
 ) -> tuple[Tensor, ...]:
     op = _with_outputs(ADD_NORM_LINEARS, len(leaves) // 2 + 1)
     return run_of_sum(op, x, residual, norm_weight, *leaves, eps=eps, triton=triton, sums=sums)
-
-
-# What FlopCounterMode cannot see, because it is inside of operators
-
-
-@register_flop_formula(torch.ops.nanovision.glu_linear_backward)
-def _glu_linear_flops(
-    grad: Shape,
-    gate: Shape,
-    up: Shape,
-    weight: Shape,
-    activation: str,
-    triton: bool,
-    needs_input: bool,
-    needs_weight: bool,
-    **_: Any,
-) -> int:
-    return 2 * math.prod(gate) * weight[0] * (needs_input + needs_weight)
-
-
-@register_flop_formula(torch.ops.nanovision.norm_linears_backward)
-def _norm_linears_flops(
-    grads: Sequence[Shape],
-    grad_total: Shape | None,
-    x: Shape,
-    norm_weight: Shape,
-    weights: Sequence[Shape],
-    r: Shape,
-    eps: float,
-    triton: bool,
-    needs_input: bool,
-    needs: Sequence[bool],
-    **_: Any,
-) -> int:
-    back = needs_input or needs[0]
-    pairs = zip(weights, needs[1:], strict=True)
-    return sum(2 * math.prod(x) * weight[0] * (back + need) for weight, need in pairs)
 
 
 # Public

@@ -26,7 +26,7 @@ from kernels.runtime.autograd import (
 )
 from kernels.runtime.dispatch import TORCH, TRITON, choose, declare
 from kernels.runtime.dynamo import allow_in_graph, check_hidden
-from kernels.runtime.operators import fake, operator
+from kernels.runtime.operators import operator
 
 declare("cross_entropy", TRITON, TORCH)
 
@@ -229,20 +229,16 @@ def _row_major(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
-_forward_op = operator("cross_entropy_forward")(_forward_kernel)
-_backward_op = operator("cross_entropy_backward")(_backward_kernel)
-
-
-@fake("cross_entropy_forward")
-def _(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward_fake(logits: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scalar = logits.new_empty((), dtype=torch.float32)
     row = logits.new_empty(logits.shape[0], dtype=torch.float32)
     return scalar, torch.empty_like(scalar), row, torch.empty_like(row)
 
 
-@fake("cross_entropy_backward")
-def _(logits: Tensor, *rest: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
+_forward_op = operator("cross_entropy_forward", fake=_forward_fake)(_forward_kernel)
+_backward_op = operator(
+    "cross_entropy_backward", fake=lambda logits, **_: logits.new_empty(logits.shape)
+)(_backward_kernel)
 
 
 def _forward_triton(
@@ -290,19 +286,17 @@ def _overwrite(
     return losses.sum() / count, count
 
 
-_overwrite_op = operator("cross_entropy_overwrite", mutates=("logits",))(_overwrite)
-_scale_op = operator("cross_entropy_scale", mutates=("x",))(cross_entropy_triton.scale_rows)
-
-
-@fake("cross_entropy_overwrite")
-def _(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _overwrite_fake(logits: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     loss = logits.new_empty((), dtype=accumulation_dtype(logits.dtype))
     return loss, torch.empty_like(loss)
 
 
-@fake("cross_entropy_scale")
-def _(x: Tensor, factor: Tensor) -> None:
-    return None
+_overwrite_op = operator("cross_entropy_overwrite", fake=_overwrite_fake, mutates=("logits",))(
+    _overwrite
+)
+_scale_op = operator("cross_entropy_scale", fake=lambda **_: None, mutates=("x",))(
+    cross_entropy_triton.scale_rows
+)
 
 
 def scaled(gradient: Tensor, factor: Tensor, triton: bool, last: bool = False) -> Tensor:

@@ -45,7 +45,7 @@ from kernels.runtime.autograd import (
 )
 from kernels.runtime.dispatch import TORCH, TRITON, choose, declare
 from kernels.runtime.dynamo import allow_in_graph, check_hidden
-from kernels.runtime.operators import fake, operator
+from kernels.runtime.operators import operator
 
 declare("linear_cross_entropy", TRITON, TORCH)
 
@@ -220,22 +220,25 @@ def _even_chunk(n: int, chunk: int) -> int:
 # Custom ops, so that the compiler sees one node and not an unrolled loop over chunks
 
 
-_chunked_op = operator("linear_cross_entropy")(_chunked)
-_fused_op = operator("linear_cross_entropy_triton")(_fused)
-
-
-@fake("linear_cross_entropy")
-@fake("linear_cross_entropy_triton")
-def _(
-    hidden: Tensor, unembed: Tensor, bias: Tensor | None, *rest: Any
+def _fake(
+    hidden: Tensor,
+    unembed: Tensor,
+    bias: Tensor | None,
+    need_hidden: bool,
+    need_unembed: bool,
+    need_bias: bool,
+    **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_hidden, need_unembed, need_bias = rest[-3:]
     return (
         hidden.new_empty((), dtype=accumulation_dtype(hidden.dtype)),
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
         torch.empty_like(unembed) if need_unembed else hidden.new_empty(0),
         torch.empty_like(bias) if need_bias and bias is not None else hidden.new_empty(0),
     )
+
+
+_chunked_op = operator("linear_cross_entropy", fake=_fake)(_chunked)
+_fused_op = operator("linear_cross_entropy_triton", fake=_fake)(_fused)
 
 
 # Reference: plain torch, differentiable to any order (its derivatives do keep O(N * V))

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from kernels.linear.fused_linear import (
     add_norm,
@@ -25,10 +24,8 @@ from kernels.linear.fused_linear import (
     check_residual,
     glu,
     glu_gradients,
-    like,
     norm_again,
     norm_gradients,
-    nothing,
 )
 from kernels.linear.linear import add_product, linear_reference
 from kernels.loss.cross_entropy import is_last_backward
@@ -45,7 +42,7 @@ from kernels.runtime.autograd import (
 )
 from kernels.runtime.dispatch import choose
 from kernels.runtime.dynamo import allow_in_graph
-from kernels.runtime.operators import fake, operator
+from kernels.runtime.operators import empty, operator
 
 _CHUNK_BYTES = 2**30  # of the three tensors that a recomputed chunk holds
 
@@ -125,7 +122,7 @@ def _gated_gradients(
     glu_triton: bool,
     needs_input: bool,
     needs: Sequence[bool],  # of norm_weight, gate, up, down
-    overwrite: bool = False,
+    overwrite: bool,
 ) -> list[Tensor]:
     """The gradients of x, norm_weight, gate, up and down (empty where not asked for).
 
@@ -193,61 +190,45 @@ def _gated_gradients(
             learn("up", needs[2], db, made)
     weights = {"gate": gate, "up": up, "down": down}
     return [
-        nothing(x) if dx is None else dx,
-        nothing(norm_weight) if dw is None else dw,
-        *(learnt[n].to(dtype) if n in learnt else nothing(w) for n, w in weights.items()),
+        empty(x) if dx is None else dx,
+        empty(norm_weight) if dw is None else dw,
+        *(learnt[n].to(dtype) if n in learnt else empty(w) for n, w in weights.items()),
     ]
 
 
-_gated_op = operator("gated_mlp_backward")(_gated_gradients)
-
-
-@operator("gated_mlp_backward_", mutates=("a", "b"))
-def _last_gated_op(
-    grad: Tensor,
-    grad_total: Tensor,
+def _gated_fake(
     x: Tensor,
     norm_weight: Tensor,
     gate: Tensor,
     up: Tensor,
     down: Tensor,
-    r: Tensor,
-    a: Tensor,
-    b: Tensor,
-    eps: float,
-    norm_triton: bool,
-    glu_triton: bool,
     needs_input: bool,
     needs: Sequence[bool],
-) -> list[Tensor]:
-    return _gated_gradients(
-        grad, grad_total, x, norm_weight, gate, up, down, r, a, b,
-        eps, norm_triton, glu_triton, needs_input, needs, overwrite=True,
-    )  # fmt: skip
-
-
-@fake("gated_mlp_backward")
-@fake("gated_mlp_backward_")
-def _(
-    grad: Tensor,
-    grad_total: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
-    r: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    eps: float,
-    norm_triton: bool,
-    glu_triton: bool,
-    needs_input: bool,
-    needs: Sequence[bool],
-    overwrite: bool = False,
+    **_: Any,
 ) -> list[Tensor]:
     leaves = zip((norm_weight, gate, up, down), needs, strict=True)
-    return [like(x, needs_input or needs[0]), *(like(leaf, need) for leaf, need in leaves)]
+    return [empty(x, needs_input or needs[0]), *(empty(leaf, need) for leaf, need in leaves)]
+
+
+def _gated_flops(
+    grad: Sequence[int],
+    gate: Sequence[int],
+    down: Sequence[int],
+    a: Sequence[int] | None,
+    needs_input: bool,
+    needs: Sequence[bool],
+    **_: Any,
+) -> int:
+    (width, dim), out = gate, down[0]
+    products = out * (1 + needs[3])
+    products += dim * (2 * (needs_input or needs[0]) + needs[1] + needs[2] + 2 * (a is None))
+    return 2 * math.prod(grad[:-1]) * width * products
+
+
+_gated_op = operator(
+    "gated_mlp_backward", fake=_gated_fake, flops=_gated_flops, overwrites=("a", "b")
+)(_gated_gradients)
+_last_gated_op = torch.ops.nanovision.gated_mlp_backward_.default
 
 
 def _gated_backward(
@@ -308,34 +289,6 @@ def _apply_gated(
         GATED_MLP, x, residual, norm_weight, gate, up, down,
         eps=eps, norm_triton=norm_triton, glu_triton=glu_triton, keep=keep, alone=_alone(),
     )  # fmt: skip
-
-
-@register_flop_formula(
-    [torch.ops.nanovision.gated_mlp_backward, torch.ops.nanovision.gated_mlp_backward_]
-)
-def _gated_flops(
-    grad: Sequence[int],
-    grad_total: Any,
-    x: Sequence[int],
-    norm_weight: Any,
-    gate: Sequence[int],
-    up: Any,
-    down: Sequence[int],
-    r: Any,
-    a: Any,
-    b: Any,
-    eps: float,
-    norm_triton: bool,
-    glu_triton: bool,
-    needs_input: bool,
-    needs: Sequence[bool],
-    *_: Any,
-    **__: Any,
-) -> int:
-    (width, dim), out = gate, down[0]
-    products = out * (1 + needs[3])
-    products += dim * (2 * (needs_input or needs[0]) + needs[1] + needs[2] + 2 * (a is None))
-    return 2 * math.prod(grad[:-1]) * width * products
 
 
 # Public

@@ -18,7 +18,7 @@ from kernels.mlp import glu_triton
 from kernels.runtime.autograd import Op, check_floating, fold_all, fold_all_backward, run
 from kernels.runtime.dispatch import TORCH, TRITON, choose, declare
 from kernels.runtime.dynamo import allow_in_graph
-from kernels.runtime.operators import fake, operator
+from kernels.runtime.operators import empty, operator
 
 for _activation in ("swiglu", "geglu", "relu2"):
     declare(_activation, TRITON, TORCH)
@@ -45,44 +45,24 @@ def relu2_reference(x: Tensor) -> Tensor:
 # Custom operators: what a compiler sees of the launches
 
 
-@operator("glu")
+@operator("glu", fake=lambda gate, **_: empty(gate, True))
 def _glu_op(gate: Tensor, up: Tensor, name: str) -> Tensor:
     return glu_triton.glu_forward(gate, up, name)
 
 
-@operator("glu_backward")
+@operator("glu_backward", fake=lambda gate, up, **_: (empty(gate, True), empty(up, True)))
 def _glu_backward_op(grad: Tensor, gate: Tensor, up: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return glu_triton.glu_backward(grad, gate, up, name)
 
 
-@operator("relu2")
+@operator("relu2", fake=lambda x: empty(x, True))
 def _relu2_op(x: Tensor) -> Tensor:
     return glu_triton.relu2_forward(x)
 
 
-@operator("relu2_backward")
+@operator("relu2_backward", fake=lambda x, **_: empty(x, True))
 def _relu2_backward_op(grad: Tensor, x: Tensor) -> Tensor:
     return glu_triton.relu2_backward(grad, x)
-
-
-@fake("glu")
-def _(gate: Tensor, up: Tensor, name: str) -> Tensor:
-    return gate.new_empty(gate.shape)
-
-
-@fake("glu_backward")
-def _(grad: Tensor, gate: Tensor, up: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
-
-
-@fake("relu2")
-def _(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@fake("relu2_backward")
-def _(grad: Tensor, x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
 
 
 # Ops

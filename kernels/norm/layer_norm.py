@@ -6,7 +6,7 @@ Statistics are fp32. Backward keeps x and two statistics a row.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from kernels.runtime import launch
 from kernels.runtime.autograd import Op, accumulation_dtype, run
 from kernels.runtime.dispatch import TORCH, Backend, choose, declare
 from kernels.runtime.dynamo import allow_in_graph
-from kernels.runtime.operators import fake, operator
+from kernels.runtime.operators import empty, operator
 
 
 class _LayerNormCall(NamedTuple):
@@ -111,7 +111,7 @@ def _layer_backward_kernel(
     dx, dw, db = layer_norm_triton.layer_norm_backward(
         grad, x, weight, bias, mean, r, needs_weight, needs_bias
     )
-    return dx, x.new_empty(0) if dw is None else dw, x.new_empty(0) if db is None else db
+    return dx, empty(x) if dw is None else dw, empty(x) if db is None else db
 
 
 def _layer_kernel(
@@ -121,30 +121,26 @@ def _layer_kernel(
     return layer_norm_triton.layer_norm_forward(x, weight, bias, eps)
 
 
-_layer_op = operator("layer_norm")(_layer_kernel)
-_layer_backward_op = operator("layer_norm_backward")(_layer_backward_kernel)
+def _layer_fake(x: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return empty(x, True), fake_statistic(x), fake_statistic(x)
 
 
-@fake("layer_norm")
-def _(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), fake_statistic(x), fake_statistic(x)
-
-
-@fake("layer_norm_backward")
-def _(
-    grad: Tensor,
+def _layer_backward_fake(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    r: Tensor,
     needs_weight: bool,
     needs_bias: bool,
+    **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dw, db = fake_leaf(x, weight, needs_weight), fake_leaf(x, bias, needs_bias)
-    return x.new_empty(x.shape), dw, db
+    return empty(x, True), dw, db
+
+
+_layer_op = operator("layer_norm", fake=_layer_fake)(_layer_kernel)
+_layer_backward_op = operator("layer_norm_backward", fake=_layer_backward_fake)(
+    _layer_backward_kernel
+)
 
 
 def _layer_forward_triton(

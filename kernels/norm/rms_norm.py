@@ -7,6 +7,8 @@ sum alone) and one statistic a row, never an fp32 copy of x.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from kernels.runtime.autograd import (
 )
 from kernels.runtime.dispatch import TORCH, TRITON, choose, declare
 from kernels.runtime.dynamo import allow_in_graph
-from kernels.runtime.operators import fake, operator
+from kernels.runtime.operators import empty, operator
 
 declare("rms_norm", TRITON, TORCH)
 
@@ -108,7 +110,7 @@ def _rms_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normed, total (empty without a residual), r."""
     y, total, r = rms_norm_triton.rms_norm_forward(x, residual, weight, eps)
-    return y, x.new_empty(0) if total is None else total, r
+    return y, empty(x) if total is None else total, r
 
 
 def _rms_backward_kernel(
@@ -121,39 +123,29 @@ def _rms_backward_kernel(
 ) -> tuple[Tensor, Tensor]:
     """dx, and dw (empty if it is not asked for)."""
     dx, dw = rms_norm_triton.rms_norm_backward(grad, grad_total, x, weight, r, needs_weight)
-    return dx, x.new_empty(0) if dw is None else dw
-
-
-_rms_op = operator("rms_norm")(_rms_kernel)
-_rms_backward_op = operator("rms_norm_backward")(_rms_backward_kernel)
+    return dx, empty(x) if dw is None else dw
 
 
 def fake_leaf(x: Tensor, leaf: Tensor | None, needs: bool) -> Tensor:
-    return leaf.new_empty(leaf.shape) if needs and leaf is not None else x.new_empty(0)
+    return empty(x) if leaf is None or not needs else empty(leaf, True)
 
 
 def fake_statistic(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-@fake("rms_norm")
-def _(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    total = x.new_empty(0 if residual is None else x.shape)
-    return x.new_empty(x.shape), total, fake_statistic(x)
+def _rms_fake(x: Tensor, residual: Tensor | None, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return empty(x, True), empty(x, residual is not None), fake_statistic(x)
 
 
-@fake("rms_norm_backward")
-def _(
-    grad: Tensor,
-    grad_total: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    r: Tensor,
-    needs_weight: bool,
+def _rms_backward_fake(
+    x: Tensor, weight: Tensor | None, needs_weight: bool, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), fake_leaf(x, weight, needs_weight)
+    return empty(x, True), fake_leaf(x, weight, needs_weight)
+
+
+_rms_op = operator("rms_norm", fake=_rms_fake)(_rms_kernel)
+_rms_backward_op = operator("rms_norm_backward", fake=_rms_backward_fake)(_rms_backward_kernel)
 
 
 def _rms_forward_triton(

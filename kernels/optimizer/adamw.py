@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from torch import Tensor
 from kernels.optimizer.adamw_triton import Plan, adamw_launch, make_plan, step_table
 from kernels.runtime.dispatch import TORCH, TRITON, choose, declare
 from kernels.runtime.hashing import LOW, lowbias32
-from kernels.runtime.operators import fake, operator
+from kernels.runtime.operators import operator
 
 declare("adamw", TRITON, TORCH)
 
@@ -138,12 +137,11 @@ def _adamw(
         )  # fmt: skip
 
 
-_op = operator("adamw_", mutates=("params", "exp_avgs", "exp_avg_sqs", "copies"))(_adamw)
-
-
-@fake("adamw_")
-def _(*_: Any) -> None:
-    """It gives nothing."""
+_op = operator(
+    "adamw_",
+    fake=lambda **_: None,
+    mutates=("params", "exp_avgs", "exp_avg_sqs", "copies"),
+)(_adamw)
 
 
 def _numbers(step: int, lr: float, beta1: float, beta2: float) -> tuple[float, float, float]:

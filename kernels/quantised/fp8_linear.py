@@ -42,7 +42,7 @@ from kernels.runtime.autograd import (
 )
 from kernels.runtime.dispatch import TORCH, Backend, CallInfo, choose, declare
 from kernels.runtime.dynamo import allow_in_graph, check_hidden
-from kernels.runtime.operators import fake, operator
+from kernels.runtime.operators import operator
 
 
 def _why_not(call: CallInfo) -> str | None:
@@ -114,13 +114,44 @@ def _widen(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 # Rounding, a custom op: what a compiler may merge. Outputs that are not asked for are empty.
 
 
-@operator("fp8_quantize")
+def _quantize_fake(x: Tensor, scaling: str, turned: bool, **_: Any) -> Triple:
+    rows, cols = x.shape
+    across = (cols, _up16(rows)) if turned else (0, 0)
+    scale = x.new_empty(() if scaling == "tensor" else (rows, 1), dtype=torch.float32)
+    return _codes(x, rows, cols), _codes(x, *across), scale
+
+
+@operator("fp8_quantize", fake=_quantize_fake)
 def _quantize_op(x: Tensor, scaling: str, turned: bool, triton: bool) -> Triple:
     """x [R, C] in e4m3: codes [R, C], the transposed ones [C, R up to a multiple of 16], scale."""
     return _quantize(x, E4M3, scaling, True, turned, None, triton)
 
 
-@operator("fp8_quantize_backward")
+def _quantize_backward_fake(
+    grad: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    scaling: str,
+    needs_input: bool,
+    needs_weight: bool,
+    **_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (rows, outs), inner = grad.shape, weight.shape[1]
+    tensor = scaling == "tensor"
+    straight = (rows, outs) if needs_input else (0, 0)
+    across = (outs, _up16(rows)) if needs_weight and tensor else (0, 0)
+    weights = (inner, outs) if needs_input else (0, 0)
+    scales = (1, inner) if needs_input and not tensor else (0,)
+    return (
+        _codes(grad, *straight, dtype=E5M2),
+        _codes(grad, *across, dtype=E5M2),
+        grad.new_empty(() if tensor else (rows, 1), dtype=torch.float32),
+        _codes(weight, *weights),
+        weight_scale.new_empty(scales),
+    )
+
+
+@operator("fp8_quantize_backward", fake=_quantize_backward_fake)
 def _quantize_backward_op(
     grad: Tensor,
     weight: Tensor,
@@ -152,39 +183,6 @@ def _codes(x: Tensor, *shape: int, dtype: torch.dtype = E4M3) -> Tensor:
 
 def _up16(n: int) -> int:
     return -(-n // 16) * 16
-
-
-@fake("fp8_quantize")
-def _(x: Tensor, scaling: str, turned: bool, triton: bool) -> Triple:
-    rows, cols = x.shape
-    across = (cols, _up16(rows)) if turned else (0, 0)
-    scale = x.new_empty(() if scaling == "tensor" else (rows, 1), dtype=torch.float32)
-    return _codes(x, rows, cols), _codes(x, *across), scale
-
-
-@fake("fp8_quantize_backward")
-def _(
-    grad: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    scaling: str,
-    needs_input: bool,
-    needs_weight: bool,
-    triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (rows, outs), inner = grad.shape, weight.shape[1]
-    tensor = scaling == "tensor"
-    straight = (rows, outs) if needs_input else (0, 0)
-    across = (outs, _up16(rows)) if needs_weight and tensor else (0, 0)
-    weights = (inner, outs) if needs_input else (0, 0)
-    scales = (1, inner) if needs_input and not tensor else (0,)
-    return (
-        _codes(grad, *straight, dtype=E5M2),
-        _codes(grad, *across, dtype=E5M2),
-        grad.new_empty(() if tensor else (rows, 1), dtype=torch.float32),
-        _codes(weight, *weights),
-        weight_scale.new_empty(scales),
-    )
 
 
 def _quantize(

@@ -26,7 +26,7 @@ from kernels.runtime.autograd import (
 )
 from kernels.runtime.dispatch import TORCH, TRITON, choose, declare
 from kernels.runtime.dynamo import allow_in_graph, check_hidden
-from kernels.runtime.operators import fake, operator
+from kernels.runtime.operators import operator
 
 declare("int8_linear", TRITON, TORCH)
 
@@ -118,18 +118,15 @@ def _as_rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
-_forward_op = operator("int8_linear_forward")(_forward_kernel)
-_transposed_op = operator("int8_linear_transposed")(_transposed_kernel)
-
-
-@fake("int8_linear_forward")
-def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@fake("int8_linear_transposed")
-def _(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], weight.shape[1])
+_forward_op = operator(
+    "int8_linear_forward",
+    fake=lambda x, weight, **_: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    kind="matmul",
+)(_forward_kernel)
+_transposed_op = operator(
+    "int8_linear_transposed",
+    fake=lambda grad, weight, **_: grad.new_empty(*grad.shape[:-1], weight.shape[1]),
+)(_transposed_kernel)
 
 
 # Autograd

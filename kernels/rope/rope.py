@@ -32,7 +32,7 @@ from kernels.runtime.autograd import (
 )
 from kernels.runtime.dispatch import TORCH, TRITON, choose, declare
 from kernels.runtime.dynamo import allow_in_graph, check_hidden
-from kernels.runtime.operators import fake, operator
+from kernels.runtime.operators import empty, operator
 
 declare("rope", TRITON, TORCH)
 
@@ -87,7 +87,7 @@ def rope_qk_norm_reference(
 # Custom operators: what a compiler sees of the launches
 
 
-@operator("rope")
+@operator("rope", fake=lambda q, k, **_: (empty(q, True), empty(k, True)))
 def _rope_op(
     q: Tensor,
     k: Tensor,
@@ -102,7 +102,14 @@ def _rope_op(
     return rope_triton.rope_turn(q, k, q_weight, k_weight, cos, sin, positions, eps, inverse)
 
 
-@operator("rope_qk_norm_backward")
+def _backward_fake(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, needs_weights: bool, **_: Any
+) -> tuple[Tensor, ...]:
+    weights = (empty(weight, needs_weights) for weight in (q_weight, k_weight))
+    return (empty(q, True), empty(k, True), *weights)
+
+
+@operator("rope_qk_norm_backward", fake=_backward_fake)
 def _backward_op(
     q_grad: Tensor,
     k_grad: Tensor,
@@ -121,32 +128,8 @@ def _backward_op(
         q_grad, k_grad, q, k, q_weight, k_weight, cos, sin, positions, eps, needs_weights
     )
     if dq_weight is None or dk_weight is None:
-        return dq, dk, q_weight.new_empty(0), k_weight.new_empty(0)
+        return dq, dk, empty(q_weight), empty(k_weight)
     return dq, dk, dq_weight, dk_weight
-
-
-@fake("rope")
-def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
-
-
-@fake("rope_qk_norm_backward")
-def _(
-    q_grad: Tensor,
-    k_grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    eps: float,
-    needs_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq_weight = q_weight.new_empty(q_weight.shape if needs_weights else 0)
-    dk_weight = k_weight.new_empty(k_weight.shape if needs_weights else 0)
-    return q.new_empty(q.shape), k.new_empty(k.shape), dq_weight, dk_weight
 
 
 # The plain form

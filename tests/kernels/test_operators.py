@@ -1,4 +1,4 @@
-"""Inductor calls our operators as declared ones, and does not find them out one by one."""
+"""How operators are declared, and what Inductor is told of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels import linear_cross_entropy
-from kernels.runtime.operators import NAMES
+from kernels.runtime.operators import NAMES, kind_of
 
 
 def test_every_operator_has_a_fake() -> None:
@@ -19,6 +19,24 @@ def test_every_operator_has_a_fake() -> None:
     }
     assert ops == {*NAMES, "padded_attention"}  # which reads its boundaries: never compiled
     assert len(set(NAMES)) == len(NAMES) > 15
+
+
+def test_an_operator_that_may_overwrite_is_two() -> None:
+    """Alike but for what they mutate: autograd's version counters and compilers rely on that."""
+    ops = torch.ops.nanovision
+    kept, reused = ops.gated_mlp_backward.default, ops.gated_mlp_backward_.default
+    written = [a.name for a in reused._schema.arguments if a.alias_info is not None]
+    assert written == ["a", "b"]
+    assert not kept._schema.is_mutable
+    assert [a.name for a in kept._schema.arguments] == [a.name for a in reused._schema.arguments]
+    assert "overwrite" not in str(kept._schema)
+
+
+def test_kinds_of_operators() -> None:
+    assert kind_of("nanovision.int8_linear_forward") == "matmul"
+    for name in ("flash_attention", "padded_attention"):
+        assert kind_of(f"nanovision.{name}") == "attention"
+    assert kind_of("nanovision.flash_attention_backward") is None
 
 
 def test_inductor_is_told_before_it_asks(caplog: pytest.LogCaptureFixture) -> None:
