@@ -43,34 +43,37 @@ def _write(ptr, row, col, inside, x, STRIDE: tl.constexpr):
 
 
 @jit
-def _silu(x):
-    """Value and slope."""
-    s = tl.sigmoid(x)
-    y = x * s
-    return y, s + y * (1 - s)
+def _activation(x, NAME: tl.constexpr):
+    """Value and slope of silu or gelu: x s and s + x s (1 - s) z', with s = sigmoid(z).
 
-
-@jit
-def _gelu(x):
-    """Value and slope: x s and s + x s (1 - s) z', with s = sigmoid(z) and z = 2 sqrt(2 / pi)
-    (x + 0.044715 x^3), since (1 + tanh(z / 2)) / 2 = sigmoid(z)."""
-    near = tl.minimum(tl.maximum(x, -30.0), 30.0)  # s is 0 or 1 beyond; z' would overflow
-    square = near * near
-    s = tl.sigmoid(1.5957691216057308 * near * (1 + 0.044715 * square))
-    y = x * s
-    return y, s + y * (1 - s) * (1.5957691216057308 * (1 + 0.134145 * square))
+    For silu z = x. For gelu (1 + tanh(z / 2)) / 2 = sigmoid(z) with z = 2 sqrt(2 / pi)
+    (x + 0.044715 x^3).
+    """
+    if NAME == "swiglu":
+        s = tl.sigmoid(x)
+        y = x * s
+        slope = s + y * (1 - s)
+    else:
+        tl.static_assert(NAME == "geglu")
+        near = tl.minimum(tl.maximum(x, -30.0), 30.0)  # s is 0 or 1 beyond; z' would overflow
+        square = near * near
+        s = tl.sigmoid(1.5957691216057308 * near * (1 + 0.044715 * square))
+        y = x * s
+        slope = s + y * (1 - s) * (1.5957691216057308 * (1 + 0.134145 * square))
+    return y, slope
 
 
 # Kernels
 
 
 @jit
-def swiglu_forward_kernel(
+def glu_forward_kernel(
     gate_ptr,
     up_ptr,
     out_ptr,
     rows,
     cols,
+    NAME: tl.constexpr,
     GATE_STRIDE: tl.constexpr,
     UP_STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
@@ -80,12 +83,12 @@ def swiglu_forward_kernel(
     row, col, inside = _tile(rows, cols, OUT_STRIDE, ROWS, COLS)
     gate = _read(gate_ptr, row, col, inside, GATE_STRIDE)
     up = _read(up_ptr, row, col, inside, UP_STRIDE)
-    value, _ = _silu(gate)
+    value, _ = _activation(gate, NAME)
     _write(out_ptr, row, col, inside, value * up, OUT_STRIDE)
 
 
 @jit
-def swiglu_backward_kernel(
+def glu_backward_kernel(
     grad_ptr,
     gate_ptr,
     up_ptr,
@@ -94,6 +97,7 @@ def swiglu_backward_kernel(
     value_ptr,
     rows,
     cols,
+    NAME: tl.constexpr,
     GRAD_STRIDE: tl.constexpr,
     GATE_STRIDE: tl.constexpr,
     UP_STRIDE: tl.constexpr,
@@ -105,55 +109,7 @@ def swiglu_backward_kernel(
     gate = _read(gate_ptr, row, col, inside, GATE_STRIDE)
     up = _read(up_ptr, row, col, inside, UP_STRIDE)
     grad = _read(grad_ptr, row, col, inside, GRAD_STRIDE)
-    value, slope = _silu(gate)
-    _write(d_gate_ptr, row, col, inside, grad * up * slope, OUT_STRIDE)
-    _write(d_up_ptr, row, col, inside, grad * value, OUT_STRIDE)
-    if value_ptr is not None:
-        _write(value_ptr, row, col, inside, value * up, OUT_STRIDE)
-
-
-@jit
-def geglu_forward_kernel(
-    gate_ptr,
-    up_ptr,
-    out_ptr,
-    rows,
-    cols,
-    GATE_STRIDE: tl.constexpr,
-    UP_STRIDE: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    row, col, inside = _tile(rows, cols, OUT_STRIDE, ROWS, COLS)
-    gate = _read(gate_ptr, row, col, inside, GATE_STRIDE)
-    up = _read(up_ptr, row, col, inside, UP_STRIDE)
-    value, _ = _gelu(gate)
-    _write(out_ptr, row, col, inside, value * up, OUT_STRIDE)
-
-
-@jit
-def geglu_backward_kernel(
-    grad_ptr,
-    gate_ptr,
-    up_ptr,
-    d_gate_ptr,
-    d_up_ptr,
-    value_ptr,
-    rows,
-    cols,
-    GRAD_STRIDE: tl.constexpr,
-    GATE_STRIDE: tl.constexpr,
-    UP_STRIDE: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    row, col, inside = _tile(rows, cols, OUT_STRIDE, ROWS, COLS)
-    gate = _read(gate_ptr, row, col, inside, GATE_STRIDE)
-    up = _read(up_ptr, row, col, inside, UP_STRIDE)
-    grad = _read(grad_ptr, row, col, inside, GRAD_STRIDE)
-    value, slope = _gelu(gate)
+    value, slope = _activation(gate, NAME)
     _write(d_gate_ptr, row, col, inside, grad * up * slope, OUT_STRIDE)
     _write(d_up_ptr, row, col, inside, grad * value, OUT_STRIDE)
     if value_ptr is not None:
@@ -199,7 +155,7 @@ def relu2_backward_kernel(
 
 
 @dataclass(frozen=True)
-class Config:
+class GluLaunch:
     """entries: of a program's tile; warps: of a program."""
 
     entries: int
@@ -208,12 +164,16 @@ class Config:
 
 # swiglu on an H200, bf16, [16384, 8960]: 4,340 and 4,290 GB/s; what torch.compile makes of the same
 # formula 4,360 and 4,307; blocks of 8,192 4,236 and 4,242.
-FORWARD = Config(2048, 8)
-BACKWARD = Config(1024, 4)
+FORWARD = GluLaunch(2048, 8)
+BACKWARD = GluLaunch(1024, 4)
 
 
 def _start(
-    kernel: Any, config: Config, inputs: dict[str, Tensor], outputs: tuple[Tensor | None, ...]
+    kernel: Any,
+    config: GluLaunch,
+    inputs: dict[str, Tensor],
+    outputs: tuple[Tensor | None, ...],
+    **constants: Any,
 ) -> None:
     """Launches over inputs (by the name of their stride) and contiguous outputs, of one shape."""
     shape = next(iter(inputs.values())).shape
@@ -236,6 +196,7 @@ def _start(
         **{f"{name}_STRIDE": stride for name, stride in strides.items()},
         ROWS=tile[0],
         COLS=tile[1],
+        **constants,
     )
 
 
@@ -245,26 +206,20 @@ def _rows(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-_GATED = {
-    "swiglu": (swiglu_forward_kernel, swiglu_backward_kernel),
-    "geglu": (geglu_forward_kernel, geglu_backward_kernel),
-}
-
-
-def glu_forward(gate: Tensor, up: Tensor, name: str, config: Config | None = None) -> Tensor:
-    """[...] from gate and up [...]; name: a key of `_GATED`."""
+def glu_forward(gate: Tensor, up: Tensor, name: str, config: GluLaunch | None = None) -> Tensor:
+    """[...] from gate and up [...]; name: "swiglu" or "geglu"."""
     out = gate.new_empty(gate.shape)
-    _start(_GATED[name][0], config or FORWARD, {"GATE": gate, "UP": up}, (out,))
+    _start(glu_forward_kernel, config or FORWARD, {"GATE": gate, "UP": up}, (out,), NAME=name)
     return out
 
 
 def glu_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, name: str, config: Config | None = None
+    grad: Tensor, gate: Tensor, up: Tensor, name: str, config: GluLaunch | None = None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of gate and of up."""
     outs = gate.new_empty(gate.shape), up.new_empty(up.shape)
     inputs = {"GRAD": grad, "GATE": gate, "UP": up}
-    _start(_GATED[name][1], config or BACKWARD, inputs, (*outs, None))
+    _start(glu_backward_kernel, config or BACKWARD, inputs, (*outs, None), NAME=name)
     return outs
 
 
@@ -275,7 +230,7 @@ def glu_backward_(
     name: str,
     needs_value: bool = True,
     overwrite: bool = False,
-    config: Config | None = None,
+    config: GluLaunch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of gate and of up, and the activation again if asked for, in one pass.
 
@@ -289,17 +244,17 @@ def glu_backward_(
     own = grad.is_contiguous() and grad.dtype == up.dtype
     d_up = grad if own else up.new_empty(up.shape)
     inputs = {"GRAD": grad, "GATE": gate, "UP": up}
-    _start(_GATED[name][1], config or BACKWARD, inputs, (d_gate, d_up, value))
+    _start(glu_backward_kernel, config or BACKWARD, inputs, (d_gate, d_up, value), NAME=name)
     return d_gate, d_up, value
 
 
-def relu2_forward(x: Tensor, config: Config | None = None) -> Tensor:
+def relu2_forward(x: Tensor, config: GluLaunch | None = None) -> Tensor:
     out = x.new_empty(x.shape)
     _start(relu2_forward_kernel, config or FORWARD, {"X": x}, (out,))
     return out
 
 
-def relu2_backward(grad: Tensor, x: Tensor, config: Config | None = None) -> Tensor:
+def relu2_backward(grad: Tensor, x: Tensor, config: GluLaunch | None = None) -> Tensor:
     dx = x.new_empty(x.shape)
     _start(relu2_backward_kernel, config or BACKWARD, {"GRAD": grad, "X": x}, (dx,))
     return dx

@@ -160,6 +160,8 @@ def broken_promises(report: Sequence[str], names: Sequence[str]) -> list[str]:
 def _belongs(name: str, op: str) -> bool:
     if op == "attention":
         return ATTENTION.search(name) is not None
+    if op in ("swiglu", "geglu"):  # one kernel, with the activation as a constant
+        op = "glu"
     # a norm's sum of the weight's gradient over rows serves other norms too: it proves nothing
     return re.search(rf"(^|_){op}_(?!sum_)(\w+_)?kernel", name) is not None
 

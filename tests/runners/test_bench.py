@@ -493,7 +493,7 @@ STEP = (
     "cross_entropy_overwrite_kernel",
     "kernel_cutlass_kernel_flash_attncuteflash_fwd_sm90FlashAttentionForwardSm90",
     "add_rms_norm_forward_kernel",
-    "swiglu_forward_kernel",
+    "glu_forward_kernel",
     "rope_kernel",
     "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT",
 )
