@@ -23,15 +23,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from runners.benchmarks.checkpointing import CheckpointingConfig, run_checkpointing
 from runners.benchmarks.components import ComponentsConfig, run_components
-from runners.benchmarks.foreign import ForeignConfig, run_foreign
+from runners.benchmarks.foreign import ForeignConfig
 from runners.benchmarks.kernels import KernelsConfig, TableConfig, run_kernels, run_table
-from runners.benchmarks.lengths import LengthsConfig, run_lengths
-from runners.benchmarks.memory import MemoryConfig, run_memory
+from runners.benchmarks.ladders import CheckpointingConfig, LengthsConfig, MemoryConfig
 from runners.benchmarks.overhead import OverheadConfig, run_overhead
+from runners.benchmarks.steps import run_step_bench
 from runners.benchmarks.trace import TraceConfig, run_trace
-from runners.benchmarks.training import TrainBenchConfig, run_train_bench
+from runners.benchmarks.training import TrainBenchConfig
 from runners.shell.cli import UsageError, guarded, nearest, parse
 
 
@@ -41,15 +40,15 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command(TrainBenchConfig, run_train_bench),
-    "lengths": Command(LengthsConfig, run_lengths),
+    "train": Command(TrainBenchConfig, run_step_bench),
+    "lengths": Command(LengthsConfig, run_step_bench),
     "components": Command(ComponentsConfig, run_components),
-    "memory": Command(MemoryConfig, run_memory),
+    "memory": Command(MemoryConfig, run_step_bench),
     "kernels": Command(KernelsConfig, run_kernels),
     "table": Command(TableConfig, run_table),
-    "foreign": Command(ForeignConfig, run_foreign),
+    "foreign": Command(ForeignConfig, run_step_bench),
     "overhead": Command(OverheadConfig, run_overhead),
-    "checkpointing": Command(CheckpointingConfig, run_checkpointing),
+    "checkpointing": Command(CheckpointingConfig, run_step_bench),
     "trace": Command(TraceConfig, run_trace),
 }
 

@@ -47,8 +47,6 @@ DEFINED_TWICE = {
     "Block",
     "Call",
     "Config",
-    "Pace",
-    "Plan",
     "Record",
     "Recorder",
     "State",

@@ -14,20 +14,10 @@ from torch import Tensor
 from core import Forward, VLMConfig, from_module
 from params.tree import unflatten
 from runners.benchmarks import peers
-from runners.benchmarks.clock import choose_clock
 from runners.benchmarks.documents import batches_of, draw_documents
-from runners.benchmarks.report import console
-from runners.benchmarks.steps import (
-    Entry,
-    Pace,
-    Ready,
-    Turns,
-    check_counts,
-    check_known,
-    run_steps,
-)
+from runners.benchmarks.steps import Entry, Ready, StepBench, Steps, check_counts
 from runners.benchmarks.training import RUNGS, plain_config
-from runners.training.config import check_preset, model_config
+from runners.training.config import model_config
 from runners.training.flops import training_flops
 from runners.training.step import GradFn, Learner
 from transforms import checkpoint, compile, cuda_graph, fuse_kernels, fuse_loss, value_and_grad
@@ -46,37 +36,6 @@ TABLE = replace(
     ),
     changes="What each row runs:",
 )
-
-
-@dataclass(frozen=True)
-class ForeignConfig:
-    """Measures training steps of Hugging Face's Qwen2 in a preset's shape, unpatched: the module by
-    itself, through `from_module` with our transforms, and with Liger's kernels."""
-
-    preset: str = "vlm_1.5b"
-    """Its decoder gives the shape."""
-    override: tuple[str, ...] = ()
-    """Changes to the preset, such as text.layers=6."""
-    rows: int = 8
-    """Rows of a step."""
-    length: int = 2048
-    """Tokens of a row."""
-    only: tuple[str, ...] = ()
-    """Rows of the table to measure, by the keys that --list prints. Default: all."""
-    list: bool = False
-    """Print the keys and measure nothing."""
-    steps: int = 5
-    """Timed steps of a round, at most."""
-    warmup: int = 3
-    """Steps before those, in each round, at least."""
-    loaded: float = 2.0
-    """Seconds of steps before those, in each round, at least."""
-    rounds: int = 2
-    """Rounds over all rows of the table."""
-    minutes: float = 8.0
-    """No row is begun after so many."""
-    out: str = "runs/bench"
-    """Folder for foreign.jsonl, foreign.md and foreign.png; what is there is replaced."""
 
 
 @dataclass(frozen=True)
@@ -122,35 +81,56 @@ WAYS: dict[str, Way] = {
 LIGER = ("hf_liger", "hf_liger_checkpoint")
 
 
-def run_foreign(config: ForeignConfig, command: str) -> int:
-    """Raises UserError without a GPU for a large preset, UsageError for a flag out of range."""
-    check(config)
-    output = console()
-    if config.list:
-        for key, label in labels().items():
-            output.print(f"{key:20} {label}", highlight=False)
-        return 0
-    clock = choose_clock(config.preset, "foreign")
-    override = (*config.override, "vision=none")
-    model = model_config(plain_config(config.preset, override, config.length).model)
-    about = f"Qwen2ForCausalLM, {model.num_params():,} parameters, {config.rows} x {config.length}"
-    table = replace(TABLE, about=f"{about} tokens a step")
-    pace = Pace(config.steps, config.warmup, config.loaded)
-    turns = Turns(pace, config.rounds, config.minutes, config.out)
-    return run_steps(table, turns, entries_of(config, model, clock.device), clock, command, output)
+@dataclass(frozen=True)
+class ForeignConfig(StepBench):
+    """Measures training steps of Hugging Face's Qwen2 in a preset's shape, unpatched: the module by
+    itself, through `from_module` with our transforms, and with Liger's kernels."""
 
+    rows: int = 8
+    """Rows of a step."""
+    length: int = 2048
+    """Tokens of a row."""
+    warmup: int = 3
+    loaded: float = 2.0
+    rounds: int = 2
 
-def check(config: ForeignConfig) -> None:
-    check_preset(config.preset)
-    check_counts(config, "rows", "length", "steps", "rounds")
-    check_known("only", config.only, list(labels()))
+    def keys(self) -> Mapping[str, str]:
+        known = {key: way.label for key, way in WAYS.items()}
+        return known | {key: peers.PEERS[key].label for key in LIGER}
 
+    def check(self) -> None:
+        super().check()
+        check_counts(self, "rows", "length")
 
-def labels() -> dict[str, str]:
-    """The table's rows by key."""
-    return {key: way.label for key, way in WAYS.items()} | {
-        key: peers.PEERS[key].label for key in LIGER
-    }
+    @property
+    def model(self) -> VLMConfig:
+        override = (*self.override, "vision=none")
+        return model_config(plain_config(self.preset, override, self.length).model)
+
+    def table(self) -> Steps:
+        about = f"Qwen2ForCausalLM, {self.model.num_params():,} parameters, {self.rows} x"
+        return replace(TABLE, about=f"{about} {self.length} tokens a step")
+
+    def entries(self, device: torch.device) -> list[Entry]:
+        documents, model = draw_documents(self.rows, self.length, 0.0), self.model
+        tokens = batches_of(documents, model.text.vocab_size, self.rows, True)[0][0]["tokens"]
+        rows = tokens.view(self.rows, self.length)
+        flops = training_flops(model, documents.load, {"text"})
+        wanted = self.only or tuple(self.keys())
+        made = [
+            Entry(
+                key,
+                way.label,
+                "from_module" if way.loss else "itself",
+                way.code,
+                partial(training, way, model, as_batch(rows), device),
+                documents.tokens,
+                flops,
+            )
+            for key, way in WAYS.items()
+            if key in wanted and not (way.graph and device.type == "cpu")
+        ]
+        return made + peers.entries([k for k in LIGER if k in wanted], model, rows, device, flops)
 
 
 def as_batch(rows: Tensor) -> dict[str, Tensor]:
@@ -158,24 +138,6 @@ def as_batch(rows: Tensor) -> dict[str, Tensor]:
     labels = torch.full_like(rows, -100)
     labels[:, :-1] = rows[:, 1:]
     return {"input_ids": rows, "labels": labels}
-
-
-def entries_of(config: ForeignConfig, model: VLMConfig, device: torch.device) -> list[Entry]:
-    """The rows of the table that --only leaves."""
-    documents = draw_documents(config.rows, config.length, 0.0)
-    tokens = batches_of(documents, model.text.vocab_size, config.rows, True)[0][0]["tokens"]
-    rows = tokens.view(config.rows, config.length)
-    flops = training_flops(model, documents.load, {"text"})
-    wanted = config.only or tuple(labels())
-    made = [
-        Entry(
-            key, way.label, "from_module" if way.loss else "itself", way.code,
-            partial(training, way, model, as_batch(rows), device), documents.tokens, flops,
-        )
-        for key, way in WAYS.items()
-        if key in wanted and not (way.graph and device.type == "cpu")
-    ]  # fmt: skip
-    return made + peers.entries([k for k in LIGER if k in wanted], model, rows, device, flops)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ class Rung:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RungConfig:
     """A rung with all that it inherits."""
 
     rung: Rung
@@ -136,12 +136,12 @@ def _word(value: Any) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def plans(rungs: Sequence[Rung], start: TrainConfig) -> dict[str, Plan]:
+def rung_configs(rungs: Sequence[Rung], start: TrainConfig) -> dict[str, RungConfig]:
     """Every rung's config, by its key; ``start``: what no rung changes."""
-    made: dict[str, Plan] = {}
+    made: dict[str, RungConfig] = {}
     for rung in rungs:
-        before = made[rung.parent] if rung.parent is not None else Plan(rung, start, True)
+        before = made[rung.parent] if rung.parent is not None else RungConfig(rung, start, True)
         changes = dict(rung.changes)
         packed = changes.pop("packed", before.packed)
-        made[rung.key] = Plan(rung, before.config.changed(**changes), packed)
+        made[rung.key] = RungConfig(rung, before.config.changed(**changes), packed)
     return made

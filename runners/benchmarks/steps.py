@@ -13,21 +13,24 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 
 from runners.benchmarks.clock import (
     Ceiling,
     Clock,
     DeviceLostError,
+    choose_clock,
     free,
     measured_ceilings,
     quick_collection,
 )
 from runners.benchmarks.providers import failing
 from runners.benchmarks.records import Environment, environment, write_lines
-from runners.benchmarks.report import Bar, Line, Page, Panel, Table, teller
+from runners.benchmarks.report import Bar, Line, Page, Panel, Table, console, teller
 from runners.shell.cli import UsageError, nearest
 from runners.shell.errors import UserError
+from runners.training.config import check_preset
 from runners.training.flops import peak_flops
 
 Step = Callable[[], Tensor]  # one whole step; what it returns begins with the loss
@@ -43,7 +46,7 @@ class Ready(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pace:
+class StepPace:
     """How often. warmup: steps of a round before those that are timed; 0: every step is timed.
     loaded: seconds that they take at least, so that a card's clock has come down to what it can
     keep."""
@@ -73,7 +76,7 @@ class Entry:
     pictures: int = 0  # of a step
     shared: str | None = None
     once: bool = False
-    pace: Pace | None = None
+    pace: StepPace | None = None
     shape: int = 0
 
 
@@ -135,7 +138,7 @@ class Measured:
         return self.operations / (1e-3 * self.ms) / peak if peak else None
 
 
-def measure_round(entry: Entry, measured: Measured, clock: Clock, pace: Pace) -> None:
+def measure_round(entry: Entry, measured: Measured, clock: Clock, pace: StepPace) -> None:
     """Builds an entry, takes its steps, and frees it. Fills in ``measured``, errors as well. Raises
     DeviceLostError."""
     if measured.status != "ok" or (entry.once and measured.samples):
@@ -145,7 +148,7 @@ def measure_round(entry: Entry, measured: Measured, clock: Clock, pace: Pace) ->
     free(clock)
 
 
-def _round(entry: Entry, measured: Measured, clock: Clock, pace: Pace) -> None:
+def _round(entry: Entry, measured: Measured, clock: Clock, pace: StepPace) -> None:
     cuda = clock.device.type == "cuda"
     first = not measured.samples
     if first and cuda:
@@ -244,32 +247,82 @@ class Steps:
     baseline: str = "baseline"
 
 
-@dataclass(frozen=True)
-class Turns:
-    """How long and where to. minutes: no row is begun after so many."""
-
-    pace: Pace
-    rounds: int
-    minutes: float
-    out: str
-
-
 Closing = tuple[Sequence[str], Sequence[Mapping[str, Any]]]  # lines of the page, and of JSON
 
 
-def run_steps(
-    table: Steps,
-    turns: Turns,
-    entries: Sequence[Entry],
+@dataclass(frozen=True)
+class StepBench:
+    """A benchmark of training steps: flags that all of them have, and what each defines."""
+
+    preset: str = "vlm_1.5b"
+    override: tuple[str, ...] = ()
+    """Changes to the preset, such as text.layers=6. The vision tower is left out."""
+    only: tuple[str, ...] = ()
+    """Rows of the table to measure, by the keys that --list prints. Default: all."""
+    list: bool = False
+    """Print the keys and measure nothing."""
+    steps: int = 5
+    """Timed steps of a round, at most; a slow row takes fewer."""
+    warmup: int = 2
+    """Steps before those, in each round, at least."""
+    loaded: float = 0.0
+    """Seconds of steps before those, in each round, at least: a card's clock falls under load."""
+    rounds: int = 1
+    """Rounds over all rows: a GPU's clock changes from minute to minute."""
+    minutes: float = 8.0
+    """No row is begun after so many."""
+    out: str = "runs/bench"
+    """Folder for the results: NAME.jsonl, NAME.md and NAME.png; what is there is replaced."""
+
+    def keys(self) -> Mapping[str, str]:
+        """The rows' keys, each with its label."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises UsageError for a flag out of its range."""
+        check_preset(self.preset)
+        check_counts(self, "steps", "rounds")
+        if self.loaded < 0:
+            raise UsageError(f"--loaded is in seconds, 0 or more, not {self.loaded}")
+        check_known("only", self.only, [*self.keys()])
+
+    def table(self) -> Steps:
+        raise NotImplementedError
+
+    def entries(self, device: torch.device) -> Sequence[Entry]:
+        """The rows that --only leaves."""
+        raise NotImplementedError
+
+    def closing(self, rows: Sequence[Measured], where: Environment) -> Closing:
+        """More lines for the page and for JSON, once all rows are measured."""
+        return (), ()
+
+
+def run_step_bench(config: StepBench, command: str) -> int:
+    """Raises UserError where there is no GPU for a preset that needs one, UsageError for a flag out
+    of its range."""
+    config.check()
+    output = console()
+    if config.list:
+        for key, label in config.keys().items():
+            output.print(escape(f"{key:20} {label}"), highlight=False)
+        return 0
+    clock = choose_clock(config.preset, config.table().name)
+    return bench(config, clock, command, output)
+
+
+def bench(
+    config: StepBench,
     clock: Clock,
     command: str,
     output: Console,
     ceilings: Callable[[Clock], dict[Ceiling, float]] = measured_ceilings,
-    closing: Callable[[Sequence[Measured], Environment], Closing] = lambda rows, where: ((), ()),
 ) -> int:
-    """Measures the entries by turns, and writes figures after each, so that what ends a run early
-    takes nothing along. Raises UserError if the device was lost on the way."""
-    folder = Path(turns.out)
+    """Measures the rows in turns, and writes the figures after each, so that an early end loses
+    none. Raises UserError if the device is lost."""
+    table, entries = config.table(), config.entries(clock.device)
+    pace = StepPace(config.steps, config.warmup, config.loaded)
+    folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     say, started = teller(output), time.perf_counter()
     rows = [Measured.of(entry) for entry in entries]
@@ -282,11 +335,11 @@ def run_steps(
         peak = peak_flops(clock.device, torch.bfloat16)
         lines, shape = folder / f"{table.name}.jsonl", 0
         for turn, (entry, row) in itertools.product(
-            range(turns.rounds), list(zip(entries, rows, strict=True))
+            range(config.rounds), list(zip(entries, rows, strict=True))
         ):
-            if time.perf_counter() - started > 60 * turns.minutes:
+            if time.perf_counter() - started > 60 * config.minutes:
                 if turn == 0:
-                    row.status, row.reason = "not begun", f"{turns.minutes:g} minutes were over"
+                    row.status, row.reason = "not begun", f"{config.minutes:g} minutes were over"
                 continue
             if entry.shape != shape:
                 shape = entry.shape
@@ -294,7 +347,7 @@ def run_steps(
                 free(clock)
             before = row.status
             try:
-                measure_round(entry, row, clock, turns.pace)
+                measure_round(entry, row, clock, pace)
             except DeviceLostError as error:
                 lost = str(error)
                 break
@@ -305,7 +358,7 @@ def run_steps(
     for row in rows:
         if lost is not None and row.status == "ok" and not row.samples:
             row.status, row.reason = "not begun", "the device was lost"
-    after, starts = closing(rows, where) if lost is None else ((), ())
+    after, starts = config.closing(rows, where) if lost is None else ((), ())
     write_lines(lines, [*(as_record(r, peak, table, rows) for r in rows), *starts], where)
     page_of(table, rows, where, peak, after).write(folder, output)
     if lost is not None:

@@ -5,40 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
 
 import kernels
 from core import Longest, VLMConfig
 from runners.benchmarks import cold_start, peers
-from runners.benchmarks.clock import Ceiling, Clock, choose_clock, measured_ceilings
+from runners.benchmarks.clock import Ceiling
 from runners.benchmarks.documents import Documents, batches_of, draw_documents, read_documents
-from runners.benchmarks.ladder import TOPS, Plan, Rung, ladder, plans
+from runners.benchmarks.ladder import TOPS, Rung, RungConfig, ladder, rung_configs
 from runners.benchmarks.pictures import pictures_of
 from runners.benchmarks.records import Environment
-from runners.benchmarks.report import console
 from runners.benchmarks.roofline import Work, training_step
 from runners.benchmarks.steps import (
     Closing,
     Entry,
     Measured,
-    Pace,
     Ready,
+    StepBench,
     Steps,
-    Turns,
     check_counts,
-    check_known,
     find,
     first_loss,
-    run_steps,
 )
 from runners.shell.cli import UsageError, explained
 from runners.training.compose import Composed, compose
-from runners.training.config import TrainConfig, check_preset, model_config
+from runners.training.config import TrainConfig, model_config
 from runners.training.flops import training_flops
 from runners.training.step import Learner
 from runners.training.weights import build_params
@@ -75,12 +69,11 @@ PICTURED = replace(
 
 
 @dataclass(frozen=True)
-class TrainBenchConfig:
+class TrainBenchConfig(StepBench):
     """Measures whole training steps of a preset's decoder (with --pictures, of the whole model),
     rung by rung, from plain PyTorch in fp32 to everything that `python -m runners.train` does; and
     what branches off from there."""
 
-    preset: str = "vlm_1.5b"
     override: tuple[str, ...] = ()
     """Changes to the preset, such as text.layers=6. Its vision tower is left out unless there are
     --pictures."""
@@ -104,124 +97,124 @@ class TrainBenchConfig:
     """Folder of the pictures of --data. Default: the file's own."""
     tokenizer: str | None = None
     """For --data: a Hugging Face tokenizer.json. Default: one trained on the data."""
-    only: tuple[str, ...] = ()
-    """Rungs and peers to measure, by the keys that --list prints. Default: all."""
-    list: bool = False
-    """Print the rungs and their keys, and measure nothing."""
     peers: bool = False
     """Measure Hugging Face transformers on the same shape too, compiled, and with Liger."""
     cold_start: bool = False
     """Time the program's start too, with cold and warm compiler caches."""
-    steps: int = 5
-    """Timed steps of a round, at most; a slow rung takes fewer."""
     warmup: int = 3
-    """Steps before those, in each round, at least."""
     loaded: float = 2.0
-    """Seconds of steps before those, in each round, at least: a card's clock falls under load."""
     rounds: int = 2
-    """Rounds over all rungs: a GPU's clock changes from minute to minute."""
-    minutes: float = 8.0
-    """No rung is begun after so many."""
-    out: str = "runs/bench"
-    """Folder for train.jsonl, train.md and train.png; what is there is replaced."""
 
+    def keys(self) -> Mapping[str, str]:
+        known = {rung.key: rung.label for rung in self.rungs(torch.cuda.is_available())}
+        others = {key: peer.label for key, peer in peers.PEERS.items()} if self.peers else {}
+        return known | others
 
-def run_train_bench(config: TrainBenchConfig, command: str) -> int:
-    """Raises UserError where there is no GPU for a preset that needs one, UsageError for a flag out
-    of its range."""
-    check(config)
-    output = console()
-    if config.list:
-        for key, label in known_keys(config).items():
-            output.print(escape(f"{key:20} {label}"), highlight=False)
-        return 0
-    return bench(config, choose_clock(config.preset, "train"), command, output)
+    def check(self) -> None:
+        super().check()
+        check_counts(self, "rows", "length", "warmup")
+        if not 0 <= self.lengths < 10:
+            raise UsageError(f"--lengths must lie in [0, 10), not {self.lengths}")
+        for name in ("lengths", "data"):
+            if self.peers and getattr(self, name):
+                raise UsageError(f"--peers measures full rows: leave --{name} out")
+        self._check_data()
+        if self.pictures:
+            self._check_pictures()
 
+    def _check_data(self) -> None:
+        if self.data is None:
+            for name in ("image_root", "tokenizer"):
+                if getattr(self, name) is not None:
+                    raise UsageError(f"--{name} goes with --data, which is not given")
+            return
+        if self.lengths:
+            raise UsageError("--data has lengths of its own: leave --lengths out")
+        if self.pictures > 1:
+            raise UsageError("--data has pictures of its own: --pictures is 1, to show them, or 0")
+        if self.data == "shapes" and not self.pictures:
+            raise UsageError("--data shapes is nothing without its pictures: give --pictures 1")
 
-def check(config: TrainBenchConfig) -> None:
-    check_preset(config.preset)
-    if config.loaded < 0:
-        raise UsageError(f"--loaded is in seconds, 0 or more, not {config.loaded}")
-    check_counts(config, "rows", "length", "steps", "warmup", "rounds")
-    if not 0 <= config.lengths < 10:
-        raise UsageError(f"--lengths must lie in [0, 10), not {config.lengths}")
-    for name in ("lengths", "data"):
-        if config.peers and getattr(config, name):
-            raise UsageError(f"--peers measures full rows: leave --{name} out")
-    check_data(config)
-    check_pictures(config)
-    check_known("only", config.only, list(known_keys(config)))
+    def _check_pictures(self) -> None:
+        if self.pictures < 0:
+            raise UsageError(f"--pictures must be 0 or more, not {self.pictures}")
+        for name in ("peers", "cold_start"):
+            if getattr(self, name):
+                raise UsageError(f"--{name} measures text alone: leave --pictures out")
+        with explained(f"--pictures {self.pictures} with --preset {self.preset}"):
+            pictures = pictures_of(model_config(self.start.model), self.pictures)
+        if self.data is None and pictures is not None and pictures.tokens >= self.length:
+            raise UsageError(
+                f"--pictures {self.pictures} take {pictures.tokens} tokens, and text comes behind "
+                f"them: --length must be more than {self.length}"
+            )
 
+    def rungs(self, graphs: bool) -> tuple[Rung, ...]:
+        ragged = self.lengths > 0 or self.pictures > 0 or self.data is not None
+        return ladder(self.rows, ragged, graphs)
 
-def check_data(config: TrainBenchConfig) -> None:
-    if config.data is None:
-        for name in ("image_root", "tokenizer"):
-            if getattr(config, name) is not None:
-                raise UsageError(f"--{name} goes with --data, which is not given")
-        return
-    if config.lengths:
-        raise UsageError("--data has lengths of its own: leave --lengths out")
-    if config.pictures > 1:
-        raise UsageError("--data has pictures of its own: --pictures is 1, to show them, or 0")
-    if config.data == "shapes" and not config.pictures:
-        raise UsageError("--data shapes is nothing without its pictures: give --pictures 1")
+    @property
+    def start(self) -> TrainConfig:
+        """What no rung changes."""
+        override = (*self.override, *(() if self.pictures else ("vision=none",)))
+        return plain_config(self.preset, override, self.length)
 
+    @cached_property
+    def step(self) -> tuple[Documents, VLMConfig]:
+        """What a step is made of, and the model that learns it. Raises UserError for bad --data."""
+        model = model_config(self.start.model)
+        if self.data is not None:
+            data = self.start.changed(
+                data=self.data,
+                image_root=self.image_root,
+                tokenizer=self.tokenizer,
+                val_fraction=0.0,
+            )
+            return read_documents(data, model, self.rows)
+        pictures = pictures_of(model, self.pictures)
+        return draw_documents(self.rows, self.length, self.lengths, pictures=pictures), model
 
-def check_pictures(config: TrainBenchConfig) -> None:
-    if config.pictures < 0:
-        raise UsageError(f"--pictures must be 0 or more, not {config.pictures}")
-    if not config.pictures:
-        return
-    for name in ("peers", "cold_start"):
-        if getattr(config, name):
-            raise UsageError(f"--{name} measures text alone: leave --pictures out")
-    with explained(f"--pictures {config.pictures} with --preset {config.preset}"):
-        pictures = pictures_of(model_config(starting_config(config).model), config.pictures)
-    if config.data is None and pictures is not None and pictures.tokens >= config.length:
-        raise UsageError(
-            f"--pictures {config.pictures} take {pictures.tokens} tokens, and text comes behind "
-            f"them: --length must be more than {config.length}"
-        )
+    def table(self) -> Steps:
+        documents, model = self.step
+        return replace(PICTURED if documents.shown else RUNGS, about=about(model, documents))
 
+    def entries(self, device: torch.device) -> list[Entry]:
+        documents, model = self.step
+        programs = Programs(model, device)
+        made = rung_configs(self.rungs(device.type == "cuda"), self.start)
+        entries = [
+            entry_of(each, documents, programs)
+            for key, each in made.items()
+            if not self.only or key in self.only
+        ]
+        if self.peers:
+            tokens = batches_of(documents, model.text.vocab_size, self.rows, True)[0][0]["tokens"]
+            wanted = [key for key in peers.PEERS if not self.only or key in self.only]
+            rows = tokens.view(self.rows, self.length)
+            flops = training_flops(model, documents.load, PARTS)
+            entries += peers.entries(wanted, model, rows, device, flops)
+        return entries
 
-def rungs_of(config: TrainBenchConfig, graphs: bool) -> tuple[Rung, ...]:
-    ragged = config.lengths > 0 or config.pictures > 0 or config.data is not None
-    return ladder(config.rows, ragged, graphs)
-
-
-def known_keys(config: TrainBenchConfig) -> dict[str, str]:
-    known = {rung.key: rung.label for rung in rungs_of(config, torch.cuda.is_available())}
-    return known | ({key: peer.label for key, peer in peers.PEERS.items()} if config.peers else {})
-
-
-def starting_config(config: TrainBenchConfig) -> TrainConfig:
-    """What no rung changes."""
-    override = (*config.override, *(() if config.pictures else ("vision=none",)))
-    return plain_config(config.preset, override, config.length)
+    def closing(self, rows: Sequence[Measured], where: Environment) -> Closing:
+        documents, model = self.step
+        starts = []
+        if self.cold_start:
+            starts = cold_start.measure(self.preset, self.override, self.rows, self.length)
+        lines = [*floor_of(model, documents, rows, where), *map(cold_start.describe, starts)]
+        return lines, [vars(start) for start in starts]
 
 
 def plain_config(preset: str, override: Sequence[str], length: int) -> TrainConfig:
     """The trainer's defaults. The rate is small: the numbers must stay ordinary ones."""
     return TrainConfig.of(
-        preset=preset, override=tuple(override), device="auto", sequence_len=length, lr=1e-4,
-        schedule="constant", warmup_steps=0,
-    )  # fmt: skip
-
-
-def documents_of(config: TrainBenchConfig) -> tuple[Documents, VLMConfig]:
-    """What a step is made of, and the model that learns it. Raises UserError for bad --data."""
-    start = starting_config(config)
-    model = model_config(start.model)
-    if config.data is not None:
-        data = start.changed(
-            data=config.data,
-            image_root=config.image_root,
-            tokenizer=config.tokenizer,
-            val_fraction=0.0,
-        )
-        return read_documents(data, model, config.rows)
-    pictures = pictures_of(model, config.pictures)
-    return draw_documents(config.rows, config.length, config.lengths, pictures=pictures), model
+        preset=preset,
+        override=tuple(override),
+        device="auto",
+        sequence_len=length,
+        lr=1e-4,
+        schedule="constant",
+        warmup_steps=0,
+    )
 
 
 class Programs:
@@ -232,18 +225,18 @@ class Programs:
         self.made: dict[Any, Composed] = {}
         self.owner: dict[Any, str] = {}
 
-    def shared(self, key: str, plan: Plan) -> str | None:
+    def shared(self, key: str, plan: RungConfig) -> str | None:
         """The rung that compiles for this one, or None; to be asked in the order of measuring."""
         owner = self.owner.setdefault(self._key(plan), key)
         return None if owner == key or not plan.config.speed.compile else owner
 
-    def get(self, plan: Plan, longest: Longest) -> Composed:
+    def get(self, plan: RungConfig, longest: Longest) -> Composed:
         key = self._key(plan)
         if key not in self.made:
             self.made[key] = compose(plan.config, self.model, self.device, longest)
         return self.made[key]
 
-    def _key(self, plan: Plan) -> Any:
+    def _key(self, plan: RungConfig) -> Any:
         shape = (plan.packed, plan.config.data.device_batch_size)
         return plan.config.changed(**SAME_PROGRAM), shape
 
@@ -252,7 +245,7 @@ class Programs:
 class Trained:
     """What a row trains, and how: for further figures of it."""
 
-    plan: Plan
+    plan: RungConfig
     programs: Programs
     composed: Composed
     learner: Learner
@@ -263,7 +256,7 @@ Figures = Callable[[Trained], dict[str, Any]]
 
 @contextmanager
 def training(
-    plan: Plan,
+    plan: RungConfig,
     documents: Documents,
     programs: Programs,
     figures: Figures = lambda trained: {},
@@ -292,7 +285,7 @@ def training(
 
 
 def entry_of(
-    plan: Plan, documents: Documents, programs: Programs, key: str = "", **changes: Any
+    plan: RungConfig, documents: Documents, programs: Programs, key: str = "", **changes: Any
 ) -> Entry:
     """A rung as a row. changes: of the row's fields, and of `training`'s arguments."""
     rung, key = plan.rung, key or plan.rung.key
@@ -304,52 +297,6 @@ def entry_of(
         programs.shared(key, plan),
     )  # fmt: skip
     return replace(made, **changes)
-
-
-def entries_of(
-    config: TrainBenchConfig, model: VLMConfig, documents: Documents, device: torch.device
-) -> list[Entry]:
-    """The rungs and peers that --only leaves."""
-    programs = Programs(model, device)
-    made = plans(rungs_of(config, device.type == "cuda"), starting_config(config))
-    entries = [
-        entry_of(plan, documents, programs)
-        for key, plan in made.items()
-        if not config.only or key in config.only
-    ]
-    if config.peers:
-        tokens = batches_of(documents, model.text.vocab_size, config.rows, True)[0][0]["tokens"]
-        wanted = [key for key in peers.PEERS if not config.only or key in config.only]
-        rows = tokens.view(config.rows, config.length)
-        flops = training_flops(model, documents.load, PARTS)
-        entries += peers.entries(wanted, model, rows, device, flops)
-    return entries
-
-
-def bench(
-    config: TrainBenchConfig,
-    clock: Clock,
-    command: str,
-    output: Console,
-    ceilings: Callable[[Clock], dict[Ceiling, float]] = measured_ceilings,
-) -> int:
-    documents, model = documents_of(config)
-    table = replace(PICTURED if documents.shown else RUNGS, about=about(model, documents))
-    pace = Pace(config.steps, config.warmup, config.loaded)
-
-    def closing(rows: Sequence[Measured], where: Environment) -> Closing:
-        starts = []
-        if config.cold_start:
-            shape = (config.preset, config.override, config.rows, config.length)
-            starts = cold_start.measure(*shape)
-        lines = [*floor_of(model, documents, rows, where), *map(cold_start.describe, starts)]
-        return lines, [vars(start) for start in starts]
-
-    return run_steps(
-        table, Turns(pace, config.rounds, config.minutes, config.out),
-        entries_of(config, model, documents, clock.device), clock, command, output, ceilings,
-        closing,
-    )  # fmt: skip
 
 
 def about(model: VLMConfig, documents: Documents) -> str:

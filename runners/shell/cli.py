@@ -304,7 +304,15 @@ def _written(value: object) -> str:
 
 
 def _field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, which Python itself does not keep."""
+    """The docstring under each field of a dataclass, which Python itself does not keep. A field
+    that is declared again without one has that of the base class."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        docs |= _own_field_docs(base)
+    return docs
+
+
+def _own_field_docs(cls: type) -> dict[str, str]:
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(tree, ast.ClassDef)
     docs = {}

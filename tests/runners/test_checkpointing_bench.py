@@ -11,8 +11,9 @@ import torch
 from rich.console import Console
 
 from runners.bench import run
-from runners.benchmarks.checkpointing import WAYS, CheckpointingConfig, bench, check, rungs_of
 from runners.benchmarks.clock import CpuClock
+from runners.benchmarks.ladders import WAYS, CheckpointingConfig
+from runners.benchmarks.steps import bench
 from runners.shell.cli import UsageError
 from runners.shell.errors import UserError
 
@@ -41,7 +42,7 @@ def test_every_way_is_measured(tmp_path: Path) -> None:
 
 
 def test_offloading_is_for_eager_autograd() -> None:
-    made = rungs_of(CheckpointingConfig())
+    made = CheckpointingConfig().rungs()
     assert len(made) == 3 * len(WAYS) - 2
     assert [rung.phase for rung in made if rung.label == "offload"] == ["eager"]
 
@@ -54,7 +55,7 @@ def test_bad_flags(monkeypatch) -> None:
         ({"by": ("blocks",)}, "--by blocks: there are eager, compiled blocks"),
     ):
         with pytest.raises(UsageError, match=message):
-            check(replace(SMALL, **change))
+            replace(SMALL, **change).check()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="PyTorch sees none here"):
         run(["checkpointing"])

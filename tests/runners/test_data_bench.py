@@ -17,13 +17,8 @@ from core import check_batch
 from core.batch import IGNORE
 from runners.benchmarks.clock import CpuClock
 from runners.benchmarks.documents import Documents, batches_of
-from runners.benchmarks.training import (
-    TrainBenchConfig,
-    bench,
-    check,
-    documents_of,
-    starting_config,
-)
+from runners.benchmarks.steps import bench
+from runners.benchmarks.training import TrainBenchConfig
 from runners.data.loader import Loader
 from runners.data.sources import open_sources
 from runners.data.tokenizer import ChatTokenizer, sample_texts, train_tokenizer
@@ -67,9 +62,7 @@ def config(tmp_path: Path) -> TrainBenchConfig:
 
 
 def tokenizer_of(config: TrainBenchConfig) -> ChatTokenizer:
-    data = starting_config(config).changed(
-        data=config.data, image_root=config.image_root, val_fraction=0.0
-    )
+    data = config.start.changed(data=config.data, image_root=config.image_root, val_fraction=0.0)
     model = model_config(data.model)
     return train_tokenizer(
         sample_texts(open_sources(data, model).train), model.text.vocab_size
@@ -82,7 +75,7 @@ def all_of(documents: Documents) -> list[Document]:
 
 
 def test_words_alone_are_the_records_without_their_marks(config: TrainBenchConfig) -> None:
-    documents, model = documents_of(config)
+    documents, model = config.step
     assert model.vision is None
     assert model.text.vocab_size == 512  # the preset's, which has room
     assert (documents.shown, documents.images, documents.full) == (0, None, False)
@@ -96,9 +89,9 @@ def test_words_alone_are_the_records_without_their_marks(config: TrainBenchConfi
 
 def test_rows_are_as_training_packs_them(config: TrainBenchConfig) -> None:
     """The loader on the same records in the same order fills rows with the same documents."""
-    documents, model = documents_of(replace(config, pictures=1))
+    documents, model = replace(config, pictures=1).step
     assert documents.spec is not None
-    data = starting_config(replace(config, pictures=1)).changed(
+    data = replace(config, pictures=1).start.changed(
         data=config.data,
         image_root=config.image_root,
         val_fraction=0.0,
@@ -118,7 +111,7 @@ def test_packed_and_padded_hold_the_same_documents(
     config: TrainBenchConfig, pictures: int, at_once: int
 ) -> None:
     config = replace(config, pictures=pictures)
-    documents, model = documents_of(config)
+    documents, model = config.step
     assert documents.spec is not None
     pad, found = documents.spec.pad_token, []
     assert documents.shown == sum(len(d.patch_counts) for d in all_of(documents))
@@ -147,7 +140,7 @@ def test_packed_and_padded_hold_the_same_documents(
 
 
 def test_too_few_documents_come_again(config: TrainBenchConfig) -> None:
-    documents, _ = documents_of(replace(config, rows=40))
+    documents, _ = replace(config, rows=40).step
     assert len(documents.rows) == 40
     names = [document.id for document in all_of(documents)]
     assert len(set(names)) == NUMBER < len(names)
@@ -160,7 +153,7 @@ def test_a_larger_tokenizer_gives_the_model_more_words(
     small = replace(
         config, override=(*MICRO, "text.vocab_size=64"), tokenizer=str(tmp_path / "tokenizer.json")
     )
-    documents, model = documents_of(small)
+    documents, model = small.step
     assert model.text.vocab_size > max(int(d.tokens.max()) for d in all_of(documents)) >= 64
 
 
@@ -169,7 +162,7 @@ def test_packed_against_padded_is_measured(
     config: TrainBenchConfig, pictures: int, uncompiled: None
 ) -> None:
     config = replace(config, pictures=pictures, only=("blocks", "padded"))
-    check(config)
+    config.check()
     ceilings = {"copy": 1e12, "bf16": 1e14, "int8": 1e14}
     quiet = Console(quiet=True)
     assert bench(config, CpuClock(), "bench train", quiet, lambda _: dict(ceilings)) == 0
@@ -178,7 +171,7 @@ def test_packed_against_padded_is_measured(
     ]
     assert [row["key"] for row in rows] == ["blocks", "padded"]
     assert {row["status"] for row in rows} == {"ok"}, rows
-    documents, _ = documents_of(config)
+    documents, _ = config.step
     assert {row["tokens"] for row in rows} == {documents.tokens}  # real ones, of either
     assert {row["pictures"] for row in rows} == {documents.shown}
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=2**-6)  # bf16
@@ -201,8 +194,8 @@ def test_bad_flags(config: TrainBenchConfig) -> None:
         ({"only": ("packd",)}, "--only packd: .*did you mean packing"),
     ):
         with pytest.raises(UsageError, match=message):
-            check(replace(config, **change))
+            replace(config, **change).check()
     with pytest.raises(UserError, match=r"absent\.json"):
-        documents_of(replace(config, data="absent.json"))
+        _ = replace(config, data="absent.json").step
     with pytest.raises(UserError, match="none of the records can be used"):
-        documents_of(replace(config, length=2))
+        _ = replace(config, length=2).step

@@ -13,12 +13,12 @@ from rich.console import Console
 
 from core import PRESETS, VLMConfig
 from runners.bench import run
-from runners.benchmarks import lengths, training
+from runners.benchmarks import ladders, training
 from runners.benchmarks.clock import CpuClock
 from runners.benchmarks.documents import Documents, batches_of, draw_documents
-from runners.benchmarks.ladder import Plan
-from runners.benchmarks.lengths import LengthsConfig, bench, check, entries_of
-from runners.benchmarks.steps import Entry
+from runners.benchmarks.ladder import RungConfig
+from runners.benchmarks.ladders import LengthsConfig
+from runners.benchmarks.steps import Entry, bench
 from runners.shell.cli import UsageError
 from runners.shell.errors import UserError
 from runners.training.config import parse_config
@@ -43,9 +43,9 @@ def measured(config: LengthsConfig) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def lines_of(config: LengthsConfig) -> list[tuple[Entry, Plan, Documents]]:
+def lines_of(config: LengthsConfig) -> list[tuple[Entry, RungConfig, Documents]]:
     """Each entry, its plan and its documents."""
-    entries = entries_of(config, torch.device("cpu"))
+    entries = config.entries(torch.device("cpu"))
     return [(entry, entry.start.args[0], entry.start.args[1]) for entry in entries]  # type: ignore[attr-defined]
 
 
@@ -93,7 +93,7 @@ def test_every_length_is_a_line(tmp_path: Path, uncompiled: None, monkeypatch) -
             return super().train_step(grad_fn, batches)
 
     monkeypatch.setattr(training, "Learner", Noted)
-    monkeypatch.setattr(lengths, "SHORT", 8)
+    monkeypatch.setattr(ladders, "SHORT", 8)
     rows = measured(replace(SMALL, out=str(tmp_path)))
     assert [(row["key"], row["tokens"]) for row in rows] == [
         ("blocks@16", 48), ("blocks@24", 48), ("checkpoint@64", 64), ("checkpoint@96", 96),
@@ -121,7 +121,7 @@ def test_every_length_is_a_line(tmp_path: Path, uncompiled: None, monkeypatch) -
 def test_operations_grow_with_the_length() -> None:
     """A line's are those of its own documents: attention is half of the square."""
     config = replace(SMALL, override=(), lengths=(1024, 2048), tokens=2048)
-    short, long = (entry.operations for entry in entries_of(config, torch.device("cpu")))
+    short, long = (entry.operations for entry in config.entries(torch.device("cpu")))
     model = PRESETS["tiny"]
     text = model.text
     a_pair = 3 * 4 * text.heads * text.head_size * text.layers
@@ -171,7 +171,7 @@ def test_bad_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"preset": "tini"}, "no preset 'tini'"),
     ):
         with pytest.raises(UsageError, match=message):
-            check(replace(SMALL, **change))
+            replace(SMALL, **change).check()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="bench lengths measures a GPU"):
         run(["lengths", "--lengths", "2048", "8192"])

@@ -20,8 +20,9 @@ from runners.benchmarks import fitting
 from runners.benchmarks.clock import CpuClock
 from runners.benchmarks.documents import draw_documents
 from runners.benchmarks.fitting import foretold, largest, limited, longest_rows
-from runners.benchmarks.ladder import plans
-from runners.benchmarks.memory import KEPT, MemoryConfig, bench, check, model_bytes, rungs_of
+from runners.benchmarks.ladder import rung_configs
+from runners.benchmarks.ladders import KEPT, MemoryConfig, model_bytes
+from runners.benchmarks.steps import bench
 from runners.benchmarks.training import Programs, Trained, plain_config, training
 from runners.shell.cli import UsageError
 from runners.shell.errors import UserError
@@ -40,7 +41,7 @@ def nano(monkeypatch) -> None:
 
 def trained_by(key: str, look: Callable[[Trained], object]) -> None:
     """Two steps of a way, and a look at what it trains."""
-    plan = plans(rungs_of(2), plain_config("nano", (), 16))[key]
+    plan = rung_configs(SMALL.rungs(), plain_config("nano", (), 16))[key]
     documents = draw_documents(2, 16, 0.0)
 
     def figures(trained: Trained) -> dict:
@@ -57,10 +58,10 @@ def test_every_way_trains_and_is_written(tmp_path: Path) -> None:
     config = replace(SMALL, out=str(tmp_path))
     assert bench(config, CpuClock(), "bench memory", Console(quiet=True)) == 0
     rows = [json.loads(line) for line in (tmp_path / "memory.jsonl").read_text().splitlines()]
-    assert [row["key"] for row in rows] == [rung.key for rung in rungs_of(2)]
+    assert [row["key"] for row in rows] == [rung.key for rung in SMALL.rungs()]
     assert all(row["status"] == "ok" and row["extra"]["model GiB"] > 0 for row in rows), rows
     page = (tmp_path / "memory.md").read_text()
-    assert all(f"| {rung.label} |" in page for rung in rungs_of(2))
+    assert all(f"| {rung.label} |" in page for rung in SMALL.rungs())
     assert "longest row in 24 GiB" in page
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
@@ -217,13 +218,13 @@ def test_rows_that_take_too_long_are_at_least_so_long(monkeypatch) -> None:
 
 def test_bad_flags(monkeypatch) -> None:
     with pytest.raises(UsageError, match="--only int4: there are mixed"):
-        check(replace(SMALL, only=("int4",)))
+        replace(SMALL, only=("int4",)).check()
     with pytest.raises(UsageError, match="--slowest is in seconds"):
-        check(replace(SMALL, slowest=0.0))
+        replace(SMALL, slowest=0.0).check()
     with pytest.raises(UsageError, match="--limits are GiB"):
-        check(replace(SMALL, limits=(-1.0,)))
+        replace(SMALL, limits=(-1.0,)).check()
     with pytest.raises(UsageError, match="--rank must be 1 or more"):
-        check(replace(SMALL, rank=0))
+        replace(SMALL, rank=0).check()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="PyTorch sees none here"):
         run(["memory"])

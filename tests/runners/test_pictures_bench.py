@@ -18,7 +18,8 @@ from runners.benchmarks.clock import CpuClock
 from runners.benchmarks.documents import PAD, Documents, batches_of, draw_documents
 from runners.benchmarks.pictures import MARK, pictures_of
 from runners.benchmarks.roofline import training_step
-from runners.benchmarks.training import TrainBenchConfig, bench, check
+from runners.benchmarks.steps import bench
+from runners.benchmarks.training import TrainBenchConfig
 from runners.shell.cli import UsageError
 from runners.shell.errors import UserError
 from runners.training.config import model_config
@@ -33,7 +34,7 @@ SMALL = TrainBenchConfig(
     preset="tiny", override=MICRO, rows=2, length=48, lengths=0.6, pictures=2, steps=1, warmup=1,
     rounds=1,
 )  # fmt: skip
-MODEL = model_config(training.starting_config(SMALL).model)  # a picture: 4 patches, 4 tokens
+MODEL = model_config(SMALL.start.model)  # a picture: 4 patches, 4 tokens
 
 
 def drawn(rows: int = 3, length: int = 96, count: int = 2, sigma: float = 0.6) -> Documents:
@@ -216,6 +217,6 @@ def test_bad_flags() -> None:
         ({"cold_start": True}, "--cold_start measures text alone"),
     ):
         with pytest.raises(UsageError, match=message):
-            check(replace(SMALL, **change))
+            replace(SMALL, **change).check()
     with pytest.raises(UserError, match="--preset text_8b: this model has no vision tower"):
-        check(replace(SMALL, preset="text_8b", override=()))
+        replace(SMALL, preset="text_8b", override=()).check()

@@ -23,10 +23,10 @@ from runners.bench import run
 from runners.benchmarks import cold_start, peers, steps, training
 from runners.benchmarks.clock import CpuClock, DeviceLostError
 from runners.benchmarks.documents import PAD, Documents, batches_of, draw_documents
-from runners.benchmarks.ladder import TOPS, ladder, plans
+from runners.benchmarks.ladder import TOPS, ladder, rung_configs
 from runners.benchmarks.roofline import optimizer_bytes, pairs, training_step
-from runners.benchmarks.steps import Entry, Measured, Pace, Ready, measure_round
-from runners.benchmarks.training import Programs, TrainBenchConfig, bench, check
+from runners.benchmarks.steps import Entry, Measured, Ready, StepPace, bench, measure_round
+from runners.benchmarks.training import Programs, TrainBenchConfig
 from runners.shell.cli import UsageError
 from runners.shell.errors import UserError
 from runners.training.compose import is_compiled, is_graphed
@@ -60,7 +60,7 @@ def measured(config: TrainBenchConfig) -> list[dict]:
 @pytest.mark.parametrize("ragged", [False, True])
 def test_rungs_differ_by_the_flags_they_name_and_by_nothing_else(ragged: bool) -> None:
     start = TrainConfig()
-    made = plans(ladder(8, ragged), start)
+    made = rung_configs(ladder(8, ragged), start)
     for plan in made.values():
         rung = plan.rung
         named = {name for name in rung.changes if name != "packed"}
@@ -95,7 +95,7 @@ def test_without_packing_its_children_stand_on_its_parent() -> None:
 
 def test_the_top_of_the_ladder_is_what_the_trainer_does_by_default() -> None:
     """On a GPU: what is None there by default."""
-    plan = plans(ladder(8, True), TrainConfig())[TOPS[0]]
+    plan = rung_configs(ladder(8, True), TrainConfig())[TOPS[0]]
     gpu, default = torch.device("cuda"), TrainConfig().changed(dtype="bf16", device_batch_size=8)
     chosen = {
         "compile": is_compiled(default.speed, gpu),
@@ -104,7 +104,7 @@ def test_the_top_of_the_ladder_is_what_the_trainer_does_by_default() -> None:
     assert plan.config == default.changed(**chosen)
     assert plan.packed
     for key in ("fp8", "checkpoint"):
-        made = plans(ladder(8, True), TrainConfig())[key].config
+        made = rung_configs(ladder(8, True), TrainConfig())[key].config
         assert made.speed.compile == is_compiled(made.changed(compile=None).speed, gpu)
 
 
@@ -120,7 +120,7 @@ def test_phases_come_in_order_and_every_parent_before_its_child() -> None:
 def test_rungs_share_programs_where_only_the_optimizer_differs() -> None:
     model = TEXT
     programs = Programs(model, torch.device("cpu"))
-    made = plans(ladder(2, False, graphs=False), training.starting_config(SMALL))
+    made = rung_configs(ladder(2, False, graphs=False), SMALL.start)
     shared = {key: programs.shared(key, plan) for key, plan in made.items()}
     assert {key: owner for key, owner in shared.items() if owner} == {
         "adamw": "compile", "bf16_states": "blocks", "bf16_checkpoint": "checkpoint",
@@ -295,7 +295,7 @@ def test_what_fails_is_a_result_and_is_not_tried_again(error: Exception, status:
 
     row = Measured("key", "label", "phase", "", 10, 1.0)
     for _ in range(2):
-        measure_round(entry(step), row, CpuClock(), Pace(1, 1))
+        measure_round(entry(step), row, CpuClock(), StepPace(1, 1))
     assert (row.status, row.samples, len(tries)) == (status, [], 1)
 
 
@@ -305,14 +305,14 @@ def test_a_lost_device_ends_the_run() -> None:
 
     row = Measured("key", "label", "phase", "", 10, 1.0)
     with pytest.raises(DeviceLostError):
-        measure_round(entry(step), row, CpuClock(), Pace(1, 1))
+        measure_round(entry(step), row, CpuClock(), StepPace(1, 1))
 
 
 def test_a_slow_rung_takes_fewer_steps_and_one_is_measured_once(monkeypatch) -> None:
     monkeypatch.setattr(steps, "LONGEST", 0.0)
     row = Measured("key", "label", "phase", "", 10, 1.0)
     for _ in range(2):
-        measure_round(entry(lambda: torch.ones(2), once=True), row, CpuClock(), Pace(5, 2))
+        measure_round(entry(lambda: torch.ones(2), once=True), row, CpuClock(), StepPace(5, 2))
     assert (len(row.samples), len(row.walls), row.loss) == (1, 2, 1.0)
 
 
@@ -411,7 +411,7 @@ def test_bad_flags(monkeypatch) -> None:
         ({"lengths": 0.5, "peers": True}, "--peers measures full rows"),
     ):
         with pytest.raises(UsageError, match=message):
-            check(replace(SMALL, **change))
+            replace(SMALL, **change).check()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="PyTorch sees none here"):
         run(["train"])
@@ -430,7 +430,7 @@ def test_the_device_is_under_load_before_it_is_timed() -> None:
         return torch.ones(2)
 
     row = Measured("key", "label", "phase", "", 10, 1.0)
-    measure_round(entry(step), row, CpuClock(), Pace(2, 1, loaded=0.05))
+    measure_round(entry(step), row, CpuClock(), StepPace(2, 1, loaded=0.05))
     assert sum(row.walls[1:]) >= 0.05  # the first compiles: it does not count
     assert sum(row.walls[1:-1]) < 0.05
     assert len(row.samples) == 2
