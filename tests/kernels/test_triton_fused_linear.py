@@ -357,9 +357,9 @@ def launched(
 @pytest.mark.parametrize(
     ("learn", "backward"),
     [
-        ("111", [("swiglu_backward", 6)]),
-        ("110", [("swiglu_backward", 5)]),
-        ("001", [("swiglu_forward", 3)]),
+        ("111", [("glu_backward", 6)]),
+        ("110", [("glu_backward", 5)]),
+        ("001", [("glu_forward", 3)]),
     ],
 )
 def test_glu_linear_launches(
@@ -372,7 +372,7 @@ def test_glu_linear_launches(
     shapes = ((6, 8), (6, 8), (3, 8))
     tensors = [random(*s, seed=i, dtype=BF16).to(kernel_device) for i, s in enumerate(shapes)]
     seen = launched(monkeypatch, lambda *ts: [glu_linear(*ts)], tensors, learn)
-    assert seen == [("swiglu_forward", 3), *backward]
+    assert seen == [("glu_forward", 3), *backward]
 
 
 @pytest.mark.parametrize(
