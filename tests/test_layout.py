@@ -36,9 +36,6 @@ ORDERS = (
 LONG = {
     "kernels/attention/attention_triton.py",
     "kernels/linear/fused_linear.py",
-    "kernels/loss/cross_entropy.py",
-    "kernels/loss/cross_entropy_triton.py",
-    "kernels/loss/linear_cross_entropy.py",
     "kernels/norm/rms_norm_triton.py",
     "kernels/quantised/fp8_linear.py",
     "kernels/runtime/autograd.py",

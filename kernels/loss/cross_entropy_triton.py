@@ -1,11 +1,11 @@
 # ruff: noqa: N803 -- constexprs are upper case, as everywhere in Triton
 # mypy: allow-untyped-defs
-"""The Triton kernels of `cross_entropy` and `linear_cross_entropy`: a row of logits a turn.
+"""The Triton kernels of `cross_entropy` and `linear_cross_entropy`: one row of logits at a time.
 
-The row goes by in tiles [STEPS, THREADS, VECTOR], laid out so that a thread holds 16 bytes of every
-step: its running maximum and sum of exponentials are its own until the row ends, and one reduction
-over the program follows. `cross_entropy_overwrite_kernel` then goes back over the row, last tile
-first: what was read last is found in the caches, so that the row comes from memory once.
+A program reads a row in tiles [STEPS, THREADS, VECTOR], laid out so that a thread holds 16 bytes of
+every step. Each thread keeps its own running maximum and sum of exponentials until the row ends;
+one reduction over the program follows. `cross_entropy_overwrite_kernel` then goes back over the
+row, last tile first: the caches still hold the end of it, so that memory is read about once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kernels.loss.cross_entropy_torch import LossOptions
 from kernels.runtime.launch import LOG2E, jit, launch, processors, tl, triton
 
 # Pieces
@@ -22,7 +23,7 @@ from kernels.runtime.launch import LOG2E, jit, launch, processors, tl, triton
 
 @jit
 def _read(row_ptr, bias_ptr, cols, vocab, scale, softcap, MASKED: tl.constexpr, KEEP: tl.constexpr):
-    """Logits as the loss sees them, in fp32; -inf beyond the vocabulary."""
+    """Logits after bias, scale and softcap, in fp32; -inf beyond the vocabulary."""
     if MASKED:
         mask = cols < vocab
         x = tl.load(row_ptr + cols, mask=mask, other=-float("inf"), eviction_policy=KEEP)
@@ -40,7 +41,7 @@ def _read(row_ptr, bias_ptr, cols, vocab, scale, softcap, MASKED: tl.constexpr, 
         z = _capped(z, softcap)
         if MASKED:
             z = tl.where(mask, z, -float("inf"))
-    elif scale is not None and MASKED:  # a negative scale turns the padding round
+    elif scale is not None and MASKED:  # a negative scale makes +inf of the padding
         z = tl.where(mask, z, -float("inf"))
     return z
 
@@ -57,7 +58,7 @@ def _capped(z, softcap):
 def _online(top, total, z):
     """The running maximum and sum of exp(z - top) of each thread, after one more tile."""
     new = tl.maximum(top, tl.max(tl.max(z, 2), 0))
-    base = tl.where(new == -float("inf"), 0.0, new)  # nothing but -inf so far: no inf - inf
+    base = tl.where(new == -float("inf"), 0.0, new)  # all -inf so far: avoid inf - inf
     total *= tl.exp2((top - base) * LOG2E)
     total += _inner_sum(tl.exp2((z - base[None, :, None]) * LOG2E))
     return new, total
@@ -96,7 +97,7 @@ def _row_statistics(
     total = tl.zeros([THREADS], tl.float32)
     plain = tl.zeros([THREADS], tl.float32)
     whole = vocab // size * size
-    for start in tl.range(0, whole, size, num_stages=1):  # three stages: 1.71 ms for 1.52
+    for start in tl.range(0, whole, size, num_stages=1):  # three stages are slower
         z = _read(row_ptr, bias_ptr, start + tile, vocab, scale, softcap, False, KEEP)
         top, total = _online(top, total, z)
         if smoothing is not None:
@@ -112,27 +113,8 @@ def _row_statistics(
 
 
 @jit
-def _loss(target, top, total, plain, vocab, smoothing, z_loss):
-    """The loss of a row and its log sum exp."""
-    log_total = tl.log(total)
-    loss = log_total + (top - target)  # small numbers first: a sure token keeps its digits
-    if smoothing is not None:
-        loss += smoothing * (target - plain / vocab)
-    lse = top + log_total
-    if z_loss is not None:
-        loss += z_loss * lse * lse
-    return loss, lse
-
-
-@jit
-def _column(label, vocab):
-    """The label's column in 32 bits, -1 if there is none."""
-    return tl.where((label >= 0) & (label < vocab), label, -1).to(tl.int32)
-
-
-@jit
 def _target(row_ptr, bias_ptr, at, scale, softcap):
-    """The logit at a column as the loss sees it; NaN, and no memory touched, at -1."""
+    """What `_read` gives at one column; NaN, without reading memory, at -1."""
     z = tl.load(row_ptr + at, mask=at >= 0, other=float("nan")).to(tl.float32)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + at, mask=at >= 0, other=0.0).to(tl.float32)
@@ -144,8 +126,37 @@ def _target(row_ptr, bias_ptr, at, scale, softcap):
 
 
 @jit
+def _row_loss(
+    row_ptr,
+    bias_ptr,
+    label,
+    vocab,
+    options,
+    STEPS: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """The loss, the label's column and logit, the maximum, sum of exponentials and lse of a row."""
+    smoothing, z_loss, softcap, scale = options
+    at = tl.where((label >= 0) & (label < vocab), label, -1).to(tl.int32)  # -1: no such column
+    target = _target(row_ptr, bias_ptr, at, scale, softcap)
+    top, total, plain = _row_statistics(
+        row_ptr, bias_ptr, vocab, smoothing, softcap, scale, STEPS, THREADS, VECTOR, KEEP
+    )
+    log_total = tl.log(total)
+    loss = log_total + (top - target)  # in this order a loss near 0 keeps its digits
+    if smoothing is not None:
+        loss += smoothing * (target - plain / vocab)
+    lse = top + log_total
+    if z_loss is not None:
+        loss += z_loss * lse * lse
+    return loss, at, target, top, total, lse
+
+
+@jit
 def _factors(weight_ptr, total, lse, vocab, smoothing, z_loss, scale):
-    """What multiplies exp(z - top), what is taken from every entry, and from the label's."""
+    """The factor of exp(z - top), and what to subtract from every entry and from the label's."""
     weight = 1.0
     if weight_ptr is not None:
         weight = tl.load(weight_ptr)
@@ -164,7 +175,7 @@ def _factors(weight_ptr, total, lse, vocab, smoothing, z_loss, scale):
 
 @jit
 def _slope(z, top, first, uniform, smoothing, softcap):
-    """The gradient of every entry but the label's, before the softcap's own slope."""
+    """The gradient with respect to every entry but the label's."""
     g = tl.exp2((z - top) * LOG2E) * first
     if smoothing is not None:
         g -= uniform
@@ -175,7 +186,7 @@ def _slope(z, top, first, uniform, smoothing, softcap):
 
 @jit
 def _softcap_slope(z, softcap):
-    """1 - tanh^2, for z that has been capped; 0 beyond the vocabulary, where z is -inf."""
+    """1 - tanh^2 of a capped z; 0 beyond the vocabulary, where z is -inf."""
     t = z / softcap
     return tl.maximum(1.0 - t * t, 0.0)
 
@@ -212,13 +223,10 @@ def cross_entropy_forward_kernel(
         top = 0.0
         total = 1.0
         if label != ignore_index:
-            at = _column(label, vocab)
-            target = _target(row_ptr, bias_ptr, at, scale, softcap)
-            top, total, plain = _row_statistics(
-                row_ptr, bias_ptr, vocab, smoothing, softcap, scale, STEPS, THREADS, VECTOR,
-                "evict_first",
-            )  # fmt: skip
-            loss, _ = _loss(target, top, total, plain, vocab, smoothing, z_loss)
+            options = (smoothing, z_loss, softcap, scale)
+            loss, _, _, top, total, _ = _row_loss(
+                row_ptr, bias_ptr, label, vocab, options, STEPS, THREADS, VECTOR, "evict_first"
+            )
         tl.store(losses_ptr + row, loss)
         if top_ptr is not None:
             tl.store(top_ptr + row, top)
@@ -303,13 +311,10 @@ def cross_entropy_overwrite_kernel(
                 zeros = tl.zeros([STEPS, THREADS, VECTOR], dtype)
                 tl.store(row_ptr + start + tile, zeros, mask=start + tile < vocab)
         else:
-            at = _column(label, vocab)
-            target = _target(row_ptr, bias_ptr, at, scale, softcap)
-            top, total, plain = _row_statistics(
-                row_ptr, bias_ptr, vocab, smoothing, softcap, scale, STEPS, THREADS, VECTOR,
-                "evict_last",
-            )  # fmt: skip
-            loss, lse = _loss(target, top, total, plain, vocab, smoothing, z_loss)
+            options = (smoothing, z_loss, softcap, scale)
+            loss, at, target, top, total, lse = _row_loss(
+                row_ptr, bias_ptr, label, vocab, options, STEPS, THREADS, VECTOR, "evict_last"
+            )
             tl.store(losses_ptr + row, loss)
             first, uniform, at_label = _factors(
                 weight_ptr, total, lse, vocab, smoothing, z_loss, scale
@@ -335,29 +340,15 @@ def cross_entropy_overwrite_kernel(
             tl.store(row_ptr + at, g.to(dtype), mask=at >= 0)
 
 
-@jit
-def cross_entropy_scale_kernel(x_ptr, factor_ptr, stride, cols, tiles, total, BLOCK: tl.constexpr):
-    """x *= factor, in place; nothing is read or written if the factor is 1."""
-    factor = tl.load(factor_ptr)
-    if factor != 1.0:
-        begin = tl.program_id(0).to(tl.int64)
-        for turn in range(tl.cdiv(total - begin, tl.num_programs(0))):
-            at = begin + turn * tl.num_programs(0)
-            col = (at % tiles) * BLOCK + tl.arange(0, BLOCK)
-            ptr = x_ptr + (at // tiles) * stride + col
-            x = tl.load(ptr, mask=col < cols, other=0.0).to(tl.float32)
-            tl.store(ptr, (x * factor).to(x_ptr.dtype.element_ty), mask=col < cols)
-
-
 # Host
 
 
 @dataclass(frozen=True)
-class Config:
+class LossConfig:
     """How a kernel over rows is launched.
 
-    warps: a program; steps: 16-byte vectors a thread in a tile; programs: an SM, each taking rows
-    in turn (0: one program a row); registers: the most a thread may have (None: as ptxas likes).
+    warps: per program; steps: 16-byte vectors per thread in a tile; programs: per SM, each taking
+    rows in turn (0: one program per row); registers: the most per thread (None: up to ptxas).
     """
 
     warps: int
@@ -366,67 +357,72 @@ class Config:
     registers: int | None = None
 
 
-def _shape(config: Config, logits: Tensor) -> dict[str, Any]:
-    """The tile, and what else these kernels are all launched with."""
-    vector = 16 // logits.element_size()
-    tile = {"STEPS": config.steps, "THREADS": config.warps * 32, "VECTOR": vector}
-    return tile if config.registers is None else {**tile, "maxnreg": config.registers}
+def _config(logits: Tensor, usual: bool, fast: LossConfig) -> LossConfig:
+    """`fast` for long aligned rows and the plain loss, else a configuration that never spills.
 
-
-def _tile_size(config: Config, logits: Tensor) -> int:
-    return config.steps * config.warps * 32 * (16 // logits.element_size())
-
-
-def _warps(logits: Tensor, most: int) -> int:
-    """Warps a program, fewer where the row is so short that some would have nothing to do."""
-    wanted = triton.cdiv(logits.shape[1], 512 // logits.element_size())
-    return min(most, triton.next_power_of_2(wanted))
-
-
-def _config(logits: Tensor, usual: bool, fast: Config) -> Config:
-    """`fast` for aligned rows and no options; else what never spills.
-
-    Left to itself, ptxas aims at 32, 40 or 64 registers and spills some bytes to get there; told
-    how many it may have, it does not.
+    By default ptxas aims at 32, 40 or 64 registers and spills to get there; an explicit limit
+    avoids that. Short rows get fewer warps, so that each has work.
     """
-    aligned = logits.shape[1] % 16 == 0 and logits.stride(0) % 16 == 0
-    if usual and aligned and logits.shape[1] >= 4096:
+    vocab = logits.shape[1]
+    aligned = vocab % 16 == 0 and logits.stride(0) % 16 == 0
+    if usual and aligned and vocab >= 4096:
         return fast
-    return Config(_warps(logits, 16), 1, registers=64 if aligned else 128)
+    useful = triton.next_power_of_2(triton.cdiv(vocab, 512 // logits.element_size()))
+    return LossConfig(min(16, useful), 1, registers=64 if aligned else 128)
 
 
-def forward_config(logits: Tensor, usual: bool) -> Config:
-    """On an H200, bf16, 16,384 rows of 75,968: 8 warps 0.574 ms, 4,339 GB/s; 16 0.584, 32 0.658."""
-    return _config(logits, usual, Config(8, 1))
+def _is_plain(options: LossOptions, scale: float | None = None) -> bool:
+    """Whether the loss has no smoothing, z-loss, softcap or scale."""
+    return not any(option is not None and option != 0.0 for option in (*options[1:], scale))
 
 
-def backward_config(logits: Tensor, usual: bool) -> Config:
-    """As above: 4 warps of two vectors a thread 1.238 ms (4,021 GB/s), of one 1.443."""
-    return _config(logits, usual, Config(4, 2))
+def _launch_rows(
+    kernel: Any,
+    logits: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    pointers: tuple[Tensor | None, ...],
+    options: LossOptions,
+    scale: float | None,
+    config: LossConfig,
+) -> None:
+    """Starts a kernel that walks over rows; pointers: the arguments between bias and sizes."""
+    rows, vocab = logits.shape
+    programs = processors(logits.device) * config.programs
+    launch(
+        kernel,
+        (min(rows, programs) if programs else rows,),
+        logits,
+        labels.contiguous(),
+        bias,
+        *pointers,
+        rows,
+        logits.stride(0),
+        vocab,
+        *_given(options),
+        scale,
+        **_tile_constants(logits, config),
+    )
 
 
-def overwrite_config(logits: Tensor, usual: bool) -> Config:
-    """As above, ms at 32,768, 75,968 and (4,096 rows) 131,072 entries: 16 warps of two vectors
-    0.553, 1.499, 0.721; 32 of one, two programs an SM in turn 0.642, 1.452, 0.695. Rows that stay
-    in registers 0.687 at best: too few of them are in flight.
-    """
-    long = logits.shape[1] > 2**16
-    return _config(logits, usual, Config(32, 1, programs=2) if long else Config(16, 2))
+def _given(options: LossOptions) -> tuple[int, float | None, float | None, float | None]:
+    """The options with None for a term that is off: its code is then left out of the kernel."""
+    return (
+        options.ignore_index,
+        options.label_smoothing or None,
+        options.z_loss or None,
+        options.softcap,
+    )
 
 
-def _usual(*options: Any) -> bool:
-    """Whether the loss is the plain one: no smoothing, z-loss, softcap or scale."""
-    return not any(option is not None and option != 0.0 for option in options)
-
-
-def _grid(logits: Tensor, config: Config) -> tuple[int]:
-    rows = logits.shape[0]
-    return (min(rows, processors(logits.device) * config.programs) if config.programs else rows,)
-
-
-def _or_none(value: float | None) -> float | None:
-    """An option that is off is left out of the kernel altogether."""
-    return value or None
+def _tile_constants(logits: Tensor, config: LossConfig) -> dict[str, Any]:
+    return {
+        "STEPS": config.steps,
+        "THREADS": config.warps * 32,
+        "VECTOR": 16 // logits.element_size(),
+        "num_warps": config.warps,
+        "maxnreg": config.registers,
+    }
 
 
 def forward_rows(
@@ -436,37 +432,16 @@ def forward_rows(
     losses: Tensor,  # [N] fp32, written
     top: Tensor | None,  # [N] fp32, written; maximum of a row
     total: Tensor | None,  # [N] fp32, written; lse = top + log(total)
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
+    options: LossOptions,
     scale: float | None = None,
-    config: Config | None = None,
+    config: LossConfig | None = None,
 ) -> None:
-    """Writes the losses and, if asked for, what the backward needs of every row."""
-    usual = bias is None and _usual(label_smoothing, z_loss, softcap, scale)
-    config = config or forward_config(logits, usual)
-    rows, vocab = logits.shape
-    launch(
-        cross_entropy_forward_kernel,
-        _grid(logits, config),
-        logits,
-        labels.contiguous(),
-        bias,
-        losses,
-        top,
-        total,
-        rows,
-        logits.stride(0),
-        vocab,
-        ignore_index,
-        _or_none(label_smoothing),
-        _or_none(z_loss),
-        softcap,
-        scale,
-        num_warps=config.warps,
-        **_shape(config, logits),
-    )
+    """Writes the losses and, if asked for, what the backward needs of each row."""
+    plain = bias is None and _is_plain(options, scale)
+    config = config or _config(logits, plain, LossConfig(8, 1))
+    pointers = (losses, top, total)
+    kernel = cross_entropy_forward_kernel
+    _launch_rows(kernel, logits, labels, bias, pointers, options, scale, config)
 
 
 def backward_rows(
@@ -475,17 +450,15 @@ def backward_rows(
     weight: Tensor,  # scalar fp32
     top: Tensor,  # [N]
     total: Tensor,  # [N]
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    config: Config | None = None,
+    options: LossOptions,
+    config: LossConfig | None = None,
 ) -> Tensor:
     """weight * d loss / d logits [N, V]."""
-    config = config or backward_config(logits, _usual(label_smoothing, z_loss, softcap))
+    config = config or _config(logits, _is_plain(options), LossConfig(4, 2))
     rows, vocab = logits.shape
     grads = logits.new_empty(rows, vocab)
-    tiles = triton.cdiv(vocab, _tile_size(config, logits))
+    constants = _tile_constants(logits, config)
+    tiles = triton.cdiv(vocab, constants["STEPS"] * constants["THREADS"] * constants["VECTOR"])
     launch(
         cross_entropy_backward_kernel,
         (rows * tiles,),
@@ -498,12 +471,8 @@ def backward_rows(
         logits.stride(0),
         vocab,
         tiles,
-        ignore_index,
-        _or_none(label_smoothing),
-        _or_none(z_loss),
-        softcap,
-        num_warps=config.warps,
-        **_shape(config, logits),
+        *_given(options),
+        **constants,
     )
     return grads
 
@@ -514,59 +483,16 @@ def overwrite_rows(
     bias: Tensor | None,  # [V]
     weight: Tensor | None,  # scalar fp32; None is 1
     losses: Tensor,  # [N] fp32, written
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
+    options: LossOptions,
     scale: float | None = None,
-    config: Config | None = None,
+    config: LossConfig | None = None,
 ) -> None:
-    """Writes the losses, and weight * d loss / d logits over the logits."""
-    usual = bias is None and _usual(label_smoothing, z_loss, softcap, scale)
-    config = config or overwrite_config(logits, usual)
-    rows, vocab = logits.shape
-    launch(
-        cross_entropy_overwrite_kernel,
-        _grid(logits, config),
-        logits,
-        labels.contiguous(),
-        bias,
-        weight,
-        losses,
-        rows,
-        logits.stride(0),
-        vocab,
-        ignore_index,
-        _or_none(label_smoothing),
-        _or_none(z_loss),
-        softcap,
-        scale,
-        num_warps=config.warps,
-        **_shape(config, logits),
-    )
+    """Writes the losses, and weight * d loss / d logits over the logits.
 
-
-def scale_rows(x: Tensor, factor: Tensor) -> None:
-    """x *= factor in place, x with contiguous rows or columns; free if the factor is 1.
-
-    The factor is looked at on the device: no program does anything if it is 1.
+    On an H200 longer rows are fastest with two programs per SM, each taking rows in turn.
     """
-    if x.ndim == 2 and x.stride(0) < x.stride(1):
-        x = x.t()
-    flat = x.view(1, -1) if x.is_contiguous() else x
-    rows, cols = flat.shape
-    block = min(8192, triton.next_power_of_2(max(cols, 16)))
-    tiles = triton.cdiv(cols, block)
-    total = rows * tiles
-    launch(
-        cross_entropy_scale_kernel,
-        (min(total, processors(x.device) * 8),),
-        flat,
-        factor,
-        flat.stride(0),
-        cols,
-        tiles,
-        total,
-        num_warps=8,
-        BLOCK=block,
-    )
+    long = logits.shape[1] > 2**16
+    fast = LossConfig(32, 1, programs=2) if long else LossConfig(16, 2)
+    config = config or _config(logits, bias is None and _is_plain(options, scale), fast)
+    kernel = cross_entropy_overwrite_kernel
+    _launch_rows(kernel, logits, labels, bias, (weight, losses), options, scale, config)

@@ -1,21 +1,22 @@
 """Cross-entropy straight from hidden states: logits [N, V] never exist.
 
-Tokens are taken in chunks: a chunk's logits are made, turned into its share of the loss and (where
-a gradient will be asked for) of the gradients, and dropped. Memory is O(chunk * V), whatever N is;
-what is kept for backward is the gradients themselves, [N, D] and [V, D]. After "Cut Your Losses"
-(arXiv 2411.09009) and Liger-Kernel (arXiv 2410.10989).
+Tokens are taken in chunks. A chunk's logits are computed, turned into its share of the loss and (if
+autograd will ask for them) of the gradients, and dropped. Memory is O(chunk * V) for any N; the
+backward keeps the gradients themselves, [N, D] and [V, D]. After "Cut Your Losses" (arXiv
+2411.09009) and Liger-Kernel (arXiv 2410.10989).
 
-On a GPU a chunk's logits are written by one matmul into a buffer that all chunks share, in the
-dtype of hidden; `cross_entropy_overwrite_kernel` turns them into their gradient where they are, and
-two matmuls use that. Nothing waits for the device, so that a CUDA graph can hold it all.
+On a GPU one matmul writes a chunk's logits into a buffer that all chunks share, in the dtype of
+hidden; `cross_entropy_overwrite_kernel` turns them into their gradient in place, and two matmuls
+use that. Nothing waits for the device, so that a CUDA graph can capture the whole.
 
 The gradient of the unembedding is summed over chunks in fp32 (V * D * 4 bytes while the loss is
-computed): a bf16 sum loses some of what each further chunk adds, and is there to be asked for. On
-CPU only the labelled tokens are multiplied: with loss on answers alone, that is a small part.
+computed) unless the caller asks for a bf16 sum, which rounds at every chunk. On a CPU only the
+labelled tokens are multiplied, which are few if only answers have labels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,17 +24,15 @@ from torch import Tensor
 
 from kernels.linear.linear import add_product
 from kernels.loss import cross_entropy_triton
-from kernels.loss.cross_entropy import (
-    capped,
-    check_label_range,
-    check_logits_and_labels,
-    check_options,
-    is_last_backward,
-    labelled,
+from kernels.loss.cross_entropy import check_label_range, check_logits_and_labels, check_options
+from kernels.loss.cross_entropy_in_place import is_last_backward, scaled
+from kernels.loss.cross_entropy_torch import (
+    LossOptions,
+    count_labelled,
     losses_and_gradients_,
-    scaled,
     token_losses,
 )
+from kernels.loss.scale_triton import scale_rows
 from kernels.runtime.autograd import (
     Call,
     ForwardFunction,
@@ -49,17 +48,16 @@ from kernels.runtime.operators import operator
 
 declare("linear_cross_entropy", TRITON, TORCH)
 
+Needs = Sequence[bool]  # which gradients: of hidden, unembed, bias
 _CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}  # torch, fp32 logits at a time: 4 MB, 512 MB
-# Triton: `linear_cross_entropy` says what other sizes cost. A training step (1.5B parameters,
-# 151,936 words, 16,384 tokens) took 301.5 ms on an H200, with 2^29 305.8: one run of each.
-_CHUNK_BYTES = 2**30
+_CHUNK_BYTES = 2**30  # Triton; half of that was slower in a training step
 
 
 # Chunked matmuls, torch
 
 
 def _takes_labelled_rows(device: str) -> bool:
-    """How many there are can be read at no cost on a CPU; elsewhere it would stall the stream."""
+    """A CPU can count the labelled rows at no cost; elsewhere that would stall the stream."""
     return device == "cpu"
 
 
@@ -69,24 +67,20 @@ def _chunked(
     bias: Tensor | None,  # [V]
     labels: Tensor,  # [N]
     grad: Tensor | None,  # scalar; None is 1
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
+    options: LossOptions,
     scale: float | None,
     chunk: int,
     narrow: bool,
-    need_hidden: bool,
-    need_unembed: bool,
-    need_bias: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, and its gradients times `grad` (empty where not needed).
 
-    narrow: the unembedding's gradient is summed in its own dtype.
+    narrow: sum the gradient of the unembedding in its own dtype.
     """
     n, vocab = hidden.shape[0], unembed.shape[0]
+    need_hidden, need_unembed, need_bias = needs
     dtype = accumulation_dtype(hidden.dtype)
-    valid = labels != ignore_index
+    valid = labels != options.ignore_index
     count = valid.sum().clamp(min=1).to(dtype)
     weight = (1.0 if grad is None else grad.to(dtype)) / count
     # either only the labelled rows are taken, or all of them with the others masked
@@ -109,8 +103,7 @@ def _chunked(
             z += bias
         if scale is not None:
             z *= scale
-        gradients = need_hidden or need_unembed or need_bias
-        losses, d = losses_and_gradients_(z, y, label_smoothing, z_loss, softcap, gradients)
+        losses, d = losses_and_gradients_(z, y, options, any(needs))
         total += (losses if ok is None else losses.where(ok, 0.0)).sum()
         if d is None:
             continue
@@ -120,55 +113,47 @@ def _chunked(
             d.masked_fill_(~ok[:, None], 0.0)
         if need_bias:
             d_bias += d.sum(0)
-        # entries in [-1, 1] go through the matmuls; the weight 1 / count comes after, in fp32
+        # the matmuls see entries in [-1, 1]; the weight 1 / count comes after, in fp32
         d = d.to(hidden.dtype)
         if need_hidden:
             d_hidden[here] = (torch.mm(d, unembed).to(dtype) * weight).to(hidden.dtype)
         if need_unembed:
             d_unembed += torch.mm(d.t(), h)
-    return (
-        total / count,
-        d_hidden,
-        (d_unembed * weight).to(unembed.dtype) if need_unembed else d_unembed,
-        (d_bias * weight).to(unembed.dtype if bias is None else bias.dtype)
-        if need_bias
-        else d_bias,
-    )
+    if need_unembed:
+        d_unembed = (d_unembed * weight).to(unembed.dtype)
+    if need_bias:
+        d_bias = (d_bias * weight).to(unembed.dtype if bias is None else bias.dtype)
+    return total / count, d_hidden, d_unembed, d_bias
 
 
 # Chunked matmuls round a Triton kernel
 
 
 def _fused(
-    hidden: Tensor,  # [N, D]
-    unembed: Tensor,  # [V, D]
-    bias: Tensor | None,  # [V]
-    labels: Tensor,  # [N]
-    grad: Tensor | None,  # scalar; None is 1
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
+    hidden: Tensor,
+    unembed: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    grad: Tensor | None,
+    options: LossOptions,
     scale: float | None,
     chunk: int,
     narrow: bool,
-    need_hidden: bool,
-    need_unembed: bool,
-    need_bias: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `_chunked` computes, and only the chunk's logits and an fp32 sum beside it."""
+    """What `_chunked` computes; it allocates the chunk's logits and an fp32 sum besides."""
     n, vocab = hidden.shape[0], unembed.shape[0]
-    options = (ignore_index, label_smoothing, z_loss, softcap, scale)
-    count = labelled(labels, ignore_index)
+    need_hidden, need_unembed, need_bias = needs
+    count = count_labelled(labels, options.ignore_index)
     weight = count.reciprocal() if grad is None else grad.to(torch.float32) / count
-    late = hidden.dtype == torch.float16  # whose exponents are too short for a weighted entry
+    late = hidden.dtype == torch.float16  # a weighted entry would underflow in fp16
     losses = hidden.new_empty(n, dtype=torch.float32)
 
-    # a row without a label may hold NaN, and 0 * NaN would reach the unembedding's gradient. The
-    # gradient of hidden lends its memory to the clean rows, until it takes the place of each
+    # A row without a label may hold NaN, and 0 * NaN would reach the gradient of the unembedding.
+    # The clean rows lie in the memory of the gradient of hidden, which replaces them by chunks.
     clean, d_hidden = hidden, hidden.new_empty(0)
     if need_unembed:
-        clean = hidden.masked_fill((labels == ignore_index)[:, None], 0.0)
+        clean = hidden.masked_fill((labels == options.ignore_index)[:, None], 0.0)
     if need_hidden:
         d_hidden = clean if need_unembed else torch.empty_like(hidden)
     d_unembed, d_bias = hidden.new_empty(0), hidden.new_empty(0)
@@ -182,10 +167,11 @@ def _fused(
         h, y, out = clean[here], labels[here], losses[here]
         z = buffer[: h.shape[0]]
         torch.mm(h, unembed.t(), out=z)
-        if not (need_hidden or need_unembed or need_bias):
-            cross_entropy_triton.forward_rows(z, y, bias, out, None, None, *options)
+        if not any(needs):
+            cross_entropy_triton.forward_rows(z, y, bias, out, None, None, options, scale)
             continue
-        cross_entropy_triton.overwrite_rows(z, y, bias, None if late else weight, out, *options)
+        given = None if late else weight
+        cross_entropy_triton.overwrite_rows(z, y, bias, given, out, options, scale)
         if need_bias:
             part = z.sum(0, dtype=torch.float32)
             d_bias = d_bias.add_(part) if start else part
@@ -202,13 +188,9 @@ def _fused(
     del buffer
     if late:
         for gradient in (d_hidden, d_unembed, d_bias):
-            cross_entropy_triton.scale_rows(gradient, weight)
-    return (
-        losses.sum() / count,
-        d_hidden,
-        d_unembed.to(unembed.dtype),
-        d_bias.to(unembed.dtype if bias is None else bias.dtype),
-    )
+            scale_rows(gradient, weight)
+    d_bias = d_bias.to(unembed.dtype if bias is None else bias.dtype)
+    return losses.sum() / count, d_hidden, d_unembed.to(unembed.dtype), d_bias
 
 
 def _even_chunk(n: int, chunk: int) -> int:
@@ -217,18 +199,35 @@ def _even_chunk(n: int, chunk: int) -> int:
     return max(1, n if chunk >= n else min(chunk, -(-even // 128) * 128))
 
 
-# Custom ops, so that the compiler sees one node and not an unrolled loop over chunks
+# An operator, so that a compiler sees one node and not an unrolled loop over chunks
 
 
-def _fake(
+def _loss_and_gradients(
     hidden: Tensor,
     unembed: Tensor,
     bias: Tensor | None,
-    need_hidden: bool,
-    need_unembed: bool,
-    need_bias: bool,
-    **_: Any,
+    labels: Tensor,
+    grad: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    scale: float | None,
+    chunk: int,
+    narrow: bool,
+    triton: bool,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_fused` or `_chunked`."""
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
+    compute = _fused if triton else _chunked
+    return compute(hidden, unembed, bias, labels, grad, options, scale, chunk, narrow, needs)
+
+
+def _fake(
+    hidden: Tensor, unembed: Tensor, bias: Tensor | None, needs: Needs, **_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_hidden, need_unembed, need_bias = needs
     return (
         hidden.new_empty((), dtype=accumulation_dtype(hidden.dtype)),
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
@@ -237,8 +236,7 @@ def _fake(
     )
 
 
-_chunked_op = operator("linear_cross_entropy", fake=_fake)(_chunked)
-_fused_op = operator("linear_cross_entropy_triton", fake=_fake)(_fused)
+_op = operator("linear_cross_entropy", fake=_fake)(_loss_and_gradients)
 
 
 # Reference: plain torch, differentiable to any order (its derivatives do keep O(N * V))
@@ -250,28 +248,24 @@ def linear_cross_entropy_reference(
     bias: Tensor | None,
     labels: Tensor,
     *,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    scale: float | None = None,
-    chunk: int = 2**62,
+    options: LossOptions,
+    scale: float | None,
+    chunk: int,
     **unused: Any,
 ) -> Tensor:
     """What `linear_cross_entropy` computes; `chunk` bounds one tensor."""
     dtype = accumulation_dtype(hidden.dtype)
-    valid = labels != ignore_index
+    valid = labels != options.ignore_index
     total = torch.zeros((), dtype=dtype, device=hidden.device)
     for start in range(0, hidden.shape[0], chunk):
         ok = valid[start : start + chunk]
         h = hidden[start : start + chunk].masked_fill(~ok[:, None], 0.0)
-        y = labels[start : start + chunk].masked_fill(~ok, 0)
         z = torch.mm(h, unembed.t()).to(dtype)
         if bias is not None:
             z = z + bias
         if scale is not None:
             z = z * scale
-        losses = token_losses(capped(z, softcap), y, label_smoothing, z_loss)
+        losses = token_losses(z, labels[start : start + chunk].masked_fill(~ok, 0), options)
         total = total + losses.where(ok, 0.0).sum()
     return total / valid.sum().clamp(min=1)
 
@@ -280,18 +274,16 @@ def linear_cross_entropy_reference(
 
 
 def _forward(
-    hidden: Tensor,
-    unembed: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    *,
+    *tensors: Tensor | None,
+    options: LossOptions,
+    scale: float | None,
+    chunk: int,
+    narrow: bool,
     triton: bool,
-    eager_grads: tuple[bool, bool, bool],
-    **options: Any,
+    eager: Needs,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    op = _fused_op if triton else _chunked_op
-    loss, *grads = op(hidden, unembed, bias, labels, None, *options.values(), *eager_grads)
-    return loss, tuple(g for g, wanted in zip(grads, eager_grads, strict=True) if wanted)
+    loss, *grads = _op(*tensors, None, *options, scale, chunk, narrow, triton, eager)
+    return loss, tuple(g for g, wanted in zip(grads, eager, strict=True) if wanted)
 
 
 def _backward(
@@ -300,24 +292,26 @@ def _backward(
     tensors: tuple[Tensor, Tensor, Tensor | None, Tensor],
     residuals: tuple[Tensor, ...],
     *,
+    options: LossOptions,
+    scale: float | None,
+    chunk: int,
+    narrow: bool,
     triton: bool,
-    eager_grads: tuple[bool, bool, bool],
+    eager: Needs,
     last: bool = False,
-    **options: Any,
 ) -> tuple[Tensor | None, ...]:
     """last: the residuals will not be asked for again, and may become the gradients."""
-    ready: list[Tensor | None] = [None, None, None, None]
+    ready: list[Tensor | None] = [None, None, None]
     made = iter(residuals)
-    for i, wanted in enumerate(eager_grads):
+    for i, wanted in enumerate(eager):
         g = next(made) if wanted else None
         if g is not None and needs[i]:
             ready[i] = scaled(g, grad, triton, last)
-    missing = tuple(need and g is None for need, g in zip(needs[:3], ready[:3], strict=True))
+    missing = [need and g is None for need, g in zip(needs[:3], ready, strict=True)]
     if any(missing):
-        op = _fused_op if triton else _chunked_op
-        _, *grads = op(*tensors, grad, *options.values(), *missing)
-        ready = [g if m else r for g, m, r in zip(grads, missing, ready[:3], strict=True)] + [None]
-    return tuple(ready)
+        _, *grads = _op(*tensors, grad, *options, scale, chunk, narrow, triton, missing)
+        ready = [g if m else r for g, m, r in zip(grads, missing, ready, strict=True)]
+    return (*ready, None)
 
 
 OP = Op("linear_cross_entropy", linear_cross_entropy_reference, _forward, _backward)
@@ -325,7 +319,7 @@ OP = Op("linear_cross_entropy", linear_cross_entropy_reference, _forward, _backw
 
 @with_signature
 class _WithReadyGradients(ForwardFunction):
-    """Its last backward hands over the gradients that were made with the loss, and no copies."""
+    """Its last backward hands over the gradients that the forward computed, without copies."""
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -344,27 +338,21 @@ def _apply(
     unembed: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
     scale: float | None,
     chunk: int,
     narrow: bool,
     triton: bool,
-    eager_grads: tuple[bool, bool, bool],
+    eager: Needs,
+    *options: Any,
 ) -> Tensor:
     check_hidden()
-    static = {  # the options in the order that the custom ops take them
-        "ignore_index": ignore_index,
-        "label_smoothing": label_smoothing,
-        "z_loss": z_loss,
-        "softcap": softcap,
+    static = {
+        "options": LossOptions(*options),
         "scale": scale,
         "chunk": chunk,
         "narrow": narrow,
         "triton": triton,
-        "eager_grads": eager_grads,
+        "eager": eager,
     }
     if torch._C._are_functorch_transforms_active():
         return run(OP, hidden, unembed, bias, labels, **static)
@@ -392,37 +380,36 @@ def linear_cross_entropy(
 ) -> Tensor:
     """`cross_entropy(scale * (hidden @ unembed.T + bias), labels, ...)` without the logits.
 
-    The matmuls run in the dtype of hidden, the rest in fp32, as the dense form does. Where
-    gradients will be asked for, they are computed with the loss, from the same logits (three
-    matmuls, not four); under `torch.no_grad` only the loss is. Derivatives of higher order go
-    through a plain formula, which keeps O(N * V) in pieces of [chunk, V].
+    The matmuls run in the dtype of hidden, the rest in fp32, as in the dense form. If autograd
+    will ask for gradients, they are computed with the loss, from the same logits (three matmuls
+    instead of four). Derivatives of higher order go through a plain formula, which keeps O(N * V)
+    in pieces of [chunk, V].
 
     Args:
         hidden: [N, D], any floating dtype.
         unembed: [V, D], same dtype.
         labels: [N] int64 in [0, V), or `ignore_index`: no loss, and a zero gradient for that row
-            whatever it holds (NaN too).
+            whatever its values (NaN too).
         scale: factor on the logits, before the softcap (Cohere's and Granite's logit scale).
         bias: [V], added before the scale.
         chunk: tokens at a time, at most.
-        memory: bytes that a chunk's logits may take, instead of `chunk`. They have the dtype of
-            hidden in the Triton path (V rounded up to a multiple of 64), fp32 and two more copies
-            in the torch path. With neither given: 1 GiB, in the torch path 512 MiB, on a CPU 4 MiB.
-            The smaller, the more often the sum of the unembedding's gradient is read and written:
-            16,384 tokens of 2,048 over 131,072 words on an H200, with 1 GB 43.2 ms, 512 MB 46.2,
-            256 MB 50.0; with a bf16 sum 42.1, 43.2, 47.3.
-        accumulate: what that sum is kept in. "fp32" takes another V * D * 4 bytes until the loss
-            is computed; "bf16" (for bf16 weights) takes none, the sum being the gradient itself,
-            and rounds once a chunk: relative error of that gradient 3.7e-3 in 4 chunks and 4.1e-3
-            in 16, against 3.1e-3. One chunk alone is rounded once either way.
+        memory: bytes for a chunk's logits, instead of `chunk`. Logits have the dtype of hidden in
+            the Triton path (V rounded up to a multiple of 64); the torch path keeps them in fp32
+            and makes two copies. By default 1 GiB, in the torch path 512 MiB, on a CPU 4 MiB.
+            Smaller chunks are slower: each one reads and writes the sum of the unembedding's
+            gradient.
+        accumulate: dtype of that sum. "fp32" takes another V * D * 4 bytes while the loss is
+            computed. "bf16" (for bf16 weights) takes none, since the sum is the gradient itself,
+            and rounds once per chunk.
         check_labels: as in `kernels.cross_entropy`.
         ignore_index, label_smoothing, z_loss, softcap: as in `kernels.cross_entropy`.
 
     Returns:
-        A scalar, fp32 (fp64 if hidden is fp64): the mean over labelled tokens; 0 if there is none.
+        A scalar, fp32 (fp64 if hidden is fp64): the mean over labelled tokens, 0 without any.
 
     Raises:
-        ValueError: as `kernels.cross_entropy`; also an unembed or bias that does not fit hidden.
+        ValueError: as `kernels.cross_entropy`; an unembed or bias that does not fit hidden;
+            both `chunk` and `memory`, or a memory that cannot hold the logits of one token.
 
     >>> import torch
     >>> hidden, unembed = torch.zeros(2, 4), torch.zeros(8, 4)
@@ -460,33 +447,16 @@ def linear_cross_entropy(
     if chunk is None:
         chunk = chunk_within(memory, unembed.shape[0], hidden, triton)
     # fp16 gradients wait for the backward: loss scaling has to come before they are rounded
-    eager = torch.is_grad_enabled() and hidden.dtype != torch.float16
-    eager_grads = (
-        eager and hidden.requires_grad,
-        eager and unembed.requires_grad,
-        eager and bias is not None and bias.requires_grad,
-    )
-    return _apply(
-        hidden,
-        unembed,
-        bias,
-        labels,
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        softcap,
-        scale,
-        chunk,
-        narrow,
-        triton,
-        eager_grads,
-    )
+    now = torch.is_grad_enabled() and hidden.dtype != torch.float16
+    eager = tuple(now and x is not None and x.requires_grad for x in (hidden, unembed, bias))
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
+    return _apply(hidden, unembed, bias, labels, scale, chunk, narrow, triton, eager, *options)
 
 
 def chunk_within(memory: int | None, vocab: int, hidden: Tensor, triton: bool) -> int:
-    """Tokens at a time: those whose logits take so many bytes (None: the default).
+    """The number of tokens whose logits fit in `memory` bytes (None: the default).
 
-    In multiples of 64 or 128, so that the matmuls keep their tiles full, where that leaves any.
+    A multiple of 64 or 128 if possible, so that the matmuls fill their tiles.
     """
     if triton:
         token = -(-vocab // 64) * 64 * hidden.element_size()

@@ -28,7 +28,7 @@ from kernels.linear.fused_linear import (
     norm_gradients,
 )
 from kernels.linear.linear import add_product, linear_reference
-from kernels.loss.cross_entropy import is_last_backward
+from kernels.loss.cross_entropy_in_place import is_last_backward
 from kernels.mlp.glu import SWIGLU
 from kernels.norm.rms_norm import RMS_NORM
 from kernels.runtime.autograd import (

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.loss import cross_entropy_in_place as in_place
 from kernels.loss import cross_entropy_triton
+from kernels.loss.cross_entropy_torch import LossOptions
+from kernels.loss.scale_triton import scale_rows
 from kernels.runtime.launch import Launch, recording, triton
 from kernels.runtime.resources import resources
 from tests.kernels.archs import compiled_for
@@ -44,8 +47,8 @@ def dense(
     assert loss.shape == count.shape == ()
     grad = ce._backward_kernel(logits, labels(16384), loss / count, top, total, *options)
     assert (grad.shape, grad.dtype) == (logits.shape, dtype)
-    ce._overwrite(logits, labels(16384), *options, True)
-    cross_entropy_triton.scale_rows(logits, loss)
+    in_place._overwrite(logits, labels(16384), True, *options)
+    scale_rows(logits, loss)
 
 
 def linear(vocab: int, dim: int, options: tuple[Any, ...], bias: bool, gradients: bool) -> None:
@@ -54,7 +57,18 @@ def linear(vocab: int, dim: int, options: tuple[Any, ...], bias: bool, gradients
     chunk = lce.chunk_within(None, vocab, hidden, True)
     added, scale = (meta(vocab), 0.5) if bias else (None, None)
     needs = (gradients, gradients, gradients and bias)
-    lce._fused(hidden, unembed, added, labels(16384), None, *options, scale, chunk, False, *needs)
+    lce._fused(
+        hidden,
+        unembed,
+        added,
+        labels(16384),
+        None,
+        LossOptions(*options),
+        scale,
+        chunk,
+        False,
+        needs,
+    )
 
 
 WORK: dict[str, tuple[Any, ...]] = {
@@ -104,10 +118,10 @@ def test_a_launch_is_one_program_a_row() -> None:
     grids = {launch.kernel.__name__: launch.grid[0] for launch in launches}
     assert 0 < grids["cross_entropy_overwrite_kernel"] <= 16384
     assert grids["cross_entropy_scale_kernel"] == 132 * 8
-    config = cross_entropy_triton.Config(8, 2)
+    config = cross_entropy_triton.LossConfig(8, 2)
     tiles = -(-75968 // (8 * 32 * 8 * 2))
     with recording() as launches:
         cross_entropy_triton.backward_rows(
-            meta(16384, 75968), labels(16384), *[meta(1)] * 3, *PLAIN, config=config
+            meta(16384, 75968), labels(16384), *[meta(1)] * 3, LossOptions(), config=config
         )
     assert launches[0].grid == (16384 * tiles,)

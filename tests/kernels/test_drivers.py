@@ -15,6 +15,7 @@ from torch import Tensor
 
 import kernels
 from kernels import attention, cross_entropy, int8_linear, linear_cross_entropy, rms_norm, rope
+from kernels.loss.cross_entropy_torch import LossOptions
 from tests.kernels.drivers import (
     EVERY_FIRST,
     EVERY_HIGHER,
@@ -55,7 +56,7 @@ def make_cases() -> dict[str, Case]:
     labels = torch.randint(0, VOCAB, (N,), generator=generator)
     labels[torch.tensor([0, 5, 11])] = -100
     options = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0}
-    everything = {"ignore_index": -100, **options}
+    everything = LossOptions(**options)
     positions = torch.randint(0, 9, (N,), generator=generator)
     angles = random(9, 2, seed=5)
     cos, sin = angles.cos(), angles.sin()
@@ -83,7 +84,7 @@ def make_cases() -> dict[str, Case]:
     return {
         "cross_entropy": Case(
             lambda z: cross_entropy(z, labels, **options),
-            lambda z: ce.cross_entropy_reference(z, labels, **everything),
+            lambda z: ce.cross_entropy_reference(z, labels, options=everything),
             ((N, VOCAB),),
             module("loss.cross_entropy"),
             "OP",
@@ -92,7 +93,9 @@ def make_cases() -> dict[str, Case]:
             lambda h, w, b: linear_cross_entropy(
                 h, w, labels, bias=b, scale=0.7, chunk=4, **options
             ),
-            lambda h, w, b: ce.cross_entropy_reference((h @ w.mT + b) * 0.7, labels, **everything),
+            lambda h, w, b: ce.cross_entropy_reference(
+                (h @ w.mT + b) * 0.7, labels, options=everything
+            ),
             ((N, DIM), (VOCAB, DIM), (VOCAB,)),
             module("loss.linear_cross_entropy"),
             "OP",

@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cross_entropy, linear_cross_entropy
+from kernels.loss import cross_entropy_in_place as in_place
 from kernels.loss import cross_entropy_triton
-from kernels.loss.cross_entropy_triton import Config
+from kernels.loss.cross_entropy_torch import LossOptions
+from kernels.loss.cross_entropy_triton import LossConfig
+from kernels.loss.scale_triton import scale_rows
 from kernels.runtime import dispatch
 from kernels.runtime.launch import recording
 from tests.kernels.drivers import (
@@ -93,7 +96,7 @@ class Made(torch.autograd.Function):
 def exact(logits: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """Value and gradient in fp64, by the plain formula."""
     z = logits.double().requires_grad_()
-    value = ce.cross_entropy_reference(z, labels, **options)
+    value = ce.cross_entropy_reference(z, labels, options=LossOptions(**options))
     return value.detach(), torch.autograd.grad(value, z)[0]
 
 
@@ -167,28 +170,27 @@ def test_cross_entropy(
 @pytest.mark.parametrize(
     "config",
     [
-        Config(1, 1),
-        Config(2, 2, programs=1),
-        Config(2, 1, programs=2),
-        Config(2, 4),
+        LossConfig(1, 1),
+        LossConfig(2, 2, programs=1),
+        LossConfig(2, 1, programs=2),
+        LossConfig(2, 4),
     ],
 )
 @pytest.mark.parametrize("option", ["plain", "all"])
-def test_every_launch_setting(option: str, config: Config, kernel_device: str) -> None:
+def test_every_launch_setting(option: str, config: LossConfig, kernel_device: str) -> None:
     """Tiles, programs of several rows: one answer."""
     logits = random(7, 1003, dtype=torch.float32).to(kernel_device)
     labels = labels_for(7, 1003).to(kernel_device)
-    options = (-100, *({"label_smoothing": 0.0, "z_loss": 0.0, "softcap": None}
-                       | OPTIONS[option]).values())  # fmt: skip
+    options = LossOptions(**OPTIONS[option])
     weight = torch.tensor(1 / 6, device=kernel_device)  # a label is ignored
     losses, top, total = (torch.full((7,), float("nan"), device=kernel_device) for _ in range(3))
     cross_entropy_triton.forward_rows(
-        logits, labels, None, losses, top, total, *options, config=config
+        logits, labels, None, losses, top, total, options, config=config
     )
     assert_accurate(
         losses.sum() / 6,
         cross_entropy_triton.backward_rows(
-            logits, labels, weight, top, total, *options, config=config
+            logits, labels, weight, top, total, options, config=config
         ),
         logits,
         labels,
@@ -196,7 +198,7 @@ def test_every_launch_setting(option: str, config: Config, kernel_device: str) -
     )
     again, written = torch.full_like(losses, float("nan")), logits.clone()
     cross_entropy_triton.overwrite_rows(
-        written, labels, None, weight, again, *options, config=config
+        written, labels, None, weight, again, options, config=config
     )
     assert_accurate(again.sum() / 6, written, logits, labels, **OPTIONS[option])
 
@@ -311,13 +313,13 @@ def test_a_label_out_of_range_costs_nan_and_no_other_row(kernel_device: str) -> 
     logits = random(3, 100, dtype=torch.float32).to(kernel_device)
     for bad in (100, -1, 2**40):
         labels = torch.tensor([3, bad, 99], device=kernel_device)
-        options = (-100, 0.0, 0.0, None)
+        options = LossOptions()
         over, losses = logits.clone(), torch.zeros(3, device=kernel_device)
-        cross_entropy_triton.overwrite_rows(over, labels, None, None, losses, *options)
+        cross_entropy_triton.overwrite_rows(over, labels, None, None, losses, options)
         assert losses.isnan().tolist() == [False, True, False]
         good = torch.tensor([3, 5, 99], device=kernel_device)
         wanted = logits.clone()
-        cross_entropy_triton.overwrite_rows(wanted, good, None, None, losses, *options)
+        cross_entropy_triton.overwrite_rows(wanted, good, None, None, losses, options)
         assert torch.equal(over[[0, 2]], wanted[[0, 2]])
         assert ce._forward_op(logits, labels, *options)[0].isnan()
 
@@ -602,8 +604,8 @@ def test_compiled_nothing_is_overwritten(backend: str, device: str) -> None:
 
 def test_a_wrong_overwrite_shows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = gradient_of_weight(device, RIGHT["alone"], plainly)
-    right = ce.scaled
-    monkeypatch.setattr(ce, "scaled", lambda g, factor, *how: right(g, 3 * factor, *how))
+    right = in_place.scaled
+    monkeypatch.setattr(in_place, "scaled", lambda g, factor, *how: right(g, 3 * factor, *how))
     got = gradient_of_weight(device, RIGHT["alone"], overwriting)
     torch.testing.assert_close(
         got, 3 * wanted, rtol=ulps(torch.float32, 80), atol=ulps(torch.float32, 16)
@@ -623,9 +625,9 @@ def test_scaling_in_place(layout: str, dtype: torch.dtype, kernel_device: str) -
     }[layout]()
     before = wide.clone()
     values = x.clone()
-    cross_entropy_triton.scale_rows(x, torch.tensor(1.0, device=kernel_device))
+    scale_rows(x, torch.tensor(1.0, device=kernel_device))
     assert torch.equal(wide, before)
-    cross_entropy_triton.scale_rows(x, torch.tensor(1 / 3, device=kernel_device))
+    scale_rows(x, torch.tensor(1 / 3, device=kernel_device))
     # bf16 is cut off, not rounded, in the interpreter
     torch.testing.assert_close(x, (values.float() / 3).to(dtype), rtol=torch.finfo(dtype).eps, atol=ulps(torch.float32, 1))  # fmt: skip # noqa: E501
     if layout == "rows apart":
@@ -659,7 +661,7 @@ def linear_gradients(
 def dense(labels: Tensor, scale: float = 1.0, **options: Any) -> Callable[..., Tensor]:
     def loss(hidden: Tensor, unembed: Tensor, bias: Tensor) -> Tensor:
         logits = (hidden @ unembed.mT + bias) * scale
-        return ce.cross_entropy_reference(logits, labels, **options)
+        return ce.cross_entropy_reference(logits, labels, options=LossOptions(**options))
 
     return loss
 
@@ -848,7 +850,7 @@ def test_linear_allocates_a_chunk_and_the_gradients(
         hidden = torch.empty(n, dim, dtype=torch.bfloat16)
         unembed = torch.empty(vocab, dim, dtype=torch.bfloat16)
         labels = torch.empty(n, dtype=torch.int64)
-    options = (None, -100, 0.0, 0.0, None, None, chunk, narrow, True, True, False)
+    options = (None, LossOptions(), None, chunk, narrow, (True, True, False))
     with allocations_in(hidden, unembed, labels) as allocations, recording() as launches:
         _, d_hidden, d_unembed, _ = lce._fused(hidden, unembed, None, labels, *options)
     assert len(launches) == n // chunk
@@ -888,11 +890,15 @@ def twice(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
     return lambda h, w: 2 * loss(h, w, LABELS.to(h.device), softcap=5.0, **options)
 
 
+def by_formula(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    return ce.cross_entropy_reference(logits, labels, options=LossOptions(**options))
+
+
 def dense_of(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda h, w, *args, **options: loss(h @ w.mT, *args, **options)
 
 
-EXACT = twice(dense_of(ce.cross_entropy_reference))
+EXACT = twice(dense_of(by_formula))
 SIZES = ((7, 5), (30, 5))
 LOSSES = {
     "cross_entropy": Case(twice(dense_of(cross_entropy)), EXACT, SIZES, ce, "OP_TRITON"),
@@ -916,10 +922,10 @@ def test_under_drivers(name: str, driver: Driver, kernel_device: str) -> None:
 def test_a_wrong_backward_shows(
     name: str, driver: Driver, interpreter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = ce.scaled
+    right = in_place.scaled
     broken(LOSSES[name], "backward", monkeypatch)
     if name == "overwrite" and driver is by_autograd:  # in place, it has a backward of its own
-        monkeypatch.setattr(ce, "scaled", lambda g, f, *how: right(g, 3 * f, *how))
+        monkeypatch.setattr(in_place, "scaled", lambda g, f, *how: right(g, 3 * f, *how))
     assert error(LOSSES[name], driver, interpreter, torch.float32) > 0.1
 
 

@@ -36,7 +36,7 @@ class Shapes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.nanovision.linear_cross_entropy.default:
             with self:
-                return fused_kernel._chunked(*args, **(kwargs or {}))
+                return fused_kernel._loss_and_gradients(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         self.seen |= {tuple(t.shape) for t in tree_leaves(out) if isinstance(t, Tensor)}
         return out
