@@ -13,15 +13,15 @@ from core.config import (
 from core.foreign.bridge import as_module, from_module
 from core.forward import Forward, Rule, Site
 from core.model.layers import Logits
-from core.model.vlm import Longest, vlm
+from core.model.vlm import Bounds, vlm
 from core.sites import SiteInfo
 
 __all__ = [
     "PRESETS",
     "Batch",
+    "Bounds",
     "Forward",
     "Logits",
-    "Longest",
     "ProjectorConfig",
     "Rule",
     "Site",

@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from core.rules import Rule
 from core.sites import SiteInfo
 from params.tree import Tree, flatten
-
-if TYPE_CHECKING:
-    from core.forward import Rule
 
 
 def table(

@@ -19,7 +19,14 @@ NODES = {path: tuple(ast.walk(tree)) for path, tree in TREES.items()}
 # Each may import those after it, or of its own line.
 ORDERS = (
     (("runners",), ("transforms",), ("core",), ("params",)),
-    (("core.foreign",), ("core.model",), ("core.forward", "core.explain"), ("core.sites",)),
+    (
+        ("core.foreign",),
+        ("core.model",),
+        ("core.forward",),
+        ("core.explain",),
+        ("core.rules",),
+        ("core.sites",),
+    ),
     (
         ("runners.train", "runners.bench"),
         ("runners.generate",),

@@ -139,9 +139,9 @@ Build = Callable[[Site], Run]
 
 def _around(forward: Forward, build: Callable[[Forward], Build]) -> Forward:
     """The forward with another ``build``, made of its own, in whichever mode its layers are."""
-    remade = forward.remade
+    remade = forward.module.remade
     again = None if remade is None else lambda change: _around(remade(change), build)
-    return replace(forward, build=build(forward), remade=again)
+    return replace(forward, build=build(forward), module=replace(forward.module, remade=again))
 
 
 def _wide(forward: Forward, dtype: torch.dtype) -> Forward:
@@ -154,11 +154,13 @@ def _wide(forward: Forward, dtype: torch.dtype) -> Forward:
         return module
 
     def build(forward: Forward) -> Build:
-        assert forward.remade is not None  # as every forward of from_module's has it
-        return partial(_widened, forward.remade(widen).build, wide, forward.aux)
+        module = forward.module
+        assert module.remade is not None  # every forward of from_module's has it
+        return partial(_widened, module.remade(widen).build, wide, module.aux)
 
-    buffers = {name: wide(leaf) for name, leaf in forward.buffers.items()}
-    return replace(_around(forward, build), buffers=buffers)
+    wrapped = _around(forward, build)
+    buffers = {name: wide(leaf) for name, leaf in forward.module.buffers.items()}
+    return replace(wrapped, module=replace(wrapped.module, buffers=buffers))
 
 
 def _widened(build: Build, wide: Callable[[Any], Any], aux: bool, site: Site) -> Run:

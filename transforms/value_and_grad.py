@@ -23,7 +23,7 @@ def value_and_grad(
 
     select: path patterns of what learns; default: the adapters where there are any (``lora``), else
     every floating-point or complex leaf save the scales of quantised weights. If loss_fn is a
-    Forward, never what it holds as constant (``forward.frozen``: parameters of a foreign module
+    Forward, never what it holds as constant (``forward.constant``: parameters of a foreign module
     that did not require gradients, and its buffers). The rest is left alone and absent from
     ``grads``; a leaf the loss does not depend on gets zeros. A loss_fn that gives ``(loss,
     buffers)``, as a Forward with ``aux`` does, makes it ``((loss, buffers), grads)``. Works around

@@ -37,7 +37,7 @@ from core.foreign.found import Found, find_sites, inside
 from core.foreign.probes import copied, put, redirect, skeleton
 from core.foreign.reroute import written
 from core.foreign.watch import State, Watch
-from core.forward import Forward, Site
+from core.forward import Forward, ModuleState, Site
 from core.model.layers import Logits
 from core.sites import WEIGHTED
 from params.formats import FORMATS, added, beside, is_scale
@@ -55,33 +55,46 @@ def from_module(
     blocks: Sequence[str] | None = None,
     buffers: bool = False,
 ) -> tuple[Forward, Tree]:
-    """Any ``nn.Module`` as ``(forward, params)``; ``forward(params, batch)`` equals the module.
+    """Turns any ``nn.Module`` into ``(forward, params)``, with ``forward(params, batch)`` equal to
+    the module's output. The module itself is never changed.
 
-    call: ``call(run, batch)`` turns a batch, in the module's own form, into
-    ``run(*args, **kwargs)`` and its result into logits. The default passes the entries of
-    ``batch``, all of which the module's signature must name (``labels`` is never passed;
-    ``use_cache=False`` where it is a parameter, because a cache that outlives the call is not pure)
-    and returns ``.logits``, or the output itself. Without a cache, Hugging Face's models take
-    ``position_ids`` that restart, with no mask beside, for several documents.
-    head: the path of the output head. The default asks ``module.get_output_embeddings()``
-    (Hugging Face); without either there is no head site, and ``fuse_loss`` says so.
-    blocks: path patterns of the modules that are blocks; ``()`` for none. The default takes the
-    members of lists of layers.
-    buffers: whether what the module keeps beside its parameters (running statistics) passes through
-    the call. Then params hold its buffers too, and ``forward(params, batch)`` returns
-    ``(out, buffers)``, the second as they are afterwards; the caller puts them into the next params
-    (``params.merge(learning, buffers)``). Otherwise a change of theirs is lost, with a warning.
+    Args:
+        module: the module. Its layers keep the mode, training or not, that they are in now;
+            ``forward.with_mode(False)`` is the forward in the other.
+        call: ``(run, batch) -> logits``: calls ``run(*args, **kwargs)`` on a batch of any form. The
+            default passes the entries of ``batch`` by name, all of which the module's signature
+            must have (never ``labels``; ``use_cache=False`` where it is a parameter, since a cache
+            that outlives the call is not pure), and returns ``.logits``, or the output itself.
+            Several documents are given to Hugging Face's models as ``position_ids`` that restart,
+            without a mask.
+        head: path of the output head. Default: ``module.get_output_embeddings()`` (Hugging Face).
+            Without either there is no head site, and ``fuse_loss`` says so.
+        blocks: path patterns of the modules that are blocks; ``()`` for none. Default: the members
+            of lists of layers.
+        buffers: params hold the module's buffers too (running statistics), and
+            ``forward(params, batch)`` returns ``(out, buffers)``, as they are afterwards; merge
+            them into the next params (``params.merge(learning, buffers)``). Without it, a call's
+            changes of buffers are lost, with a warning.
 
-    params share memory with the module's parameters. A tied parameter appears once, under its first
-    name. One that does not require gradients is a constant (``forward.frozen``): its gradient is 0,
-    and ``value_and_grad`` leaves it out; if none does, all are taken to learn. Layers stay in the
-    mode, training or not, that they are in now (``forward.with_mode(False)`` is another's).
+    Returns:
+        The forward, and params, which share memory with the module's parameters. A tied parameter
+        appears once, under its first name. Parameters that do not require gradients are constants
+        (``forward.constant``): their gradients are 0, and ``value_and_grad`` leaves them out. If
+        none requires gradients, all learn.
 
-    Sites are found by what modules do, on made-up numbers; a gated MLP that drops out while
-    training is none. A layer with hooks or a patched ``forward`` is left as it is: no site, but the
-    same numbers (hooks of a block or of attention stay around its site). ``forward.explain()``
-    lists what is no site, and why. Raises ValueError if ``head`` names no linear layer, a pattern
-    of ``blocks`` no module, or the module is a wrapper that cannot be copied.
+    Raises:
+        ValueError: ``head`` names no linear layer, a pattern of ``blocks`` matches no module, or
+            the module is a wrapper that cannot be copied.
+
+    Sites are found by what modules compute on made-up numbers, not by their names. A layer with
+    hooks or a patched ``forward`` is no site and computes as before; hooks of a block or of
+    attention stay around its site. ``forward.explain()`` lists what is no site, and why.
+
+    >>> module = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    >>> forward, params = from_module(module)
+    >>> x = torch.ones(2, 4)
+    >>> torch.equal(forward(params, {"input": x}), module(x))
+    True
     """
     if isinstance(module, _TreeModule):
         return module.forward_fn, module.params()
@@ -179,16 +192,9 @@ def _forward(
         change(other)
         return _forward(other, caller, head, blocks, buffers)
 
-    return Forward(
-        build,
-        sites,
-        frozen=frozen,
-        buffers=stored,
-        aux=buffers,
-        modes=frozenset(m.training for m in blank.modules()),
-        remade=remade,
-        unfound=tuple(unfound),
-    )
+    modes = frozenset(m.training for m in blank.modules())
+    module = ModuleState(frozen, stored, buffers, modes, remade, tuple(unfound))
+    return Forward(build, sites, module=module)
 
 
 def _two_dtypes(error: RuntimeError, leaves: Mapping[str, Tensor]) -> str | None:
@@ -221,11 +227,11 @@ def as_module(forward: Forward, params: Tree) -> nn.Module:
     back. ``train`` and ``eval`` act on the layers that ``from_module`` took.
     """
     flat = flatten(params)
-    buffers = {name: leaf for name, leaf in forward.buffers.items() if name not in flat}
-    kept = {*forward.buffers, *(name for name in flat if _is_buffer(name, flat))}
-    root = _TreeModule(unflatten({**flat, **buffers}), kept, forward.frozen)
+    buffers = {name: leaf for name, leaf in forward.module.buffers.items() if name not in flat}
+    kept = {*forward.module.buffers, *(name for name in flat if _is_buffer(name, flat))}
+    root = _TreeModule(unflatten({**flat, **buffers}), kept, forward.module.frozen)
     root.forward_fn = forward
-    root.training = forward.modes != {False}
+    root.training = forward.module.modes != {False}
     return root
 
 

@@ -42,17 +42,17 @@ def attend(
     cu_seqlens: Tensor,
     *,
     window: int | None,
-    longest: int | None,
+    max_seqlen: int | None,
 ) -> Tensor:
     """Causal attention inside each document: q ``[N, H, Dh]``, k and v ``[N, Hk, Dh]``."""
-    return kernels.attention(q, k, v, cu_seqlens, causal=True, window=window, max_seqlen=longest)
+    return kernels.attention(q, k, v, cu_seqlens, causal=True, window=window, max_seqlen=max_seqlen)
 
 
 def block(
     site: Site,
     config: TextConfig,
     window: int | None,
-    longest: int | None,
+    max_seqlen: int | None,
     p: Tree,
     x: Tensor,
     ctx: Context,
@@ -71,7 +71,7 @@ def block(
     turn = partial(rope, eps=config.norm_eps)
     qk_norms = {name: attn[name] for name in ("q_norm", "k_norm") if config.qk_norm}
     q, k = site("rope", turn, qk_norms, q, k, ctx["cos"], ctx["sin"], ctx["rows"], at="attn")
-    attention = partial(attend, window=window, longest=longest)
+    attention = partial(attend, window=window, max_seqlen=max_seqlen)
     o = site("attention", attention, {}, q, k, v, ctx["cu_seqlens"], at="attn")
     o = site("linear", linear, attn["o"], rearrange(o, "n h d -> n (h d)"), at="attn.o")
 
@@ -93,7 +93,7 @@ def decode(
     positions: Tensor,
     cu_seqlens: Tensor,
     seed: Tensor | None = None,
-    longest: int | None = None,
+    max_seqlen: int | None = None,
 ) -> Logits:
     """The decoder's body and head: embeddings x ``[N, D]`` -> lazy logits ``[N, V]``."""
     cos, sin = rope_angles(positions, config.head_size, config.rope_theta)
@@ -107,7 +107,7 @@ def decode(
         if seed is not None and config.dropout:
             ctx = ctx | {"salt": torch.full((), 2 * layer, device=x.device)}
         window = config.window_of(layer)
-        run = partial(block, site.at(name), config, window, longest)
+        run = partial(block, site.at(name), config, window, max_seqlen)
         x = site("block", run, p["blocks"][str(layer)], x, ctx, at=name, key=("text", window))
     x = site("norm", partial(rms_norm, eps=config.norm_eps), p["norm"], x, at="norm")
     unembed = "embed" if config.tied else "lm_head"

@@ -1,4 +1,4 @@
-"""The eye and the bridge: a vision transformer over packed patches, and its two projectors.
+"""The vision tower, a transformer over packed patches, and its two projectors.
 
 Shape legend: P patches of all pictures of a batch, M pictures, K image tokens, D width of the
 tower, H heads, Dh head size, Q resampler queries a picture, p patch size in pixels.
@@ -27,29 +27,31 @@ def attend(
     v: Tensor,
     cu_seqlens: Tensor,
     *,
-    longest: int | None,
+    max_seqlen: int | None,
     equal: bool = False,
 ) -> Tensor:
-    """Every patch sees every patch of its own picture: q, k, v ``[P, H, Dh]``.
+    """Each patch attends to its whole picture: q, k, v ``[P, H, Dh]``.
 
-    equal: all pictures that have patches have ``longest`` of them.
+    equal: every picture has ``max_seqlen`` patches, or none.
     """
-    length = longest if equal else None
-    return kernels.attention(q, k, v, cu_seqlens, causal=False, max_seqlen=longest, length=length)
+    length = max_seqlen if equal else None
+    return kernels.attention(
+        q, k, v, cu_seqlens, causal=False, max_seqlen=max_seqlen, length=length
+    )
 
 
 def segment_ids(cu_seqlens: Tensor, length: int) -> Tensor:
-    """Which segment each of ``length`` positions lies in ``[length]``, empty segments skipped."""
+    """The segment that each of ``length`` positions lies in: ``[length]`` int64."""
     starts = torch.zeros(length + 1, dtype=torch.int64, device=cu_seqlens.device)
     inner = cu_seqlens[1:-1].long()
     return starts.index_add(0, inner, torch.ones_like(inner)).cumsum(0)[:length]
 
 
 def grid_coordinates(positions: Tensor, cu_seqlens: Tensor, grid: int) -> Tensor:
-    """Each patch's place ``[P, 2]`` fp32 (row, col), stretched to a nominal grid x grid picture.
+    """Each patch's (row, col) ``[P, 2]`` fp32, scaled to a grid x grid picture.
 
-    positions ``[P, 2]``; the last patch of a picture, in merge order, is its bottom right corner,
-    which gives the picture's own grid. Pixel-centre convention (align_corners=False).
+    The last of a picture's ``positions [P, 2]``, in merge order, is its bottom right corner and so
+    gives its size. Pixel centres are at half numbers (align_corners=False).
     """
     last = (cu_seqlens[1:].long() - 1).clamp_min(0)
     size = (positions[last] + 1)[segment_ids(cu_seqlens, positions.shape[0])]  # [P, 2]
@@ -57,7 +59,7 @@ def grid_coordinates(positions: Tensor, cu_seqlens: Tensor, grid: int) -> Tensor
 
 
 def learned_positions(site: Site, p: Tree, where: Tensor, grid: int) -> Tensor:
-    """The table's four nearest rows mixed bilinearly: where ``[P, 2]`` -> ``[P, D]``."""
+    """Bilinear interpolation of the learned table: where ``[P, 2]`` -> ``[P, D]``."""
     where = where.clamp(0, grid - 1)
     low = where.floor().clamp_max(max(grid - 2, 0))
     high = (low + 1).clamp_max(grid - 1)
@@ -90,7 +92,7 @@ def mlp(site: Site, p: Tree, x: Tensor, at: str) -> Tensor:
 def block(
     site: Site,
     config: VisionConfig,
-    longest: int | None,
+    max_seqlen: int | None,
     equal: bool,
     p: Tree,
     x: Tensor,
@@ -102,7 +104,7 @@ def block(
     attn = p["attn"]
     h = site("norm", norm, p["attn_norm"], x, at="attn_norm")
     q, k, v = (heads(site("linear", linear, attn[n], h, at=f"attn.{n}")) for n in "qkv")
-    attention = partial(attend, longest=longest, equal=equal)
+    attention = partial(attend, max_seqlen=max_seqlen, equal=equal)
     o = site("attention", attention, {}, q, k, v, cu_seqlens, at="attn")
     o = rearrange(o, "p h d -> p (h d)")
     x = x + site("linear", linear, attn["o"], o, at="attn.o")
@@ -110,7 +112,7 @@ def block(
     return x + mlp(site.at("mlp"), p["mlp"], h, "")
 
 
-def encode(
+def vision_tower(
     site: Site,
     config: VisionConfig,
     p: Tree,
@@ -118,13 +120,13 @@ def encode(
     positions: Tensor,
     cu_seqlens: Tensor,
     valid: Tensor,
-    longest: int | None = None,
+    max_seqlen: int | None = None,
     equal: bool = False,
 ) -> Tensor:
-    """Pictures to features: patches ``[P, 3 p p]`` -> ``[P, D]``.
+    """Patches ``[P, 3 p p]`` to features ``[P, D]``.
 
     patches: uint8 pixels, or floats scaled to [-1, 1]; positions ``[P, 2]`` (row, col); valid
-    ``[P]`` bool: what is not a picture's patch is replaced by zeros here, whatever it holds.
+    ``[P]`` bool: patches that belong to no picture become zeros, whatever they hold.
     """
     pixels = patches.float() / 127.5 - 1 if patches.dtype == torch.uint8 else patches
     pixels = torch.where(valid[:, None], pixels, 0.0)
@@ -136,7 +138,7 @@ def encode(
         x = x + sincos_positions(where, config.dim).to(x.dtype)
     for layer in range(config.layers):
         name = f"blocks.{layer}"
-        run = partial(block, site.at(name), config, longest, equal)
+        run = partial(block, site.at(name), config, max_seqlen, equal)
         x = site("block", run, p["blocks"][str(layer)], x, cu_seqlens, at=name, key="vision")
     return site("norm", partial(layer_norm, eps=config.norm_eps), p["norm"], x, at="norm")
 
@@ -144,22 +146,30 @@ def encode(
 def shuffle_and_project(site: Site, merge: int, p: Tree, x: Tensor) -> Tensor:
     """Pixel shuffle and MLP: patch features ``[P, D]`` -> image tokens ``[P / merge^2, D_text]``.
 
-    Patches come cell by cell, so the shuffle is a reshape.
+    Patches are stored cell by cell, so that the shuffle is a reshape.
     """
     return mlp(site, p, rearrange(x, "(k c) d -> k (c d)", c=merge**2), "")
 
 
 def resampler_block(
-    site: Site, config: ProjectorConfig, eps: float, longest: int | None, p: Tree,
-    latents: Tensor, x: Tensor, at_latents: Tensor, at_patches: Tensor, cu_seqlens: Tensor,
-) -> Tensor:  # fmt: skip
-    """Queries look at [patches; queries] of their picture: latents ``[M Q, D]`` -> the same shape.
+    site: Site,
+    config: ProjectorConfig,
+    eps: float,
+    max_seqlen: int | None,
+    p: Tree,
+    latents: Tensor,
+    x: Tensor,
+    at_latents: Tensor,
+    at_patches: Tensor,
+    cu_seqlens: Tensor,
+) -> Tensor:
+    """Queries attend to the patches and queries of their picture: latents ``[M Q, D]`` -> same.
 
-    Patches and queries are interleaved picture by picture into one packed row of P + M Q
-    positions, so that the model's one varlen attention serves; only the queries' rows ask.
+    One packed row holds each picture's patches and then its queries, P + M Q positions, so that
+    packed attention serves. The outputs at patches are not used.
     """
     norm, attn = partial(layer_norm, eps=eps), p["attn"]
-    attention = partial(attend, longest=longest)
+    attention = partial(attend, max_seqlen=max_seqlen)
     heads = partial(rearrange, pattern="p (h d) -> p h d", h=config.heads)
     h = site("norm", norm, p["latent_norm"], latents, at="latent_norm")
     x = site("norm", norm, p["patch_norm"], x, at="patch_norm")
@@ -184,7 +194,7 @@ def resample(
     p: Tree,
     x: Tensor,
     cu_seqlens: Tensor,
-    longest: int | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     """Perceiver resampler: patch features ``[P, D]`` -> image tokens ``[M Q, D_text]``."""
     pictures, queries = cu_seqlens.shape[0] - 1, config.queries
@@ -196,11 +206,11 @@ def resample(
     at_patches = at_patches + segment_ids(cu_seqlens, x.shape[0]) * queries
     ends = cu_seqlens[1:].long()[:, None] + picture[:, None] * queries
     at_latents = (ends + torch.arange(queries, device=device)).flatten()
-    joint_longest = None if longest is None else longest + queries
+    joint_max = None if max_seqlen is None else max_seqlen + queries
     joint = cu_seqlens + torch.arange(pictures + 1, device=device, dtype=torch.int32) * queries
     for layer in range(config.layers):
         name = f"blocks.{layer}"
-        run = partial(resampler_block, site.at(name), config, eps, joint_longest)
+        run = partial(resampler_block, site.at(name), config, eps, joint_max)
         args = (latents, x, at_latents, at_patches, joint)
         latents = site("block", run, p["blocks"][str(layer)], *args, at=name, key="resampler")
     latents = site("norm", partial(layer_norm, eps=eps), p["norm"], latents, at="norm")

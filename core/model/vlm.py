@@ -16,68 +16,90 @@ from core.config import VLMConfig
 from core.forward import Forward, Site, record_sites
 from core.model.layers import Logits
 from core.model.text import decode, embed_tokens
-from core.model.vision import encode, resample, segment_ids, shuffle_and_project
+from core.model.vision import resample, segment_ids, shuffle_and_project, vision_tower
 from core.sites import SiteInfo
 from kernels.runtime import dispatch
 from params.tree import Tree, map_leaves
 
 
 @dataclass(frozen=True)
-class Longest:
-    """Upper bounds that batches will keep, in tokens a document and patches a picture.
+class Bounds:
+    """Upper bounds on what batches hold. They change no number, only which kernels attention takes.
 
-    They change no number, only how much work a flash-attention kernel prepares for.
-    equal_pictures: a picture has ``picture`` patches or none, so that attention may lay them side
-    by side (64 of 256 patches, forward and backward on an H200: 205 TFLOP/s against 178).
+    Args:
+        max_seqlen: tokens of a document.
+        max_patches: patches of a picture.
+        equal_pictures: each picture has exactly ``max_patches`` or none, so that attention may
+            take them as a dense batch, which is faster.
+
+    Raises:
+        ValueError: ``equal_pictures`` without ``max_patches``.
     """
 
-    document: int | None = None
-    picture: int | None = None
+    max_seqlen: int | None = None
+    max_patches: int | None = None
     equal_pictures: bool = False
 
     def __post_init__(self) -> None:
-        if self.equal_pictures and self.picture is None:
-            raise ValueError("equal_pictures needs picture, how many patches each has")
+        if self.equal_pictures and self.max_patches is None:
+            raise ValueError("equal_pictures needs max_patches: how many each picture has")
 
 
-ANY = Longest()
+ANY = Bounds()
 
 
-def vlm(config: VLMConfig, *, longest: Longest = ANY) -> Forward:
+def vlm(config: VLMConfig, *, bounds: Bounds = ANY) -> Forward:
     """The forward of a config: ``forward(params, batch) -> logits [N, V]``.
 
-    Pure and stateless: params come from ``init_params(config)`` or ``load_params``, batches from
-    ``make_batch`` or the data loaders. A batch with pictures under a config without a vision tower
-    raises ValueError; one without pictures is fine under either.
+    It is pure and stateless. Params come from ``init_params(config)`` or ``load_params``, batches
+    from ``make_batch`` or a data loader. A config with a vision tower takes batches without
+    pictures too; one without a vision tower raises ValueError for a batch that has some.
+
+    Args:
+        config: the model.
+        bounds: what every batch keeps to.
+
+    >>> from core import make_batch, preset, vlm
+    >>> from params import init_params
+    >>> config = preset("tiny")
+    >>> batch = make_batch(torch.tensor([[1, 2, 3]]))
+    >>> vlm(config)(init_params(config, seed=0), batch).shape[0]
+    3
     """
 
     def build(site: Site) -> Callable[[Tree, Any], Any]:
-        return partial(run, site, config, longest)
+        return partial(run, site, config, bounds)
 
     return Forward(build, _sites(config))
 
 
 def run(
-    site: Site, config: VLMConfig, longest: Longest, params: Tree, batch: Batch
+    site: Site, config: VLMConfig, bounds: Bounds, params: Tree, batch: Batch
 ) -> Tensor | Logits:
-    """One pass over a packed batch; see ``docs/guide.md`` for the batch's fields."""
+    """One pass over a packed batch (``core.batch`` lists its fields): logits ``[N, V]``."""
     check_fields(batch)
     text = site.at("text")
     x = embed_tokens(text, params["text"], batch["tokens"])
     if "patches" in batch:
-        features = look(site, config, params, batch, longest)
-        x = place(x, features, batch["image_slots"])
+        features = encode_images(site, config, params, batch, bounds)
+        x = scatter_image_tokens(x, features, batch["image_slots"])
     logits = decode(
-        text, config.text, params["text"], x,
-        batch["positions"], batch["cu_seqlens"], batch.get("seed"), longest.document,
-    )  # fmt: skip
+        text,
+        config.text,
+        params["text"],
+        x,
+        batch["positions"],
+        batch["cu_seqlens"],
+        batch.get("seed"),
+        bounds.max_seqlen,
+    )
     return logits if site.lazy else logits.dense()
 
 
-def look(
-    site: Site, config: VLMConfig, params: Tree, batch: Batch, longest: Longest = ANY
+def encode_images(
+    site: Site, config: VLMConfig, params: Tree, batch: Batch, bounds: Bounds = ANY
 ) -> Tensor:
-    """Pictures to image tokens ``[K, D]``."""
+    """The vision tower and the projector: a batch's pictures to image tokens ``[K, D]``."""
     vision, projector = config.vision, config.projector
     if vision is None or projector is None:
         raise ValueError(
@@ -90,37 +112,41 @@ def look(
         valid = used.repeat_interleave(vision.merge**2)  # [P]
     else:
         valid = used[:: projector.queries][segment_ids(cu_seqlens, patches.shape[0])]
-    x = encode(
-        site.at("vision"), vision, params["vision"], patches, batch["patch_positions"],
-        cu_seqlens, valid, longest.picture, longest.equal_pictures,
-    )  # fmt: skip
-    bridge, p = site.at("projector"), params["projector"]
+    x = vision_tower(
+        site.at("vision"),
+        vision,
+        params["vision"],
+        patches,
+        batch["patch_positions"],
+        cu_seqlens,
+        valid,
+        bounds.max_patches,
+        bounds.equal_pictures,
+    )
+    at, p = site.at("projector"), params["projector"]
     if projector.kind == "mlp":
-        return shuffle_and_project(bridge, vision.merge, p, x)
-    return resample(bridge, projector, vision.norm_eps, p, x, cu_seqlens, longest.picture)
+        return shuffle_and_project(at, vision.merge, p, x)
+    return resample(at, projector, vision.norm_eps, p, x, cu_seqlens, bounds.max_patches)
 
 
-def place(x: Tensor, features: Tensor, slots: Tensor) -> Tensor:
-    """x ``[N, D]`` with ``features [K, D]`` at rows ``slots [K]``; unused slots (N) go nowhere."""
-    spare = torch.cat([x, x.new_zeros(1, x.shape[1])])  # row N takes what is not used
+def scatter_image_tokens(x: Tensor, features: Tensor, slots: Tensor) -> Tensor:
+    """Puts ``features [K, D]`` into rows ``slots [K]`` of ``x [N, D]``. A slot of N is unused."""
+    spare = torch.cat([x, x.new_zeros(1, x.shape[1])])  # row N takes the unused ones
     return spare.index_put((slots,), features.to(x.dtype))[:-1]
 
 
 def _sites(config: VLMConfig) -> tuple[SiteInfo, ...]:
-    """The sites of a config, found by running the narrowest model that has the same ones."""
+    """The sites of a config, recorded on a model that has the same ones and the smallest sizes."""
     thin = _thin(config)
     params = map_leaves(lambda leaf: torch.zeros(leaf.shape, device="cpu"), thin.param_spec())
-    # whatever backend the user asks for, plain torch runs anywhere
+    # plain torch, whatever backend the user asks for: the recording runs on a CPU
     with torch.no_grad(), kernels.override(**dispatch.plain()):
         return record_sites(lambda site: partial(run, site, thin, ANY), params, _example(thin))
 
 
 def _thin(config: VLMConfig) -> VLMConfig:
-    """The config with every size as small as can be. Sites depend on the number of layers and on
-    what a layer is made of."""
-    text = replace(
-        config.text, vocab_size=2, dim=2, heads=1, kv_heads=1, head_dim=2, mlp_dim=1
-    )  # fmt: skip
+    """The config with the smallest sizes. Sites depend on layers and their parts alone."""
+    text = replace(config.text, vocab_size=2, dim=2, heads=1, kv_heads=1, head_dim=2, mlp_dim=1)
     if config.vision is None or config.projector is None:
         return VLMConfig(text)
     merge = config.vision.merge

@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from core import Batch, Longest, VLMConfig, make_batch
+from core import Batch, Bounds, VLMConfig, make_batch
 from runners.benchmarks.pictures import MARK, Pictures
 from runners.data.collate import collate
 from runners.data.images import ImageSpec
@@ -29,7 +29,7 @@ from runners.training.config import TrainConfig
 from runners.training.flops import Load
 from runners.training.setup import (
     SAMPLE,
-    bounds,
+    bounds_of,
     build_encoder,
     choose_vocabulary,
     plan,
@@ -172,7 +172,7 @@ def document_of(tokens: np.ndarray) -> Document:
 
 def batches_of(
     documents: Documents, vocab: int, at_once: int, packed: bool, seed: int = 0
-) -> tuple[list[Batch], Longest]:
+) -> tuple[list[Batch], Bounds]:
     """The step's batches of ``at_once`` rows, on the CPU, and what the model may rely on. The same
     tokens and pictures (random ones unless given), packed or padded: one document a row, filled up
     to the longest of the step."""
@@ -180,7 +180,7 @@ def batches_of(
     if documents.full:
         size = (len(documents.rows), documents.row_len)
         tokens = torch.from_numpy(generator.integers(1, vocab, size))
-        return [make_batch(some) for some in tokens.split(at_once)], Longest(documents.row_len)
+        return [make_batch(some) for some in tokens.split(at_once)], Bounds(documents.row_len)
     pictures = documents.pictures
 
     def drawn(length: int) -> Document:
@@ -208,7 +208,7 @@ def batches_of(
         spec = whole_pictures(
             replace(spec, images=images, max_images=room, max_patches=images.merge**2)
         )
-    return [collate(group, spec) for group in some], bounds(spec)
+    return [collate(group, spec) for group in some], bounds_of(spec)
 
 
 # -- documents of a file --------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from core import Longest
+from core import Bounds
 from runners.benchmarks.documents import batches_of, draw_documents
 from runners.benchmarks.steps import first_loss
 from runners.benchmarks.training import Trained
@@ -140,7 +140,7 @@ def row_step(trained: Trained, tokens: int) -> tuple[int, float]:
     which another can be taken."""
     programs, device = trained.programs, trained.programs.device
     config = trained.plan.config.changed(compile=False, cuda_graph=False)
-    composed = compose(config, programs.model, device, Longest(tokens))
+    composed = compose(config, programs.model, device, Bounds(tokens))
     vocab = programs.model.text.vocab_size
     batches, _ = batches_of(draw_documents(1, tokens, 0.0), vocab, 1, True)
     if device.type == "cuda":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import kernels
-from core import Longest, VLMConfig
+from core import Bounds, VLMConfig
 from runners.benchmarks import cold_start, peers
 from runners.benchmarks.clock import Ceiling
 from runners.benchmarks.documents import Documents, batches_of, draw_documents, read_documents
@@ -230,10 +230,10 @@ class Programs:
         owner = self.owner.setdefault(self._key(plan), key)
         return None if owner == key or not plan.config.speed.compile else owner
 
-    def get(self, plan: RungConfig, longest: Longest) -> Composed:
+    def get(self, plan: RungConfig, bounds: Bounds) -> Composed:
         key = self._key(plan)
         if key not in self.made:
-            self.made[key] = compose(plan.config, self.model, self.device, longest)
+            self.made[key] = compose(plan.config, self.model, self.device, bounds)
         return self.made[key]
 
     def _key(self, plan: RungConfig) -> Any:
@@ -269,8 +269,8 @@ def training(
     """
     at_once = documents.rows_at_once(plan.config.data.device_batch_size, plan.packed)
     vocab = programs.model.text.vocab_size
-    batches, longest = batches_of(documents, vocab, at_once, plan.packed)
-    composed = programs.get(plan, longest)
+    batches, bounds = batches_of(documents, vocab, at_once, plan.packed)
+    composed = programs.get(plan, bounds)
     with kernels.override(**composed.backends):
         params, _ = build_params(plan.config, programs.model, programs.device, None)
         learner = Learner(params, plan.config, None, composed.matrices)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import kernels
-from core import Forward, Longest, VLMConfig, vlm
+from core import Bounds, Forward, VLMConfig, vlm
 from core.explain import open_groups
 from core.model.vlm import ANY
 from runners.shell.cli import explained
@@ -60,7 +60,7 @@ def compose(
     config: TrainConfig,
     model: VLMConfig,
     device: torch.device,
-    longest: Longest = ANY,
+    bounds: Bounds = ANY,
 ) -> Composed:
     """The forward of a model and the loss of a training run, from its config.
 
@@ -74,7 +74,7 @@ def compose(
         raise UserError(f"--state_dtype bf16 computes in bf16, and here it is fp32: {why}")
     weights = {"fp32": "fp32 weights", "bf16": "bf16 weights, rounded stochastically"}
     report = [f"Using {_short(dtype)} compute over {weights[config.speed.state_dtype]}: {why}"]
-    bare = adapted(config, model, dtype, longest)
+    bare = adapted(config, model, dtype, bounds)
     report += _adapted_lines(config.model)
     forward = bare
     if config.speed.use_fp8:
@@ -123,7 +123,7 @@ def compose(
         report += report_backends(
             str(device),
             dtype,
-            _attentions(model, longest),
+            _attentions(model, bounds),
             _operations(model),
             fused_loss=config.speed.use_fused_loss,
             flash_attention=config.speed.use_flash_attn,
@@ -135,12 +135,12 @@ def compose(
 
 
 def adapted(
-    config: TrainConfig, model: VLMConfig, dtype: torch.dtype, longest: Longest = ANY
+    config: TrainConfig, model: VLMConfig, dtype: torch.dtype, bounds: Bounds = ANY
 ) -> Forward:
     """The forward to logits of a run's model: with its adapters and rounded weights, which are part
     of the function that is trained, evaluated and saved. Its ``prepare`` makes what they need.
     """
-    forward = vlm(model, longest=longest)
+    forward = vlm(model, bounds=bounds)
     with explained("--quantize, --fake_quant, --lora_rank"):
         if config.model.quantize == "int8":
             forward = quantize_int8(forward)
@@ -250,21 +250,21 @@ def is_graphed(config: SpeedSettings, device: torch.device) -> bool:
     return device.type == "cuda" and not offloading and config.cuda_graph is not False
 
 
-def _attentions(model: VLMConfig, longest: Longest) -> dict[str, dict[str, Any]]:
+def _attentions(model: VLMConfig, bounds: Bounds) -> dict[str, dict[str, Any]]:
     """What decides which kernel computes each attention of a model."""
     text, vision = model.text, model.vision
     known: dict[str, dict[str, Any]] = {
         "text": {
             "head_dim": text.head_size,
             "group": text.heads // text.kv_heads,
-            "max_seqlen": longest.document,
+            "max_seqlen": bounds.max_seqlen,
         }
     }
     if vision is not None:
         known["vision"] = {
             "head_dim": vision.dim // vision.heads,
-            "max_seqlen": longest.picture,
-            "length": longest.picture if longest.equal_pictures else None,
+            "max_seqlen": bounds.max_patches,
+            "length": bounds.max_patches if bounds.equal_pictures else None,
         }
     return known
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from core import Batch, Longest, VLMConfig, check_batch
+from core import Batch, Bounds, VLMConfig, check_batch
 from params import flatten
 from params.tree import Tree
 from runners.data import digests
@@ -114,7 +114,7 @@ def _prepare(
     unfinished.callback(loader.close)
     if state_path is None:
         loader.start()
-    composed = compose(config, model, device, bounds(spec))
+    composed = compose(config, model, device, bounds_of(spec))
     params, state = build_params(config, model, device, state_path)
     with explained("--trainable"):
         learning = flatten(trainable(params, select)[0])
@@ -216,13 +216,13 @@ def whole_pictures(spec: PackSpec) -> PackSpec:
     )
 
 
-def bounds(spec: PackSpec) -> Longest:
+def bounds_of(spec: PackSpec) -> Bounds:
     """What the model may rely on: how long documents and pictures get."""
     images = spec.images
     if images is None or images.fit != "square":
-        return Longest(spec.row_len)
+        return Bounds(spec.row_len)
     picture = images.square_patches
-    return Longest(spec.row_len, picture, equal_pictures=spec.max_patches % picture == 0)
+    return Bounds(spec.row_len, picture, equal_pictures=spec.max_patches % picture == 0)
 
 
 def sample_documents(source: Source, encoder: Encoder, limit: int) -> Iterable[Document]:

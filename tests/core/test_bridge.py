@@ -464,9 +464,9 @@ def test_round_trip(kind: str, micro, rough, example) -> None:
     module = as_module(forward, params)
     again, back = from_module(module)
     assert again is forward
-    assert flatten(back).keys() == flatten(params).keys() | forward.buffers.keys()
+    assert flatten(back).keys() == flatten(params).keys() | forward.module.buffers.keys()
     for path, leaf in flatten(back).items():
-        assert torch.equal(leaf, {**forward.buffers, **flatten(params)}[path])
+        assert torch.equal(leaf, {**forward.module.buffers, **flatten(params)}[path])
     assert torch.equal(again(back, batch), forward(params, batch))
     assert torch.equal(module(batch), forward(params, batch))
 

@@ -181,7 +181,7 @@ class Partly(nn.Module):
 def test_frozen_parameters_get_no_gradients() -> None:
     module = Partly()
     forward, params = from_module(module, head="b")
-    assert forward.frozen == {"table.weight", "a.bias"}
+    assert forward.module.frozen == {"table.weight", "a.bias"}
     batch = {"ids": torch.randint(10, (2, 5)), "labels": torch.randint(10, (2, 5))}
     learn = {"a.weight", "b.weight", "b.bias"}
     loss_fn = fuse_loss(forward)
@@ -197,14 +197,14 @@ def test_frozen_parameters_get_no_gradients() -> None:
         return loss_fn(p, b)
 
     # where a function stands around the forward, and under torch.func: exactly 0
-    still = map_with_path(lambda n, t: torch.full_like(t, n in forward.frozen), params)
+    still = map_with_path(lambda n, t: torch.full_like(t, n in forward.module.frozen), params)
     assert not jvp(lambda p: by_hand(p, batch), (params,), (still,))[1].any()
     for grads in (value_and_grad(by_hand)(params, batch)[1], grad(by_hand)(params, batch)):
         for name, leaf in flatten(grads).items():
             assert bool(leaf.any()) == (name in learn), name
     assert {n for n, p in as_module(forward, params).named_parameters() if p.requires_grad} == learn
     forward, params = from_module(module.requires_grad_(False), head="b")
-    assert not forward.frozen
+    assert not forward.module.frozen
 
 
 def test_complex_parameters_learn() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 import kernels
-from core import Longest, Rule, VLMConfig, check_batch, make_batch, stack_examples, vlm
+from core import Bounds, Rule, VLMConfig, check_batch, make_batch, stack_examples, vlm
 from core.batch import Batch
 from params.tree import Tree, map_leaves
 from transforms import fuse_loss, unfused_loss, value_and_grad
@@ -259,9 +259,9 @@ def test_pictures_known_to_be_equal_give_the_same_logits(micro, rough, example, 
     for name in ("mlp", "resampler"):
         config = micro[name]
         params, batch = rough(config), example(config)
-        equal = vlm(config, longest=Longest(picture=16, equal_pictures=True))
+        equal = vlm(config, bounds=Bounds(max_patches=16, equal_pictures=True))
         assert_same(equal(params, batch), vlm(config)(params, batch))
         with pytest.raises(ValueError, match="length must be at least 1 and divide"):
-            vlm(config, longest=Longest(picture=15, equal_pictures=True))(params, batch)
-    with pytest.raises(ValueError, match="equal_pictures needs picture"):
-        Longest(equal_pictures=True)
+            vlm(config, bounds=Bounds(max_patches=15, equal_pictures=True))(params, batch)
+    with pytest.raises(ValueError, match="equal_pictures needs max_patches"):
+        Bounds(equal_pictures=True)

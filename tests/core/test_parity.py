@@ -29,7 +29,12 @@ from core import (
 )
 from core.forward import Site
 from core.model.text import rope_angles
-from core.model.vision import encode, grid_coordinates, learned_positions, sincos_positions
+from core.model.vision import (
+    grid_coordinates,
+    learned_positions,
+    sincos_positions,
+    vision_tower,
+)
 from params.tree import flatten, unflatten
 from tests.rounding import ulps
 from transforms import unfused_loss, value_and_grad
@@ -223,7 +228,7 @@ def look(config: VisionConfig, params, images: list[Tensor]) -> list[Tensor]:
     cut = [patchify(image, config.patch_size, config.merge) for image in images]
     sizes = [len(patches) for patches, _ in cut]
     places = [place for _, place in cut]
-    out = encode(
+    out = vision_tower(
         Site({}), config, params,
         patches=torch.cat([patches for patches, _ in cut]),
         positions=torch.cat(places),
@@ -364,7 +369,7 @@ def test_resampler_is_perceivers(micro, rough, example, assert_same) -> None:
     batch |= {"patches": patches, "patch_positions": places}
     batch["image_cu_seqlens"] = torch.tensor([0, len(patches)]).int()
     eye_params = params["vision"]
-    features = encode(
+    features = vision_tower(
         Site({}), config.vision, eye_params, patches, places,
         batch["image_cu_seqlens"], torch.ones(len(patches), dtype=torch.bool),
     )  # fmt: skip

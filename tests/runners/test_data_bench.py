@@ -119,7 +119,7 @@ def test_packed_and_padded_hold_the_same_documents(
     assert documents.shown < len(documents.lengths)
     whole = training_flops(model, documents.load, {"text", "vision", "projector"})
     for packed in (True, False):
-        batches, longest = batches_of(documents, model.text.vocab_size, at_once, packed)
+        batches, bounds = batches_of(documents, model.text.vocab_size, at_once, packed)
         for batch in batches:
             check_batch(batch, model)
         tokens = torch.cat([batch["tokens"] for batch in batches])
@@ -128,7 +128,7 @@ def test_packed_and_padded_hold_the_same_documents(
         assert real == documents.tokens
         learnt = sum(int((d.labels != IGNORE).sum()) for d in all_of(documents))
         assert int((labels != IGNORE).sum()) == learnt
-        assert longest.document == (96 if packed else documents.padded_len())
+        assert bounds.max_seqlen == (96 if packed else documents.padded_len())
         loads = [measure_load(model, batch, pad) for batch in batches]
         lengths = sorted(int(length) for load in loads for length in load.documents)
         assert lengths == sorted(documents.lengths)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from core import PRESETS, Longest, check_batch
+from core import PRESETS, Bounds, check_batch
 from core.batch import IGNORE
 from core.config import ProjectorConfig, TextConfig, VisionConfig, VLMConfig
 from runners.benchmarks import training
@@ -50,7 +50,7 @@ def test_a_picture_of_the_large_preset() -> None:
 @pytest.mark.parametrize(("packed", "at_once"), [(True, 1), (True, 3), (False, 1), (False, 3)])
 def test_every_picture_and_every_text_lies_in_a_batch(packed: bool, at_once: int) -> None:
     documents = drawn()
-    batches, longest = batches_of(documents, 97, at_once, packed)
+    batches, bounds = batches_of(documents, 97, at_once, packed)
     text = patches = 0
     for batch in batches:
         check_batch(batch, MODEL)
@@ -63,7 +63,7 @@ def test_every_picture_and_every_text_lies_in_a_batch(packed: bool, at_once: int
         assert torch.equal(learnt, tokens[tokens > MARK])
         text += int((tokens > MARK).sum())
         sizes = batch["image_cu_seqlens"].diff()
-        assert set(sizes.tolist()) <= {0, longest.picture}
+        assert set(sizes.tolist()) <= {0, bounds.max_patches}
         used = len(slots)  # as many patches as tokens: merge is 1
         assert batch["patches"].dtype == torch.uint8
         assert not batch["patches"][used:].any()
@@ -76,7 +76,7 @@ def test_every_picture_and_every_text_lies_in_a_batch(packed: bool, at_once: int
     assert sorted(int(x) for load in loads for x in load.documents) == sorted(documents.lengths)
     assert [int(x) for load in loads for x in load.pictures] == [4] * documents.shown
     row = documents.row_len if packed else documents.padded_len()
-    assert longest == Longest(row, 4, equal_pictures=True)
+    assert bounds == Bounds(row, 4, equal_pictures=True)
 
 
 def test_padded_and_packed_hold_the_same_words_and_pixels() -> None:

@@ -134,7 +134,7 @@ def test_rungs_share_programs_where_only_the_optimizer_differs() -> None:
 @pytest.mark.parametrize(("packed", "at_once"), [(True, 1), (True, 4), (False, 1), (False, 4)])
 def test_real_tokens_are_counted_right_whether_padded_or_packed(packed: bool, at_once: int) -> None:
     documents = draw_documents(4, 256, 0.7)
-    batches, longest = batches_of(documents, 97, at_once, packed)
+    batches, bounds = batches_of(documents, 97, at_once, packed)
     naive = sum(int((batch["tokens"] != PAD).sum()) for batch in batches)
     assert naive == documents.tokens == documents.load.tokens
     labels = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
@@ -144,7 +144,7 @@ def test_real_tokens_are_counted_right_whether_padded_or_packed(packed: bool, at
     assert found == sorted(documents.lengths)  # attention sees each document alone
     rows = len(documents.rows) if packed else len(documents.lengths)
     per_row = documents.row_len if packed else documents.padded_len()
-    assert longest.document == per_row
+    assert bounds.max_seqlen == per_row
     computed = sum(len(batch["tokens"]) for batch in batches)  # padding included
     assert computed == -(-rows // at_once) * at_once * per_row
 
@@ -183,9 +183,9 @@ def test_padded_rows_at_once_take_as_many_tokens_as_packed_ones() -> None:
 def test_full_rows_are_one_document_each() -> None:
     documents = draw_documents(3, 40, 0.0)
     assert documents == Documents(((40,),) * 3, 40)
-    (batch,), longest = batches_of(documents, 50, 3, True)
+    (batch,), bounds = batches_of(documents, 50, 3, True)
     assert batch["cu_seqlens"].tolist() == [0, 40, 80, 120]
-    assert longest.document == 40
+    assert bounds.max_seqlen == 40
     assert documents.tokens == int((batch["tokens"] != PAD).sum()) == 120
 
 

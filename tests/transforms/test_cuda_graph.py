@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from core import Longest, make_batch, vlm
+from core import Bounds, make_batch, vlm
 from core.config import VLMConfig
 from params import flatten, init_params
 from params.tree import map_leaves
@@ -33,7 +33,7 @@ def test_params_on_a_cpu_are_refused() -> None:
 def test_training_is_the_same(micro: dict[str, VLMConfig], recompute: bool) -> None:
     """Six steps of plain descent: losses and gradients, as new batches come and params change."""
     model = micro["untied"]
-    forward = vlm(model, longest=Longest(16))
+    forward = vlm(model, bounds=Bounds(16))
     loss_fn = fuse_loss(checkpoint(forward) if recompute else forward)
     eager = value_and_grad(loss_fn)
     recorded = cuda_graph(eager)
