@@ -1,8 +1,9 @@
 """What makes the model fast: one file a kernel, one dispatch."""
 
 from kernels.attention.attention import attention
-from kernels.linear.fused_linear import add_norm_linears, glu_linear, norm_linears
+from kernels.linear.glu_linear import glu_linear
 from kernels.linear.linear import linear
+from kernels.linear.norm_linears import add_norm_linears, norm_linears
 from kernels.loss.cross_entropy import cross_entropy
 from kernels.loss.linear_cross_entropy import linear_cross_entropy
 from kernels.mlp.fused_mlp import add_norm_gated_mlp

@@ -129,3 +129,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not sums_biases(weight) or bias is None:
         return linear_reference(x, weight, bias)
     return _apply(x, weight, bias)
+
+
+def check_linear(
+    where: str,
+    x_name: str,
+    x: Tensor,
+    weight_name: str,
+    weight: Tensor,
+    bias_name: str,
+    bias: Tensor | None,
+) -> None:
+    """ValueError unless weight and bias are those of a linear layer that takes x."""
+    if x.ndim == 0 or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{where}: {weight_name} must be [O, I] for {x_name} [..., I], "
+            f"got {tuple(weight.shape)} and {tuple(x.shape)}."
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(
+            f"{where}: {bias_name} must have shape [{weight.shape[0]}], got {tuple(bias.shape)}."
+        )

@@ -5,7 +5,7 @@ output, are made again by passes that backward makes anyway.
 
 Each forward is plain operations, the matrix products among them, so that a compiler leaves out of a
 recomputed block what no gradient needs: the last product. Each backward is one operator, as in
-`fused_linear`. Where what is kept will not be asked for again, its memory becomes that of
+`glu_linear`. Where what is kept will not be asked for again, its memory becomes that of
 gradients: [N, F] twice, of the most that the backward of a block holds.
 """
 
@@ -18,16 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.linear.fused_linear import (
+from kernels.linear.glu_linear import glu, glu_gradients
+from kernels.linear.linear import add_product, linear_reference
+from kernels.linear.norm_linears import (
     add_norm,
     check_norm_linears,
     check_residual,
-    glu,
-    glu_gradients,
     norm_again,
     norm_gradients,
 )
-from kernels.linear.linear import add_product, linear_reference
 from kernels.loss.cross_entropy_in_place import is_last_backward
 from kernels.mlp.glu import SWIGLU
 from kernels.norm.rms_norm import RMS_NORM

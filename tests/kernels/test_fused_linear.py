@@ -43,7 +43,8 @@ from tests.kernels.drivers import (
 )
 from tests.rounding import ulps
 
-fused = importlib.import_module("kernels.linear.fused_linear")
+gated = importlib.import_module("kernels.linear.glu_linear")
+normed = importlib.import_module("kernels.linear.norm_linears")
 TOLERANCE = ulps(torch.float64, 4000)  # fp64: sums of a few hundred terms of order 1
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ROWS, INNER = 5, 7
@@ -96,28 +97,28 @@ CASES = {
         glu_linear,
         exact_glu_linear,
         ((ROWS, INNER), (ROWS, INNER), (4, INNER), (4,)),
-        fused,
+        gated,
         "GLU_LINEAR",
     ),
     "glu_linear, geglu without bias": Case(
         lambda *floats: glu_linear(*floats, activation="geglu"),
         partial(exact_glu_linear, name="geglu"),
         ((2, 3, INNER), (2, 3, INNER), (4, INNER)),
-        fused,
+        gated,
         "GLU_LINEAR",
     ),
     "norm_linears, one": Case(
         lambda x, n, w, b: norm_linears(x, n, [w], [b], 1e-3)[0],
         lambda x, n, w, b: exact_norm_linears(x, n, [w], [b])[0],
         ((2, 3, INNER), (INNER,), (4, INNER), (4,)),
-        fused,
+        normed,
         "NORM_LINEARS",
     ),
     "norm_linears, three": Case(
         lambda x, n, q, k, v, b: joined(norm_linears(x, n, [q, k, v], [None, b, None], 1e-3)),
         lambda x, n, q, k, v, b: joined(exact_norm_linears(x, n, [q, k, v], [None, b, None])),
         ((ROWS, INNER), (INNER,), (6, INNER), (2, INNER), (2, INNER), (2,)),
-        fused,
+        normed,
         "NORM_LINEARS",
     ),
     "add_norm_linears": Case(
@@ -128,14 +129,14 @@ CASES = {
             exact_add_norm_linears(x, more, n, [q, k, v], [None, b, None])
         ),
         ((ROWS, INNER), (ROWS, INNER), (INNER,), (6, INNER), (2, INNER), (2, INNER), (2,)),
-        fused,
+        normed,
         "ADD_NORM_LINEARS",
     ),
     "add_norm_linears, nothing added": Case(
         lambda x, n, w, b: joined(all_of(add_norm_linears(x, None, n, [w], [b], 1e-3))),
         lambda x, n, w, b: joined(exact_add_norm_linears(x, None, n, [w], [b])),
         ((2, 3, INNER), (INNER,), (4, INNER), (4,)),
-        fused,
+        normed,
         "ADD_NORM_LINEARS",
     ),
 }
@@ -355,9 +356,9 @@ def seen_in_backward(
 ) -> list[str]:
     """The operations inside our operators in a backward for the tensors with a 1 in `learn`."""
     ops: list[str] = []
-    for name, host in (
-        ("_glu_linear_op", fused._glu_linear_gradients),
-        ("_norm_linears_op", fused._norm_linears_gradients),
+    for module, host in (
+        (gated, gated.glu_linear_gradients),
+        (normed, normed.norm_linears_gradients),
     ):
 
         def watched(*args: Any, host: Any = host) -> Any:
@@ -366,7 +367,7 @@ def seen_in_backward(
             ops.extend(allocations.ops)
             return out
 
-        monkeypatch.setattr(fused, name, watched)
+        monkeypatch.setattr(module, "_op", watched)
     leaves = [t.detach().requires_grad_(c == "1") for t, c in zip(tensors, learn, strict=True)]
     joined(f(*leaves)).square().sum().backward()
     for leaf, c in zip(leaves, learn, strict=True):
@@ -431,9 +432,9 @@ def test_the_norm_is_gone_before_its_gradient_is_made(
     """Two of [rows, D] live at a time: the gradient of the norm's output, and of x."""
     x, norm, *weights = parameters((64, 32), (32,), (4, 32), (4, 32))
     grads = [random(64, 4, seed=i, dtype=BF16) for i in range(2)]
-    _, r = fused._norm_linears_forward(x, norm, *weights, None, None, eps=1e-6, triton=False)
+    _, r = normed._forward(x, norm, *weights, None, None, eps=1e-6, triton=False)
     living: list[int] = []
-    right = fused.RMS_NORM.backward
+    right = normed.RMS_NORM.backward
 
     with torch.no_grad(), allocations_in(x, norm, *weights, *grads) as allocations:
 
@@ -442,9 +443,9 @@ def test_the_norm_is_gone_before_its_gradient_is_made(
             return right(*args, **static)
 
         monkeypatch.setattr(
-            fused, "RMS_NORM", dataclasses.replace(fused.RMS_NORM, backward=watched)
+            normed, "RMS_NORM", dataclasses.replace(normed.RMS_NORM, backward=watched)
         )
-        fused._norm_linears_gradients(
+        normed.norm_linears_gradients(
             grads, None, x, norm, weights, r[0], 1e-6, False, True, [True, True, True]
         )
     # it, the gradients of the weights, and the two that it is made of, joined
@@ -663,13 +664,13 @@ def test_strides_are_as_a_compiler_is_told() -> None:
     r = torch.ones(6, 1)
     needs = [True, True, True]
     for op, args in (
-        (fused._glu_linear_op, (g, turned, turned, weight, "swiglu", False, True, True)),
+        (gated._op, (g, turned, turned, weight, "swiglu", False, True, True)),
         (
-            fused._norm_linears_op,
+            normed._op,
             ([g, g], None, turned, norm, [weight, weight], r, 1e-6, False, True, needs),
         ),
         (
-            fused._norm_linears_op,
+            normed._op,
             (
                 [g[:, :4], g[:, :4]],
                 turned,
@@ -731,7 +732,7 @@ ONES = torch.ones(4, 6)
         (lambda w: glu_linear(ONES[:, :5], ONES[:, :5], w), r"weight must be \[O, I\] for gate"),
         (lambda w: glu_linear(ONES, ONES, w, torch.ones(2)), r"bias must have shape \[5\]"),
         (lambda w: glu_linear(ONES, ONES, w.to("meta")), "weight is on meta"),
-        (lambda w: norm_linears(ONES, torch.ones(6), []), "needs a weight at least"),
+        (lambda w: norm_linears(ONES, torch.ones(6), []), "needs at least one weight"),
         (lambda w: norm_linears(ONES, torch.ones(6), [w], [None, None]), "1 weights and 2 biases"),
         (lambda w: norm_linears(ONES, torch.ones(5), [w]), r"norm_weight must have shape \[6\]"),
         (lambda w: norm_linears(ONES, torch.ones(6), [w, w.t()]), r"weights\[1\] must be \[O, I\]"),

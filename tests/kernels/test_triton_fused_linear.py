@@ -57,7 +57,8 @@ from tests.kernels.test_fused_linear import (
 )
 from tests.rounding import ulps
 
-fused = importlib.import_module("kernels.linear.fused_linear")
+gated = importlib.import_module("kernels.linear.glu_linear")
+normed = importlib.import_module("kernels.linear.norm_linears")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TOLERANCE = ulps(
     torch.float32, 800
@@ -306,14 +307,10 @@ def test_the_gradient_of_the_output_is_not_overwritten(kernel_device: str) -> No
     )
     before = [t.clone() for t in (*tensors, g, norm)]
     with triton():
-        fused._glu_linear_op(g, *tensors, "swiglu", True, True, True)
+        gated._op(g, *tensors, "swiglu", True, True, True)
         r = torch.ones(8, 1, device=kernel_device)
-        fused._norm_linears_op(
-            [g, g], None, tensors[0], norm, tensors[1:], r, 1e-6, True, True, [True] * 3
-        )
-        fused._norm_linears_op(
-            [g], g, tensors[0], norm, tensors[1:2], r, 1e-6, True, True, [True] * 2
-        )
+        normed._op([g, g], None, tensors[0], norm, tensors[1:], r, 1e-6, True, True, [True] * 3)
+        normed._op([g], g, tensors[0], norm, tensors[1:2], r, 1e-6, True, True, [True] * 2)
     for mine, other in zip((*tensors, g, norm), before, strict=True):
         assert torch.equal(mine, other)
 
@@ -325,7 +322,7 @@ def test_glu_linear_allocates_no_more_than_it_says(
     gate, up = (random(64, 32, seed=i, dtype=BF16).to(kernel_device) for i in range(2))
     weight, g = (random(*s, dtype=BF16).to(kernel_device) for s in ((4, 32), (64, 4)))
     with allocations_in(gate, up, weight, g) as allocations:
-        out = fused._glu_linear_gradients(g, gate, up, weight, "swiglu", True, *needs)
+        out = gated.glu_linear_gradients(g, gate, up, weight, "swiglu", True, *needs)
         gc.collect()  # the interpreter's frames hold each other
         assert allocations.living() == sum(t.nbytes for t in out)
     storages = {ref.cdata for ref, size, _ in allocations.made if size == gate.nbytes}
@@ -411,7 +408,7 @@ def test_norm_linears_allocates_no_more_than_it_says(
     norm, weight = (random(*s, dtype=BF16).to(kernel_device) for s in ((32,), (4, 32)))
     g, r = random(64, 4, dtype=BF16).to(kernel_device), torch.ones(64, 1, device=kernel_device)
     with allocations_in(x, g_total, norm, weight, g, r) as allocations:
-        out = fused._norm_linears_gradients(
+        out = normed.norm_linears_gradients(
             [g], g_total, x, norm, [weight], r, 1e-6, True, True, [learns, learns]
         )
         gc.collect()  # the interpreter's frames hold each other
@@ -429,7 +426,7 @@ CASES = {
         lambda x, n, q, k, b: joined(norm_linears(x, n, [q, k], [None, b], 1e-3)),
         lambda x, n, q, k, b: joined(exact_norm_linears(x, n, [q, k], [None, b])),
         ((ROWS, INNER), (INNER,), (6, INNER), (2, INNER), (2,)),
-        fused,
+        normed,
         "NORM_LINEARS",
     ),
     "add_norm_linears, nothing added": replace(
