@@ -1,36 +1,49 @@
 """One step of AdamW over many leaves, in place: fp32 or bf16 states, gradients of any dtype.
 
-On a GPU one launch a group of like dtypes (`adamw_triton`). It multiplies gradients by the
-clipping factor as it reads them, and writes the bf16 copy of fp32 weights that the next forward
-uses: neither clipping nor casting costs a pass of its own. Per parameter 28 bytes are moved with
-fp32 states and a bf16 gradient and copy, 14 with bf16 states.
+On a GPU each group of leaves with equal dtypes takes one launch (`adamw_triton`). It multiplies
+gradients by the clipping factor as it reads them, and writes the bf16 copy of fp32 weights for the
+next forward: clipping and casting cost no pass of their own. A step moves 28 bytes per parameter
+with fp32 states and a bf16 gradient and copy, 14 with bf16 states.
 
-Weights and moments of bf16 are rounded stochastically: up with the probability of what is cut off.
-Rounding to the nearest would lose every step smaller than half a unit in the last place, 2^-9 of
-the weight, and with it most of training; rounded so, they are kept on average ("Revisiting BFloat16
-Training", arXiv 2010.06192).
+Weights and moments of bf16 are rounded stochastically: up with the probability of the fraction that
+is cut off. Rounding to the nearest would lose every step smaller than half a unit in the last
+place, 2^-9 of the weight, and with it most of training; stochastic rounding keeps such steps on
+average ("Revisiting BFloat16 Training", arXiv 2010.06192).
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.optimizer.adamw_triton import Plan, adamw_launch, make_plan, step_table
+from kernels.optimizer.adamw_triton import LeafTypes, adamw_launch, make_plan, step_table
 from kernels.runtime.dispatch import TORCH, TRITON, choose, declare
 from kernels.runtime.hashing import LOW, lowbias32
 from kernels.runtime.operators import operator
 
 declare("adamw", TRITON, TORCH)
 
-_STATES = (torch.float32, torch.bfloat16)
-_GRADS = (torch.float32, torch.bfloat16, torch.float16)
-_KEPT = 16  # plans: a training run has one a group
-_plans: OrderedDict[tuple[object, ...], Plan] = OrderedDict()
+STATES = (torch.float32, torch.bfloat16)
+GRADS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class AdamWStep(NamedTuple):
+    """The numbers of a step, in the order in which the operator takes them."""
+
+    step: int
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+
+    def rates(self) -> tuple[float, float, float]:
+        """The learning rate, and the factors that correct the bias of m and of sqrt(v)."""
+        first = 1 / (1 - self.beta1**self.step)
+        return self.lr, first, 1 / math.sqrt(1 - self.beta2**self.step)
 
 
 @torch.no_grad()
@@ -57,21 +70,21 @@ def adamw_(
 
     Args:
         params: leaves of any shape, contiguous, fp32 or bf16, all on one device. Leaves that begin
-            at a multiple of 16 bytes are the fast case, as all are that are not views.
-        grads: of the same shapes, fp32, bf16 or fp16, whatever the params are; one that is not
-            contiguous is copied first.
-        exp_avgs, exp_avg_sqs: the moments, contiguous, fp32 or bf16, both of a leaf alike.
+            at a multiple of 16 bytes are fastest; only views may not.
+        grads: of the same shapes, fp32, bf16 or fp16, whatever the dtype of params; a gradient that
+            is not contiguous is copied first.
+        exp_avgs, exp_avg_sqs: the moments, contiguous, fp32 or bf16, the same for both of a leaf.
         step: counted from 1, for the bias correction.
-        weight_decay: decoupled; one for all, or one a leaf.
-        scale: fp32 scalar tensor on that device that multiplies all gradients; nothing waits for
-            it.
-        copies: bf16 twins of fp32 leaves, or None, that get the new params, rounded to the nearest.
-        seed: of the stochastic rounding of bf16 params and moments: a hash of seed, step, number of
-            the leaf in the list and place in the leaf, the same on every device.
+        weight_decay: decoupled; one for all leaves, or one per leaf.
+        scale: fp32 scalar tensor on that device that multiplies all gradients, without a sync.
+        copies: bf16 copies of fp32 leaves, or None, which receive the new params, rounded to the
+            nearest.
+        seed: of the stochastic rounding of bf16 params and moments. The noise is a hash of the
+            seed, the step, the index of the leaf and the position in it: the same on every device.
 
     Raises:
-        ValueError: lists of different lengths, shapes or dtypes or devices that do not fit, a leaf
-            that is not contiguous, a step below 1.
+        ValueError: lists of different lengths; shapes, dtypes or devices that do not match; a leaf
+            that is not contiguous; a step below 1.
 
     >>> import torch
     >>> p, g, m, v = torch.ones(2), torch.tensor([1.0, -1.0]), torch.zeros(2), torch.zeros(2)
@@ -90,10 +103,8 @@ def adamw_(
     _check(params, grads, exp_avgs, exp_avg_sqs, twins, decays, scale, step)
     given = [c for c in twins if c is not None]
     copied = [i for i, c in enumerate(twins) if c is not None]
-    _op(
-        list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), given, copied, decays, scale,
-        step, lr, beta1, beta2, eps, seed,
-    )  # fmt: skip
+    leaves = [list(each) for each in (params, grads, exp_avgs, exp_avg_sqs)]
+    _op(*leaves, given, copied, decays, scale, step, lr, beta1, beta2, eps, seed)
 
 
 def _adamw(
@@ -112,29 +123,35 @@ def _adamw(
     eps: float,
     seed: int,
 ) -> None:
-    """`adamw_`, of arguments that fit; copies: those of the leaves in `copied`."""
+    """`adamw_` with checked arguments; copies: of the leaves in `copied`."""
     twins = dict(zip(copied, copies, strict=True))
     triton = choose("adamw", str(params[0].device), params[0].dtype) == "triton"
     key = _key(seed, step)
-    groups: dict[tuple[torch.dtype, torch.dtype, torch.dtype, bool], list[int]] = {}
-    for i, (p, g, m) in enumerate(zip(params, grads, exp_avgs, strict=True)):
+    now = AdamWStep(step, lr, beta1, beta2, eps)
+    groups: dict[LeafTypes, list[int]] = {}
+    for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         if not p.numel():
             continue
         if triton:
-            groups.setdefault((p.dtype, g.dtype, m.dtype, i in twins), []).append(i)
+            groups.setdefault(LeafTypes(p.dtype, g.dtype, m.dtype, i in twins), []).append(i)
         else:
-            _step_torch(
-                p, g, m, exp_avg_sqs[i], twins.get(i), decays[i], scale, step, lr, beta1, beta2,
-                eps, key + i,
-            )  # fmt: skip
-    numbers = _numbers(step, lr, beta1, beta2)
-    for (param, grad, moment, copy), chosen in groups.items():
-        plan = _plan(params, exp_avgs, exp_avg_sqs, twins, decays, chosen)
+            _step_torch(p, g, m, v, twins.get(i), decays[i], scale, now, key + i)
+    for types, chosen in groups.items():
+        rows = tuple(
+            (
+                params[i].data_ptr(),
+                exp_avgs[i].data_ptr(),
+                exp_avg_sqs[i].data_ptr(),
+                twins[i].data_ptr() if i in twins else 0,
+                params[i].numel(),
+                i,
+            )
+            for i in chosen
+        )
+        plan = make_plan(rows, tuple(decays[i] for i in chosen), params[0].device)
         given = [grads[i].contiguous() for i in chosen]  # alive until the launch
-        adamw_launch(
-            plan, step_table(given, numbers, key), scale,
-            beta1=beta1, beta2=beta2, eps=eps, param=param, grad=grad, moment=moment, copy=copy,
-        )  # fmt: skip
+        table = step_table(given, now.rates(), key)
+        adamw_launch(plan, table, scale, types, beta1=beta1, beta2=beta2, eps=eps)
 
 
 _op = operator(
@@ -142,11 +159,6 @@ _op = operator(
     fake=lambda **_: None,
     mutates=("params", "exp_avgs", "exp_avg_sqs", "copies"),
 )(_adamw)
-
-
-def _numbers(step: int, lr: float, beta1: float, beta2: float) -> tuple[float, float, float]:
-    """The rate, and what corrects the bias of m and of sqrt(v)."""
-    return lr, 1 / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
 
 
 @torch.no_grad()
@@ -189,44 +201,6 @@ def _norm_in_rows(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dtype=torch.float32)
 
 
-# Plans
-
-
-def _plan(
-    params: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    twins: dict[int, Tensor],
-    decays: Sequence[float],
-    chosen: list[int],
-) -> Plan:
-    """The tables of the chosen leaves. All that a plan is made of is in its key, so that memory
-    which was freed and taken for something else gets tables of its own."""
-    key = (
-        params[0].device,
-        *chosen,
-        *(params[i].data_ptr() for i in chosen),
-        *(params[i].numel() for i in chosen),
-        *(exp_avgs[i].data_ptr() for i in chosen),
-        *(exp_avg_sqs[i].data_ptr() for i in chosen),
-        *(twins[i].data_ptr() for i in chosen if i in twins),  # of a group: all or none
-        *(decays[i] for i in chosen),
-    )
-    if key not in _plans:
-        _plans[key] = make_plan(
-            [params[i] for i in chosen],
-            [exp_avgs[i] for i in chosen],
-            [exp_avg_sqs[i] for i in chosen],
-            [twins.get(i) for i in chosen],
-            [decays[i] for i in chosen],
-            chosen,
-        )
-        if len(_plans) > _KEPT:
-            _plans.popitem(last=False)
-    _plans.move_to_end(key)
-    return _plans[key]
-
-
 # Torch, leaf by leaf
 
 
@@ -238,34 +212,27 @@ def _step_torch(
     copy: Tensor | None,
     decay: float,
     scale: Tensor | None,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
+    now: AdamWStep,
     key: int,
 ) -> None:
-    """One leaf: PyTorch's fused AdamW if all is fp32, else the kernel's arithmetic, in its order,
-    so that the same bits come out."""
+    """One leaf: PyTorch's fused AdamW if it is all fp32, else the kernel's arithmetic in its order,
+    which gives the same bits."""
     g = g.float().contiguous()
     if scale is not None:
         g = g * scale
     if p.dtype == m.dtype == torch.float32:
-        count = torch.tensor(float(step), device=p.device)
-        torch._fused_adamw_(
-            [p], [g], [m], [v], [], [count],
-            lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False,
-            maximize=False,
-        )  # fmt: skip
+        options = now._asdict() | {"weight_decay": decay, "amsgrad": False, "maximize": False}
+        count = torch.tensor(float(options.pop("step")), device=p.device)
+        torch._fused_adamw_([p], [g], [m], [v], [], [count], **options)
     else:
-        numbers = [*_numbers(step, lr, beta1, beta2), decay]
+        numbers = [*now.rates(), decay]
         rate, first, second, shrink = torch.tensor(numbers, dtype=torch.float32, device=p.device)
         x, mean, square = p.float(), m.float(), v.float()
-        mean = mean + (1 - beta1) * (g - mean)
-        square = beta2 * square + (1 - beta2) * g * g
+        mean = mean + (1 - now.beta1) * (g - mean)
+        square = now.beta2 * square + (1 - now.beta2) * g * g
         x = x - rate * shrink * x
         root = square.double().sqrt().float()  # PyTorch's fp32 root may be off by the last bit
-        x = x - rate * first * mean / (root * second + eps)
+        x = x - rate * first * mean / (root * second + now.eps)
         one, two = _noise(p.shape, key, p.device)
         _round_into(p, x, one & 0xFFFF)
         _round_into(m, mean, one >> 16)
@@ -283,8 +250,8 @@ def _key(seed: int, step: int) -> int:
 
 
 def _noise(shape: torch.Size, key: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two words of 32 random bits an element, int64; key: of seed and step, and the leaf's number
-    added."""
+    """Two words of 32 random bits per element, int64; key: of seed and step, plus the leaf's
+    index."""
     at = torch.arange(shape.numel(), device=device).view(shape)
     here = lowbias32(lowbias32(key & LOW) + (at >> 32) & LOW)
     one = lowbias32((at & LOW) ^ here)
@@ -296,11 +263,11 @@ def _round_into(leaf: Tensor, x: Tensor, noise: Tensor) -> None:
 
 
 def _stochastic(x: Tensor, noise: Tensor) -> Tensor:
-    """fp32 x to bf16: up with the probability of what is cut off; noise: 16 random bits each.
+    """fp32 x to bf16: up with the probability of the fraction cut off; noise: 16 random bits each.
 
-    From the largest number of bf16 on, and for NaN, to the nearest: what is finite there stays so.
+    From the largest bf16 on, and for NaN, to the nearest, so that x stays finite.
     """
-    bits = x.view(torch.int32).long() + noise  # a sign bit is kept: it only grows in magnitude
+    bits = x.view(torch.int32).long() + noise  # grows in magnitude only, which keeps the sign bit
     drawn = (bits >> 16).to(torch.int16).view(torch.bfloat16)
     return torch.where(x.abs() < torch.finfo(torch.bfloat16).max, drawn, x.to(torch.bfloat16))
 
@@ -315,11 +282,8 @@ def _check(
     scale: Tensor | None,
     step: int,
 ) -> None:
-    given = {
-        "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "copies": copies,
-        "weight_decay": decays,
-    }  # fmt: skip
-    for name, leaves in given.items():
+    given = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "copies": copies}
+    for name, leaves in (given | {"weight_decay": decays}).items():
         if len(leaves) != len(params):
             raise ValueError(f"adamw_: {len(params)} params but {len(leaves)} in {name}.")
     if step < 1:
@@ -329,21 +293,35 @@ def _check(
         scale.shape or scale.dtype != torch.float32 or scale.device != device
     ):
         raise ValueError(f"adamw_: scale must be an fp32 scalar on {device}.")
-    for i, (p, g, m, v, c) in enumerate(
-        zip(params, grads, exp_avgs, exp_avg_sqs, copies, strict=True)
-    ):
-        for name, leaf, dtypes in (
-            ("params", p, _STATES), ("grads", g, _GRADS), ("exp_avgs", m, _STATES),
-            ("exp_avg_sqs", v, (m.dtype,)), ("copies", c, (torch.bfloat16,)),
-        ):  # fmt: skip
-            if leaf is None:
-                continue
-            if name == "copies" and p.dtype == torch.bfloat16:
-                raise ValueError(f"adamw_: params[{i}] is bf16 itself: it needs no copy.")
-            fits = leaf.shape == p.shape and leaf.dtype in dtypes and leaf.device == device
-            if not fits or not (name == "grads" or leaf.is_contiguous()):
-                wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-                raise ValueError(
-                    f"adamw_: {name}[{i}] must be {wanted} {tuple(p.shape)} on {device}, "
-                    f"contiguous, got {leaf.dtype} {tuple(leaf.shape)} on {leaf.device}."
-                )
+    for i, p in enumerate(params):
+        check_leaf("adamw_", f"params[{i}]", p, p.shape, STATES, device)
+        check_leaf("adamw_", f"grads[{i}]", grads[i], p.shape, GRADS, device, strided=True)
+        check_leaf("adamw_", f"exp_avgs[{i}]", exp_avgs[i], p.shape, STATES, device)
+        same = (exp_avgs[i].dtype,)
+        check_leaf("adamw_", f"exp_avg_sqs[{i}]", exp_avg_sqs[i], p.shape, same, device)
+        copy = copies[i]
+        if copy is None:
+            continue
+        if p.dtype == torch.bfloat16:
+            raise ValueError(f"adamw_: params[{i}] is bf16 itself: it needs no copy.")
+        check_leaf("adamw_", f"copies[{i}]", copy, p.shape, (torch.bfloat16,), device)
+
+
+def check_leaf(
+    where: str,
+    name: str,
+    leaf: Tensor,
+    shape: torch.Size,
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+    strided: bool = False,
+) -> None:
+    """Raises ValueError for a leaf that a kernel would read or write wrongly; strided: it need not
+    be contiguous."""
+    fits = leaf.shape == shape and leaf.dtype in dtypes and leaf.device == device
+    if not fits or not (strided or leaf.is_contiguous()):
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(
+            f"{where}: {name} must be {wanted} {tuple(shape)} on {device}, contiguous, got "
+            f"{leaf.dtype} {tuple(leaf.shape)} on {leaf.device}."
+        )

@@ -1,37 +1,36 @@
 # ruff: noqa: N803 -- constexprs are upper case, as everywhere in Triton
-# ruff: noqa: SIM300 -- which it takes for Yoda's
 # mypy: allow-untyped-defs
 """The Triton kernel of `adamw_`: one launch for many leaves, each number moved once.
 
-A program takes `BLOCK` elements of one leaf. Where the leaves lie is read from tables on the
-device: what stays from step to step is uploaded once (`Plan`), the gradients' addresses and the
-step's numbers with one small copy a step. Nothing is compiled again when the learning rate changes,
-and nothing waits.
-
-Addresses that come out of a table tell the compiler nothing. A program therefore looks at them: if
-all are multiples of 16 bytes and its block is full, it moves `VECTOR` elements at once, with no
-mask (a mask that may end anywhere makes loads of single elements); else it goes through its block
-in small pieces.
+What stays from step to step is uploaded once (`AdamWPlan`); one small copy per step brings the
+addresses of the gradients and the numbers of the step. A new learning rate compiles nothing, and
+nothing waits for the device. `leaves_triton` says how programs divide the leaves.
 """
 
 from __future__ import annotations
 
-import struct
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.runtime.launch import IN_INTERPRETER, constant, jit, launch, tl
+from kernels.optimizer.leaves_triton import (
+    BLOCK,
+    WARPS,
+    bits_of,
+    nearest,
+    number,
+    pointer_to,
+    triton_type,
+    upload,
+)
+from kernels.runtime.launch import constant, jit, launch, tl
 
-BLOCK, WARPS = 2048, 8  # elements a program; 8 a thread
 COLUMNS = constant(6)  # of a leaf's row: param, exp_avg, exp_avg_sq, copy, elements, name
 HEADER = constant(4)  # before the gradients' addresses: rate, two bias corrections, key
 BF16_MAX = constant(torch.finfo(torch.bfloat16).max)
-TYPES = {} if tl is None else {
-    torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
-}  # fmt: skip
 
 
 @jit
@@ -43,50 +42,55 @@ def _mix(h):
 
 
 @jit
-def number(table, at):
-    """An fp32 number that lies in the low half of an int64."""
-    return tl.load(table + at).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@jit
-def pointer_to(address, TYPE: tl.constexpr, VECTOR: tl.constexpr):
-    """For vectors of 16 bytes of fp32, of `VECTOR` elements of 16 bits."""
-    pointer = address.to(tl.pointer_type(TYPE))
-    return tl.multiple_of(pointer, 16 if TYPE == tl.float32 else 2 * VECTOR)
-
-
-@jit
-def nearest(x):
-    """fp32 to bf16, ties to even."""
-    if IN_INTERPRETER:  # it cuts off
-        bits = x.to(tl.uint32, bitcast=True)
-        even = bits + 0x7FFF + ((bits >> 16) & 1)
-        bits = tl.where(x == x, even, bits | 0x400000)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:  # noqa: RET505 -- what follows an `if` without `else` is compiled too
-        return x.to(tl.bfloat16)
-
-
-@jit
 def _rounded(x, noise, TYPE: tl.constexpr):
-    """x in TYPE; in bf16, up with the probability of what is cut off, by 16 random bits. From the
-    largest number of bf16 on, and for NaN, to the nearest: what is finite there stays finite."""
-    if TYPE == tl.bfloat16:
+    """x in TYPE; to bf16 stochastically by 16 random bits: up with the probability of the fraction
+    that is cut off. From the largest bf16 on, and for NaN, to the nearest, so that x stays finite.
+    """
+    if tl.bfloat16 == TYPE:
         bits = x.to(tl.uint32, bitcast=True) + noise
         drawn = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
         return tl.where(tl.abs(x) < BF16_MAX, drawn, nearest(x))
-    else:  # noqa: RET505
+    else:  # noqa: RET505 -- what follows an `if` without `else` is compiled too
         return x
 
 
 @jit
+def _pointers(
+    addresses,
+    start,
+    PARAM: tl.constexpr,
+    MOMENT: tl.constexpr,
+    GRAD: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Element `start` of param, moments, copy and gradient."""
+    p, m, v, c, g = addresses
+    return (
+        pointer_to(p, PARAM, VECTOR) + start,
+        pointer_to(m, MOMENT, VECTOR) + start,
+        pointer_to(v, MOMENT, VECTOR) + start,
+        pointer_to(c, tl.bfloat16, VECTOR) + start,
+        pointer_to(g, GRAD, VECTOR) + start,
+    )
+
+
+@jit
 def _advance(
-    p_ptr, m_ptr, v_ptr, c_ptr, g_ptr,  # where the piece begins
-    at, inside, place, key,  # offsets, their mask or None; what the noise is made of
-    scale_ptr, step_ptr, decay,
-    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, COPY: tl.constexpr,
-):  # fmt: skip
+    pointers,  # of `_pointers`
+    at,  # offsets
+    inside,  # their mask, or None
+    place,  # offsets in the whole leaf: with the key, the source of the noise
+    key,
+    scale_ptr,
+    step_ptr,
+    decay,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    COPY: tl.constexpr,
+):
     """The step of one piece of a leaf."""
+    p_ptr, m_ptr, v_ptr, c_ptr, g_ptr = pointers
     p = tl.load(p_ptr + at, mask=inside).to(tl.float32)
     m = tl.load(m_ptr + at, mask=inside).to(tl.float32)
     v = tl.load(v_ptr + at, mask=inside).to(tl.float32)
@@ -98,13 +102,13 @@ def _advance(
     m += (1 - BETA1) * (g - m)
     v = BETA2 * v + (1 - BETA2) * g * g
     p -= rate * decay * p
-    if p_ptr.dtype.element_ty == tl.bfloat16:  # an ulp of fp32 is nothing here: no slow path
+    if p_ptr.dtype.element_ty == tl.bfloat16:  # rounding to bf16 hides the last bit of fp32
         root = tl.sqrt(v)
     else:
         root = tl.sqrt_rn(v)
     p -= rate * first * m / (root * second + EPS)
 
-    one = _mix(place ^ key)  # not computed where all is fp32
+    one = _mix(place ^ key)  # dead code if every leaf is fp32
     two = one * 0x9E3779B1  # its high half depends on all of one
     tl.store(p_ptr + at, _rounded(p, one & 0xFFFF, p_ptr.dtype.element_ty), mask=inside)
     tl.store(m_ptr + at, _rounded(m, one >> 16, m_ptr.dtype.element_ty), mask=inside)
@@ -131,6 +135,7 @@ def adamw_kernel(
     PIECE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
+    """The step of one block of a leaf."""
     leaf = tl.load(chunks_ptr + 2 * tl.program_id(0)).to(tl.int64)
     start = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * BLOCK
     row = leaves_ptr + leaf * COLUMNS
@@ -138,67 +143,64 @@ def adamw_kernel(
     g = tl.load(step_ptr + HEADER + leaf)
     left = tl.load(row + 4) - start
     decay = tl.load(decays_ptr + leaf)
-    # a leaf of more than 2^32 elements goes on with another key
+    # each 2^32 elements of a leaf have a key of their own
     key = _mix(tl.load(step_ptr + 3).to(tl.uint32) + tl.load(row + 5).to(tl.uint32))
     key = _mix(key + (start >> 32).to(tl.uint32))
     place = start.to(tl.uint32)
+    where = (p, m, v, c, g)
     if (((p | m | v | c | g) & 15) == 0) & (left >= BLOCK):
+        ptrs = _pointers(where, start, PARAM, MOMENT, GRAD, VECTOR)
         at = tl.arange(0, BLOCK)
-        _advance(
-            pointer_to(p, PARAM, VECTOR) + start,
-            pointer_to(m, MOMENT, VECTOR) + start,
-            pointer_to(v, MOMENT, VECTOR) + start,
-            pointer_to(c, tl.bfloat16, VECTOR) + start,
-            pointer_to(g, GRAD, VECTOR) + start,
-            at, None, place + at.to(tl.uint32), key,
-            scale_ptr, step_ptr, decay, BETA1, BETA2, EPS, COPY,
-        )  # fmt: skip
+        spot = place + at.to(tl.uint32)
+        _advance(ptrs, at, None, spot, key, scale_ptr, step_ptr, decay, BETA1, BETA2, EPS, COPY)
     else:
+        ptrs = _pointers(where, start, PARAM, MOMENT, GRAD, 0)
         stop = tl.minimum(left, BLOCK).to(tl.int32)
         piece = 0
         while piece < stop:
             at = piece + tl.arange(0, PIECE)
+            inside = at < stop
+            spot = place + at.to(tl.uint32)
             _advance(
-                p.to(tl.pointer_type(PARAM)) + start,
-                m.to(tl.pointer_type(MOMENT)) + start,
-                v.to(tl.pointer_type(MOMENT)) + start,
-                c.to(tl.pointer_type(tl.bfloat16)) + start,
-                g.to(tl.pointer_type(GRAD)) + start,
-                at, at < stop, place + at.to(tl.uint32), key,
-                scale_ptr, step_ptr, decay, BETA1, BETA2, EPS, COPY,
-            )  # fmt: skip
+                ptrs, at, inside, spot, key, scale_ptr, step_ptr, decay, BETA1, BETA2, EPS, COPY
+            )
             piece += PIECE
 
 
-@dataclass(frozen=True)
-class Plan:
+class AdamWPlan(NamedTuple):
     """What does not change from step to step, on the device."""
 
     leaves: Tensor  # int64 [leaves, COLUMNS]
     decays: Tensor  # fp32 [leaves]
     chunks: Tensor  # int32 [programs, 2]
-    block: int  # elements a program
+    block: int  # elements per program
 
 
+class LeafTypes(NamedTuple):
+    """What the leaves of one launch have in common."""
+
+    param: torch.dtype
+    grad: torch.dtype
+    moment: torch.dtype
+    copy: bool  # whether they have bf16 copies
+
+
+@functools.lru_cache(maxsize=16)  # a training run has one plan per group
 def make_plan(
-    params: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    copies: Sequence[Tensor | None],
-    decays: Sequence[float],
-    names: Sequence[int],
+    rows: tuple[tuple[int, ...], ...],
+    decays: tuple[float, ...],
+    device: torch.device,
     block: int = BLOCK,
-) -> Plan:
-    """The tables of these leaves; names: what tells their noise apart."""
-    device = params[0].device
-    rows = [
-        [p.data_ptr(), m.data_ptr(), v.data_ptr(), 0 if c is None else c.data_ptr(), p.numel(), i]
-        for p, m, v, c, i in zip(params, exp_avgs, exp_avg_sqs, copies, names, strict=True)
-    ]
-    counts = torch.tensor([-(-p.numel() // block) for p in params])
-    leaf = torch.repeat_interleave(torch.arange(len(params)), counts)
+) -> AdamWPlan:
+    """The tables of leaves with these rows of `COLUMNS` numbers and these weight decays.
+
+    The arguments hold everything that a plan depends on: if memory is freed and reused, its new
+    leaves get a plan of their own unless they are the same size.
+    """
+    counts = torch.tensor([-(-elements // block) for *_, elements, _ in rows])
+    leaf = torch.repeat_interleave(torch.arange(len(rows)), counts)
     chunk = torch.arange(len(leaf)) - (counts.cumsum(0) - counts)[leaf]
-    return Plan(
+    return AdamWPlan(
         torch.tensor(rows, dtype=torch.int64).to(device),
         torch.tensor(decays, dtype=torch.float32).to(device),
         torch.stack([leaf, chunk], 1).to(torch.int32).to(device),
@@ -207,42 +209,23 @@ def make_plan(
 
 
 def step_table(grads: Sequence[Tensor], numbers: Sequence[float], key: int) -> Tensor:
-    """What changes: fp32 numbers as bits, the key of the rounding, the gradients' addresses."""
+    """What changes: fp32 numbers as bits, the key of the rounding, the addresses of gradients."""
     words = [*bits_of(*numbers), key, *(grad.data_ptr() for grad in grads)]
     return upload(words, grads[0].device)
 
 
-def bits_of(*numbers: float) -> tuple[int, ...]:
-    """fp32 numbers as what `number` reads."""
-    return struct.unpack(f"<{len(numbers)}i", struct.pack(f"<{len(numbers)}f", *numbers))
-
-
-def upload(words: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """int64 on the device, without waiting."""
-    table = torch.tensor(words, dtype=torch.int64)
-    # The allocator of pinned memory hands a block out again only when its copy has been made.
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
-
-
 def adamw_launch(
-    plan: Plan,
+    plan: AdamWPlan,
     step: Tensor,
     scale: Tensor | None,
+    types: LeafTypes,
     *,
     beta1: float,
     beta2: float,
     eps: float,
-    param: torch.dtype,
-    grad: torch.dtype,
-    moment: torch.dtype,
-    copy: bool,
-    vector: int | None = None,
     num_warps: int = WARPS,
 ) -> None:
-    """One step over the leaves of a plan. vector: elements that a thread moves at once; left out,
-    what fills 16 bytes of the states' widest type."""
-    if vector is None:
-        vector = 4 if torch.float32 in (param, moment) else 8
+    """One step over the leaves of a plan."""
     launch(
         adamw_kernel,
         (len(plan.chunks),),
@@ -254,12 +237,13 @@ def adamw_launch(
         BETA1=beta1,
         BETA2=beta2,
         EPS=eps,
-        PARAM=TYPES[param],
-        GRAD=TYPES[grad],
-        MOMENT=TYPES[moment],
-        COPY=copy,
+        PARAM=triton_type(types.param),
+        GRAD=triton_type(types.grad),
+        MOMENT=triton_type(types.moment),
+        COPY=types.copy,
         BLOCK=plan.block,
         PIECE=min(plan.block, 32 * num_warps),
-        VECTOR=vector,
+        # per thread, 16 bytes of the widest state
+        VECTOR=4 if torch.float32 in (types.param, types.moment) else 8,
         num_warps=num_warps,
     )

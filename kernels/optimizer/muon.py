@@ -1,9 +1,9 @@
-"""What Muon's step does beside its matrix products: each number is moved once.
+"""Muon's step apart from its matrix products: each number is moved once.
 
-Before the products 12 bytes an entry (fp32 momentum read and written, bf16 gradient read, bf16
-stack written), after them 12 (fp32 param read and written, bf16 update read, bf16 copy written).
-The clipping factor, Nesterov's method, the weight decay and the copy for the next forward cost no
-pass of their own.
+Before the products a step moves 12 bytes per entry (fp32 momentum read and written, bf16 gradient
+read, bf16 stack written), after them 12 more (fp32 param read and written, bf16 update read, bf16
+copy written). The clipping factor, Nesterov's method, the weight decay and the copy for the next
+forward cost no pass of their own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.optimizer.adamw import GRADS, check_leaf
 from kernels.optimizer.muon_triton import gather_launch, move_launch
 from kernels.runtime.dispatch import TORCH, TRITON, choose, declare
 
@@ -27,11 +28,20 @@ def gather_momenta(
     momentum: float,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Advances momenta in place, m' = momentum m + (1 - momentum) g, and gives what Nesterov's
-    method goes along, momentum m' + (1 - momentum) g, in bf16, as [number of leaves, *shape].
+    """Advances momenta in place and returns the directions of Nesterov's method.
 
-    momenta: fp32, contiguous, all of one shape. grads: of that shape, any floating dtype. scale:
-    fp32 scalar on their device that multiplies the gradients; nothing waits for it.
+    m' = momentum m + (1 - momentum) g; direction = momentum m' + (1 - momentum) g
+
+    Args:
+        momenta: fp32, contiguous, all of one shape.
+        grads: of that shape; fp32, bf16 or fp16.
+        scale: fp32 scalar on their device that multiplies the gradients, without a sync.
+
+    Returns:
+        The directions, bf16 [number of leaves, *shape].
+
+    Raises:
+        ValueError: lists of different lengths; shapes, dtypes or devices that do not match.
 
     >>> import torch
     >>> m = torch.zeros(1, 2)
@@ -65,10 +75,16 @@ def move_(
     lengths: Sequence[float],
     copies: Sequence[Tensor] | None = None,
 ) -> None:
-    """p' = keep p - length x, in place.
+    """Sets p to keep p - length x, in place.
 
-    params: fp32, contiguous, all of one shape; stack: the x, bf16 [number of leaves, *shape].
-    keeps, lengths: one a leaf. copies: bf16 twins that get the new params, rounded to the nearest.
+    Args:
+        params: fp32, contiguous, all of one shape.
+        stack: the x, bf16 [number of leaves, *shape].
+        keeps, lengths: one number per leaf.
+        copies: bf16 copies that receive the new params, rounded to the nearest.
+
+    Raises:
+        ValueError: lists of different lengths; shapes, dtypes or devices that do not match.
 
     >>> import torch
     >>> p = torch.ones(1, 2)
@@ -91,9 +107,6 @@ def move_(
             copies[i].copy_(p)
 
 
-GRADS = (torch.float32, torch.bfloat16, torch.float16)
-
-
 def _check(
     name: str,
     leaves: Sequence[Tensor] | Tensor,
@@ -102,14 +115,8 @@ def _check(
     device: torch.device,
     count: int | None = None,
 ) -> None:
-    """Raises ValueError for what the kernels would read or write out of place."""
     if count is not None and len(leaves) != count:
         raise ValueError(f"muon: {count} leaves but {len(leaves)} in {name}.")
     for i, leaf in enumerate(leaves):
-        fits = leaf.shape == shape and leaf.dtype in dtypes and leaf.device == device
-        if not fits or not (name in ("grads", "stack") or leaf.is_contiguous()):
-            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise ValueError(
-                f"muon: {name}[{i}] must be {wanted} {tuple(shape)} on {device}, contiguous, got "
-                f"{leaf.dtype} {tuple(leaf.shape)} on {leaf.device}."
-            )
+        strided = name in ("grads", "stack")
+        check_leaf("muon", f"{name}[{i}]", leaf, shape, dtypes, device, strided)

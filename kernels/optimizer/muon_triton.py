@@ -2,38 +2,39 @@
 # mypy: allow-untyped-defs
 """The two Triton kernels of Muon's step: from gradients to a stack, from a stack to params.
 
-Leaves lie anywhere, the stack between is one tensor, so that products can be batched. A program
-takes `BLOCK` elements of one leaf; where leaves lie is read from a table on the device, uploaded
-once a launch without waiting. Addresses that 16 divides are moved 16 bytes at a time, as in
-`kernels.optimizer.adamw_triton`.
+Leaves lie anywhere; the stack between them is one tensor, so that products can be batched. Each
+launch uploads a table of addresses without waiting. `leaves_triton` says how programs divide the
+leaves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from kernels.optimizer.adamw_triton import (
+from kernels.optimizer.leaves_triton import (
     BLOCK,
-    TYPES,
     WARPS,
     bits_of,
     nearest,
     number,
     pointer_to,
+    triton_type,
     upload,
 )
 from kernels.runtime.launch import constant, jit, launch, tl
 
 GATHERED = constant(3)  # of a leaf's row: momentum, gradient, place in the stack
 MOVED = constant(5)  # param, place in the stack, copy, what the param keeps, the step's length
-VECTOR = 4  # elements a thread moves at once: 16 bytes of fp32
+# VECTOR: elements that a thread moves at once, 16 bytes of fp32
+SIZES: dict[str, Any] = {"BLOCK": BLOCK, "PIECE": 32 * WARPS, "VECTOR": 4, "num_warps": WARPS}
 
 
 @jit
 def _blend(m_ptr, g_ptr, x_ptr, at, inside, scale_ptr, NEW: tl.constexpr):
-    """The momentum of a piece, and where Nesterov's method looks."""
+    """The momentum of a piece, and the direction of Nesterov's method."""
     m = tl.load(m_ptr + at, mask=inside)
     g = tl.load(g_ptr + at, mask=inside).to(tl.float32)
     if scale_ptr is not None:
@@ -54,6 +55,7 @@ def gather_kernel(
     PIECE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
+    """Momentum and stack entry of one block of a leaf."""
     row = table_ptr + tl.program_id(1) * GATHERED
     m, g, x = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -63,19 +65,25 @@ def gather_kernel(
             pointer_to(m, tl.float32, VECTOR) + start,
             pointer_to(g, GRAD, VECTOR) + start,
             pointer_to(x, tl.bfloat16, VECTOR) + start,
-            tl.arange(0, BLOCK), None, scale_ptr, NEW,
-        )  # fmt: skip
+            tl.arange(0, BLOCK),
+            None,
+            scale_ptr,
+            NEW,
+        )
     else:
         stop = tl.minimum(left, BLOCK).to(tl.int32)
         piece = 0
         while piece < stop:
             at = piece + tl.arange(0, PIECE)
             _blend(
-                m.to(tl.pointer_type(tl.float32)) + start,
-                g.to(tl.pointer_type(GRAD)) + start,
-                x.to(tl.pointer_type(tl.bfloat16)) + start,
-                at, at < stop, scale_ptr, NEW,
-            )  # fmt: skip
+                pointer_to(m, tl.float32, 0) + start,
+                pointer_to(g, GRAD, 0) + start,
+                pointer_to(x, tl.bfloat16, 0) + start,
+                at,
+                at < stop,
+                scale_ptr,
+                NEW,
+            )
             piece += PIECE
 
 
@@ -98,6 +106,7 @@ def move_kernel(
     PIECE: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
+    """Param and copy of one block of a leaf."""
     row = table_ptr + tl.program_id(1) * MOVED
     p, x, c = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     keep, length = number(row, 3), number(row, 4)
@@ -108,19 +117,27 @@ def move_kernel(
             pointer_to(p, tl.float32, VECTOR) + start,
             pointer_to(x, tl.bfloat16, VECTOR) + start,
             pointer_to(c, tl.bfloat16, VECTOR) + start,
-            tl.arange(0, BLOCK), None, keep, length, COPY,
-        )  # fmt: skip
+            tl.arange(0, BLOCK),
+            None,
+            keep,
+            length,
+            COPY,
+        )
     else:
         stop = tl.minimum(left, BLOCK).to(tl.int32)
         piece = 0
         while piece < stop:
             at = piece + tl.arange(0, PIECE)
             _move(
-                p.to(tl.pointer_type(tl.float32)) + start,
-                x.to(tl.pointer_type(tl.bfloat16)) + start,
-                c.to(tl.pointer_type(tl.bfloat16)) + start,
-                at, at < stop, keep, length, COPY,
-            )  # fmt: skip
+                pointer_to(p, tl.float32, 0) + start,
+                pointer_to(x, tl.bfloat16, 0) + start,
+                pointer_to(c, tl.bfloat16, 0) + start,
+                at,
+                at < stop,
+                keep,
+                length,
+                COPY,
+            )
             piece += PIECE
 
 
@@ -137,12 +154,9 @@ def gather_launch(
         for m, g, x in zip(momenta, grads, stack, strict=True)
     ]
     size = momenta[0].numel()
-    launch(
-        gather_kernel, (-(-size // BLOCK), len(rows)),
-        upload(rows, stack.device), scale, size,
-        NEW=1 - momentum, GRAD=TYPES[grads[0].dtype],
-        BLOCK=BLOCK, PIECE=32 * WARPS, VECTOR=VECTOR, num_warps=WARPS,
-    )  # fmt: skip
+    grid = (-(-size // BLOCK), len(rows))
+    table, grad = upload(rows, stack.device), triton_type(grads[0].dtype)
+    launch(gather_kernel, grid, table, scale, size, NEW=1 - momentum, GRAD=grad, **SIZES)
 
 
 def move_launch(
@@ -159,8 +173,6 @@ def move_launch(
         for p, x, c, keep, length in zip(params, stack, twins, keeps, lengths, strict=True)
     ]
     size = params[0].numel()
-    launch(
-        move_kernel, (-(-size // BLOCK), len(rows)), upload(rows, stack.device), size,
-        COPY=copies is not None,
-        BLOCK=BLOCK, PIECE=32 * WARPS, VECTOR=VECTOR, num_warps=WARPS,
-    )  # fmt: skip
+    grid = (-(-size // BLOCK), len(rows))
+    table = upload(rows, stack.device)
+    launch(move_kernel, grid, table, size, COPY=copies is not None, **SIZES)

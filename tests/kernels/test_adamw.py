@@ -57,9 +57,18 @@ def test_is_torchs_adamw(grad: torch.dtype, turned: bool) -> None:
         if turned:  # the same numbers, the last dimension not the densest
             grads = [g.t().contiguous().t() if g.ndim == 2 else g for g in grads]
         adamw_(
-            params, grads, *moments, step=t, lr=0.1, beta1=0.8, beta2=0.95, eps=1e-6,
-            weight_decay=DECAYS, scale=torch.tensor(0.3), copies=some,
-        )  # fmt: skip
+            params,
+            grads,
+            *moments,
+            step=t,
+            lr=0.1,
+            beta1=0.8,
+            beta2=0.95,
+            eps=1e-6,
+            weight_decay=DECAYS,
+            scale=torch.tensor(0.3),
+            copies=some,
+        )
     for got, exact, largest in zip((params, *moments), wanted, (4, 4, 16), strict=True):
         error = torch.cat([(a - b).abs().flatten() for a, b in zip(got, exact, strict=True)])
         assert (error < 4 * 10 * largest * 2.0**-24).all(), float(error.max())
@@ -123,8 +132,17 @@ def rounded_once(seed: int, step: int, count: int = 2**15) -> list[Tensor]:
     full = [torch.full((count,), x, dtype=BF16) for x in (1.0, 1 + 2**-7, 1.0, 1 - 2**-7)]
     p, g, m, v = ([x, x.clone()] for x in full)
     adamw_(
-        p, g, m, v, step=step, lr=2**-9 / 1.3, beta1=0.5, beta2=0.5, weight_decay=0.0, seed=seed,
-    )  # fmt: skip
+        p,
+        g,
+        m,
+        v,
+        step=step,
+        lr=2**-9 / 1.3,
+        beta1=0.5,
+        beta2=0.5,
+        weight_decay=0.0,
+        seed=seed,
+    )
     ups = [(x > x.min()).double() for pair in zip(p, m, v, strict=True) for x in pair]
     return [ups[i] for i in (0, 2, 4, 1, 3, 5)]
 

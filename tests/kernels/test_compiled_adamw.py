@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.optimizer.adamw_triton import BLOCK, COLUMNS, HEADER, WARPS, Plan, adamw_launch
+from kernels.optimizer.adamw_triton import COLUMNS, HEADER, AdamWPlan, LeafTypes, adamw_launch
+from kernels.optimizer.leaves_triton import BLOCK, WARPS
 from kernels.runtime import resources as compiled
 from kernels.runtime.launch import Launch, recording, triton
 
@@ -32,17 +33,16 @@ def meta(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
 def launched(
     arch: int, param: torch.dtype, moment: torch.dtype, grad: torch.dtype, copy: bool
 ) -> Launch:
-    plan = Plan(
+    plan = AdamWPlan(
         meta(340, int(COLUMNS)),
         meta(340, dtype=FP32),
         meta(750_000, 2, dtype=torch.int32),
         BLOCK,
     )
     with recording(divmod(arch, 10), 132) as launches:
-        adamw_launch(
-            plan, meta(340 + int(HEADER)), meta(1, dtype=FP32)[0], beta1=0.9, beta2=0.95,
-            eps=1e-8, param=param, grad=grad, moment=moment, copy=copy,
-        )  # fmt: skip
+        table, scale = meta(340 + int(HEADER)), meta(1, dtype=FP32)[0]
+        types = LeafTypes(param, grad, moment, copy)
+        adamw_launch(plan, table, scale, types, beta1=0.9, beta2=0.95, eps=1e-8)
     return launches[0]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.optimizer import adamw, adamw_triton
 from kernels.optimizer.adamw import adamw_
+from kernels.optimizer.adamw_triton import AdamWPlan, make_plan
 from kernels.runtime import dispatch
 from tests.kernels.test_adamw import BF16, BF16_MAX, DECAYS, FP16, FP32, leaves, zeros
 
@@ -53,9 +54,17 @@ def steps(
             grads = shifted(grads)
         with dispatch.override(adamw=backend):
             adamw_(
-                params, grads, first, second, step=t, lr=0.01, weight_decay=DECAYS, seed=5,
-                scale=torch.tensor(0.7, device=device) if t > 1 else None, copies=copies,
-            )  # fmt: skip
+                params,
+                grads,
+                first,
+                second,
+                step=t,
+                lr=0.01,
+                weight_decay=DECAYS,
+                seed=5,
+                scale=torch.tensor(0.7, device=device) if t > 1 else None,
+                copies=copies,
+            )
     for p, copy in zip(params, copies, strict=True):
         assert copy is None or torch.equal(copy.cpu().nan_to_num(7), p.cpu().to(BF16).nan_to_num(7))
     return [x.cpu() for x in (*params, *first, *second)]
@@ -68,8 +77,8 @@ def same(got: list[Tensor], wanted: list[Tensor]) -> float:
     """The share of entries that are alike, NaN too."""
     pairs = list(zip(got, wanted, strict=True))
     assert all(a.dtype == b.dtype for a, b in pairs)
-    return torch.cat([((a == b) | (a.isnan() & b.isnan())).flatten() for a, b in pairs]).double(
-    ).mean().item()  # fmt: skip
+    equal = torch.cat([((a == b) | (a.isnan() & b.isnan())).flatten() for a, b in pairs])
+    return equal.double().mean().item()
 
 
 @pytest.mark.parametrize("grad", [FP32, BF16, FP16])
@@ -111,13 +120,16 @@ def test_the_grid_is_of_no_importance(
     block: int, warps: int, kernel_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = known("triton", kernel_device, BF16, BF16, BF16)
-    adamw._plans.clear()
-    launch = functools.partial(adamw_triton.adamw_launch, num_warps=warps)
+    blocks = set()
+
+    def launch(plan: AdamWPlan, *args: Any, **numbers: Any) -> None:
+        blocks.add(plan.block)
+        adamw_triton.adamw_launch(plan, *args, **numbers, num_warps=warps)
+
     monkeypatch.setattr(adamw, "adamw_launch", launch)
     monkeypatch.setattr(adamw, "make_plan", functools.partial(adamw_triton.make_plan, block=block))
     got = steps("triton", kernel_device, BF16, BF16, BF16)
-    assert all(plan.block == block for plan in adamw._plans.values())
-    adamw._plans.clear()
+    assert blocks == {block}
     assert same(got, wanted) == 1
 
 
@@ -173,7 +185,7 @@ def test_what_is_finite_to_the_nearest_stays_finite(kernel_device: str) -> None:
 
 def test_plans_follow_the_memory(kernel_device: str) -> None:
     """Other leaves, other decays, other copies: other tables; not more than are kept."""
-    adamw._plans.clear()
+    make_plan.cache_clear()
     with dispatch.override(adamw="triton"):
         for turn in range(20):
             p, m, v = (torch.zeros(5 + turn, device=kernel_device) for _ in range(3))
@@ -188,7 +200,9 @@ def test_plans_follow_the_memory(kernel_device: str) -> None:
             torch.testing.assert_close(p, before * (1 - decay))
         adamw_([p], [zero], [m], [v], step=3, lr=0.0, copies=[copy])
         assert torch.equal(copy, p.to(BF16))
-    assert len(adamw._plans) <= adamw._KEPT
+    kept = make_plan.cache_info()
+    assert kept.misses == 20 + 3
+    assert kept.currsize == kept.maxsize == 16
 
 
 # Real sizes, on a GPU

@@ -288,7 +288,9 @@ def test_ignored_rows_and_neighbours_never_matter(form: str, kernel_device: str)
     value, grad = value_and_gradient(loss, logits)
     assert (grad[labels == 7] == 0).all()
     keep = labels != 7
-    assert_accurate(value, grad[keep], logits[keep], labels[keep].masked_fill(labels[keep] == -100, 3))  # fmt: skip # noqa: E501
+    assert_accurate(
+        value, grad[keep], logits[keep], labels[keep].masked_fill(labels[keep] == -100, 3)
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -598,7 +600,9 @@ def test_compiled_nothing_is_overwritten(backend: str, device: str) -> None:
         )
         before = logits.detach().clone()
         (got,) = torch.autograd.grad(compiled(logits), logits)
-        torch.testing.assert_close(got, 2 * value_and_gradient(partial(plainly, labels=labels), before)[1])  # fmt: skip # noqa: E501
+        torch.testing.assert_close(
+            got, 2 * value_and_gradient(partial(plainly, labels=labels), before)[1]
+        )
         assert torch.equal(logits, before)
 
 
@@ -629,7 +633,9 @@ def test_scaling_in_place(layout: str, dtype: torch.dtype, kernel_device: str) -
     assert torch.equal(wide, before)
     scale_rows(x, torch.tensor(1 / 3, device=kernel_device))
     # bf16 is cut off, not rounded, in the interpreter
-    torch.testing.assert_close(x, (values.float() / 3).to(dtype), rtol=torch.finfo(dtype).eps, atol=ulps(torch.float32, 1))  # fmt: skip # noqa: E501
+    torch.testing.assert_close(
+        x, (values.float() / 3).to(dtype), rtol=torch.finfo(dtype).eps, atol=ulps(torch.float32, 1)
+    )
     if layout == "rows apart":
         assert torch.equal(wide[:, :3], before[:, :3])
         assert torch.equal(wide[:, 8500:], before[:, 8500:])
@@ -695,7 +701,9 @@ def test_linear_cross_entropy_no_worse_than_torch(
 ) -> None:
     """Against fp64 from the same inputs: the dense torch form's error, and a rounding a matmul."""
     leaves, labels = linear_problem(n, dim, vocab, dtype, kernel_device)
-    exact_value, exact_grads = linear_gradients(dense(labels, **options), [x.double() for x in leaves])  # fmt: skip # noqa: E501
+    exact_value, exact_grads = linear_gradients(
+        dense(labels, **options), [x.double() for x in leaves]
+    )
     torch_value, torch_grads = linear_gradients(dense(labels, **options), leaves, 128.0)
     value, grads = linear_gradients(
         lambda h, w, b: linear_cross_entropy(h, w, labels, bias=b, chunk=chunk, **options),
