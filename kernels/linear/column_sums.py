@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.norm.rms_norm_triton import sums
+from kernels.norm.rows_triton import sums
 from kernels.runtime.launch import jit, launch, processors, tl, triton
 from kernels.runtime.operators import operator
 

@@ -1,14 +1,14 @@
 # ruff: noqa: N803 -- constexprs are upper case, as everywhere in Triton
 # mypy: allow-untyped-defs
-"""The Triton kernels of `layer_norm`; what they share with those of `rms_norm` is there."""
+"""The Triton kernels of `layer_norm`: rows that stay in registers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from kernels.norm.rms_norm_triton import (
-    Config,
+from kernels.norm.rows_triton import (
+    NormLaunch,
     backward_config,
     first_row,
     flatten,
@@ -25,7 +25,7 @@ from kernels.norm.rms_norm_triton import (
 )
 from kernels.runtime.launch import jit, launch, tl
 
-MAX_DIM = 8192  # as there; no longer rows are taken, for want of a model that has them
+MAX_DIM = 8192  # longer rows do not fit into registers, and no model has them
 
 
 @jit
@@ -105,7 +105,7 @@ def layer_norm_backward_kernel(
         g = read(grad_ptr, row, cols, rows, GRAD_STRIDE, DIM, WHOLE, "evict_first")
         mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None]
         r = tl.load(r_ptr + row, mask=row < rows, other=0.0)[:, None]
-        u = (x - mean) * r  # not 0 beyond DIM, but what it is multiplied by is
+        u = (x - mean) * r  # not 0 beyond DIM, but v and g are
         v = g
         if weight_ptr is not None:
             v = g * w
@@ -130,7 +130,7 @@ def layer_norm_forward(
     weight: Tensor | None,  # [D]
     bias: Tensor | None,  # [D]
     eps: float,
-    config: Config | None = None,
+    config: NormLaunch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [..., D] in x.dtype; mean and r [..., 1] in fp32."""
     config = config or forward_config(x)
@@ -163,7 +163,7 @@ def layer_norm_backward(
     r: Tensor,  # [..., 1]
     needs_weight: bool,
     needs_bias: bool,
-    config: Config | None = None,
+    config: NormLaunch | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dx [..., D] in x.dtype, dw and db [D] in their dtypes."""
     config = config or backward_config(x)

@@ -1,25 +1,33 @@
 # ruff: noqa: N803 -- constexprs are upper case, as everywhere in Triton
 # mypy: allow-untyped-defs
-"""The Triton kernels of `rms_norm` and `add_rms_norm`: rows that stay in registers.
-
-A program takes tiles of ROWS whole rows in turn, [ROWS, BLOCK] with BLOCK the next power of two, so
-that each row comes from memory once a direction. The backward's programs are few and fixed in
-number: each sums its share of the weight's gradient in fp32 registers and leaves it as one row of
-`partials`, which a second, small kernel adds up. No atomics: the same bits each time.
-"""
+"""The Triton kernels of `rms_norm` and `add_rms_norm`: rows that stay in registers."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.runtime.launch import jit, launch, processors, tl, triton
+from kernels.norm.rows_triton import (
+    NormLaunch,
+    backward_config,
+    first_row,
+    flatten,
+    forward_config,
+    leaf,
+    programs_for,
+    read,
+    share,
+    statistic,
+    sums,
+    tile_constants,
+    turns,
+    write,
+)
+from kernels.runtime.launch import jit, launch, tl
 
-MAX_DIM = 8192  # of a row in registers, three times: itself, its gradient, the weight's gradient
+MAX_DIM = 8192  # registers hold three rows: x, its gradient and the weight's gradient
 MAX_FORWARD_DIM = 16384
 
 
@@ -27,66 +35,9 @@ MAX_FORWARD_DIM = 16384
 
 
 @jit
-def first_row(turn, ROWS: tl.constexpr):
-    """This program's rows in its given turn; int64, for what they are multiplied by."""
-    tile = tl.program_id(0).to(tl.int64) + turn * tl.num_programs(0)
-    return tile * ROWS + tl.arange(0, ROWS)
-
-
-@jit
-def turns(rows, ROWS: tl.constexpr):
-    return tl.cdiv(tl.cdiv(rows, ROWS) - tl.program_id(0), tl.num_programs(0))
-
-
-@jit
-def read(
-    ptr,
-    row,
-    cols,
-    rows,
-    STRIDE: tl.constexpr,
-    DIM: tl.constexpr,
-    WHOLE: tl.constexpr,
-    KEEP: tl.constexpr,
-):
-    """A tile in fp32; 0 outside. WHOLE: nothing is outside."""
-    at = ptr + (row * STRIDE)[:, None] + cols[None, :]
-    if WHOLE:
-        x = tl.load(at, eviction_policy=KEEP)
-    else:
-        mask = (row < rows)[:, None] & (cols < DIM)[None, :]
-        x = tl.load(at, mask=mask, other=0.0, eviction_policy=KEEP)
-    return x.to(tl.float32)
-
-
-@jit
-def write(ptr, row, cols, rows, x, DIM: tl.constexpr, WHOLE: tl.constexpr):
-    at = ptr + (row * DIM)[:, None] + cols[None, :]
-    if WHOLE:
-        tl.store(at, x.to(ptr.dtype.element_ty))
-    else:
-        mask = (row < rows)[:, None] & (cols < DIM)[None, :]
-        tl.store(at, x.to(ptr.dtype.element_ty), mask=mask)
-
-
-@jit
 def _piece(ptr, cols, DIM: tl.constexpr, KEEP: tl.constexpr):
     """Part of one row in fp32; 0 beyond DIM."""
     return tl.load(ptr + cols, mask=cols < DIM, other=0.0, eviction_policy=KEEP).to(tl.float32)
-
-
-@jit
-def leaf(ptr, cols, DIM: tl.constexpr):
-    """A weight or bias, [1, BLOCK] in fp32: in two dimensions to be laid out like a row of x."""
-    col = cols[None, :]
-    return tl.load(ptr + col, mask=col < DIM, other=0.0).to(tl.float32)
-
-
-@jit
-def share(ptr, cols, total, DIM: tl.constexpr):
-    """Leaves this program's sum over rows in its own row of the partial sums [programs, DIM]."""
-    at = ptr + tl.program_id(0).to(tl.int64) * DIM + cols
-    tl.store(at, tl.sum(total, 0), mask=cols < DIM)
 
 
 # Kernels
@@ -110,7 +61,7 @@ def rms_norm_forward_kernel(
     WHOLE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """y = x r w, r = (mean x^2 + eps)^-1/2; with a residual x is first x + residual, rounded."""
+    """y = x r w with r = (mean x^2 + eps)^-1/2, where x includes the residual, rounded."""
     cols = tl.arange(0, BLOCK)
     if weight_ptr is not None:
         w = leaf(weight_ptr, cols, DIM)
@@ -150,10 +101,10 @@ def rms_norm_backward_kernel(
     WHOLE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """With u = x r and v = g w: dx = r (v - u mean(v u)), plus the total's own gradient.
+    """With u = x r and v = g w: dx = r (v - u mean(v u)), plus the gradient of the total.
 
-    dw_ptr: partial sums of g u, or None. y_ptr: what forward wrote, or None. dx may lie where grad
-    does: a row's dx comes from a mean over its whole gradient, and so after every read of it.
+    dw_ptr: partial sums of g u, or None. y_ptr: forward's output, or None. dx_ptr may equal
+    grad_ptr: dx needs a mean over the row's gradient, so the row is read before it is written.
     """
     cols = tl.arange(0, BLOCK)
     if weight_ptr is not None:
@@ -178,7 +129,7 @@ def rms_norm_backward_kernel(
         if grad_total_ptr is not None:
             dx += more
         write(dx_ptr, row, cols, rows, dx, DIM, WHOLE)
-        if y_ptr is not None:  # by the same products as in forward
+        if y_ptr is not None:  # the same products as in forward: the same bits
             y = u
             if weight_ptr is not None:
                 y = u * w
@@ -203,7 +154,7 @@ def rms_norm_long_forward_kernel(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A row too long for registers, in pieces, twice: the second time it is found in the caches."""
+    """For rows too long for registers: two passes in pieces, the second one from the caches."""
     row = tl.program_id(0).to(tl.int64)
     squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, DIM, BLOCK):
@@ -217,7 +168,7 @@ def rms_norm_long_forward_kernel(
         squares += x * x
     r = tl.rsqrt(tl.sum(squares, 0) * (1.0 / DIM) + eps)
     tl.store(r_ptr + row, r)
-    tl.debug_barrier()  # what one thread wrote to total, another may read
+    tl.debug_barrier()  # another thread may read what this one wrote to total
     for start in range(0, DIM, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         if residual_ptr is not None:
@@ -247,7 +198,7 @@ def rms_norm_long_backward_kernel(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """As `rms_norm_backward_kernel`, in pieces; the sums of g u are kept in memory (the caches)."""
+    """As `rms_norm_backward_kernel`, in pieces; the sums of g u live in memory (the caches)."""
     share_ptr = dw_ptr  # this program's row of the partial sums
     if dw_ptr is not None:
         share_ptr += tl.program_id(0).to(tl.int64) * DIM
@@ -282,125 +233,23 @@ def rms_norm_long_backward_kernel(
             if dw_ptr is not None:
                 before = tl.load(share_ptr + cols, mask=(cols < DIM) & (turn > 0), other=0.0)
                 tl.store(share_ptr + cols, before + g * u, mask=cols < DIM)
-        tl.debug_barrier()  # the next turn reads the sums that this one has written
-
-
-@jit
-def rms_norm_sum_kernel(
-    partials_ptr,
-    first_ptr,
-    second_ptr,
-    programs,
-    DIM: tl.constexpr,
-    COLS: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """Sums over dimension 1 of partials [2, programs, DIM], or of [1, ...] without second_ptr."""
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    base = partials_ptr + tl.program_id(1).to(tl.int64) * programs * DIM
-    total = tl.zeros([STEP, COLS], tl.float32)
-    for start in range(0, programs, STEP):
-        row = start + tl.arange(0, STEP)
-        mask = (row < programs)[:, None] & (cols < DIM)[None, :]
-        total += tl.load(base + (row * DIM)[:, None] + cols[None, :], mask=mask, other=0.0)
-    out = tl.sum(total, 0)
-    mask = cols < tl.where(tl.program_id(1) == 0, DIM, 0)
-    tl.store(first_ptr + cols, out.to(first_ptr.dtype.element_ty), mask=mask)
-    if second_ptr is not None:
-        mask = cols < tl.where(tl.program_id(1) == 1, DIM, 0)
-        tl.store(second_ptr + cols, out.to(second_ptr.dtype.element_ty), mask=mask)
+        tl.debug_barrier()  # the next turn reads the sums that this one wrote
 
 
 # Host
 
 
-@dataclass(frozen=True)
-class Config:
-    """How a kernel over rows is launched.
-
-    rows: a tile; warps: a program; stages: of the software pipeline (1 is none); programs: an SM,
-    each taking tiles in turn (0: one program a tile).
-    """
-
-    rows: int
-    warps: int
-    stages: int = 1
-    programs: int = 0
-
-
-def _block(x: Tensor) -> int:
-    return triton.next_power_of_2(max(x.shape[-1], 1))
-
-
-def forward_config(x: Tensor) -> Config:
-    """A program a tile.
-
-    On an H200, bf16, 16,384 rows: 2,048 entries 3,966 GB/s (2 or 8 warps: 3,958 and 3,714), 8,192
-    entries with 8 warps 4,036 (16: 3,311), 128 entries 3,897; a copy: 4,041.
-    """
-    block = _block(x)
-    return Config(max(1, 2048 // block), min(16, max(4, block // 1024)))
-
-
-def backward_config(x: Tensor) -> Config:
-    """Few programs, so that few partial sums are left, and three tiles on their way in each.
-
-    On an H200, bf16, GB/s with the sum of the partials: 2,048 entries 3,774 (one row a tile 3,698,
-    two stages 2,911), 8,192 entries 4,131 (four stages 3,749), 128 entries in tiles of 64 rows
-    3,728 (of 16: 2,004).
-    """
-    block = _block(x)
-    if block <= 512:
-        config = Config(8192 // block, 8, 3, 1)
-    elif block <= 4096:
-        config = Config(4096 // block, 4, 3, 2)
-    else:
-        config = Config(1, 8, 3, 1)
-    wide = config.rows * block * x.element_size() > 2**14  # three such tiles do not fit
-    return replace(config, stages=2) if wide else config
-
-
-def flatten(x: Tensor) -> Tensor:
-    """[..., D] as [rows, D] with contiguous rows; copied only if it has to be."""
-    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def tile_constants(x: Tensor, config: Config) -> dict[str, Any]:
-    """Constants of a tile; x [rows, D]."""
-    rows, dim = x.shape
-    block = _block(x)
-    whole = dim == block and rows % config.rows == 0
-    return {
-        "DIM": dim,
-        "ROWS": config.rows,
-        "BLOCK": block,
-        "WHOLE": whole,
-        "STAGES": config.stages,
-    }
-
-
 def _long(x: Tensor, block: int = 4096) -> dict[str, Any]:
-    """Constants of a kernel that takes a row in pieces. Of 8192, fp32 rows would spill."""
+    """Constants of a kernel that takes a row in pieces. Pieces of 8192 would spill in fp32."""
     return {"DIM": x.shape[1], "BLOCK": block, "num_warps": 16}
-
-
-def programs_for(x: Tensor, config: Config) -> int:
-    tiles = triton.cdiv(x.shape[0], config.rows) if x.numel() else 0
-    most = processors(x.device) * config.programs
-    return min(tiles, most) if most else tiles
-
-
-def statistic(x: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
 def rms_norm_forward(
     x: Tensor,  # [..., D]
-    residual: Tensor | None,  # as x
+    residual: Tensor | None,  # like x
     weight: Tensor | None,  # [D]
     eps: float,
-    config: Config | None = None,
+    config: NormLaunch | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y and x + residual [..., D] in x.dtype, and r [..., 1] in fp32."""
     config = config or forward_config(x)
@@ -435,12 +284,12 @@ def rms_norm_forward(
 
 def rms_norm_backward(
     grad: Tensor,  # [..., D]
-    grad_total: Tensor | None,  # as grad
-    x: Tensor,  # [..., D]: what was normed
+    grad_total: Tensor | None,  # like grad
+    x: Tensor,  # [..., D], the norm's input
     weight: Tensor | None,  # [D]
     r: Tensor,  # [..., 1]
     needs_weight: bool,
-    config: Config | None = None,
+    config: NormLaunch | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """dx [..., D] in x.dtype, dw [D] in weight.dtype."""
     dx = x.new_empty(x.shape)
@@ -455,11 +304,11 @@ def rms_norm_backward_(
     r: Tensor,
     needs_weight: bool,
     needs_value: bool = True,
-    config: Config | None = None,
+    config: NormLaunch | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `rms_norm_backward`, and what forward gave, to the bit, if it is asked for.
+    """As `rms_norm_backward`, and with `needs_value` also forward's output, to the bit.
 
-    grad's memory becomes dx where it can: contiguous, of x's dtype.
+    dx takes grad's memory if grad is contiguous and of x's dtype.
     """
     own = grad.is_contiguous() and grad.dtype == x.dtype
     dx = grad if own else x.new_empty(x.shape)
@@ -476,9 +325,9 @@ def _backward(
     dx: Tensor,
     y: Tensor | None,
     needs_weight: bool,
-    config: Config | None,
+    config: NormLaunch | None,
 ) -> Tensor | None:
-    """Writes dx and y; gives dw."""
+    """Writes dx and y; returns dw."""
     config = config or backward_config(x)
     flat, grads = flatten(x), flatten(grad)
     more = None if grad_total is None else flatten(grad_total)
@@ -486,7 +335,7 @@ def _backward(
     leaves = 1 if needs_weight and weight is not None else 0
     partials = x.new_empty((leaves, programs, x.shape[-1]), dtype=torch.float32)
     long = x.shape[-1] > MAX_DIM
-    if long:  # pieces of 4,096 would spill with another output
+    if long:  # with a second output, pieces of 4,096 would spill
         constants = _long(flat, 4096 if y is None else 2048)
     else:
         constants = {"num_warps": config.warps, **tile_constants(flat, config)}
@@ -508,29 +357,3 @@ def _backward(
         **constants,
     )
     return sums(partials, weight)[0] if leaves and weight is not None else None
-
-
-def sums(
-    partials: Tensor, *like: Tensor | None, cols: int | None = None, step: int | None = None
-) -> list[Tensor]:
-    """Partial sums [leaves, programs, D] added up: one [D] a leaf, in that leaf's dtype.
-
-    cols, step: of the tile that a program reads at a time, 2,048 numbers if not said.
-    """
-    leaves, programs, dim = partials.shape
-    # 528 partials of 2,048 on an H200: 8 columns 3.0 us, 16 3.4, 32 4.8, 64 7.7
-    cols = cols or max(8, min(128, triton.next_power_of_2(dim) // 512))
-    outs = [partials.new_empty(dim, dtype=leaf.dtype) for leaf in like if leaf is not None]
-    launch(
-        rms_norm_sum_kernel,
-        (triton.cdiv(dim, cols), leaves),
-        partials,
-        outs[0],
-        outs[1] if leaves > 1 else None,
-        programs,
-        num_warps=4,
-        DIM=dim,
-        COLS=cols,
-        STEP=step or (128 if cols <= 16 else 2048 // cols),
-    )
-    return outs

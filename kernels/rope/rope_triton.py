@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.norm.rms_norm_triton import sums
+from kernels.norm.rows_triton import sums
 from kernels.runtime.launch import jit, launch, processors, tl, triton
 
 # Pieces

@@ -162,8 +162,7 @@ def _belongs(name: str, op: str) -> bool:
         return ATTENTION.search(name) is not None
     if op in ("swiglu", "geglu"):  # one kernel, with the activation as a constant
         op = "glu"
-    # a norm's sum of the weight's gradient over rows serves other norms too: it proves nothing
-    return re.search(rf"(^|_){op}_(?!sum_)(\w+_)?kernel", name) is not None
+    return re.search(rf"(^|_){op}_(\w+_)?kernel", name) is not None
 
 
 def show(seen: Sequence[Seen], report: Sequence[str], output: Console) -> None:

@@ -28,7 +28,7 @@ from kernels import (
     swiglu,
 )
 from kernels.mlp import glu_triton
-from kernels.norm import rms_norm_triton
+from kernels.norm import rms_norm_triton, rows_triton
 from kernels.runtime import dispatch
 from tests.kernels.drivers import (
     FIRST_ORDER,
@@ -334,7 +334,7 @@ def launched(
 ) -> list[tuple[str, int]]:
     """The kernels of a step for the tensors with a 1 in `learn`, and how many tensors each took."""
     seen: list[tuple[str, int]] = []
-    for module in (glu_triton, rms_norm_triton):
+    for module in (glu_triton, rms_norm_triton, rows_triton):
         right = module.launch
 
         def counted(kernel: Any, grid: Any, *args: Any, right: Any = right, **rest: Any) -> None:
@@ -375,7 +375,7 @@ def test_glu_linear_launches(
 @pytest.mark.parametrize(
     ("learn", "backward"),
     [
-        ("1111", ["rms_norm_backward", "rms_norm_sum"]),
+        ("1111", ["rms_norm_backward", "sum_partials"]),
         ("1000", ["rms_norm_backward"]),
         ("1010", ["rms_norm_backward"]),
         ("0011", ["rms_norm_forward"]),

@@ -509,7 +509,7 @@ def test_a_broken_promise_is_named() -> None:
     assert trace.broken_promises(REPORT, STEP) == []
     for i, op in enumerate(trace.promised(REPORT)):
         assert trace.broken_promises(REPORT, STEP[:i] + STEP[i + 1 :]) == [op]
-    assert trace.broken_promises(REPORT[3:], ["rms_norm_sum_kernel", *STEP[3:]]) == ["rms_norm"]
+    assert trace.broken_promises(REPORT[3:], ["sum_partials_kernel", *STEP[3:]]) == ["rms_norm"]
 
 
 def test_our_kernels_are_known_by_name() -> None:
