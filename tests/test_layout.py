@@ -46,12 +46,9 @@ LONG = {
     "kernels/runtime/autograd.py",
 }
 DEFINED_TWICE = {
-    "Block",
     "Call",
     "Config",
-    "Record",
     "Recorder",
-    "State",
     "_Linear",
 }
 STARTS_PROCESSES = {

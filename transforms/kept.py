@@ -1,7 +1,7 @@
-"""What a policy keeps of a function that is computed again: recorded in forward, replayed after.
+"""Selective checkpointing: outputs that a policy keeps are recorded, and replayed in backward.
 
-Outputs that the function changes in place later (``clamp_`` of a product) are copied before they
-change, so that they are replayed as they were. ``torch.utils.checkpoint``'s own selective contexts
+An output that the function changes in place later (``clamp_`` of a product) is copied before the
+change, so that the replay gives the original. The selective contexts of ``torch.utils.checkpoint``
 raise for some of these changes and miss others, behind ``_unsafe_view``.
 """
 
@@ -26,7 +26,7 @@ def operation(func: Any) -> str:
 
 @dataclass
 class Output:
-    """What an operation gave; ``changed``: whether the function changed it in place afterwards."""
+    """An operation's output; ``changed``: the function changed it in place afterwards."""
 
     operation: str
     value: Any
@@ -35,12 +35,12 @@ class Output:
 
 @dataclass
 class Kept:
-    """Outputs in the order in which they were computed; None where one was replayed and dropped."""
+    """Outputs in the order of the calls; None where one was replayed and dropped."""
 
     outputs: list[Output | None] = field(default_factory=list)
 
     def before_change(self, tensors: Iterator[Tensor]) -> None:
-        """Copies the outputs that share memory with tensors that are about to change."""
+        """Copies the outputs that share memory with tensors about to change."""
         for tensor in tensors:
             memory = _memory(tensor)
             for output in self.outputs:
@@ -52,8 +52,8 @@ class Kept:
                     output.changed = True
 
 
-class Record(TorchDispatchMode):
-    """Keeps what the operations that ``keep`` names give."""
+class RecordOutputs(TorchDispatchMode):
+    """Records the outputs of the operations that ``keep`` selects."""
 
     def __init__(self, keep: Keep, kept: Kept) -> None:
         super().__init__()
@@ -66,14 +66,14 @@ class Record(TorchDispatchMode):
             self.kept.before_change(_written(func, args, kwargs or {}))
         out = func(*args, **(kwargs or {}))
         if self.keep(operation(func)):
-            # a tensor of its own: what the function itself keeps alive is told by that
+            # detached: a new tensor object, as code that counts references to the output expects
             own = pytree.tree_map_only(Tensor, torch.Tensor.detach, out)
             self.kept.outputs.append(Output(operation(func), own))
         return out
 
 
-class Replay(TorchDispatchMode):
-    """Gives what was recorded instead of computing it; ``drop``: each output once."""
+class ReplayOutputs(TorchDispatchMode):
+    """Returns recorded outputs instead of computing them; ``drop``: each output once."""
 
     def __init__(self, keep: Keep, kept: Kept, *, drop: bool = False) -> None:
         super().__init__()
@@ -104,15 +104,15 @@ class Replay(TorchDispatchMode):
         if self.drop:
             self.kept.outputs[self.count] = None
         self.count += 1
-        # changed again in place, and perhaps asked for again
+        # it will be changed in place again, and may be replayed again
         alone = torch.clone if output.changed and not self.drop else torch.Tensor.detach
         return pytree.tree_map_only(Tensor, alone, output.value)
 
 
-def contexts(keep: Keep) -> tuple[Record, Replay]:
+def contexts(keep: Keep) -> tuple[RecordOutputs, ReplayOutputs]:
     """For ``torch.utils.checkpoint(..., context_fn=)`` in eager mode."""
     kept = Kept()
-    return Record(keep, kept), Replay(keep, kept, drop=True)
+    return RecordOutputs(keep, kept), ReplayOutputs(keep, kept, drop=True)
 
 
 def _memory(tensor: Tensor) -> int:

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from kernels.runtime.autograd import func_levels, unexpanded
-from transforms.kept import Keep, Kept, Record, Replay
+from transforms.kept import Keep, Kept, RecordOutputs, ReplayOutputs
 
 
 def functional(
@@ -323,9 +323,9 @@ class _Memo:
         if self.phase == "recorded":
             self.levels = levels
             self.kept = Kept()
-            return Record(self.keep, self.kept)
+            return RecordOutputs(self.keep, self.kept)
         same = levels == self.levels + Counter([_Levels.Grad])
-        return Replay(self.keep, self.kept) if same else nullcontext()
+        return ReplayOutputs(self.keep, self.kept) if same else nullcontext()
 
 
 # -- the two Functions ------------------------------------------------------------------------

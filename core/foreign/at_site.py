@@ -1,6 +1,6 @@
-"""What stands where a layer of a foreign module stood: the same names, its call through a site.
+"""Wrappers of a foreign module's layers: the same names, with calls that go through sites.
 
-Everything here is a part of the private copy that ``from_module`` works on.
+They exist in the private copy that ``from_module`` makes.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from params.tree import Tree, flatten, unflatten
 
 
 def given(module: nn.Module, flat: Tree, args: Any, kwargs: Any) -> Any:
-    """``functional_call``, which would leave the tensors in a layer that has two names."""
+    """``functional_call`` that restores a layer with two names, too."""
     return functional_call(module, flat, args, kwargs, tie_weights=False)
 
 
 def place_of(error: Exception) -> str:
-    """Where in a foreign module an error was raised: "Conv1d of Mixer in model.layers.0"."""
+    """Where in a foreign module an error arose: "Conv1d of Mixer in model.layers.0"."""
     within: list[str] = []
     path = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         owner: Any = frame.f_locals.get("self")
-        if issubclass(type(owner), AtSite):
+        if issubclass(type(owner), SiteWrapper):
             path = owner.info.path
         elif isinstance(owner, nn.Module):
             torchs = type(owner).__module__.startswith("torch.")
@@ -52,48 +52,51 @@ def place_of(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Read:
-    """A weight that model code reads itself, by one of its names; ``source``: the name it is held
-    under, both as the params of its scope (the model or a block) have them."""
+    """A weight that model code reads itself.
+
+    name, source: the name it is read by and the one it is held under, in the params of the model or
+    of its block; path: the site's.
+    """
 
     name: str
     source: str
     path: str
 
     def into(self, held: Tree, flat: Tree, site: Site) -> None:
-        """Puts what the site makes of the weight, one of ``held``, where the code reads it."""
+        """Puts the site's output for the weight, out of ``held``, where the code reads it."""
         flat[self.name] = site("weight", weight_of, held_at(held, self.source), at=self.path)
 
 
-class AtSite(nn.Module):
-    """Stands where a module stood, under its name, and makes its call through a site."""
+class SiteWrapper(nn.Module):
+    """Replaces a module under its name, and makes its calls through a site."""
 
     def __init__(self, inner: nn.Module, site: Site, info: SiteInfo) -> None:
         super().__init__()
-        # leaves, added: name, module and key of every tensor inside, so that a call need not walk
+        # leaves, added: (name, module, key) of every tensor inside, so that no call walks the tree
         vars(self).update(inner=inner, site=site, info=info, leaves=[], added=[])
         vars(self)["free"] = not site.bound(info.kind, info.path)
         for name in ("_parameters", "_buffers", "_modules", "training", "_is_full_backward_hook"):
             vars(self)[name] = vars(inner)[name]
         for name, hooks in vars(inner).items():
             if "_hooks" in name and isinstance(hooks, dict):
-                # around the site, not inside: a block that is recomputed calls them once
+                # moved outside of the site: recomputation of a block does not call them again
                 vars(self)[name], vars(inner)[name] = hooks, type(hooks)()
 
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # foreign code may look for its layers by isinstance
+    def __class__(self) -> Any:  # foreign code may test its layers by isinstance
         return type(self.__dict__["inner"])
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:  # what model code reads off a layer: .attention_type, ...
+        except AttributeError:  # model code reads attributes of layers: .attention_type, ...
             return getattr(self.__dict__["inner"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.__dict__["inner"], name, value)
 
     def own_params(self) -> dict[str, Tensor]:
-        """The leaves in place now; what params lack is None."""
+        """The leaves that params hold now, by name."""
         flat = {}
         for name, module, key in self.added:
             if (leaf := module._buffers[key]) is not None:
@@ -112,7 +115,7 @@ class AtSite(nn.Module):
         return flat
 
     def as_it_is(self) -> bool:
-        """Whether the module itself can be called: no rule stands here, and it has its tensors."""
+        """Whether the module itself can be called: it has its tensors, and no rule is here."""
         if not self.free or not self.leaves:
             return False
         _, module, key = self.leaves[0]
@@ -133,8 +136,8 @@ class AtSite(nn.Module):
         return given(self.inner, flatten(p), (x, *args), kwargs)
 
 
-class Block(AtSite):
-    """A block; ``reads``: the weights that code in it reads itself, where rules stand there."""
+class BlockWrapper(SiteWrapper):
+    """A block. reads: the weights with rules that its own code reads."""
 
     def __init__(self, inner: nn.Module, site: Site, info: SiteInfo) -> None:
         super().__init__(inner, site, info)
@@ -142,7 +145,7 @@ class Block(AtSite):
 
     def __getattr__(self, name: str) -> Any:
         for read in self.__dict__["reads"]:
-            if read.name == name:  # read by code outside of the block
+            if read.name == name:  # code outside of the block reads it
                 flat: Tree = {}
                 read.into(self.own_params(), flat, self.site)
                 return flat[name]
@@ -151,7 +154,7 @@ class Block(AtSite):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.reads and self.as_it_is():
             return self.inner(*args, **kwargs)
-        named = "" if args else next(iter(kwargs))  # x, where it is given by name
+        named = "" if args else next(iter(kwargs))  # x may be passed by name
         x, *rest = args or (kwargs.pop(named),)
         call: Callable[..., Any] = partial(self._call, named=named)
         if any(map(_is_cache, (*rest, *kwargs.values()))):
@@ -175,8 +178,8 @@ def _is_cache(value: Any) -> bool:
 
 
 def _with_the_first_cache(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A block's function that, when it is run again, finds caches as they were the first time:
-    keys that are added once more would be attended to twice."""
+    """A block's function that sees caches of the first call when it runs again: keys appended twice
+    would be attended to twice."""
     before: list[dict[int, Any]] = []
 
     def run(p: Tree, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -194,7 +197,7 @@ def _with_the_first_cache(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _copied_cache(value: Any, module: str = "") -> Any:
-    """A copy that holds the same tensors, of a cache and the layers in it."""
+    """A copy of a cache and of its layers, with the same tensors."""
     if isinstance(value, list | tuple):
         return type(value)(_copied_cache(each, module) for each in value)
     if isinstance(value, dict):
@@ -207,8 +210,8 @@ def _copied_cache(value: Any, module: str = "") -> Any:
     return out
 
 
-class Container(Block):
-    """A block that is a Sequential: the model may take it apart instead of calling it."""
+class SequentialWrapper(BlockWrapper):
+    """A block that is a Sequential, which the model may iterate instead of calling."""
 
     def _whole(self) -> Any:
         if self.site.bound("block", self.info.path):
@@ -229,7 +232,7 @@ class Container(Block):
         return len(self.inner)
 
 
-class Layer(AtSite):
+class LayerWrapper(SiteWrapper):
     """A linear, an embed, a norm or the head."""
 
     def __init__(self, inner: nn.Module, site: Site, info: SiteInfo) -> None:
@@ -238,13 +241,13 @@ class Layer(AtSite):
         vars(self)["defaults"] = {name: each.default for name, each in parameters.items()}
 
     def __getattr__(self, name: str) -> Any:
-        # no property: torch.compile would run it where the params are not
+        # not a property: torch.compile would evaluate it where there are no params
         if name == "weight" and name in self._parameters:
             return self._read()
         return super().__getattr__(name)
 
     def _read(self) -> Tensor:
-        """What model code gets that reads the weight itself: from a site of kind ``weight``."""
+        """The weight for code that reads it, through a site of kind ``weight``."""
         p = self.own_params()
         if "weight" in p and not self.site.bound("weight", self.info.weight):
             return p["weight"]
@@ -273,7 +276,7 @@ class Layer(AtSite):
         return self.as_it_is() and all(leaf is None or leaf.dtype == x.dtype for leaf in own)
 
     def _set(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The arguments that are not what they would be by default."""
+        """The arguments that differ from their defaults."""
         names = [*self.defaults]
         while 1 < len(args) <= len(names) and args[-1] is self.defaults[names[len(args) - 1]]:
             args = args[:-1]
@@ -281,7 +284,7 @@ class Layer(AtSite):
         return args, {k: v for k, v in kwargs.items() if v is not self.defaults.get(k, empty)}
 
     def _with_more(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call that gives more than x: not what a rule at a linear or an embed knows."""
+        """A call with more than x, which rules at a linear or an embed do not know."""
         kind, path = self.info.kind, self.info.path
         if kind == "norm":
             named = "" if args else next(iter(kwargs))
@@ -307,15 +310,15 @@ class Layer(AtSite):
         return linear if type(self.inner) is nn.Linear else self._linear
 
     def _linear(self, p: Tree, x: Tensor) -> Tensor:
-        """A linear that is no nn.Linear, with the weight ``[O, I]``, in the weight's dtype."""
+        """A linear other than nn.Linear, with the weight as ``[O, I]``, in the weight's dtype."""
         weight = weight_of(p)
         p = {name: leaf.to(weight.dtype) for name, leaf in p.items()}
         return self._call(_turned(p, self.info), x.to(weight.dtype))
 
     def _torch_norm(self, p: Tree, x: Tensor) -> Tensor:
-        """torch's norms want x and weights of one dtype; others are normed in the wider, as x's.
+        """torch's norms take one dtype: two are promoted, and the result has that of x.
 
-        Where torch takes them as they are (bf16 and fp32 on a CPU), this is the same to the bit.
+        Where torch takes mixed dtypes (bf16 and fp32 on a CPU), the result is equal to the bit.
         """
         if all(leaf.dtype == x.dtype for leaf in p.values()):
             return self._call(p, x)
@@ -324,24 +327,25 @@ class Layer(AtSite):
 
 
 def _turned(p: dict[str, Tensor], site: SiteInfo) -> dict[str, Tensor]:
-    """A transposed linear's leaves with ``weight`` the other way round."""
+    """The leaves, with a transposed linear's ``weight`` as ``[O, I]``, or back."""
     if not site.transposed or "weight" not in p:
         return p
     return {**p, "weight": p["weight"].t()}
 
 
-def at_site(module: nn.Module, site: Site, info: SiteInfo) -> AtSite:
-    """What to put in a module's place."""
+def at_site(module: nn.Module, site: Site, info: SiteInfo) -> SiteWrapper:
+    """The wrapper that replaces a module."""
     if info.kind != "block":
-        return Layer(module, site, info)
-    return (Container if isinstance(module, nn.Sequential) else Block)(module, site, info)
+        return LayerWrapper(module, site, info)
+    wrapper = SequentialWrapper if isinstance(module, nn.Sequential) else BlockWrapper
+    return wrapper(module, site, info)
 
 
 # -- calls inside a module, which owns no params of its own ---------------------------------------
 
 
 def rewrite_calls(module: nn.Module, site: Site, path: str) -> None:
-    """Sends a module's calls of attention and of rotary positions through sites with rules."""
+    """Sends a module's calls of attention and rotary embeddings through sites with rules."""
 
     def attention(
         query: Tensor,
@@ -375,7 +379,7 @@ def _turn(
     *rest: Any,
     **more: Any,
 ) -> Any:
-    """A call of rotary positions; ``rest``: cos and sin, and what is not at its default."""
+    """A call of rotary embeddings. rest: cos, sin, and arguments beyond the defaults."""
 
     def turn(p: Tree, q: Tensor, k: Tensor, *rest: Any) -> Any:
         return function(q, k, *rest, **more)
@@ -390,7 +394,7 @@ def _attend(p: Tree, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]
 
 
 def rewrite_glu(module: nn.Module, plain: nn.Module, gated: Gated, site: Site, path: str) -> None:
-    """Sends what a gated MLP does between its linears through the site; ``plain``: a copy of it."""
+    """Sends the product of gate and up through the site. plain: a copy of the module."""
     compute = product(plain, gated)
 
     def between(p: Tree, gate: Tensor, up: Tensor) -> Tensor:
@@ -406,10 +410,10 @@ def rewrite_glu(module: nn.Module, plain: nn.Module, gated: Gated, site: Site, p
 
 
 def hand_out_parameters(body: nn.Module, ties: Mapping[str, str]) -> None:
-    """Modules that ask for all their parameters get what code that reads each of them gets.
+    """Makes ``parameters()`` and its likes return the tensors that attribute reads return.
 
-    ``functional_call`` puts plain tensors in their place, and a rule may stand at one. ties: the
-    name of a tied parameter -> its first name, which alone is given.
+    ``functional_call`` replaces parameters by plain tensors, which torch's own methods omit, and a
+    rule may act on one. ties: a tied parameter's name -> its first name, which alone is listed.
     """
     for at, m in body.named_modules():
         module = vars(m).get("inner", m)
@@ -445,10 +449,10 @@ def _handing_out(tied: Collection[str]) -> tuple[Callable[..., Any], ...]:
 
 
 def leave_fast_paths(body: nn.Module, bound: Callable[[str], bool]) -> None:
-    """Layers of torch that hand their children's weights to one fused function call them instead,
-    where rules stand inside.
+    """Turns off the fused paths of torch's transformer layers, which read their children's weights,
+    where rules act inside.
 
-    bound: whether a rule stands in the module of that name.
+    bound: whether a rule acts in the module of that name.
     """
     for name, module in body.named_modules():
         if isinstance(module, nn.TransformerEncoderLayer) and bound(name):

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from core.foreign.at_site import (
-    AtSite,
     Read,
+    SiteWrapper,
     at_site,
     given,
     hand_out_parameters,
@@ -36,7 +36,7 @@ from core.foreign.at_site import (
 from core.foreign.found import Found, find_sites, inside
 from core.foreign.probes import copied, put, redirect, skeleton
 from core.foreign.reroute import written
-from core.foreign.watch import State, Watch
+from core.foreign.watch import ModuleMemory, Watch
 from core.forward import Forward, ModuleState, Site
 from core.model.layers import Logits
 from core.sites import WEIGHTED
@@ -110,7 +110,7 @@ def from_module(
 def _forward(
     blank: nn.Module, caller: Call, head: str | None, blocks: Sequence[str] | None, buffers: bool
 ) -> Forward:
-    """The forward of a module whose parameters are not there."""
+    """The forward of a module whose parameters are on the meta device."""
     params = dict(blank.named_parameters())
     if taken := [name for name in params if name.rpartition(".")[2] in added()]:
         raise ValueError(
@@ -137,7 +137,7 @@ def _forward(
         codes = [format.codes for format in FORMATS.values()]
         needed = {n: [beside(n, each) for each in codes] if n in bound else [] for n in params}
         own = dict(body.named_buffers())
-        state = State(body)
+        state = ModuleMemory(body)
 
         def run(params: Tree, batch: Any) -> Any:
             flat = flatten(params)
@@ -155,11 +155,11 @@ def _forward(
             for name in frozen & flat.keys():
                 flat[name] = flat[name].detach()
             theirs = {name: flat[name] for name in kept if name in flat}
-            # a change must not stay in the copy; which are changed, the first call shows
+            # changes must not stay in the copy; the first call shows which buffers change
             spare = (
                 [*kept] if buffers else watch.lost if watch.done else [*kept.keys() - theirs.keys()]
             )
-            # none learns, also where a function around this forward differentiates all params
+            # detached: buffers have no gradient, whatever differentiates the params
             flat |= {name: flat.get(name, own[name]).detach().clone() for name in spare}
             flat |= {name: flat[held] for name, held in ties.items() if held in flat}
             if reads:
@@ -180,7 +180,7 @@ def _forward(
                 raise TypeError(said) from error
             if buffers:
                 return out, unflatten({name: flat[name] for name in kept})
-            for name, leaf in theirs.items():  # one that is made anew, where others are written
+            for name, leaf in theirs.items():  # replaced by a new tensor instead of written
                 if (new := flat[name]) is not leaf and new.shape == leaf.shape:
                     leaf.copy_(new.detach())
             return out
@@ -198,7 +198,7 @@ def _forward(
 
 
 def _two_dtypes(error: RuntimeError, leaves: Mapping[str, Tensor]) -> str | None:
-    """What to do about torch's error where leaves of two dtypes meet; None for any other error."""
+    """The remedy for torch's error about two dtypes; None for any other error."""
     held = {leaf.dtype: name for name, leaf in leaves.items() if leaf.is_floating_point()}
     words = str(error)
     if len(held) < 2 or "type" not in words:
@@ -212,19 +212,19 @@ def _two_dtypes(error: RuntimeError, leaves: Mapping[str, Tensor]) -> str | None
 
 
 def _at_a_layer(plan: list[Found], weight: str) -> bool:
-    """Whether all that use a weight are layers, which say themselves what they miss."""
+    """Whether only layers use a weight; they raise themselves if it is missing."""
     return all(f.site.kind != "weight" for f in plan if f.site.weight == weight)
 
 
 def as_module(forward: Forward, params: Tree) -> nn.Module:
-    """A module whose ``module(batch)`` is ``forward(params, batch)``.
+    """A module with ``module(batch) == forward(params, batch)``.
 
-    Its state-dict names are the dotted paths of ``params``; floating-point leaves become parameters
-    (sharing memory; frozen ones do not require gradients), others buffers, as do the scales of
-    quantised weights. The buffers of a module that ``from_module`` took are buffers here, and a
-    call changes them as it did there. It works with ``torch.optim``, ``.to``, ``state_dict`` and
-    ``functional_call(module, flat_params, (batch,))``, and ``from_module`` gives the same forward
-    back. ``train`` and ``eval`` act on the layers that ``from_module`` took.
+    Names in its state dict are the dotted paths of ``params``. Floating-point leaves are parameters
+    that share memory with ``params``; constants do not require gradients. Other leaves and the
+    scales of quantised weights are buffers, as are the buffers of a module that ``from_module``
+    took, which a call changes as it did there. ``torch.optim``, ``.to``, ``state_dict`` and
+    ``functional_call(module, flat_params, (batch,))`` work. ``train`` and ``eval`` act on the
+    layers that ``from_module`` took, and ``from_module`` returns the same forward.
     """
     flat = flatten(params)
     buffers = {name: leaf for name, leaf in forward.module.buffers.items() if name not in flat}
@@ -241,9 +241,9 @@ def _is_buffer(name: str, flat: Tree) -> bool:
 
 
 class _TreeModule(nn.Module):
-    """A pytree of tensors held as a tree of modules.
+    """A pytree of tensors as a tree of modules.
 
-    buffers, frozen: full paths of the leaves that are no parameters, or do not learn.
+    buffers, frozen: full paths of the leaves that are buffers, or do not require gradients.
     """
 
     forward_fn: Forward
@@ -262,7 +262,7 @@ class _TreeModule(nn.Module):
                 self.register_parameter(name, nn.Parameter(value, path not in frozen))
 
     def params(self) -> Tree:
-        """The leaves that are in place now: under ``functional_call``, the ones it was given."""
+        """The current leaves: under ``functional_call``, those that it was given."""
         own: Tree = {**self._parameters, **self._buffers}
         own = {name: leaf for name, leaf in own.items() if leaf is not None}
         return own | {k: m.params() for k, m in self._modules.items() if isinstance(m, _TreeModule)}
@@ -294,8 +294,8 @@ def _find_head(module: nn.Module, path: str | None) -> str | None:
 
 
 def _pure(body: nn.Module) -> nn.Module:
-    """A copy without a cache (one that grows when a block is recomputed is not pure), and without
-    checkpoints of its own (they would recompute when the params are gone)."""
+    """Switches caches off (one that grows when a block is recomputed is not pure), and the module's
+    own checkpoints (they would recompute after the params are gone)."""
     own = []
     for name, m in body.named_modules():
         config = getattr(m, "config", None)
@@ -315,7 +315,7 @@ def _pure(body: nn.Module) -> nn.Module:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module itself, out of torch.compile's wrapper. Raises ValueError for other wrappers."""
+    """The module inside torch.compile's wrapper. Raises ValueError for other wrappers."""
     if isinstance(module, torch.jit.ScriptModule):
         raise ValueError(
             "a TorchScript module has no Python code to find sites in: from_module takes the "
@@ -330,7 +330,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _same_modules(module: nn.Module) -> dict[str, list[str]]:
-    """The first name of every module -> all its names: a shared layer has several."""
+    """Each module's first name -> all its names: a shared layer has several."""
     names: dict[int, list[str]] = {}
     for name, m in module.named_modules(remove_duplicate=False):
         names.setdefault(id(m), []).append(name)
@@ -338,7 +338,7 @@ def _same_modules(module: nn.Module) -> dict[str, list[str]]:
 
 
 def _ties(module: nn.Module) -> dict[str, str]:
-    """Name of a tied parameter -> the name that params hold it under."""
+    """A tied parameter's name -> the name under which params hold it."""
     held: dict[int, str] = {}
     ties = {}
     for prefix, m in module.named_modules():
@@ -352,12 +352,12 @@ def _ties(module: nn.Module) -> dict[str, str]:
 def _wrap(
     blank: nn.Module, plan: list[Found], same: Mapping[str, list[str]], site: Site
 ) -> tuple[nn.Module, list[Read]]:
-    """A copy of ``blank`` whose calls go through sites; and what is read outside of all blocks."""
+    """A copy of ``blank`` whose calls go through sites, and the reads of weights outside blocks."""
     body = copied(blank)
     for found in plan:
         if found.site.kind in (*WEIGHTED, "norm"):
             _make_room(body, found, site)
-    for found in reversed(plan):  # inner ones first, so that an outer one holds the wrapped
+    for found in reversed(plan):  # inner ones first: outer ones hold the wrappers
         name, info = found.name, found.site
         module = body.get_submodule(name)
         if info.kind in ("glu", "attention", "rope"):
@@ -375,8 +375,8 @@ def _wrap(
             for each in filter(None, same[name]):
                 put(body, each, wrapper)
     _tell_leaves(body, plan)
-    places = {id(vars(m)["inner"]): m for m in body.modules() if issubclass(type(m), AtSite)}
-    for m in body.modules():  # references beside the tree: layers in a plain list, a parent
+    places = {id(vars(m)["inner"]): m for m in body.modules() if issubclass(type(m), SiteWrapper)}
+    for m in body.modules():  # references outside the tree: layers in a plain list, a parent
         redirect(vars(m).get("inner", m), lambda value: places.get(id(value), value))
     hand_out_parameters(body, _ties(blank))
     leave_fast_paths(body, lambda name: _is_bound(plan, site, name))
@@ -384,11 +384,11 @@ def _wrap(
 
 
 def _make_room(body: nn.Module, found: Found, site: Site) -> None:
-    """Places for functional_call to put a weight and what a transform puts beside it.
+    """Adds empty buffers for what transforms put beside a weight, and empties the weight itself.
 
-    As plain attributes they would have to be searched for at every call, which costs time and
-    which torch.compile cannot follow. They are buffers, because model code asks its parameters for
-    their dtype. A weight that is not there is None: no code can take the copy's for it.
+    ``functional_call`` fills them. They are buffers, not attributes, so that no call searches for
+    them and torch.compile can follow, and not parameters, whose dtypes model code asks for. An
+    absent weight is None, so that no code reads the copy's.
     """
     for leaf in (found.leaf, found.site.weight) if found.site.kind in WEIGHTED else ():
         owner, _, key = leaf.rpartition(".")
@@ -404,18 +404,18 @@ def _make_room(body: nn.Module, found: Found, site: Site) -> None:
 
 
 def _tell_leaves(body: nn.Module, plan: list[Found]) -> None:
-    """Tells every wrapper which leaves are inside it."""
+    """Gives every wrapper the list of the leaves inside it."""
     weights = {found.leaf: found.site.weight for found in plan if found.site.kind in WEIGHTED}
     names = {id(m): name for name, m in body.named_modules()}
     wrapper: Any
     for wrapper in body.modules():
-        if not issubclass(type(wrapper), AtSite):
+        if not issubclass(type(wrapper), SiteWrapper):
             continue
         for at, m in wrapper.named_modules():
             for key in m._parameters:
                 wrapper.leaves.append((_join(at, key), m, key))
                 leaf = _join(names[id(m)], key)
-                # where params hold a tied weight, unless it is given here
+                # under the name that params hold a tied weight by, or its own
                 for held in dict.fromkeys((weights[leaf], leaf) if leaf in weights else ()):
                     owner, _, own = held.rpartition(".")
                     wrapper.added += [
@@ -425,7 +425,7 @@ def _tell_leaves(body: nn.Module, plan: list[Found]) -> None:
 
 
 def _tell_reads(body: nn.Module, plan: list[Found], site: Site) -> list[Read]:
-    """Tells every block which weights its code reads itself, where rules stand; returns others."""
+    """Gives every block its reads of weights with rules; returns the reads outside of blocks."""
     blocks = [found.name for found in plan if found.site.kind == "block"]
     outside = []
     for found in plan:
@@ -442,7 +442,7 @@ def _tell_reads(body: nn.Module, plan: list[Found], site: Site) -> list[Read]:
 
 
 def _is_bound(plan: list[Found], site: Site, name: str) -> bool:
-    """Whether a rule stands at anything smaller than a block in the module of this name."""
+    """Whether a rule acts inside the module of this name, other than on a whole block."""
     return any(
         inside(f.name, name) and (site.bound(kind, path) or site.bound("weight", f.site.weight))
         for f in plan

@@ -1,7 +1,7 @@
-"""What a module of someone else's is made of, found by what its modules do, never by their names.
+"""The sites of a foreign module, found by what its modules compute, never by their names.
 
-Modules are called on a few made-up numbers, with made-up weights, and what they return is held
-against a formula. Nothing of the user's is called: every probe runs in a copy.
+A probe calls a copy of a module on a few random numbers, with random weights, and compares the
+output with a formula. The user's own modules are never called.
 """
 
 from __future__ import annotations
@@ -35,20 +35,19 @@ from core.foreign.rotary import rotary_to
 from core.sites import NormForm, SiteInfo
 from params.paths import select_paths
 
-# of the rows of made-up numbers: a limit that a layer sets shows at large ones
+# factors on the rows of random inputs: a clamp shows at the large ones
 SIZES = torch.tensor([[1.0], [1e4], [1e30]])
-USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12)  # none at all divides by 0 where a row is 0
+USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12)  # without an eps, a row of zeros divides by 0
 
 
-LAYERS = ("linear", "transposed", "embed", "norm")  # traits of a layer that is a site by itself
+LAYERS = ("linear", "transposed", "embed", "norm")  # traits of layers that are sites themselves
 
 
 @dataclass(frozen=True)
 class Found:
     """A module that is a site, or one of its weights.
 
-    name: of the module; leaf: of the weight, as the module has it; gated: which layers a gated MLP
-    has.
+    name: the module's; leaf: the weight's, in the module; gated: the linears of a gated MLP.
     """
 
     name: str
@@ -62,11 +61,11 @@ def find_sites(
     head: str | None = None,
     blocks: Sequence[str] | None = None,
 ) -> tuple[list[Found], list[str]]:
-    """Every site of a module, outer ones first; and what is none, a line for each, with the reason.
+    """Every site of a module, outer ones first; and for what looks like one but is none, a line.
 
-    blocks: path patterns of what is a block; default: members of lists that repeat.
+    blocks: path patterns of the blocks; default: the members of lists that repeat.
     """
-    # the name under which params hold it: a tied weight's site is there
+    # the name under which params hold it: a tied weight's site has that name
     names = {id(p): name for name, p in reversed([*module.named_parameters()])}
     traits, reasons = _traits(module)
     named = _blocks(module, traits) if blocks is None else _named_blocks(module, blocks)
@@ -120,7 +119,7 @@ def _find(
 
 
 def _site(m: nn.Module, name: str, names: Mapping[int, str], kind: str, **more: Any) -> Found:
-    """The site of a layer: where params hold its weight, if they hold it as a layer's."""
+    """The site of a layer, at the path under which params hold its weight."""
     # reading a parametrized weight would compute it
     weight = m._parameters.get("weight")
     leaf = f"{name}.weight" if name else "weight"
@@ -135,21 +134,21 @@ def _site(m: nn.Module, name: str, names: Mapping[int, str], kind: str, **more: 
 
 
 def is_matrix(owner: nn.Module, p: Tensor) -> bool:
-    """Whether a parameter that no layer's site serves is a site of its own: it may be multiplied
-    with, or looked up in. A convolution's is not."""
+    """Whether a parameter outside of layers is a site of its own, since code may multiply by it or
+    look rows up in it. A convolution's is not."""
     conv = isinstance(owner, nn.modules.conv._ConvNd)
     return p.is_floating_point() and p.ndim >= 2 and min(p.shape) > 1 and not conv
 
 
 def _computes_from(owner: nn.Module) -> bool:
-    """Whether a module's parameters are what its weight is computed from, before each use."""
+    """Whether a module's weight is computed from its parameters before each use."""
     made = any(isinstance(value, Tensor) for value in vars(owner).values())  # by a hook
     by_hook = made and bool(owner._forward_pre_hooks)
     return isinstance(owner, parametrize.ParametrizationList) or by_hook
 
 
 def inside(path: str, name: str) -> bool:
-    """Whether a path lies in the module of this name, or is that module's."""
+    """Whether a path lies in the module of this name, or is its own."""
     return not name or path == name or path.startswith(f"{name}.")
 
 
@@ -158,7 +157,7 @@ def _is_layer(trait: Any) -> bool:
 
 
 def _not_found(module: nn.Module, found: list[Found], reasons: Mapping[str, str]) -> Iterator[str]:
-    """A line for every module that looked like a site, or holds a matrix, and is none."""
+    """A line for every module that looks like a site, or holds a matrix, and is no site."""
     served = {f.name for f in found if f.site.kind in ("linear", "norm", "embed", "head")}
     served |= {f.leaf for f in found if f.site.kind == "weight"}
     for name, m in module.named_modules():
@@ -174,9 +173,9 @@ def _not_found(module: nn.Module, found: list[Found], reasons: Mapping[str, str]
 
 def _why(m: nn.Module, p: Tensor) -> str:
     if isinstance(m, nn.modules.conv._ConvNd):
-        return "a convolution is no site"
+        return "a convolution is not a site"
     if not p.is_floating_point():
-        return f"{p.dtype} is no dtype that a rule at a weight knows"
+        return f"no rule at a weight knows the dtype {p.dtype}"
     return "a dimension of 1: a table or a vector, not a matrix"
 
 
@@ -184,13 +183,13 @@ def _why(m: nn.Module, p: Tensor) -> str:
 
 
 def _traits(module: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
-    """Name -> what the module of that name is: a kind of site, "transposed", or a Gated.
+    """Name -> what the module is: a kind of site, "transposed", or a Gated.
 
-    And for modules that looked like one: name -> why they are none.
+    And name -> reason, for modules that look like a site and are none.
     """
     traits: dict[str, Any] = {}
     reasons: dict[str, str] = {}
-    known: dict[Any, tuple[Any, str]] = {}  # equal modules are probed once
+    known: dict[Any, tuple[Any, str]] = {}  # of modules that need one probe
     owned = {id(c) for m in module.modules() for c in m.children() if _reads_weights(m)}
     for name, m in module.named_modules():
         if "forward" in vars(m):
@@ -201,7 +200,7 @@ def _traits(module: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
         elif id(m) in owned:
             reasons[name] = "its owner reads its weight instead of calling it"
         elif not is_plain(m):
-            reasons[name] = "it has hooks: they would see another call"
+            reasons[name] = "it has hooks, which would see another call"
         else:
             key = _key(m)
             if key not in known:
@@ -213,7 +212,7 @@ def _traits(module: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
             elif reason:
                 reasons[name] = reason
             elif isinstance(m, nn.MultiheadAttention):
-                reasons[name] = "torch's own attention: its weights are sites, itself it is none"
+                reasons[name] = "torch's own attention: its weights are sites, the module is not"
             elif _computes_softmax(m):
                 reasons[name] = ATTENTION
     for name, m in module.named_modules():
@@ -228,25 +227,25 @@ def _traits(module: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _leaf_trait(module: nn.Module) -> Any:
-    """What a layer is; a norm is its NormForm, or "norm" if that is not known."""
+    """A layer's trait; a norm's is its NormForm, or "norm" if that is unknown."""
     if type(module) is nn.Linear:
         return "linear"
     if isinstance(module, nn.Embedding):
         odd = module.max_norm or module.sparse or module.scale_grad_by_freq
         if odd:
-            failed("max_norm, sparse or scale_grad_by_freq is more than looking up")
+            failed("max_norm, sparse or scale_grad_by_freq do more than look rows up")
             return None
         return "embed" if row_scale(module) is not None else None
     if layout := _layout(module):
         return layout
     if not is_norm(module):
         return None
-    # one that takes more than x may do more than its form with it
+    # one that takes more than x may compute more than its form
     return (norm_form(module) if takes_one(module) else None) or "norm"
 
 
 def _key(module: nn.Module) -> Any:
-    """Equal for modules of which one can stand for the other in a probe."""
+    """Equal keys: one probe serves both modules."""
     if any(True for _ in module.children()) or any(True for _ in module.buffers()):
         return id(module)
     shapes = [(n, None if p is None else p.shape) for n, p in module._parameters.items()]
@@ -267,7 +266,7 @@ ATTENTION = (
 
 
 def _computes_softmax(module: nn.Module) -> bool:
-    """Whether a module's own code, or a function that it calls, names a softmax and a product."""
+    """Whether a module's code, or a function it calls, names a softmax and a product."""
     names = names_of(module)
     return "softmax" in names and bool({"matmul", "bmm", "einsum", "baddbmm"} & names)
 
@@ -282,19 +281,18 @@ def _reads_weights(module: nn.Module) -> bool:
 
 
 def row_scale(module: nn.Module) -> tuple[float, bool] | None:
-    """The number that a table's rows come out multiplied with (Gemma's), 1.0 for most; and whether
-    it is cast to the rows' dtype first. Bit for bit as the module does it, else None.
+    """The factor on an embedding's rows (Gemma's; 1.0 for most), and whether it is cast to their
+    dtype first. None unless it reproduces the module to the bit.
     """
     if [*module._parameters] != ["weight"] or not takes_one(module, more=True):
         return None
     width = next(module.parameters()).shape[1]
     module = skeleton(module)
     if getattr(module, "padding_idx", None) is not None:
-        vars(module)["padding_idx"] = None  # the made-up table is shorter than that
+        vars(module)["padding_idx"] = None  # the probe's table is shorter than that
     ids = torch.tensor([[0, 2, 1]])
     made = []
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        # large tables need not be made up
         table = (noise(3, width) * SIZES).to(dtype)
         rows = probe(module, {"weight": table}, ids)
         if rows is None:
@@ -317,14 +315,14 @@ def row_scale(module: nn.Module) -> tuple[float, bool] | None:
         if all(torch.equal(r, scaled(t, scale, cast)) for r, t in made):
             if same_slopes(looked_up, partial(rows_of, scale, cast), table.float()):
                 return scale, cast
-            failed("the gradient of its table is not that of looking up")
+            failed("the gradient of its table is not that of a lookup")
             return None
-    failed("it does not return the table's rows, times one number")
+    failed("it does not return the table's rows times one number")
     return None
 
 
 def scaled(rows: Tensor, scale: float, cast: bool) -> Tensor:
-    """Rows times a number, which is cast to their dtype first or not."""
+    """Rows times a number. cast: to their dtype first."""
     return rows * (torch.full((), scale, dtype=rows.dtype, device=rows.device) if cast else scale)
 
 
@@ -359,7 +357,7 @@ def _layout(module: nn.Module) -> str | None:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises its last dim: it has vectors only, and is blind to scale."""
+    """Whether a module normalises its last dim: its params are vectors, and scale has no effect."""
     params = list(module.parameters())
     holds_more = [*module.children(), *module.buffers()]
     if not 1 <= len(params) <= 2 or any(p.ndim != 1 for p in params) or holds_more:
@@ -378,9 +376,9 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def norm_form(module: nn.Module) -> NormForm | None:
-    """What a norm computes, its eps among its own numbers or the usual ones; None if unknown.
+    """What a norm computes, with an eps out of its attributes or the usual ones; None if unknown.
 
-    Each candidate is held against the module at inputs so small that eps decides the result.
+    Each candidate is compared with the module on inputs so small that eps decides the result.
     """
     own = [v for v in vars(module).values() if isinstance(v, float) and 0 < v < 0.1]
     names = [name for name, _ in module.named_parameters()]
@@ -408,7 +406,7 @@ def norm_form(module: nn.Module) -> NormForm | None:
                 called, partial(formula, form), *leaves.values(), noise(1, 2, dim, seed=5)
             ):
                 return form
-            failed("its gradients are not those of the formula for its numbers")
+            failed("its outputs are those of a norm, its gradients are not")
     return None
 
 
@@ -426,7 +424,7 @@ def _computes(
 
 
 def normalise(form: NormForm, leaves: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """The norm of this form, by its formula."""
+    """The formula of a norm."""
     x = x - x.mean(-1, keepdim=True) if form.kind == "layer" else x
     y = (
         x
@@ -440,9 +438,9 @@ def normalise(form: NormForm, leaves: Mapping[str, Tensor], x: Tensor) -> Tensor
 
 
 def _blocks(module: nn.Module, traits: Mapping[str, Any]) -> list[str]:
-    """The members of every outermost list of layers that repeats, or that mixes kinds of block.
+    """The members of every outermost list of layers that repeat, or that are built like blocks.
 
-    Layers that are sites by themselves are no blocks; nor are lists of lists, which none calls.
+    Layers that are sites themselves are no blocks, nor are lists of lists, which nothing calls.
     """
     blocks: list[str] = []
     for name, m in module.named_modules():
@@ -467,7 +465,7 @@ def _blocks(module: nn.Module, traits: Mapping[str, Any]) -> list[str]:
 
 
 def _is_called(member: nn.Module, trait: Any) -> bool:
-    """Whether a member of a list is more than one layer, and something that can be called."""
+    """Whether a member of a list can be called, and is more than one layer."""
     if _is_layer(trait) or type(member).forward is nn.Module.forward:
         return False
     plain = not any(True for _ in member.children())
@@ -475,25 +473,25 @@ def _is_called(member: nn.Module, trait: Any) -> bool:
 
 
 def _named_blocks(module: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """The outermost modules that the patterns name. Raises ValueError if one names nothing."""
+    """The outermost modules that match. Raises ValueError for a pattern without a module."""
     names = [name for name, _ in module.named_modules() if name]
     blocks: list[str] = []
     for name in select_paths(patterns, names, what="modules") if patterns else ():
         if any(inside(name, block) for block in blocks):
             continue
         if type(m := module.get_submodule(name)).forward is nn.Module.forward:
-            raise ValueError(f"{name} is no block: {type(m).__name__} cannot be called")
+            raise ValueError(f"{name} is not a block: {type(m).__name__} cannot be called")
         blocks.append(name)
     return blocks
 
 
 def _is_rich(name: str, traits: Mapping[str, Any]) -> bool:
-    """Whether a layer is built like a block: linears, and at least one other kind of site."""
+    """Whether a module has linears and another kind of site, as a block does."""
     inside = {t for n, t in traits.items() if n == name or n.startswith(f"{name}.")}
     kinds = {"linear" if t == "transposed" else str(t) for t in inside if t is not None}
     return "linear" in kinds and len(kinds) > 1
 
 
 def _structure(module: nn.Module) -> tuple[Any, ...]:
-    """What two layers of one make have in common: class, and the shapes of their params."""
+    """The class and the shapes of params, which equal layers share."""
     return type(module), tuple((n, tuple(p.shape)) for n, p in module.named_parameters())

@@ -1,4 +1,4 @@
-"""Gated MLPs of whatever make: found, and taken apart at the product of gate and up."""
+"""Gated MLPs in foreign modules: found by probes, and split at the product of gate and up."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Gated:
     """The linears of a gated MLP: ``down(act(gate) * up)``.
 
-    into: the names of gate and up, or of one linear that computes both, side by side; first: which
-    half of that is the gate.
+    into: the names of gate and up, or of one linear that computes both side by side.
+    first: the gate is the first half of that.
     """
 
     into: tuple[str, ...]
@@ -45,7 +45,7 @@ class Gated:
     activation: str | None = None
 
     def split(self, outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Gate and up, from what ``into`` returned."""
+        """Gate and up, from the outputs of ``into``."""
         a, b = outputs if len(outputs) == 2 else outputs[0].chunk(2, -1)
         return (a, b) if self.first else (b, a)
 
@@ -56,7 +56,7 @@ class Gated:
 
 
 class Slot(nn.Module):
-    """Stands for a linear layer whose output is known, or which shall return its input."""
+    """Replaces a linear layer: returns ``value``, or its input if there is none."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Slot(nn.Module):
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:  # what a forward may ask a layer for: .weight.dtype, ...
+        except AttributeError:  # a forward may read .weight.dtype, ...
             return getattr(self.__dict__["layer"], name)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,9 +74,9 @@ class Slot(nn.Module):
 
 
 def product(module: nn.Module, gated: Gated) -> Callable[[Tensor, Tensor], Tensor]:
-    """``act(gate) * up`` exactly as the module computes it: the module between its linears.
+    """``act(gate) * up`` exactly as the module computes it: the module without its linears.
 
-    ``module`` becomes that: give it a copy.
+    It changes ``module``: pass a copy.
     """
     for name in (*gated.into, gated.down):
         put(module, name, Slot(module.get_submodule(name)))
@@ -89,10 +89,10 @@ def product(module: nn.Module, gated: Gated) -> Callable[[Tensor, Tensor], Tenso
 
 
 def find_gated(module: nn.Module, at: str, traits: Mapping[str, Any]) -> Gated | None:
-    """The linears of the module at this path, if it is a gated MLP and nothing else.
+    """The linears of the module at this path if it is a gated MLP and nothing else, else None.
 
-    Its linears are replaced by slots, so that no weights are needed: given what gate and up return,
-    does down receive an elementwise ``act(gate) * up``, and is its output the module's?
+    Slots replace its linears, so that no weights are needed. The probe sets the outputs of gate and
+    up: ``down`` must receive an elementwise ``act(gate) * up``, and its output be the module's.
     """
     holders = [n for n, m in module.named_modules() if any(True for _ in m.parameters(False))]
     if not 2 <= len(holders) <= 3 or type(module) is nn.Sequential:
@@ -100,7 +100,7 @@ def find_gated(module: nn.Module, at: str, traits: Mapping[str, Any]) -> Gated |
     layouts = {name: traits.get(f"{at}.{name}" if at else name) for name in holders}
     if not set(layouts.values()) <= {"linear", "transposed"}:
         return None
-    sizes = {}  # of the inputs and outputs of each
+    sizes = {}  # (inputs, outputs) of each
     for name in holders:
         weight: Any = module.get_submodule(name).weight
         sizes[name] = tuple(weight.shape)[:: 1 if layouts[name] == "transposed" else -1]
@@ -117,7 +117,7 @@ def find_gated(module: nn.Module, at: str, traits: Mapping[str, Any]) -> Gated |
         failed(f"{looks} its forward does not take exactly one argument")
         return None
     if not all(is_plain(m) for m in module.modules()):
-        failed(f"{looks} there are hooks in it, which would see other calls")
+        failed(f"{looks} it has hooks, which would see other calls")
         return None
     reasons = []
     for gated in candidates:
@@ -125,28 +125,27 @@ def find_gated(module: nn.Module, at: str, traits: Mapping[str, Any]) -> Gated |
         if isinstance(found, str):
             return replace(gated, activation=found or None)
         reasons.append(found)
-    failed(f"{looks} {REASONS[max(reasons)]}")  # of the candidate that came furthest
+    failed(f"{looks} {REASONS[max(reasons)]}")  # of the candidate that passed most checks
     return None
 
 
 def _fit(into: list[tuple[int, int]], down: tuple[int, int]) -> bool:
-    """Whether linears of these inputs and outputs can be gate and up (or both), and down."""
+    """Whether linears of these sizes can be gate and up (or both in one), and down."""
     width = down[0] * (1 if len(into) == 2 else 2)
     return len(set(into)) == 1 and into[0][1] == width
 
 
 REASONS = (
     "its probe ended in an error",
-    "they are not what it gives its input to, each once",
+    "it does not call each of the first ones once, with its own input",
     "its result is not that of the last one",
-    "what the last one is given changes from call to call, as dropout's does",
-    "it computes no act(gate) * up of each number by itself",
+    "the input of the last one changes from call to call, as with dropout",
+    "it does not compute act(gate) * up elementwise",
 )
 
 
 def _probe_gated(module: nn.Module, gated: Gated, dim: int, down: tuple[int, int]) -> str | int:
-    """The activation's name, "" for one without a name; or, if the module is something else, the
-    number of the reason."""
+    """The activation's name ("" for an unknown one), or the index of the reason in REASONS."""
     body = skeleton(module).float()
     compute = product(body, gated)
     seen: dict[str, list[Tensor]] = {name: [] for name in (*gated.into, gated.down)}
@@ -163,7 +162,7 @@ def _probe_gated(module: nn.Module, gated: Gated, dim: int, down: tuple[int, int
             inputs = [seen[name][:] for name in (*gated.into, gated.down)]
             h, act = compute(gate, up), compute(gate, torch.ones_like(up))
             shifted = compute(gate + (noise(down[0], seed=6) > 0), torch.ones_like(up))
-        except Exception as error:  # foreign code, given what it may not take: any error means no
+        except Exception as error:  # foreign code may refuse these inputs: the reason is recorded
             failed("as a gated MLP, its probe ended in", error)
             return 0
     if not all(len(calls) == 1 for calls in inputs):
@@ -190,24 +189,24 @@ def _probe_gated(module: nn.Module, gated: Gated, dim: int, down: tuple[int, int
 def _is_so_at_any_size(
     module: nn.Module, gated: Gated, act: Callable[[Tensor], Tensor], width: int
 ) -> bool:
-    """Whether what lies between the linears is ``act(gate) * up`` for numbers of every size: a
-    limit, of gate, up or their product, shows at large ones, in one dtype or in all."""
+    """Whether the module computes ``act(gate) * up`` at every size of numbers: a clamp of gate, up
+    or their product shows at large ones, in one dtype or in all."""
     rows = 4 + 1024 // width
     share = torch.rand(2, 1, rows, width, generator=torch.Generator().manual_seed(7))
     signs = noise(2, 1, rows, width, seed=8).sign()
     for dtype, most in ((torch.float32, 38.5), (torch.float16, 4.8)):
-        exponent = share[0] * (most + 4) - 4  # of gate; the product of gate and up has room
+        exponent = share[0] * (most + 4) - 4  # of gate, such that gate * up is finite
         gate = (signs[0] * 10**exponent).to(dtype)
         up = (signs[1] * 10 ** (share[1] * (most - exponent.clamp(min=0)))).to(dtype)
         compute = product(skeleton(module).to(dtype), gated)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             try:
                 got = compute(gate, up)
-            except Exception:  # foreign code, given a dtype that it may not take
+            except Exception:  # foreign code may refuse the dtype: then it is no known activation
                 return False
         tolerance = 8 * torch.finfo(dtype).eps
         want = act(gate) * up
-        # at 0 by the size of what is subtracted there, a number near 1
+        # near 0 relative to the numbers subtracted there, which are near 1
         if not torch.allclose(got, want, rtol=tolerance, atol=tolerance):
             return False
     return True

@@ -1,4 +1,4 @@
-"""Calling a module on made-up numbers, in a copy: what finding sites rests on."""
+"""Probes: calls of a copy of a module on random inputs, to find out what it computes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling a module is calling its class's ``forward``: no hooks, nothing patched in."""
+    """Whether a call of the module runs its class's ``forward`` alone: no hooks, no patches."""
     state = vars(module)
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return "forward" not in state and not any(state[name] for name in hooks)
@@ -27,7 +27,7 @@ def is_plain(module: nn.Module) -> bool:
 def takes_one(module: nn.Module, *, more: bool = False) -> bool:
     """Whether ``forward`` takes a single argument, as a site's function does.
 
-    more: whether others are allowed that need not be given.
+    more: further optional arguments are allowed.
     """
     try:
         parameters = inspect.signature(module.forward).parameters.values()
@@ -39,7 +39,7 @@ def takes_one(module: nn.Module, *, more: bool = False) -> bool:
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
-    """Normal numbers, fp32, of a generator of their own."""
+    """Standard normal numbers, fp32, from a generator of their own."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -48,7 +48,7 @@ _failures: ContextVar[list[str] | None] = ContextVar("failures", default=None)
 
 @contextmanager
 def failures() -> Iterator[list[str]]:
-    """Collects what :func:`failed` is told meanwhile: why probes came to nothing."""
+    """Collects the reasons that :func:`failed` is given meanwhile."""
     reasons: list[str] = []
     token = _failures.set(reasons)
     try:
@@ -58,7 +58,7 @@ def failures() -> Iterator[list[str]]:
 
 
 def failed(what: str, error: Exception | None = None) -> None:
-    """Tells whoever collects :func:`failures` why a module is not what it looked like."""
+    """Records, for :func:`failures`, why a module is not the kind of site it looks like."""
     reasons = _failures.get()
     if reasons is not None:
         first = str(error).partition("\n")[0][:160] if error is not None else ""
@@ -66,12 +66,12 @@ def failed(what: str, error: Exception | None = None) -> None:
 
 
 def probe(module: nn.Module, params: Mapping[str, Tensor], x: Tensor) -> Tensor | None:
-    """What a module makes of x, holding these tensors; None if that is no tensor, or an error."""
-    body = skeleton(module)  # a forward may count its calls
+    """The module's output for x with these params; None for an error or other than one tensor."""
+    body = skeleton(module)  # a copy: the forward may count its calls
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             out = functional_call(body, dict(params), (x,))
-        except Exception as error:  # foreign code, given what it may not take: it means no
+        except Exception as error:  # foreign code may refuse these inputs: the reason is recorded
             failed("its probe ended in", error)
             return None
     if not isinstance(out, Tensor):
@@ -81,8 +81,8 @@ def probe(module: nn.Module, params: Mapping[str, Tensor], x: Tensor) -> Tensor 
 
 
 def same_slopes(f: Callable[..., Tensor], g: Callable[..., Tensor], *at: Tensor) -> bool:
-    """Whether two functions that give the same numbers have the same gradients there, too: one may
-    detach what it multiplies with, or scale its gradient."""
+    """Whether two functions with equal outputs have equal gradients too: one may detach a factor,
+    or scale its gradient."""
     found = []
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         for function in (f, g):
@@ -96,21 +96,21 @@ def same_slopes(f: Callable[..., Tensor], g: Callable[..., Tensor], *at: Tensor)
 
 
 def skeleton(module: nn.Module) -> nn.Module:
-    """A copy of the module tree with parameters on the meta device: it costs no memory."""
+    """A copy of the module with parameters on the meta device, which take no memory."""
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
         for p in module.parameters()
     }
     for m in module.modules():
-        for value in vars(m).values():  # computed from a parameter by a hook (pruning, weight_norm)
+        for value in vars(m).values():  # a hook computed it from a parameter
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     return copied(module, memo)
 
 
 def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy. Functions in it (a patched ``forward``, hooks) and weak references see the copy
-    where the original's saw the original: those are copied with what they refer to."""
+    """A deep copy, in which functions (a patched ``forward``, hooks) and weak references refer to
+    the copy where the original's refer to the original."""
     memo = {} if memo is None else memo
     out = copy.deepcopy(module, memo)
 
@@ -123,9 +123,9 @@ TREES = ("_parameters", "_buffers", "_modules")
 
 
 def redirect(module: nn.Module, new: Callable[[Any], Any]) -> None:
-    """Puts ``new(value)`` in the place of modules and parameters that a module's attributes refer
-    to: by themselves, in lists, tuples and dicts, in what functions enclose and methods are of, by
-    weak references. What refers to the module itself stays."""
+    """Replaces the modules and parameters that a module's attributes refer to by ``new(value)``:
+    directly, in lists, tuples and dicts, in closures, as owners of methods, by weak references.
+    References to the module itself stay."""
     seen: set[int] = set()
 
     def swap(value: Any) -> Any:
@@ -162,7 +162,7 @@ def redirect(module: nn.Module, new: Callable[[Any], Any]) -> None:
 
 
 def _method(method: MethodType, swap: Callable[[Any], Any]) -> MethodType:
-    """The same method of what stands in its owner's place; ``forward`` of another class is its."""
+    """The same method of its owner's replacement; of another class, that class's ``forward``."""
     owner = method.__self__
     if (other := swap(owner)) is owner:
         return method
@@ -172,13 +172,13 @@ def _method(method: MethodType, swap: Callable[[Any], Any]) -> MethodType:
 
 
 def _enclosing(function: FunctionType, swap: Callable[[Any], Any]) -> FunctionType:
-    """The function with what it encloses, or has for defaults, swapped; itself if that is none."""
+    """The function with its closure and defaults swapped; itself if nothing changes."""
     try:
         held = [cell.cell_contents for cell in function.__closure__ or ()]
     except ValueError:  # an empty cell
         return function
     held += function.__defaults__ or ()
-    kinds = nn.Module | nn.Parameter | MethodType | weakref.ref  # the caller's lists stay his
+    kinds = nn.Module | nn.Parameter | MethodType | weakref.ref  # the caller's lists stay untouched
     new = [swap(v) if isinstance(v, kinds) else v for v in held]
     if all(a is b for a, b in zip(new, held, strict=True)):
         return function
@@ -196,5 +196,5 @@ def put(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def close(a: Tensor, b: Tensor, atol: float) -> bool:
-    """Alike in shape and dtype, and nowhere further apart than this."""
+    """Whether shapes and dtypes are equal, and numbers within atol."""
     return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=0, atol=atol)

@@ -1,7 +1,7 @@
-"""Calls of functions inside foreign code (attention, rotary positions), found and sent elsewhere.
+"""Redirects calls of functions inside foreign code (attention, rotary embeddings).
 
-Code is never edited: a function whose code names the call is copied with other *globals*, in which
-that name, or the module it is read from, is a stand-in. A ``TorchFunctionMode`` would be shorter,
+No code is edited. A function that names the callee is copied with other *globals*, in which a
+stand-in replaces that name, or the module it is read from. ``TorchFunctionMode`` would be shorter,
 but ``torch.compile`` refuses to enter one inside ``torch.utils.checkpoint``.
 """
 
@@ -26,15 +26,14 @@ IN_PLACE = {n for n in dir(torch.Tensor) if n[-1] == "_" != n[-2] and n[0] != "_
 
 
 def attention_to(to: Callable[..., Any]) -> StandIn:
-    """``to`` in place of ``F.scaled_dot_product_attention``."""
+    """Replaces ``F.scaled_dot_product_attention`` by ``to``."""
     return lambda value: to if value is F.scaled_dot_product_attention else None
 
 
 def reroute(module: nn.Module, stand_in: StandIn) -> dict[str, FunctionType]:
-    """Methods of a module, ``forward`` among them, rewritten to call stand-ins.
+    """Copies of a module's methods (``forward`` among them) that call stand-ins.
 
-    Empty if nothing that ``forward`` runs names a function that has one. ``module`` is left as it
-    is.
+    Empty if no code that ``forward`` runs names a function with a stand-in.
     """
     new: dict[str, FunctionType] = {}
     seen, waiting = set(), ["forward"]
@@ -53,7 +52,7 @@ def reroute(module: nn.Module, stand_in: StandIn) -> dict[str, FunctionType]:
 
 
 def functions_of(module: nn.Module) -> Iterator[FunctionType]:
-    """``forward``, methods that it may call, and theirs; none of torch's own."""
+    """``forward`` and the methods that it may call, directly or not; none of torch's own."""
     seen: set[str] = set()
     waiting = ["forward"]
     while waiting:
@@ -68,7 +67,7 @@ def functions_of(module: nn.Module) -> Iterator[FunctionType]:
 
 
 def names_of(module: nn.Module) -> set[str]:
-    """Every name that ``forward``, methods that it calls and functions that they call may read."""
+    """Every name that ``forward``, its methods and the functions they call may read."""
     names: set[str] = set()
     for function in functions_of(module):
         found = _names(function.__code__)
@@ -81,8 +80,8 @@ def names_of(module: nn.Module) -> set[str]:
 
 
 def written(module: nn.Module, names: Collection[str]) -> set[str]:
-    """Which of these tensors the module's code changes in place, where it says so in one
-    expression: ``block.output.weight.div_(2)``, ``self.weight.data.copy_(w)``."""
+    """The tensors among ``names`` that the module's code changes in place by an attribute chain:
+    ``block.output.weight.div_(2)``, ``self.weight.data.copy_(w)``."""
     found: set[str] = set()
     for prefix, m in module.named_modules():
         under = [name for name in names if not prefix or name.startswith(f"{prefix}.")]
@@ -96,7 +95,7 @@ def written(module: nn.Module, names: Collection[str]) -> set[str]:
 
 @functools.cache
 def _changed(code: CodeType) -> frozenset[tuple[str, ...]]:
-    """The chains of attributes that end in a method of tensors which changes them in place."""
+    """The attribute chains that end in an in-place method of tensors."""
     found: set[tuple[str, ...]] = set()
     for inner in code.co_consts:
         found |= _changed(inner) if isinstance(inner, CodeType) else set()
@@ -134,7 +133,7 @@ class _Rewriter:
         if not found and all(cell is None for cell in cells):
             return None
         closure = tuple(new or old for new, old in zip(cells, f.__closure__ or (), strict=True))
-        # nameless, or Dynamo would look the globals up in the module of that name instead
+        # without __name__: Dynamo would read the globals of the module of that name
         scope = {k: v for k, v in f.__globals__.items() if k != "__name__"} | found
         copy = FunctionType(f.__code__, scope, f.__name__, f.__defaults__, closure)
         copy.__kwdefaults__ = f.__kwdefaults__
@@ -148,7 +147,7 @@ class _Rewriter:
         return None if stand_in is None else CellType(stand_in)
 
     def stand_in(self, value: Any, names: set[str], depth: int) -> Any:
-        """What to put in a value's place; None if it may stay."""
+        """A value's replacement, or None."""
         if callable(value) and (new := self.replacement(value)) is not None:
             return new
         if any(value is module for module in MODULES):
@@ -160,7 +159,7 @@ class _Rewriter:
         return None
 
     def attributes(self, module: Any, names: set[str]) -> Any:
-        """A stand-in for a module of torch's, if a function that is read from it has one."""
+        """A stand-in for one of torch's modules, if code reads a replaced function from it."""
         read = {name: getattr(module, name) for name in names if hasattr(module, name)}
         new = {}
         for name, value in read.items():
@@ -172,7 +171,7 @@ class _Rewriter:
         return _Attributes(read | changed) if changed else None
 
     def interface(self, table: Mapping[Any, Any], name: str, depth: int) -> Any:
-        """A stand-in for Hugging Face's table of attention functions: the config has chosen one."""
+        """A stand-in for Hugging Face's table of attention functions."""
         chosen = table.get(name)
         if not isinstance(chosen, FunctionType):
             return None

@@ -1,4 +1,4 @@
-"""Rotary position embeddings in foreign code: found by what a function computes."""
+"""Rotary position embeddings in foreign code, found by what a function computes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from core.foreign.reroute import StandIn
 
 
 def rotary_to(to: Callable[..., Any]) -> StandIn:
-    """``to`` in place of functions that turn heads."""
+    """Replaces functions that apply rotary embeddings by ``to``."""
     return lambda value: to if is_rotary(value) else None
 
 
 def is_rotary(value: Any) -> bool:
-    """Whether ``value(q, k, cos, sin)`` turns heads by halves (RoFormer, arXiv 2104.09864).
+    """Whether ``value(q, k, cos, sin)`` rotates heads by halves (RoFormer, arXiv 2104.09864).
 
     q ``[B, H, T, Dh]``, k ``[B, Hk, T, Dh]``, cos and sin ``[B, T, Dh]``: the result must be
     ``x * cos + cat(-x[Dh/2:], x[:Dh/2]) * sin`` of both, on ordinary and on large numbers. Further
@@ -48,7 +48,7 @@ def _turns(function: FunctionType) -> bool:
         q, k = size * noise(2, 3, 5, 8).double(), size * noise(2, 1, 5, 8, seed=3).double()
         try:
             out = function(q, k, cos, sin)
-        except Exception:  # foreign code, given what it may not take: any error means no
+        except Exception:  # foreign code may refuse these inputs: then it is another function
             return False
         if not isinstance(out, tuple) or len(out) != 2:
             return False
@@ -62,13 +62,13 @@ def _turns(function: FunctionType) -> bool:
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x ``[B, H, T, Dh]`` turned by the tables ``[B, T, Dh]``, by the formula."""
+    """x ``[B, H, T, Dh]`` rotated by the tables ``[B, T, Dh]``."""
     a, b = x.chunk(2, -1)
     return x * cos.unsqueeze(1) + torch.cat((-b, a), -1) * sin.unsqueeze(1)
 
 
 def takes_tables(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rest: Any) -> bool:
-    """Whether a call has the shapes of :func:`is_rotary`, the whole head turning."""
+    """Whether a call has the shapes of :func:`is_rotary`, with whole heads rotated."""
     alike = q.ndim == k.ndim == 4 and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
     whole = cos.ndim == 3 and cos.shape == sin.shape and cos.shape[1:] == q.shape[2:]
     return not rest and alike and whole and cos.shape[0] in (1, q.shape[0])

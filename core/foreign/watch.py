@@ -1,4 +1,4 @@
-"""Modules that change what they are given: the batch is kept as it was, parameters are refused."""
+"""Modules with side effects: the batch is protected, changes of parameters are refused."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 
-class State:
-    """What modules remember in attributes from call to call, and in dicts, lists and sets there: a
-    table that is computed of parameters and kept would be one of older parameters. It is put back
-    after each call, of modules that remember a tensor. Hooks put on in the first call stay.
+class ModuleMemory:
+    """Attributes that modules change from call to call (dicts, lists and sets in them, too).
+
+    They are restored after each call in modules that store a tensor: a table computed from params
+    and kept would belong to older params. Hooks added by the first call stay.
     """
 
     def __init__(self, body: nn.Module) -> None:
         inner = (vars(m).get("inner") for m in body.modules())
         self.modules = [*body.modules(), *(m for m in inner if isinstance(m, nn.Module))]
-        self.first: dict[tuple[int, str], Any] = {}  # of what changes: module, attribute -> value
-        self.seen: list[Any] = []  # forms of batches that it was looked at with
+        self.first: dict[tuple[int, str], Any] = {}  # what changes: (module, attribute) -> value
+        self.seen: list[Any] = []  # structures of batches for which changes were looked for
 
     @contextmanager
     def kept(self, look: bool) -> Iterator[None]:
-        """look: attributes that change are looked for; else it is those that are known."""
-        self._put_back()  # a block that was run again in backward may have changed them since
+        """Restores attributes after a call. look: finds new ones that change, too."""
+        self._put_back()  # a block recomputed in backward may have changed them since
         before = (
             {at: _shallow(held.get(at[1], _NONE)) for at, held in self._places()} if look else {}
         )
@@ -105,7 +106,7 @@ class Watch:
         flat: dict[str, Tensor],
         names: Collection[str],
         own: Mapping[str, Tensor],
-        state: State,
+        state: ModuleMemory,
     ) -> Any:
         """``run(batch)``; flat: the leaves it is given, names: of parameters, own: copies
         of its buffers."""

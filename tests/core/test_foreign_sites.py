@@ -426,7 +426,7 @@ def test_a_gated_mlp_is_told_by_what_it_does() -> None:
         forward, params = from_module(module, call=lambda run, b: run(b))
         assert torch.equal(torch.get_rng_state(), state)
         assert [s.activation for s in forward.sites if s.kind == "glu"] == want
-        reason = "hooks" if module is hooked else why.get(type(module), "as dropout's does")
+        reason = "hooks" if module is hooked else why.get(type(module), "as with dropout")
         assert want or reason in forward.explain(), forward.explain()
         if want:
             ruled = forward.with_rule(Rule("glu", lambda f, path: lambda p, g, u: f(p, g, u)))

@@ -221,7 +221,7 @@ def test_complex_parameters_learn() -> None:
     module(x).backward()
     grads = value_and_grad(forward)(params, {"x": x})[1]
     torch.testing.assert_close(grads["w"], module.w.grad)
-    assert "torch.complex64 is no dtype" in forward.explain()
+    assert "knows the dtype torch.complex64" in forward.explain()
     assert [n for n, _ in as_module(forward, params).named_parameters()] == ["w"]
 
 
@@ -333,7 +333,7 @@ def test_blocks_by_name() -> None:
     assert torch.equal(checkpoint(forward)(params, x), module(x))
     with pytest.raises(ValueError, match=r"'nowhere' matches nothing.*modules"):
         from_module(module, blocks=("nowhere",))
-    with pytest.raises(ValueError, match="shared is no block: ModuleList"):
+    with pytest.raises(ValueError, match="shared is not a block: ModuleList"):
         from_module(Plain(), blocks=("shared",))
 
 
@@ -474,7 +474,7 @@ def test_explain_lists_what_is_no_site_and_why() -> None:
         "routers.* (Router): it looks like a linear, but has buffers (2 times)",
         "picky (Picky): its probe ended in: RuntimeError: needs two devices",
         "attends (Attends): attention written out (softmax)",
-        "conv.weight [8, 3, 1, 1] of Conv2d: a convolution is no site",
+        "conv.weight [8, 3, 1, 1] of Conv2d: a convolution is not a site",
         "cls [1, 1, 8] of All: a dimension of 1",
         "mha (MultiheadAttention): torch's own attention",
         "odd (GroupNorm): its probe ended in",
