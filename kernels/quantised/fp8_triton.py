@@ -2,9 +2,9 @@
 # mypy: allow-untyped-defs
 """The Triton kernels of `fp8_linear`: the largest entry, and float8 codes in one layout or both.
 
-A product of float8 matrices on tensor cores wants both operands with the summed dimension
-contiguous, so training needs most matrices twice: as they are, and transposed. `quantize` reads a
-tile once and writes it both ways.
+Tensor cores multiply float8 matrices with the summed dimension contiguous in both operands, so
+training needs most matrices twice: straight and transposed. `quantize` reads a tile once and writes
+it both ways.
 
 Codes leave a kernel as bytes: `float8_e4m3fn` and `float8_e5m2` tensors are views of them.
 """
@@ -22,9 +22,8 @@ from kernels.runtime.launch import IN_INTERPRETER, constant, jit, launch, proces
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 SMALLEST = constant(2.0**-126)  # a scale: its reciprocal is finite
 
-# Four numbers to four codes in a register. Written out, because the compiler of CUDA 12.8's PTX
-# takes bytes of Triton's own casts before it has made them, where they are needed both together and
-# one by one: with fp32 inputs a quarter to all of the codes were wrong, on an H200.
+# Four numbers to four codes in a register. Inline PTX, because CUDA 12.8's ptxas miscompiles
+# Triton's own casts where bytes are needed both together and one by one: an H200 gave wrong codes.
 _FOUR = """{{
 .reg .b16 low, high;
 cvt.rn.satfinite.{0}x2.f32 low, $2, $1;
@@ -38,15 +37,15 @@ _TO_E4M3, _TO_E5M2 = constant(_FOUR.format("e4m3")), constant(_FOUR.format("e5m2
 
 @jit
 def _magnitude(x):
-    """The bits of |x| in fp32. As integers they are ordered like the numbers, with NaN above all:
-    a maximum of them needs no order of summation, and never loses a NaN."""
+    """The bits of |x| in fp32. As integers they are ordered like the numbers, with NaN on top, so
+    that a maximum does not depend on the order and never loses a NaN."""
     return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @jit
 def _scale(bits, LARGEST: tl.constexpr):
-    """From the bits of the largest magnitude: the scale and its reciprocal. NaN stays NaN, and
-    infinity gives a reciprocal of 0, which makes NaN of infinity."""
+    """The scale and its reciprocal, from the bits of the largest magnitude. NaN stays NaN; infinity
+    has the reciprocal 0, which turns infinite entries into NaN."""
     amax = bits.to(tl.float32, bitcast=True)
     scale = tl.div_rn(amax, tl.full(amax.shape, LARGEST, tl.float32))
     scale = tl.where(scale < SMALLEST, SMALLEST, scale)
@@ -56,8 +55,8 @@ def _scale(bits, LARGEST: tl.constexpr):
 
 @jit
 def _code(x, E5M2: tl.constexpr):
-    """fp32 to the bits of float8, to the nearest, half to even; |x| is at most the largest number
-    but for rounding, which rounds down to it."""
+    """fp32 to the bits of float8, to the nearest, half to even; |x| is at most the largest number,
+    up to a rounding error."""
     if not IN_INTERPRETER:
         return tl.inline_asm_elementwise(
             _TO_E5M2 if E5M2 else _TO_E4M3, "=r,r,r,r,r", [x], tl.uint8, is_pure=True, pack=4
@@ -93,7 +92,7 @@ def fp8_amax_kernel(x_ptr, parts_ptr, size, BLOCK: tl.constexpr):
 
 @jit
 def fp8_column_amax_kernel(x_ptr, parts_ptr, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The same of each column; program (c, p) takes tiles p, p + programs, ... of its columns."""
+    """The same per column; program (c, p) takes tiles p, p + programs, ... of its columns."""
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)
     most = tl.zeros([ROWS, COLS], tl.int32)
     for start in range(tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS):
@@ -123,10 +122,10 @@ def fp8_quantize_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """One tile, as it is and transposed (each unless its pointer is None).
+    """One tile, straight and transposed (each unless its pointer is None).
 
-    The scale is given, or every program makes it from the parts of `fp8_amax_kernel`: a kilobyte
-    that lies in cache, instead of a launch of its own.
+    Unless the scale is given, every program computes it from the parts of `fp8_amax_kernel`, a
+    kilobyte in cache, which saves a launch.
     """
     tiles = tl.cdiv(cols, COLS)
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -170,7 +169,7 @@ def fp8_quantize_rows_kernel(
     BLOCK: tl.constexpr,
     ONCE: tl.constexpr,
 ):
-    """One row with a scale of its own; a row of more than a block is read twice."""
+    """One row with its own scale; a row longer than a block is read twice."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     if ONCE:
@@ -195,17 +194,17 @@ def fp8_quantize_rows_kernel(
 
 
 @dataclass(frozen=True)
-class Config:
-    """rows, cols: of a program's tile; warps: of a program."""
+class Fp8Tile:
+    """A program's tile, and its warps."""
 
     rows: int
     cols: int
     warps: int
 
 
-# Not measured. 128 bytes of a row of the transposed copy make a whole cache line.
-BOTH = Config(128, 64, 8)
-AMAX_BLOCK, AMAX_WARPS, AMAX_PROGRAMS = 8192, 8, 4  # programs a multiprocessor
+# not measured; 128 bytes of a row of the transposed copy make a whole cache line
+BOTH = Fp8Tile(128, 64, 8)
+AMAX_BLOCK, AMAX_WARPS, AMAX_PROGRAMS = 8192, 8, 4  # programs per multiprocessor
 COLUMN_PARTS = 32
 
 
@@ -215,14 +214,14 @@ def quantize(
     straight: bool = True,
     turned: bool = False,
     given: Tensor | None = None,
-    config: Config | None = None,
+    config: Fp8Tile | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """x [R, C] with one scale: codes [R, C], their transpose [C, R up to a multiple of 16] with
-    zeros behind, and the scale, an fp32 scalar; the codes that are not asked for are None.
+    """x [R, C] with one scale: codes [R, C], their transpose [C, R up to a multiple of 16], padded
+    with zeros, and the scale, an fp32 scalar. Codes that are not wanted are None.
 
-    given: the scale, if it is known; then it is not made, and x is read once instead of twice.
+    given: the scale, if it is known; then x is read once instead of twice, and None is returned.
 
-    Bytes an entry of 16 bits: 2 for the largest, 2 + 1 for one layout, 2 + 2 for both.
+    Bytes per 16-bit entry: 2 for the scale, 2 + 1 for one layout, 2 + 2 for both.
     """
     parts = scale = None
     count = 1
@@ -234,7 +233,7 @@ def quantize(
 
 
 def quantize_columns(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [R, C] with a scale a column: codes [C, R up to a multiple of 16] of its transpose, and
+    """x [R, C] with a scale per column: codes [C, R up to a multiple of 16] of its transpose, and
     the scales [1, C]."""
     rows, cols = x.shape
     count = min(COLUMN_PARTS, triton.cdiv(rows, 32))
@@ -248,7 +247,7 @@ def quantize_columns(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [R, C] with a scale a row: codes [R, C] and the scales [R, 1]."""
+    """x [R, C] with a scale per row: codes [R, C] and the scales [R, 1]."""
     rows, cols = x.shape
     codes = x.new_empty((rows, cols), dtype=torch.uint8)
     scale = x.new_empty((rows, 1), dtype=torch.float32)
@@ -270,7 +269,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _largest(x: Tensor) -> Tensor:
-    """Bits of the largest magnitudes, a part a program."""
+    """Bits of the largest magnitudes, one per program."""
     size = x.numel()
     programs = min(triton.cdiv(size, AMAX_BLOCK), AMAX_PROGRAMS * processors(x.device))
     parts = x.new_empty(programs, dtype=torch.int32)
@@ -287,7 +286,7 @@ def _quantize(
     scale: Tensor | None,
     straight: bool,
     turned: bool,
-    config: Config | None,
+    config: Fp8Tile | None,
     by_column: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     rows, cols = x.shape

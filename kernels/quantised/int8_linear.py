@@ -133,7 +133,7 @@ _transposed_op = operator(
 
 
 @with_signature
-class _Linear(torch.autograd.Function):
+class _Int8Linear(torch.autograd.Function):
     """x [..., I] -> [..., O]. Rounding x to int8 is passed straight through (arXiv 1308.3432)."""
 
     @staticmethod
@@ -169,16 +169,16 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _w: None, _s: None, bias: Tensor | None, *_: Any) -> Tensor:
-        return _Linear.apply(tangent, *ctx.saved_tensors, bias, None, ctx.backend)
+        return _Int8Linear.apply(tangent, *ctx.saved_tensors, bias, None, ctx.backend)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        return _vmap(_Linear, args[4:], info, in_dims[:4], *args[:4]), 0
+        return _vmap(_Int8Linear, args[4:], info, in_dims[:4], *args[:4]), 0
 
 
 @with_signature
 class _Transposed(torch.autograd.Function):
-    """g [..., O] -> [..., I]: the adjoint of `_Linear`, whose adjoint it is in turn."""
+    """g [..., O] -> [..., I]: the adjoint of `_Int8Linear`, whose adjoint it is in turn."""
 
     @staticmethod
     def forward(grad: Tensor, weight: Tensor, scale: Tensor, backend: str) -> Tensor:
@@ -195,7 +195,12 @@ class _Transposed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _Linear.apply(grad, *ctx.saved_tensors, None, None, ctx.backend), None, None, None
+        return (
+            _Int8Linear.apply(grad, *ctx.saved_tensors, None, None, ctx.backend),
+            None,
+            None,
+            None,
+        )
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
@@ -234,7 +239,7 @@ def _apply(
 ) -> Tensor:
     check_hidden()
     if not nested_forward_mode():
-        return _Linear.apply(x, weight, scale, bias, activations, backend)
+        return _Int8Linear.apply(x, weight, scale, bias, activations, backend)
     y = _weight_only(x, weight, scale)
     if activations is not None:
         # the value of one with the derivatives of the other: straight through

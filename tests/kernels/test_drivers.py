@@ -176,7 +176,7 @@ def make_cases() -> dict[str, Case]:
             ),
             ((2, 3, DIM), (5,)),
             module("quantised.int8_linear"),
-            "_Linear",
+            "_Int8Linear",
         ),
         "attention ragged causal": attention_case(ragged, True, None),
         "attention ragged full": attention_case(ragged, False, None),

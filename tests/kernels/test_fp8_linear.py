@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, jacrev, jvp, vjp, vmap
 
 from kernels import fp8_linear
+from kernels.quantised import fp8_products
 from kernels.runtime import dispatch
 from tests.kernels import drivers
 from tests.kernels.drivers import directions, examples, random, saved_by, scalar
@@ -240,14 +241,20 @@ def first_order(scaling: str) -> Callable[..., Tensor]:
 
 
 FIRST = [
-    drivers.by_autograd, drivers.by_one_leaf, drivers.by_func_grad, drivers.by_compile,
+    drivers.by_autograd,
+    drivers.by_one_leaf,
+    drivers.by_func_grad,
+    drivers.by_compile,
     drivers.by_compiled_grad,
-]  # fmt: skip
+]
 # of the formula: forward mode, and what differentiates a backward
 PLAIN = [
-    drivers.by_jvp, drivers.by_jvp_of_one, drivers.by_hvp, drivers.by_jvp_jvp,
+    drivers.by_jvp,
+    drivers.by_jvp_of_one,
+    drivers.by_hvp,
+    drivers.by_jvp_jvp,
     drivers.by_double_backward,
-]  # fmt: skip
+]
 FLOATS = (random(21, 16), random(32, 16, seed=1) / 4, random(32, seed=2))
 
 
@@ -348,13 +355,21 @@ def test_only_what_is_asked_for_is_made(
     learns: str, scaling: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[tuple[torch.dtype, str, bool, bool]] = []
-    real = module._quantize
+    real = fp8_products._quantize
 
-    def quantize(x: Any, dtype: Any, scaling: str, straight: bool, turned: bool, *rest: Any) -> Any:
+    def quantize(
+        x: Any,
+        dtype: Any,
+        scaling: str,
+        triton: bool,
+        straight: bool = True,
+        turned: bool = False,
+        given: Any = None,
+    ) -> Any:
         made.append((dtype, scaling, straight, turned))
-        return real(x, dtype, scaling, straight, turned, *rest)
+        return real(x, dtype, scaling, triton, straight=straight, turned=turned, given=given)
 
-    monkeypatch.setattr(module, "_quantize", quantize)
+    monkeypatch.setattr(fp8_products, "_quantize", quantize)
     x, weight = random(40, 64, dtype=torch.float32), random(32, 64, dtype=torch.float32)
     leaf = (x if learns == "x" else weight).requires_grad_()
     both = torch.autograd.grad(fp8_linear(x, weight, scaling=scaling).sum(), leaf)[0]
@@ -444,16 +459,16 @@ def test_torch_takes_the_layouts_of_the_products(
         return out
 
     monkeypatch.setattr(torch, "_scaled_mm", multiply)
-    call = module.Call(scaling, triton=True, keep=True)
+    call = module.Fp8Call(scaling, triton=True, keep=True)
     for rows, inner, outs in ((16384, 1536, 8960), (1001, 1536, 256)):
         products.clear()
         with FakeTensorMode():  # autograd itself would look for the GPU
             options: Any = {"device": "cuda", "dtype": torch.bfloat16}
             x, weight = torch.empty(rows, inner, **options), torch.empty(outs, inner, **options)
             bias = torch.empty(outs, **options)
-            y, codes, *scales = module._Linear.forward(call, x, x, weight, bias)
+            y, codes, *scales = module._Fp8Linear.forward(call, x, x, weight, bias)
             kept = x if scaling == "row" else codes
-            got = module._Backward.forward(call, (True, True), y, x, weight, kept, *scales)
+            got = module._Fp8Backward.forward(call, (True, True), y, x, weight, kept, *scales)
         assert [t.shape for t in (y, *got)] == [(rows, outs), x.shape, weight.shape]
         wanted = [
             ((rows, inner, outs), E4M3, True),

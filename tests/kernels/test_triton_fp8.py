@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.quantised import fp8_triton
-from kernels.quantised.fp8_triton import LARGEST, Config
+from kernels.quantised.fp8_triton import LARGEST, Fp8Tile
 from kernels.runtime import dispatch
 from tests.kernels.drivers import random
 
@@ -52,12 +52,12 @@ def test_codes_and_scales(dtype: torch.dtype, format: torch.dtype, kernel_device
         x = spread(*shape, dtype=dtype, device=kernel_device)
         scale = (x.abs().amax().float().cpu() / LARGEST[format]).to(kernel_device)
         wanted = (x.float() * (1 / scale)).to(format)
-        codes, across, got = fp8_triton.quantize(x, format, True, True, config=Config(32, 32, 4))
+        codes, across, got = fp8_triton.quantize(x, format, True, True, config=Fp8Tile(32, 32, 4))
         assert torch.equal(got, scale)
         same(codes, wanted)
         same(across, turned(wanted))
         for straight in (True, False):
-            one = fp8_triton.quantize(x, format, straight, not straight, config=Config(64, 128, 4))
+            one = fp8_triton.quantize(x, format, straight, not straight, config=Fp8Tile(64, 128, 4))
             same(one[0] if straight else one[1], wanted if straight else turned(wanted))
             assert one[1 if straight else 0] is None
         codes, _, none = fp8_triton.quantize(x, format, True, False, given=scale * 2)
@@ -88,10 +88,14 @@ def test_every_code_and_every_tie(format: torch.dtype, kernel_device: str) -> No
     codes = torch.arange(256, dtype=torch.uint8).view(format).float()
     values = codes[codes.isfinite()].sort().values
     halves = (values[1:] + values[:-1]) / 2
-    x = torch.cat([
-        values, halves,
-        torch.nextafter(halves, torch.tensor(1e9)), torch.nextafter(halves, torch.tensor(-1e9)),
-    ]).to(kernel_device)[None]  # fmt: skip
+    x = torch.cat(
+        [
+            values,
+            halves,
+            torch.nextafter(halves, torch.tensor(1e9)),
+            torch.nextafter(halves, torch.tensor(-1e9)),
+        ]
+    ).to(kernel_device)[None]
     assert x.max() == LARGEST[format]  # so the scale is 1
     got, _, scale = fp8_triton.quantize(x, format)
     assert scale == 1

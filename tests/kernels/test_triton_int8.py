@@ -293,7 +293,7 @@ def case(activations: str | None = None) -> Case:
             x = x + ((x / step).round() * step - x).detach()
         return linear.int8_linear_reference(x, weight.to(x.device), scale.to(x.device)) + bias
 
-    return Case(fast, plain, ((5, 48), (24,)), linear, "_Linear")
+    return Case(fast, plain, ((5, 48), (24,)), linear, "_Int8Linear")
 
 
 FIRST = [by_autograd, by_func_grad, by_vmap_grad, by_vmap_grad_shared, by_compile, by_compiled_grad]
