@@ -30,7 +30,6 @@ from kernels.runtime.autograd import (
     fold_rows,
     rows_of,
     run,
-    run_of_sum,
 )
 from kernels.runtime.dispatch import choose
 from kernels.runtime.dynamo import allow_in_graph
@@ -292,6 +291,8 @@ ADD_NORM_LINEARS = Op(
     add_norm_linears_reference,
     _add_forward,
     _backward,
+    of_sum=True,
+    fold=functools.partial(fold_rows, 2),
     fold_backward=_fold_backward,
 )
 
@@ -320,7 +321,7 @@ def _apply_add(
     *leaves: Tensor | None,
 ) -> tuple[Tensor, ...]:
     op = _with_outputs(ADD_NORM_LINEARS, len(leaves) // 2 + 1)
-    return run_of_sum(op, x, residual, norm_weight, *leaves, eps=eps, triton=triton, sums=sums)
+    return run(op, x, residual, norm_weight, *leaves, eps=eps, triton=triton, sums=sums)
 
 
 # Public

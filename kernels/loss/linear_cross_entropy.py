@@ -34,7 +34,7 @@ from kernels.loss.cross_entropy_torch import (
 )
 from kernels.loss.scale_triton import scale_rows
 from kernels.runtime.autograd import (
-    Call,
+    BoundOp,
     ForwardFunction,
     Op,
     accumulation_dtype,
@@ -356,7 +356,7 @@ def _apply(
     }
     if torch._C._are_functorch_transforms_active():
         return run(OP, hidden, unembed, bias, labels, **static)
-    return _WithReadyGradients.apply(Call(OP, static), hidden, unembed, bias, labels)[0]
+    return _WithReadyGradients.apply(BoundOp(OP, static), hidden, unembed, bias, labels)[0]
 
 
 # Public

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,8 +37,9 @@ from kernels.runtime.autograd import (
     Tensors,
     check_floating,
     fold_all,
+    fold_rows,
     rows_of,
-    run_of_sum,
+    run,
 )
 from kernels.runtime.dispatch import choose
 from kernels.runtime.dynamo import allow_in_graph
@@ -267,6 +269,8 @@ GATED_MLP = Op(
     _gated_forward,
     _gated_backward,
     outputs=2,
+    of_sum=True,
+    fold=partial(fold_rows, 2),
     fold_backward=_gated_fold_backward,
 )
 
@@ -284,7 +288,7 @@ def _apply_gated(
     glu_triton: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    return run_of_sum(
+    return run(
         GATED_MLP, x, residual, norm_weight, gate, up, down,
         eps=eps, norm_triton=norm_triton, glu_triton=glu_triton, keep=keep, alone=_alone(),
     )  # fmt: skip

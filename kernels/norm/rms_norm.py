@@ -7,6 +7,8 @@ sum alone) and one statistic a row, never an fp32 copy of x.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +21,8 @@ from kernels.runtime.autograd import (
     Tensors,
     accumulation_dtype,
     check_floating,
+    fold_rows,
     run,
-    run_of_sum,
 )
 from kernels.runtime.dispatch import TORCH, TRITON, choose, declare
 from kernels.runtime.dynamo import allow_in_graph
@@ -228,10 +230,17 @@ def _add_backward_triton(
 
 
 ADD_RMS_NORM = Op(
-    "add_rms_norm", _total_formula, _add_forward, _add_backward, outputs=2, vmappable=True
+    "add_rms_norm",
+    _total_formula,
+    _add_forward,
+    _add_backward,
+    outputs=2,
+    of_sum=True,
+    fold=partial(fold_rows, 2),
+    vmappable=True,
 )
-ADD_RMS_NORM_TRITON = Op(
-    "add_rms_norm", _total_formula, _add_forward_triton, _add_backward_triton, outputs=2
+ADD_RMS_NORM_TRITON = replace(
+    ADD_RMS_NORM, forward=_add_forward_triton, backward=_add_backward_triton, vmappable=False
 )
 
 
@@ -240,7 +249,7 @@ def _apply_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, triton: bool
 ) -> tuple[Tensor, Tensor]:
     op = ADD_RMS_NORM_TRITON if triton else ADD_RMS_NORM
-    return run_of_sum(op, x, residual, weight, eps=eps)
+    return run(op, x, residual, weight, eps=eps)
 
 
 # Public

@@ -1,17 +1,17 @@
-"""The pair of autograd Functions that every non-linear kernel runs through.
+"""The pair of autograd Functions that every nonlinear kernel runs through.
 
-A kernel gives three things (an `Op`): a fast `forward`, a fast first-order `backward`, and a
-`formula` of plain torch operations. This file makes of them something that is right under every
-driver: autograd, `torch.func` grad / vjp / jvp / vmap in any nesting, grad of grad, and
-`torch.compile`.
+A kernel provides three functions (an `Op`): a fast `forward`, a fast first-order `backward`, and a
+`formula` of plain torch operations. From these, this file makes a function that is correct under
+autograd, `torch.func` grad / vjp / jvp / vmap in any nesting, double backward and `torch.compile`.
 
-Why two Functions: eager `torch.func.grad` runs a backward with `create_graph=True`, and would
-record (and keep) every intermediate of a backward written inline. As a Function of its own the
-backward's work is one node, whose own derivatives come from the formula only when asked for.
+Why two Functions: eager `torch.func.grad` runs a backward with `create_graph=True`. It would record
+and keep every intermediate of a backward written inline. As a Function of its own the backward is
+one node, whose derivatives come from the formula, and only on demand.
 
 Why `allow_in_graph`: under `torch.compile(torch.func.grad(f))` Dynamo inlines a Function's
-`forward` and differentiates that, ignoring our backward without a word. Each kernel file therefore
-calls `run` from one module-level function marked with `kernels.runtime.dynamo.allow_in_graph`.
+`forward` and differentiates it, silently ignoring the Function's backward. Each kernel file
+therefore calls `run` from one module-level function marked with
+`kernels.runtime.dynamo.allow_in_graph`.
 """
 
 from __future__ import annotations
@@ -35,20 +35,22 @@ Dims = tuple[int | None, ...]
 class Op:
     """A differentiable kernel.
 
-    `formula(*tensors, **static) -> out`: plain torch, differentiable to any order, and vmappable.
-    `forward(*tensors, **static) -> (out, residuals)`: the fast path; nothing is recorded in it.
-        Residuals are extra tensors that `backward` wants.
-    `backward(grad, needs, tensors, residuals, **static) -> grads`: one entry a tensor; those that
-        `needs` does not ask for may be None.
-    `outputs`: how many; with more than one, `out` and `grad` are tuples of that many tensors.
-
-    A vmap level makes one call an example, right for any kernel, unless the op says better:
-    `fold(batch_size, in_dims, tensors)` gives the tensors of one call over all examples, with a
-        leading batch dimension in them and in what comes back; or None if there is no such call.
-    `fold_backward(batch_size, needs, in_dims, saved)`: the same for `backward`, of what it is given
-        (*grads, *tensors, *residuals). Gradients come back an example each: None where a gradient
-        that `needs` asks for sums over what the examples share.
-    `vmappable`: `backward` is plain out-of-place torch and may itself be vmapped.
+    formula: `(*tensors, **static) -> out`: plain torch, differentiable to any order, and vmappable.
+    forward: `(*tensors, **static) -> (out, residuals)`: the fast path, which autograd does not
+        record. Residuals are further tensors that `backward` needs.
+    backward: `(grad, needs, tensors, residuals, **static) -> grads`: one entry per tensor, which
+        may be None where `needs` is False.
+    outputs: their number. With more than one, `out` and `grad` are tuples of that many tensors.
+    of_sum: `forward` takes `(x, residual, *leaves)`, of which the residual may be None. `formula`
+        and `backward` take `(x + residual, *leaves)` instead, and the last output is that sum. The
+        derivatives depend on x and the residual only through it, so backward keeps the sum alone.
+    fold: by default vmap calls the kernel once per example. `fold(batch_size, in_dims, tensors)`
+        returns the tensors of one call for all examples, where every tensor that the call returns
+        has a leading batch dimension; or None if there is no such call.
+    fold_backward: `(batch_size, needs, in_dims, saved)`: the same for `backward` and its arguments
+        (*grads, *tensors, *residuals). The call must return a gradient per example: None where it
+        would return a sum over the examples.
+    vmappable: `backward` is plain out-of-place torch, and vmap may differentiate it as it is.
     """
 
     name: str
@@ -56,14 +58,15 @@ class Op:
     forward: Callable[..., tuple[Any, tuple[Tensor, ...]]]
     backward: Callable[..., Sequence[Tensor | None]]
     outputs: int = 1
+    of_sum: bool = False
     fold: Callable[[int, Dims, Tensors], Tensors | None] | None = None
     fold_backward: Callable[[int, tuple[bool, ...], Dims, Tensors], Tensors | None] | None = None
     vmappable: bool = False
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
-    """An op with its static arguments bound; `eq=False` keeps it an opaque pytree leaf."""
+class BoundOp:
+    """An op with its static arguments; `eq=False` keeps it an opaque pytree leaf."""
 
     op: Op
     static: Mapping[str, Any]
@@ -72,7 +75,7 @@ class Call:
         return self.op.formula(*tensors, **self.static)
 
     def pack(self, tensors: Sequence[Tensor]) -> Any:
-        """Outputs, or their gradients, in the form that the op's functions speak."""
+        """Outputs or their gradients in the form that the op's functions use."""
         return tensors[0] if self.op.outputs == 1 else tuple(tensors)
 
     def unpack(self, out: Any) -> tuple[Tensor, ...]:
@@ -83,30 +86,23 @@ def run(op: Op, *tensors: Tensor | None, **static: Any) -> Any:
     """`op.formula(*tensors, **static)`, computed and differentiated by the op's fast paths."""
     check_hidden()
     if nested_forward_mode():
+        if op.of_sum:
+            tensors = (_sum(*tensors[:2]), *tensors[2:])
         return op.formula(*tensors, **static)
-    call = Call(op, static)
+    call = BoundOp(op, static)
     return call.pack(ForwardFunction.apply(call, *tensors)[: op.outputs])
 
 
-def run_of_sum(
-    op: Op, x: Tensor, residual: Tensor | None, *leaves: Tensor | None, **static: Any
-) -> Any:
-    """`op.formula(x + residual, *leaves, **static)`, whose last output is that sum; None adds 0.
-
-    Of such an op `forward` takes x and residual, `formula` and `backward` their sum.
-    """
-    check_hidden()
-    if nested_forward_mode():
-        return op.formula(x if residual is None else x + residual, *leaves, **static)
-    call = Call(op, static)
-    return call.pack(SumFunction.apply(call, x, residual, *leaves)[: op.outputs])
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b, where None is zero."""
+    return b if a is None else a if b is None else a + b
 
 
 def nested_forward_mode() -> bool:
     """Whether two or more `torch.func.jvp` levels are active (a jvp of a jvp, jacfwd of jacfwd).
 
     PyTorch runs a Function's `jvp` with forward mode switched off, so the outer level's tangent
-    would be dropped there without a word. Plain operations are right.
+    would silently be lost there. Plain operations are correct.
     """
     if not torch._C._are_functorch_transforms_active():
         return False
@@ -115,7 +111,7 @@ def nested_forward_mode() -> bool:
 
 
 def func_levels() -> list[Any]:
-    """The `torch.func` transforms that are active, outermost first: each has a key and a level."""
+    """The active `torch.func` transforms, outermost first; each has a key and a level."""
     return torch._C._functorch.get_interpreter_stack() or []
 
 
@@ -151,8 +147,8 @@ def push(fn: Callable[..., Any], primals: Tensors, tangents: Tensors) -> Any:
 
 
 def unexpanded(x: Tensor) -> Tensor:
-    """x itself, or contiguous if it is expanded: ``torch.func.jvp`` writes beside its primals, and
-    refuses one in which a place stands for several numbers."""
+    """x, or a contiguous copy if it is expanded: ``torch.func.jvp`` refuses primals of which
+    several elements share memory."""
     expanded = any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True))
     return x.contiguous() if expanded else x
 
@@ -167,7 +163,7 @@ def _replaced(values: Tensors, indices: Sequence[int], new: Sequence[Tensor]) ->
 def each_example(
     fn: Callable[..., Any], batch_size: int, in_dims: Dims, tensors: Tensors
 ) -> tuple[Tensor, ...]:
-    """`fn` (returning a tuple of tensors) once an example; the outputs stacked on dimension 0."""
+    """Calls `fn`, which returns a tuple of tensors, per example and stacks the outputs."""
     outs = []
     for i in range(batch_size):
         pairs = zip(tensors, in_dims, strict=True)
@@ -176,18 +172,18 @@ def each_example(
 
 
 def batch_first(x: Tensor, dim: int | None, batch_size: int) -> Tensor:
-    """x with its batch dimension in front, repeated there (as a view) if it has none."""
+    """x with its batch dimension first; if it has none, expanded (as a view)."""
     return x.expand(batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
 def fold_all(batch_size: int, in_dims: Dims, tensors: Tensors) -> Tensors:
-    """The `fold` of an op that takes all its tensors with the examples' dimension in front."""
+    """The `fold` of an op that takes all its tensors with a leading batch dimension."""
     pairs = zip(tensors, in_dims, strict=True)
     return tuple(t if t is None else batch_first(t, dim, batch_size) for t, dim in pairs)
 
 
 def fold_rows(inputs: int, batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
-    """Examples are more rows of the first tensors, if they share all others (weights, biases)."""
+    """Examples become further rows of the first tensors if they share the others (weights)."""
     if any(dim is not None for dim in dims[inputs:]):
         return None
     return fold_all(batch_size, dims[:inputs], tensors[:inputs]) + tensors[inputs:]
@@ -201,7 +197,7 @@ def fold_all_backward(
 
 
 def with_signature(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """Writes the signature of `forward` down, which `apply` else derives anew: 20 us a call."""
+    """Caches the signature of `forward`, which `apply` otherwise derives in each call (20 us)."""
     forward: Any = function.forward
     forward.__signature__ = inspect.signature(forward)
     return function
@@ -211,7 +207,7 @@ def _materialized(
     cotangents: Sequence[Tensor | None],
     outs: Sequence[tuple[torch.Size, torch.dtype, torch.device]],
 ) -> list[Tensor] | None:
-    """Zeros for the outputs that have no gradient; None if none has one."""
+    """The outputs' gradients, with zeros where there is none; None if no output has a gradient."""
     given = cotangents[: len(outs)]
     if all(cotangent is None for cotangent in given):
         return None
@@ -221,134 +217,88 @@ def _materialized(
     ]
 
 
+def _batched(
+    function: Any,
+    head: tuple[Any, ...],
+    folded: Tensors | None,
+    info: Any,
+    dims: Dims,
+    tensors: Tensors,
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The vmap rule of a Function of (*head, *tensors): one call if they fold, else one each."""
+    if folded is not None:
+        outs = function.apply(*head, *folded)
+    else:
+
+        def one(*example: Tensor | None) -> Any:
+            return function.apply(*head, *example)
+
+        outs = each_example(one, info.batch_size, dims, tensors)
+    return outs, (0,) * len(outs)
+
+
 @with_signature
 class ForwardFunction(torch.autograd.Function):
-    """(call, *tensors) -> (*outs, *residuals)."""
+    """(call, *tensors) -> (*outs, *residuals).
+
+    It saves the formula's arguments and the residuals. For an op of a sum without a residual the
+    sum is x itself, and backward adds the gradient of the last output to that of x.
+    """
 
     @staticmethod
-    def forward(call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(call: BoundOp, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         out, residuals = call.op.forward(*tensors, **call.static)
         return (*call.unpack(out), *residuals)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.call, tensors = inputs[0], inputs[1:]
-        outs, residuals = output[: ctx.call.op.outputs], output[ctx.call.op.outputs :]
-        ctx.count = len(tensors)
-        ctx.outs = [(x.shape, x.dtype, x.device) for x in outs]
-        ctx.save_for_backward(*tensors, *residuals)
-        ctx.save_for_forward(*tensors, *residuals)
+        ctx.call, *primals = inputs
+        op = ctx.call.op
+        outs, residuals = output[: op.outputs], output[op.outputs :]
+        if op.of_sum:
+            x, residual, *leaves = primals
+            primals = [x if residual is None else outs[-1], *leaves]
+        ctx.count = len(primals)
+        ctx.outs = [(out.shape, out.dtype, out.device) for out in outs]
+        ctx.save_for_backward(*primals, *residuals)
+        ctx.save_for_forward(*primals, *residuals)
         ctx.mark_non_differentiable(*residuals)
-        ctx.set_materialize_grads(False)  # residuals never get a gradient: make no zeros for them
+        ctx.set_materialize_grads(False)  # residuals have no gradient: allocate no zeros for them
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = tuple(ctx.needs_input_grad[1:])
+        asked = needs = tuple(ctx.needs_input_grad[1:])
+        of_sum = ctx.call.op.of_sum
+        if of_sum:
+            needs = (asked[0] or asked[1], *asked[2:])
         full = _materialized(cotangents, ctx.outs)
         if full is None or not any(needs):
-            return (None,) * (1 + ctx.count)
-        grads = iter(BackwardFunction.apply(ctx.call, needs, *full, *ctx.saved_tensors))
-        return (None, *(next(grads) if need else None for need in needs))
+            return (None,) * (1 + len(asked))
+        made = iter(BackwardFunction.apply(ctx.call, needs, *full, *ctx.saved_tensors))
+        grads = [next(made) if need else None for need in needs]
+        if of_sum:
+            grads.insert(0, grads[0])
+        return (None, *(g if need else None for g, need in zip(grads, asked, strict=True)))
 
     @staticmethod
     def jvp(ctx: Any, _call: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
+        if ctx.call.op.of_sum:
+            tangents = (_sum(*tangents[:2]), *tangents[2:])
         out = push(ctx.call.formula, saved[: ctx.count], tangents)
         return (*ctx.call.unpack(out), *(None for _ in saved[ctx.count :]))
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[Any, ...], call: Call, *tensors: Tensor | None
+        info: Any, in_dims: tuple[Any, ...], call: BoundOp, *tensors: Tensor | None
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         dims = in_dims[1:]
-        folded = call.op.fold and call.op.fold(info.batch_size, dims, tensors)
-        if folded:
-            outs = ForwardFunction.apply(call, *folded)
-        else:
-            outs = each_example(
-                lambda *example: ForwardFunction.apply(call, *example),
-                info.batch_size,
-                dims,
-                tensors,
-            )
-        return outs, (0,) * len(outs)
+        folded = call.op.fold(info.batch_size, dims, tensors) if call.op.fold else None
+        return _batched(ForwardFunction, (call,), folded, info, dims, tensors)
 
 
-@with_signature
-class SumFunction(torch.autograd.Function):
-    """(call, x, residual, *leaves) -> (*outs, total, *statistics) with total = x + residual.
-
-    Derivatives depend on x and residual through total alone: the op's formula and backward are of
-    (total, *leaves), and total is kept where `ForwardFunction` would keep x and residual. Without
-    a residual total is x, handed on: a gradient of it is then one that backward adds to that of x.
-    """
-
-    @staticmethod
-    def forward(
-        call: Call, x: Tensor, residual: Tensor | None, *leaves: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        outs, statistics = call.op.forward(x, residual, *leaves, **call.static)
-        return (*outs, *statistics)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.call, x, residual, *leaves = inputs
-        outs, statistics = output[: ctx.call.op.outputs], output[ctx.call.op.outputs :]
-        total = x if residual is None else outs[-1]
-        ctx.count = len(leaves)
-        ctx.outs = [(out.shape, out.dtype, out.device) for out in outs]
-        ctx.save_for_backward(total, *leaves, *statistics)
-        ctx.save_for_forward(total, *leaves, *statistics)
-        ctx.mark_non_differentiable(*statistics)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        of_x, of_residual, *of_leaves = ctx.needs_input_grad[1:]
-        needs = (of_x or of_residual, *of_leaves)
-        full = _materialized(cotangents, ctx.outs)
-        if full is None or not any(needs):
-            return (None,) * (3 + ctx.count)
-        grads = iter(BackwardFunction.apply(ctx.call, needs, *full, *ctx.saved_tensors))
-        of_total, *rest = (next(grads) if need else None for need in needs)
-        return (None, of_total if of_x else None, of_total if of_residual else None, *rest)
-
-    @staticmethod
-    def jvp(
-        ctx: Any,
-        _call: None,
-        dx: Tensor | None,
-        dresidual: Tensor | None,
-        *dleaves: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
-        moves = [t for t in (dx, dresidual) if t is not None]
-        dtotal = None if not moves else moves[0] if len(moves) == 1 else moves[0] + moves[1]
-        primals = ctx.saved_tensors[: 1 + ctx.count]
-        outs = push(ctx.call.formula, primals, (dtotal, *dleaves))
-        return (*outs, *(None for _ in ctx.saved_tensors[1 + ctx.count :]))
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[Any, ...],
-        call: Call,
-        x: Tensor,
-        residual: Tensor | None,
-        *leaves: Tensor | None,
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        dims, size, tensors = in_dims[1:], info.batch_size, (x, residual, *leaves)
-        if all(dim is None for dim in dims[2:]):  # examples are more rows
-            pair = fold_all(size, dims[:2], tensors[:2])
-            outs = SumFunction.apply(call, *pair, *leaves)
-        else:
-            outs = each_example(
-                lambda *example: SumFunction.apply(call, *example), size, dims, tensors
-            )
-        return outs, (0,) * len(outs)
-
-
-def _gradient(call: Call, needs: tuple[bool, ...]) -> Callable[..., tuple[Tensor, ...]]:
-    """What `BackwardFunction` computes, as a differentiable function of (*grads, *tensors)."""
+def _gradient(call: BoundOp, needs: tuple[bool, ...]) -> Callable[..., tuple[Tensor, ...]]:
+    """The gradients as a differentiable function of (*grads, *tensors), by the formula."""
     wanted = [i for i, need in enumerate(needs) if need]
     outputs = call.op.outputs
 
@@ -359,7 +309,7 @@ def _gradient(call: Call, needs: tuple[bool, ...]) -> Callable[..., tuple[Tensor
     return gradient
 
 
-def _first_order(call: Call, needs: tuple[bool, ...], *saved: Any) -> tuple[Tensor, ...]:
+def _first_order(call: BoundOp, needs: tuple[bool, ...], *saved: Any) -> tuple[Tensor, ...]:
     outputs = call.op.outputs
     residuals = outputs + len(needs)
     grads = call.op.backward(
@@ -379,10 +329,12 @@ def _first_order(call: Call, needs: tuple[bool, ...], *saved: Any) -> tuple[Tens
 
 @with_signature
 class BackwardFunction(torch.autograd.Function):
-    """(call, needs, *grads, *tensors, *residuals) -> the gradients that are needed."""
+    """(call, needs, *grads, *tensors, *residuals) -> the gradients that `needs` asks for."""
 
     @staticmethod
-    def forward(call: Call, needs: tuple[bool, ...], *saved: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        call: BoundOp, needs: tuple[bool, ...], *saved: Tensor | None
+    ) -> tuple[Tensor, ...]:
         return _first_order(call, needs, *saved)
 
     @staticmethod
@@ -413,36 +365,25 @@ class BackwardFunction(torch.autograd.Function):
     def vmap(
         info: Any,
         in_dims: tuple[Any, ...],
-        call: Call,
+        call: BoundOp,
         needs: tuple[bool, ...],
         *saved: Tensor | None,
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        dims = in_dims[2:]
-        fold = call.op.fold_backward
-        folded = fold and fold(info.batch_size, needs, dims, saved)
-        if folded:
-            outs = BackwardFunction.apply(call, needs, *folded)
-        elif call.op.vmappable:
-            # The fast backward takes residuals for constants: wrong where an outer level
-            # differentiates (torch.func.hessian, jacrev of jacrev).
-            if differentiated(saved):
-                primals = call.op.outputs + len(needs)
+        dims, fold = in_dims[2:], call.op.fold_backward
+        folded = fold(info.batch_size, needs, dims, saved) if fold else None
+        if folded is not None or not call.op.vmappable:
+            return _batched(BackwardFunction, (call, needs), folded, info, dims, saved)
+        primals = call.op.outputs + len(needs)
+        # The fast backward takes the residuals as constants, which is wrong where an outer level
+        # differentiates (torch.func.hessian, jacrev of jacrev).
+        exact = differentiated(saved)
 
-                def one(*example: Any) -> tuple[Tensor, ...]:
-                    return _gradient(call, needs)(*example[:primals])
-            else:
+        def one(*example: Any) -> tuple[Tensor, ...]:
+            if exact:
+                return _gradient(call, needs)(*example[:primals])
+            return _first_order(call, needs, *example)
 
-                def one(*example: Any) -> tuple[Tensor, ...]:
-                    return _first_order(call, needs, *example)
-
-            outs = torch.func.vmap(one, in_dims=dims, randomness=info.randomness)(*saved)
-        else:
-            outs = each_example(
-                lambda *example: BackwardFunction.apply(call, needs, *example),
-                info.batch_size,
-                dims,
-                saved,
-            )
+        outs = torch.func.vmap(one, in_dims=dims, randomness=info.randomness)(*saved)
         return outs, (0,) * len(outs)
 
 
@@ -454,12 +395,12 @@ _TRACING_MODES = (
 
 
 def can_read(tensor: Tensor) -> bool:
-    """Whether Python may look at the values: a real CPU tensor, not traced and not wrapped.
+    """Whether Python may read the values: of a CPU tensor that is neither traced nor wrapped.
 
-    On an accelerator reading would stall the stream, so the answer there is no.
+    On an accelerator the answer is no, because a read would stall the stream.
     """
     return (
-        not torch.compiler.is_compiling()  # first: Dynamo then sees none of what follows
+        not torch.compiler.is_compiling()  # first, so that Dynamo does not trace the rest
         and tensor.device.type == "cpu"
         and type(tensor) in (Tensor, torch.nn.Parameter)  # not fake, not functional, no subclass
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
@@ -468,18 +409,18 @@ def can_read(tensor: Tensor) -> bool:
 
 
 def shaped(y: Tensor, *shape: int) -> Tensor:
-    """y in this shape, in the same memory, yet no view: autograd lets nobody change a view that
-    came out of a Function in place, and models do change what a layer gave them."""
+    """y in this shape and the same memory, but not as a view: autograd forbids in-place changes of
+    a view that a Function returned, and models do change a layer's output in place."""
     return torch.ops.aten._unsafe_view(y, shape)
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """[..., D] as [rows, D]; the number of rows is said, since D may be 0."""
+    """[..., D] as [rows, D]; also for D = 0, where reshape cannot infer the rows."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What statistics are kept in: fp32, or fp64 for fp64."""
+    """The dtype of statistics: fp32, or fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -496,7 +437,7 @@ def check_floating(where: str, **tensors: Tensor | None) -> None:
 
 
 def check_device(where: str, first: str, a: Tensor, second: str, b: Tensor) -> None:
-    """ValueError unless two tensors live on one device."""
+    """ValueError unless two tensors are on one device."""
     if a.device != b.device:
         raise ValueError(
             f"{where}: {first} is on {a.device} but {second} is on {b.device}; "
