@@ -417,8 +417,8 @@ def test_a_gated_mlp_is_told_by_what_it_does() -> None:
         (Mlp(lambda t: F.gelu(t, approximate="tanh").clamp(max=1e12)), [None]),
     ]  # fmt: skip
     why = {
-        Sum: "no act(gate) * up", Residual: "result is not that", Softmax: "no act(gate) * up",
-        Chain: "not what it gives its input to",
+        Sum: "not compute act(gate) * up", Residual: "result is not that", Softmax: "not compute act(gate) * up",
+        Chain: "does not call each of the first ones",
     }  # fmt: skip
     x = torch.randn(3, 6)
     for module, want in cases:
