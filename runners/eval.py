@@ -36,12 +36,12 @@ from core import Batch, Forward, Logits, VLMConfig
 from core.batch import IGNORE
 from core.ranges import Range
 from params.tree import Tree
-from runners.data import digests
-from runners.data.collate import batch_documents
-from runners.data.encode import Encoder
-from runners.data.loader import Loader
-from runners.data.packing import PackSpec
-from runners.data.sources import open_files, open_sources
+from runners.data.encode.encoder import Encoder
+from runners.data.feeding.loader import Loader
+from runners.data.packing.collate import batch_documents
+from runners.data.packing.plan import PackSpec
+from runners.data.sources import digests
+from runners.data.sources.open import open_files, open_sources
 from runners.data.stats import majority_accuracy, readable
 from runners.data.types import BadRecordError, Conversation, Document, Source, Turn, alone, prompts
 from runners.shell.cli import guarded, parse

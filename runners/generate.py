@@ -14,10 +14,10 @@ from typing import Annotated, Literal
 
 from core import Batch
 from core.ranges import Range
-from runners.data.collate import collate
-from runners.data.encode import Encoder
-from runners.data.images import decode_all
-from runners.data.packing import PackSpec
+from runners.data.encode.encoder import Encoder
+from runners.data.encode.images import decode_all
+from runners.data.packing.collate import collate
+from runners.data.packing.plan import PackSpec
 from runners.data.types import (
     CONTINUED,
     IMAGE,

@@ -22,7 +22,7 @@ import torch
 import kernels
 from params import count, num_bytes, unflatten
 from params.disk import write_text
-from runners.data import digests
+from runners.data.sources import digests
 from runners.data.types import BadRecordError, alone, literal, spread, without_pictures
 from runners.eval import Evaluator, Report, evaluate, questions_of
 from runners.generate import answer

@@ -36,8 +36,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from runners.data.text import TextFiles
-from runners.data.tokenizer import load_tokenizer, sample_texts, train_tokenizer
+from runners.data.encode.tokenizer import load_tokenizer, sample_texts, train_tokenizer
+from runners.data.sources.text import TextFiles
 from runners.data.types import spread
 from runners.shell.cli import INTERRUPTED
 from runners.training.checkpoints import open_run

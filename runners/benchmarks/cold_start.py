@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runners.data.tokenizer import train_tokenizer
+from runners.data.encode.tokenizer import train_tokenizer
 from runners.shell import kernel_cache
 
 STEPS = 14  # lines of the log that are waited for

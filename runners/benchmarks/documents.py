@@ -13,10 +13,10 @@ import torch
 
 from core import Batch, Bounds, VLMConfig, make_batch
 from runners.benchmarks.pictures import MARK, Pictures
-from runners.data.collate import collate
-from runners.data.images import ImageSpec
-from runners.data.packing import WINDOW, PackSpec, choose_row, plan_spec
-from runners.data.sources import open_sources
+from runners.data.encode.images import ImageSpec
+from runners.data.packing.collate import collate
+from runners.data.packing.plan import WINDOW, PackSpec, choose_row, plan_spec
+from runners.data.sources.open import open_sources
 from runners.data.types import (
     NO_LABEL,
     Conversation,

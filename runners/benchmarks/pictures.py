@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from core import VLMConfig
-from runners.data.images import ImageSpec, patchify
+from runners.data.encode.images import ImageSpec, patchify
 from runners.data.types import NO_LABEL, Document
 from runners.training.setup import image_spec
 

@@ -27,8 +27,8 @@ from core import VLMConfig, config_from_dict
 from params import load_params, num_bytes, save_params
 from params.disk import make_folder, write_text
 from params.tree import Tree
-from runners.data.digests import TOKENIZER
-from runners.data.tokenizer import ChatTokenizer
+from runners.data.encode.tokenizer import ChatTokenizer
+from runners.data.sources.digests import TOKENIZER
 from runners.shell.cli import explained
 from runners.shell.errors import UserError
 from runners.shell.jsonfile import read_object

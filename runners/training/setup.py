@@ -15,16 +15,21 @@ import torch
 from core import Batch, Bounds, VLMConfig, check_batch
 from params import flatten
 from params.tree import Tree
-from runners.data import digests
-from runners.data.digests import TOKENIZER
-from runners.data.encode import Encoder
-from runners.data.images import Augment, ImageSpec
-from runners.data.loader import Loader
-from runners.data.packing import PackSpec, plan_spec
-from runners.data.sources import Sources, open_sources
-from runners.data.tokenizer import ChatTokenizer, load_tokenizer, sample_texts, train_tokenizer
+from runners.data.encode.encoder import Encoder
+from runners.data.encode.images import Augment, ImageSpec
+from runners.data.encode.tokenizer import (
+    ChatTokenizer,
+    load_tokenizer,
+    sample_texts,
+    train_tokenizer,
+)
+from runners.data.feeding.loader import Loader
+from runners.data.feeding.workers import check_workers, cores
+from runners.data.packing.plan import PackSpec, plan_spec
+from runners.data.sources import digests
+from runners.data.sources.digests import TOKENIZER
+from runners.data.sources.open import Sources, open_sources
 from runners.data.types import BadRecordError, Document, Source, spread
-from runners.data.workers import check_workers, cores
 from runners.shell.cli import explained
 from runners.shell.errors import UserError
 from runners.shell.kernel_cache import keep_compiled

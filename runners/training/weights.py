@@ -17,8 +17,8 @@ from params import init_params, load_params, save_params
 from params.disk import make_folder, write_text
 from params.files import locate
 from params.tree import Tree, map_with_path, merge
-from runners.data import digests
-from runners.data.split import digest_of, file_digest
+from runners.data.sources import digests
+from runners.data.sources.split import digest_of, file_digest
 from runners.shell.cli import explained
 from runners.shell.errors import UserError
 from runners.shell.jsonfile import read_object

@@ -417,7 +417,7 @@ def test_a_gated_mlp_is_told_by_what_it_does() -> None:
         (Mlp(lambda t: F.gelu(t, approximate="tanh").clamp(max=1e12)), [None]),
     ]  # fmt: skip
     why = {
-        Sum: "not compute act(gate) * up", Residual: "result is not that", Softmax: "not compute act(gate) * up",
+        Sum: "not compute act(gate)", Softmax: "not compute act(gate)", Residual: "not that of the",
         Chain: "does not call each of the first ones",
     }  # fmt: skip
     x = torch.randn(3, 6)

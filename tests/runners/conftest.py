@@ -12,7 +12,7 @@ from rich.console import Console
 
 import runners.training.compose
 import runners.training.setup
-from runners.data.tokenizer import ChatTokenizer, train_tokenizer
+from runners.data.encode.tokenizer import ChatTokenizer, train_tokenizer
 from runners.train import train
 from runners.training.config import TrainConfig
 from runners.training.metrics import Display

@@ -12,7 +12,7 @@ import torch
 from core import vlm
 from params import flatten, load_params, unflatten
 from params.int8 import dequantize_weight, quantize_weight
-from runners.data.digests import DATA
+from runners.data.sources.digests import DATA
 from runners.eval import open_evaluator
 from runners.shell.errors import UserError
 from runners.train import train

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from params import flatten
-from runners.data.collate import collate
+from runners.data.packing.collate import collate
 from runners.train import train
 from runners.training.config import TrainConfig
 from runners.training.metrics import Display, read_metrics

@@ -15,7 +15,7 @@ import torch
 
 from core import config_from_dict
 from params import init_params
-from runners.data.tokenizer import train_tokenizer
+from runners.data.encode.tokenizer import train_tokenizer
 from runners.shell.errors import UserError
 from runners.training.checkpoints import (
     check_room,

@@ -17,8 +17,8 @@ import torch
 from params import init_params
 from runners import eval as evaluation
 from runners import generate
-from runners.data import digests
-from runners.data.tokenizer import load_tokenizer
+from runners.data.encode.tokenizer import load_tokenizer
+from runners.data.sources import digests
 from runners.eval import open_evaluator
 from runners.shell.cli import UsageError
 from runners.shell.errors import UserError

@@ -19,9 +19,9 @@ from runners.benchmarks.clock import CpuClock
 from runners.benchmarks.documents import Documents, batches_of
 from runners.benchmarks.steps import bench
 from runners.benchmarks.training import TrainBenchConfig
-from runners.data.loader import Loader
-from runners.data.sources import open_sources
-from runners.data.tokenizer import ChatTokenizer, sample_texts, train_tokenizer
+from runners.data.encode.tokenizer import ChatTokenizer, sample_texts, train_tokenizer
+from runners.data.feeding.loader import Loader
+from runners.data.sources.open import open_sources
 from runners.data.types import Document
 from runners.shell.cli import UsageError
 from runners.shell.errors import UserError

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from runners import eval as evaluation
-from runners.data import digests
-from runners.data.sources import open_sources
+from runners.data.sources import digests
+from runners.data.sources.open import open_sources
 from runners.shell.errors import UserError
 from runners.train import train
 from runners.training.config import TrainConfig, model_config

@@ -17,13 +17,13 @@ from PIL import Image
 from core import Rule
 from params.tree import Tree
 from runners import eval as evaluation
-from runners.data.collate import batch_documents
-from runners.data.encode import Encoder
-from runners.data.images import ImageSpec
-from runners.data.loader import Loader
-from runners.data.packing import plan_spec
-from runners.data.sources import open_sources
-from runners.data.tokenizer import train_tokenizer
+from runners.data.encode.encoder import Encoder
+from runners.data.encode.images import ImageSpec
+from runners.data.encode.tokenizer import train_tokenizer
+from runners.data.feeding.loader import Loader
+from runners.data.packing.collate import batch_documents
+from runners.data.packing.plan import plan_spec
+from runners.data.sources.open import open_sources
 from runners.data.types import Conversation, Document, Turn, alone
 from runners.eval import Evaluator, Question, _score, open_evaluator, questions
 from runners.generate import answer

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from core import make_batch
-from runners.data.collate import collate
+from runners.data.packing.collate import collate
 from runners.training.config import TrainConfig, model_config
 from runners.training.flops import Load, measure_load, peak_flops, training_flops
 from runners.training.setup import prepare, sample_documents

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from core import check_batch
-from runners.data.sources import open_sources
-from runners.data.tokenizer import train_tokenizer
+from runners.data.encode.tokenizer import train_tokenizer
+from runners.data.sources.open import open_sources
 from runners.shell.errors import UserError
 from runners.training.budget import check_memory, memory_of
 from runners.training.config import TrainConfig, model_config

@@ -15,7 +15,7 @@ from core import Batch
 from core.batch import IGNORE
 from params import flatten, init_params
 from params.tree import Tree
-from runners.data.collate import collate
+from runners.data.packing.collate import collate
 from runners.shell.errors import UserError
 from runners.training.compose import choose_backends, compose, is_compiled, is_graphed
 from runners.training.config import TrainConfig, model_config

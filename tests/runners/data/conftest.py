@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runners.data.encode import Encoder
-from runners.data.images import ImageSpec
-from runners.data.shapes import Shapes
-from runners.data.tokenizer import ChatTokenizer, sample_texts, train_tokenizer
+from runners.data.encode.encoder import Encoder
+from runners.data.encode.images import ImageSpec
+from runners.data.encode.tokenizer import ChatTokenizer, sample_texts, train_tokenizer
+from runners.data.sources.shapes import Shapes
 
 WriteLlava = Callable[..., Path]
 

@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runners.data.encode import Encoder, item_seed
-from runners.data.images import Augment, ImageSpec, patchify
-from runners.data.shapes import Shapes
-from runners.data.tokenizer import ChatTokenizer
+from runners.data.encode.encoder import Encoder, item_seed
+from runners.data.encode.images import Augment, ImageSpec, patchify
+from runners.data.encode.tokenizer import ChatTokenizer
+from runners.data.sources.shapes import Shapes
 from runners.data.types import CONTINUED, BadRecordError, Conversation, Turn
 from runners.shell.errors import UserError
 

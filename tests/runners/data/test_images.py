@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
-from runners.data import images
-from runners.data.images import Augment, ImageSpec, decode, fit, patchify
-from runners.data.types import BadRecordError
+import core
+from runners.data.encode import images
+from runners.data.encode.images import Augment, ImageSpec, decode, fit, patchify
+from runners.data.types import NO_LABEL, BadRecordError
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -38,6 +40,12 @@ def test_patches_come_in_merge_order(p: int, m: int, rows: int, columns: int):
     for patch, (row, column) in zip(patches, expected, strict=True):
         part = image[row * p : (row + 1) * p, column * p : (column + 1) * p]
         assert np.array_equal(patch.reshape(3, p, p), part.transpose(2, 0, 1))
+    # workers do without torch, so there are two of each
+    theirs = core.patchify(torch.from_numpy(image).permute(2, 0, 1), p, m)
+    assert all(
+        np.array_equal(a, b.numpy()) for a, b in zip((patches, positions), theirs, strict=True)
+    )
+    assert NO_LABEL == core.batch.IGNORE
 
 
 def test_square_fit_takes_every_size_and_keeps_the_right_one():

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runners.data.images import check_pixels
-from runners.data.llava import Llava
+from runners.data.encode.images import check_pixels
+from runners.data.sources.llava import Llava
 from runners.data.stats import readable
 from runners.data.types import BadRecordError, Turn, questions_and_answers
 from runners.shell.errors import UserError

@@ -18,18 +18,18 @@ from typing import Any
 import pytest
 import torch
 
-from runners.data.collate import Batch
-from runners.data.columns import results_of
-from runners.data.encode import Encoder
-from runners.data.images import Augment, ImageSpec
-from runners.data.llava import Llava
-from runners.data.loader import Loader
-from runners.data.packing import PackSpec
-from runners.data.shapes import Shapes
-from runners.data.text import TextFiles
-from runners.data.tokenizer import ChatTokenizer
+from runners.data.encode.encoder import Encoder
+from runners.data.encode.images import Augment, ImageSpec
+from runners.data.encode.tokenizer import ChatTokenizer
+from runners.data.feeding.columns import results_of
+from runners.data.feeding.loader import Loader
+from runners.data.feeding.workers import Workers, pickled_job
+from runners.data.packing.collate import Batch
+from runners.data.packing.plan import PackSpec
+from runners.data.sources.llava import Llava
+from runners.data.sources.shapes import Shapes
+from runners.data.sources.text import TextFiles
 from runners.data.types import Conversation, Turn
-from runners.data.workers import Workers, pickled_job
 from runners.shell import process, wire
 from runners.shell.errors import UserError
 from runners.shell.wire import Gone
@@ -400,7 +400,7 @@ def test_a_worker_that_dies_is_reported(encoder: Encoder):
 
 def test_signals_that_end_a_run_are_left_to_its_owner():
     """From the first moment on; SIGKILL is told by name."""
-    link, popen = process.start("runners.data.worker")
+    link, popen = process.start("runners.data.feeding.worker")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         popen.send_signal(number)
     link.send(pickle.dumps((Shapes(size=32), len, None)))
@@ -420,7 +420,7 @@ def test_processes_end_with_their_owner_while_they_start():
     code = """
     import os
     from runners.shell import process
-    started = [process.start("runners.data.worker", group=i == 0) for i in range(3)]
+    started = [process.start("runners.data.feeding.worker", group=i == 0) for i in range(3)]
     print(*[popen.pid for _, popen in started], flush=True)
     os.kill(os.getpid(), 9)
     """
@@ -440,7 +440,7 @@ def test_processes_end_with_their_owner_while_they_start():
 def test_more_workers_than_could_help_are_refused(
     encoder: Encoder, spec: PackSpec, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("runners.data.workers.cores", lambda: 2)
+    monkeypatch.setattr("runners.data.feeding.workers.cores", lambda: 2)
     Loader(Shapes(size=32), encoder, spec, workers=8)
     with pytest.raises(UserError, match="9 workers are too many: 8 are 4 for each of the 2 cores"):
         Loader(Shapes(size=32), encoder, spec, workers=9)
@@ -451,8 +451,10 @@ def test_a_system_without_room_for_a_process_is_named(monkeypatch: pytest.Monkey
         raise BlockingIOError(11, os.strerror(11))
 
     monkeypatch.setattr(subprocess, "Popen", full)
-    with pytest.raises(UserError, match=r"runners\.data\.worker \(Resource temp.*fewer workers"):
-        process.start("runners.data.worker")
+    with pytest.raises(
+        UserError, match=r"runners\.data\.feeding\.worker \(Resource temp.*fewer workers"
+    ):
+        process.start("runners.data.feeding.worker")
 
 
 def test_workers_end_when_closed(encoder: Encoder):
@@ -471,7 +473,7 @@ def deadly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], A
         (tmp_path / "deadly.py").write_text(
             textwrap.dedent(f"""
             import os, time
-            from runners.data.shapes import Shapes
+            from runners.data.sources.shapes import Shapes
             class Deadly(Shapes):
                 def __getitem__(self, index):
                     if index == 60:
@@ -566,7 +568,8 @@ def test_a_batch_stays_as_it_is_for_as_long_as_a_part_of_it_is_held(
 
 
 def test_other_processes_do_without_torch():
-    code = "import sys, runners.data.packer, runners.data.worker; print('torch' in sys.modules)"
+    modules = "runners.data.feeding.packer, runners.data.feeding.worker"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (ended.stdout, ended.stderr) == ("False\n", "")
 
@@ -576,12 +579,12 @@ def test_a_script_may_end_without_closing(tmp_path: Path, end: str, status: int)
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent("""
-        from runners.data.encode import Encoder
-        from runners.data.loader import Loader
-        from runners.data.packing import PackSpec
-        from runners.data.images import ImageSpec
-        from runners.data.shapes import Shapes
-        from runners.data.tokenizer import train_tokenizer
+        from runners.data.encode.encoder import Encoder
+        from runners.data.feeding.loader import Loader
+        from runners.data.packing.plan import PackSpec
+        from runners.data.encode.images import ImageSpec
+        from runners.data.sources.shapes import Shapes
+        from runners.data.encode.tokenizer import train_tokenizer
         images = ImageSpec(8, 32)
         encode = Encoder(train_tokenizer(["words"]), images, max_tokens=512)
         spec = PackSpec(512, 1, 9, max_images=9, max_patches=144, images=images)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from runners.data.collate import batch_documents, collate
-from runners.data.encode import Encoder
-from runners.data.images import ImageSpec
-from runners.data.packing import Budget, PackSpec, choose_row, plan_spec
-from runners.data.shapes import Shapes
+from runners.data.encode.encoder import Encoder
+from runners.data.encode.images import ImageSpec
+from runners.data.packing.collate import batch_documents, collate
+from runners.data.packing.plan import Budget, PackSpec, choose_row, plan_spec
+from runners.data.sources.shapes import Shapes
 from runners.data.types import Cost, Document
 from runners.shell.errors import UserError
 from runners.training.setup import whole_pictures

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runners.data.questions import KINDS
-from runners.data.shapes import COLOURS, GROUND, SHAPES, Shapes, mask
+from runners.data.sources.questions import KINDS
+from runners.data.sources.shapes import COLOURS, GROUND, SHAPES, Shapes, mask
 from runners.data.stats import answers_by_kind, majority_accuracy
 from runners.data.types import alone, questions_and_answers
 from runners.shell.errors import UserError

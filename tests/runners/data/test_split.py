@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runners.data.split import WHOLE, digest_of, fingerprints, groups_of, hold_out
+from runners.data.sources.split import WHOLE, digest_of, fingerprints, groups_of, hold_out
 
 
 @pytest.mark.parametrize("most", [1, 5, 400])

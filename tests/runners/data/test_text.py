@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from runners.data.encode import Encoder
-from runners.data.text import MAX_BYTES, TextFiles, num_bytes
-from runners.data.tokenizer import ChatTokenizer
+from runners.data.encode.encoder import Encoder
+from runners.data.encode.tokenizer import ChatTokenizer
+from runners.data.sources.text import MAX_BYTES, TextFiles, num_bytes
 from runners.data.types import CONTINUED
 from runners.shell.errors import UserError
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from runners.data.shapes import Shapes
-from runners.data.tokenizer import (
+from runners.data.encode.tokenizer import (
     SPECIALS,
     ChatTokenizer,
     load_tokenizer,
     sample_texts,
     train_tokenizer,
 )
+from runners.data.sources.shapes import Shapes
 from runners.data.types import BadRecordError
 from runners.shell.errors import UserError
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from runners.data.columns import results_of, send_results
+from runners.data.feeding.columns import results_of, send_results
 from runners.data.types import BadRecordError, Document
 from runners.shell.wire import Gone, Link, Shapes
 

@@ -10,9 +10,9 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from runners.data.columns import results_of
+from runners.data.feeding.columns import results_of
+from runners.data.feeding.worker import encode_item
 from runners.data.types import Encode, Request, Result, Source
-from runners.data.worker import encode_item
 from runners.shell import process
 from runners.shell.errors import UserError
 from runners.shell.wire import Gone, Link
@@ -74,7 +74,7 @@ class Workers:
         for _ in range(count):
             if gone.poll(0):
                 raise Gone
-            self._processes.append(process.start("runners.data.worker"))
+            self._processes.append(process.start("runners.data.feeding.worker"))
             self._processes[-1].link.most = max(AHEAD, BLOCKS // count)
             wait = select.poll()
             wait.register(self._processes[-1].link, select.POLLIN)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from params.disk import write_text
-from runners.data.split import digest_of, file_digest
+from runners.data.sources.split import digest_of, file_digest
 from runners.shell.cli import explained
 from runners.shell.errors import UserError
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from runners.data.layout import Rows, batch_shapes, lay_out
-from runners.data.packing import WINDOW, PackSpec, choose_row
+from runners.data.packing.layout import Rows, batch_shapes, lay_out
+from runners.data.packing.plan import WINDOW, PackSpec, choose_row
 from runners.data.types import Document
 from runners.shell.wire import Arrays
 

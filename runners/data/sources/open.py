@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from core import VLMConfig
-from runners.data.digests import Digest
-from runners.data.llava import Llava
-from runners.data.shapes import COLOURS, SHAPES, VERSION, Shapes
-from runners.data.split import digest_of, file_digest
-from runners.data.text import TextFiles, num_bytes
+from runners.data.sources.digests import Digest
+from runners.data.sources.llava import Llava
+from runners.data.sources.shapes import COLOURS, SHAPES, VERSION, Shapes
+from runners.data.sources.split import digest_of, file_digest
+from runners.data.sources.text import TextFiles, num_bytes
 from runners.data.types import Source, Together, questions_and_answers
 from runners.shell.errors import UserError
 from runners.training.config import TrainConfig

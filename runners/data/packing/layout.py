@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runners.data.packing import PackSpec
+from runners.data.packing.plan import PackSpec
 from runners.data.types import NO_LABEL, Document
 from runners.shell.errors import UserError
 from runners.shell.wire import Arrays, Shapes

@@ -10,8 +10,8 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from runners.data.encode.vocabulary import part
 from runners.data.types import BadRecordError, Source, literal, spread, without_pictures
-from runners.data.vocabulary import part
 from runners.shell.errors import UserError
 
 PAD, USER, ASSISTANT, END, IMAGE_TOKEN = SPECIALS = (

@@ -22,7 +22,7 @@ from functools import cached_property
 from math import ceil
 from typing import NamedTuple
 
-from runners.data.images import ImageSpec
+from runners.data.encode.images import ImageSpec
 from runners.data.types import Cost, Document
 
 WINDOW = 256

@@ -10,9 +10,9 @@ import copy
 import logging
 import pickle
 
-from runners.data.layout import batch_shapes, lay_out
-from runners.data.stream import State, Stream
-from runners.data.workers import Workers
+from runners.data.feeding.stream import State, Stream
+from runners.data.feeding.workers import Workers
+from runners.data.packing.layout import batch_shapes, lay_out
 from runners.shell.wire import Link
 
 Job = tuple[Stream, State, bytes, int, int, int]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runners.data.encoding import decoded
+from runners.data.sources.utf8 import decoded
 from runners.data.types import IMAGE, BadRecordError, Turn, num_pictures
 from runners.shell.errors import UserError, printable
 

@@ -12,10 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from runners.data.images import check_pixels, decode
-from runners.data.paths import DataFolder
-from runners.data.records import Record, load_json, parse_record
-from runners.data.split import digest_of, fingerprints, groups_of, hold_out, shuffled, unique
+from runners.data.encode.images import check_pixels, decode
+from runners.data.sources.paths import DataFolder
+from runners.data.sources.records import Record, load_json, parse_record
+from runners.data.sources.split import (
+    digest_of,
+    fingerprints,
+    groups_of,
+    hold_out,
+    shuffled,
+    unique,
+)
 from runners.data.stats import MAX_BAD
 from runners.data.types import (
     BadRecordError,

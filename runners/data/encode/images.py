@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
-from runners.data.pixels import orientation_of, to_rgb, without_metadata
+from runners.data.encode.pixels import orientation_of, to_rgb, without_metadata
 from runners.data.types import BadRecordError
 
 # A closed list: Pillow also knows formats whose decoders start other programs (EPS).

@@ -8,13 +8,13 @@ import pickle
 from collections.abc import Generator, Iterator
 from typing import Any
 
-from runners.data.collate import Batch, collate
-from runners.data.packers import Packer
-from runners.data.packing import WINDOW, PackSpec
+from runners.data.feeding.packers import Packer
+from runners.data.feeding.stream import State, Stream
+from runners.data.feeding.workers import check_workers, feed_here, pickled_job
+from runners.data.packing.collate import Batch, collate
+from runners.data.packing.plan import WINDOW, PackSpec
 from runners.data.stats import Stats
-from runners.data.stream import State, Stream
 from runners.data.types import Encode, Source
-from runners.data.workers import check_workers, feed_here, pickled_job
 from runners.shell.errors import UserError
 
 

@@ -8,8 +8,8 @@ import threading
 import weakref
 from collections.abc import Iterator
 
-from runners.data.collate import Batch, as_tensors
-from runners.data.stream import State, Stream
+from runners.data.feeding.stream import State, Stream
+from runners.data.packing.collate import Batch, as_tensors
 from runners.shell import process
 from runners.shell.errors import UserError
 from runners.shell.wire import Gone
@@ -27,7 +27,7 @@ class Packer:
     def __init__(
         self, stream: Stream, job: bytes, state: State, workers: int, prefetch: int
     ) -> None:
-        self._process = process.start("runners.data.packer", group=True)
+        self._process = process.start("runners.data.feeding.packer", group=True)
         # Also runs at exit, and when the owner forgets.
         self.close = weakref.finalize(self, process.close, [self._process], group=True)
         level = logging.getLogger("runners").getEffectiveLevel()

@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from runners.data.questions import KINDS, PLACES, QA, Scene, Thing
+from runners.data.sources.questions import KINDS, PLACES, QA, Scene, Thing
 from runners.data.types import IMAGE, Conversation, Turn
 from runners.shell.errors import UserError
 

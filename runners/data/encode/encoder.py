@@ -14,8 +14,8 @@ import random
 
 import numpy as np
 
-from runners.data.images import Augment, ImageSpec, fit, patchify
-from runners.data.tokenizer import ChatTokenizer
+from runners.data.encode.images import Augment, ImageSpec, fit, patchify
+from runners.data.encode.tokenizer import ChatTokenizer
 from runners.data.types import (
     CONTINUED,
     IMAGE,

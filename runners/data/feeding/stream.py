@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from runners.data.packing import PackSpec, choose_row
+from runners.data.packing.plan import PackSpec, choose_row
 from runners.data.stats import Stats
 from runners.data.types import BadRecordError, Document, Request, Result
 from runners.shell.errors import UserError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pickle
 
-from runners.data.columns import send_results
-from runners.data.encode import item_seed
+from runners.data.encode.encoder import item_seed
+from runners.data.feeding.columns import send_results
 from runners.data.types import BadRecordError, Encode, Request, Result, Source
 from runners.shell.wire import Link
 

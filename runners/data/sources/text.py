@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runners.data.encoding import BOM, decoded
-from runners.data.split import digest_of, groups_of, hold_out, shuffled, unique
+from runners.data.sources.split import digest_of, groups_of, hold_out, shuffled, unique
+from runners.data.sources.utf8 import BOM, decoded
 from runners.data.types import CONTINUED, Conversation, Turn
 from runners.shell.errors import UserError
 

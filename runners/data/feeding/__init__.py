@@ -1,0 +1,1 @@
+"""Loaders: encoding and packing in processes beside training."""

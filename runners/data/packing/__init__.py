@@ -1,0 +1,1 @@
+"""From documents to rows and batches of static shapes."""

@@ -1,0 +1,1 @@
+"""Sources of records: the shapes task, LLaVA files, plain text; their digests and splits."""
