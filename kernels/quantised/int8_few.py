@@ -2,35 +2,28 @@
 # mypy: allow-untyped-defs
 """`int8_linear` of few rows, in Triton: bound by reading the weight.
 
-Every byte of it goes from memory to registers in 16-byte loads, all under way at once, is widened
-there, and meets the rows of x in tensor cores. Nothing passes through shared memory but the sums of
-a program's warps, which divide the columns among them.
+The weight goes from memory to registers in 16-byte loads, all in flight at once, is widened there,
+and meets the rows of x in tensor cores. The warps of a program divide the columns; only their sums
+pass through shared memory.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.runtime.launch import (
-    IN_INTERPRETER,
-    capability,
-    dot,
-    jit,
-    launch,
-    processors,
-    tl,
-    triton,
-)
+from kernels.quantised.int8_matmul import launch_early, scaled
+from kernels.runtime.launch import IN_INTERPRETER, capability, dot, jit, processors, tl, triton
 
 ONE_BLOCK = 2048  # entries of a row that `int8_linear_row_kernel` takes
 
 
 @jit
 def _widened(w, x):
-    """The int8 w in x's dtype: every int8 is a bf16 exactly."""
+    """The int8 w in x's dtype, which is exact: bf16 has 8 bits."""
     if IN_INTERPRETER:  # whose int8 to bf16 keeps the bits
         return w.to(tl.float32)
     return w.to(x.dtype)
@@ -47,8 +40,8 @@ def _weights(
     HALVES: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """[STEPS * HALVES * WARPS * 32, 16] weights: 16 bytes a thread, a tile of one tensor core
-    instruction a warp. Rows from `valid` and columns from `inner` on are 0."""
+    """[STEPS * HALVES * WARPS * 32, 16] weights: 16 bytes per thread, the tile of one tensor core
+    instruction per warp. Rows from `valid` and columns from `inner` on are 0."""
     p = tl.arange(0, STEPS * HALVES * WARPS * 32)  # step, half, warp, eighth, quarter
     row = p // (32 * WARPS) % HALVES * 8 + p // 4 % 8
     step = p // (32 * WARPS * HALVES)
@@ -70,7 +63,7 @@ def _rows_of_x(
     WARPS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """[STEPS * 2 * WARPS * 32, 8] entries of x: those that the thread's weights meet."""
+    """[STEPS * 2 * WARPS * 32, 8] entries of x: per thread, those of its weights' columns."""
     p = tl.arange(0, STEPS * 2 * WARPS * 32)  # step, t, warp, eighth, quarter
     row = (p // 4 % 8)[:, None]
     step = p // (64 * WARPS)
@@ -91,10 +84,10 @@ def _add_dot(
     WARPS: tl.constexpr,
     HALVES: tl.constexpr,
 ):
-    """acc [WARPS, 8 * HALVES, 8] += weights . x, every warp on columns of its own."""
-    # A thread of a tensor core instruction holds columns 4q..4q+3 and 16+4q..19+4q of 32. Sums do
-    # not mind the order of their terms: with the same permutation of the columns in both operands,
-    # these are 16 neighbours in memory, and nothing moves between threads.
+    """acc [WARPS, 8 * HALVES, 8] += weights . x, each warp on its own columns."""
+    # A thread of a tensor core instruction holds columns 4q..4q+3 and 16+4q..19+4q of 32. A sum may
+    # take its terms in any order: under the same permutation of columns in both operands, these are
+    # 16 neighbours in memory, and nothing moves between threads.
     x = x.reshape(STEPS, 2, WARPS, 8, 4, 2, 4)  # step t warp eighth q half four
     x = x.permute(2, 0, 1, 5, 4, 6, 3).reshape(WARPS, STEPS * 64, 8)
     w = raw.reshape(STEPS, HALVES, WARPS, 8, 4, 2, 2, 4)  # step halves warp eighth q t half four
@@ -109,6 +102,7 @@ def int8_linear_row_kernel(
     scale_ptr,  # [outs]
     bias_ptr,  # [outs] or None
     out_ptr,  # [outs]
+    rows,  # 1
     outs,
     inner,
     SIZE: tl.constexpr,
@@ -116,7 +110,7 @@ def int8_linear_row_kernel(
     EVEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """SIZE outputs of one row by multiply and add, a row of the weight being one block."""
+    """SIZE outputs of one row by multiply and add; a block holds a row of the weight."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     col = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
@@ -131,7 +125,7 @@ def int8_linear_row_kernel(
     scale = tl.load(scale_ptr + col, mask=known, other=0.0, cache_modifier=".cg").to(tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + col, mask=known, other=0.0, cache_modifier=".cg").to(tl.float32)
-    if PDL:  # leaves alone are read before, and past L1: see `int8_linear_few_kernel`
+    if PDL:  # only leaves are read before this, and past L1: see `int8_linear_few_kernel`
         tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + k, mask=k < inner, other=0.0).to(tl.float32)
     y = tl.sum(w.to(tl.float32) * x[None, :], 1) * scale
@@ -157,9 +151,9 @@ def int8_linear_few_kernel(
     EVEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """8 * HALVES outputs of up to 8 rows a program; its warps divide the columns.
+    """8 * HALVES outputs of up to 8 rows per program; its warps divide the columns.
 
-    CHUNKS times STEPS * WARPS * 64 columns, the next chunk under way while one is multiplied.
+    CHUNKS times STEPS * WARPS * 64 columns; the next chunk loads while one is multiplied.
     EVEN: nothing to mask.
     """
     if PDL:
@@ -174,13 +168,13 @@ def int8_linear_few_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + col, mask=col < outs, other=0.0, cache_modifier=".cg")
     if PDL:
-        # Leaves were read while the kernel ahead may still run: it makes x, and no leaf. (One that
-        # makes leaves and lets others start early would be a mistake; torch's own do not. After
-        # those this starts when they have left, but without the usual flush of L1: hence .cg.)
+        # Leaves were read while the kernel ahead may still run: it makes x, and no leaf. (A kernel
+        # that makes leaves must not let others start early; torch's own do not. After those, this
+        # one starts when they have ended, but without the usual flush of L1: hence .cg.)
         tl.extra.cuda.gdc_wait()
     x = _rows_of_x(x_ptr, 0, rows, inner, STEPS, WARPS, EVEN)
     acc = tl.zeros([WARPS, size, 8], tl.float32)
-    for i in tl.static_range(CHUNKS):  # unrolled: a chunk that a loop carried would be unpacked
+    for i in tl.static_range(CHUNKS):  # unrolled: a loop would unpack the chunk that it carries
         if i + 1 < CHUNKS:
             begin = (i + 1) * chunk
             next_raw = _weights(weight_ptr, begin, outs - first, inner, STEPS, WARPS, HALVES, EVEN)
@@ -214,12 +208,12 @@ def int8_linear_rows_kernel(
     EVEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """All rows times BN rows of the weight, widened on their way."""
+    """All rows times BN rows of the weight, widened in registers."""
     row = tl.arange(0, BM)
     col = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
     base = weight_ptr + tl.minimum(col, outs - 1).to(tl.int64) * inner
-    # rows beyond the last are the last again: a mask would keep the pipeline from loading x
+    # rows beyond the last repeat it: a mask would keep x out of the pipeline
     x_ptrs = x_ptr + tl.minimum(row, rows - 1)[:, None] * inner + k[None, :]
     weight_ptrs = base[:, None] + k[None, :]
     if PDL:
@@ -243,13 +237,11 @@ def int8_linear_rows_kernel(
             acc = dot(x, w.T, acc, "tf32")
         weight_ptrs += BK
         x_ptrs += BK
-    if PDL:  # not before: the next kernel's programs would take this one's room and only wait
+    if PDL:  # not earlier: the next kernel's programs would take this one's room and only wait
         tl.extra.cuda.gdc_launch_dependents()
     if SWAP:
         acc = tl.trans(acc)
-    y = acc * tl.load(scale_ptr + col, mask=col < outs, other=0.0).to(tl.float32)[None, :]
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + col, mask=col < outs, other=0.0).to(tl.float32)[None, :]
+    y = scaled(acc, None, scale_ptr, bias_ptr, row, col, rows, outs)
     out = out_ptr + row[:, None] * outs + col[None, :]
     mask = (row < rows)[:, None] & (col < outs)[None, :]
     tl.store(out, y.to(out_ptr.dtype.element_ty), mask=mask)
@@ -264,25 +256,32 @@ class Few:
     halves: int = 2
 
 
+@dataclass(frozen=True)
+class Rows:
+    """How `int8_linear_rows_kernel` is launched."""
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    swap: bool = False
+
+
 def is_few(rows: int, inner: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels of this file serve, and are the fastest: they want 16-byte loads."""
+    """Whether these kernels serve, and are the fastest: they need 16-byte loads."""
     return rows <= 64 and inner % 16 == 0 and dtype in (torch.bfloat16, torch.float16)
 
 
 def few_config(outs: int, inner: int, device: torch.device) -> Few:
-    """Up to 8 rows. On an H200, 2,048 -> 8,192, us for 2, 4 and 8 rows: 6.66, 6.72, 7.03; bf16
-    torch.mm 10.4 to 10.9. Without programmatic dependent launch one row takes 8.79, with it 6.93.
-    """
+    """For up to 8 rows; measured on an H200: about 1.5 times as fast as bf16 torch.mm."""
     warps = 4 if inner <= 2048 else 8
     steps = triton.next_power_of_2(triton.cdiv(inner, 64 * warps))
     return Few(min(steps, 8 if capability(device) >= (9, 0) else 4), warps)
 
 
 def rows_config(rows: int, outs: int, programs: int) -> Rows:
-    """9 to 64 rows. As above, us: 16 rows 8.0, 32 rows 9.9, 64 rows 11.3; bf16 torch.mm 10.6, 10.9,
-    11.5. Worse: 16 rows by 32 outputs 8.4, by the kernel for 8 with two tiles of x 9.1; 32 rows in
-    steps of 256 10.4; 64 rows in steps of 128 11.9; x is what the last two read most of.
-    """
+    """For 9 to 64 rows; measured on an H200: never slower than bf16 torch.mm."""
     wide = outs >= 32 * programs
     if rows <= 16:
         return Rows(16, 16, 256, 1, 4, swap=True)
@@ -298,114 +297,85 @@ def few(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor
     return (few_rows if x.shape[0] <= 8 else many_few_rows)(x, weight, scale, bias)
 
 
-def one_row(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ (weight * scale).T + bias for one row of up to ONE_BLOCK entries: [1, outs].
-
-    On an H200, 2,048 -> 8,192: 6.55 us, 2,560 GB/s of weights; with 8 outputs a program 6.63, 16
-    7.12; without programmatic dependent launch 7.58.
-    """
-    outs, inner = weight.shape
-    out = x.new_empty(1, outs)
-    block = triton.next_power_of_2(inner)
-    size = min(64, 4 * ONE_BLOCK // block)
-    pdl = capability(x.device) >= (9, 0)
-    launch(
-        int8_linear_row_kernel,
-        (triton.cdiv(outs, size),),
-        x,
-        weight,
-        scale,
-        bias,
-        out,
-        outs,
-        inner,
-        num_warps=4,
-        num_stages=1,
-        pdl=pdl,
-        SIZE=size,
-        BLOCK=block,
-        EVEN=inner == block and outs % size == 0,
-        PDL=pdl,
-    )
-    return out
-
-
-def few_rows(
+def _launch(
+    kernel: Any,
+    size: int,
     x: Tensor,  # [rows, inner], contiguous
     weight: Tensor,  # [outs, inner], contiguous
     scale: Tensor,
     bias: Tensor | None,
-    config: Few | None = None,
+    **constants: Any,
 ) -> Tensor:
-    """x @ (weight * scale).T + bias for up to 8 rows: [rows, outs]."""
+    """[rows, outs] by a kernel whose programs compute `size` outputs each."""
     (rows, inner), outs = x.shape, weight.shape[0]
-    config = config or few_config(outs, inner, x.device)
-    chunk, size = config.steps * config.warps * 64, 8 * config.halves
     out = x.new_empty(rows, outs)
-    pdl = capability(x.device) >= (9, 0)
-    launch(
-        int8_linear_few_kernel,
-        (triton.cdiv(outs, size),),
+    arguments = (x, weight, scale, bias, out, rows, outs, inner)
+    launch_early(kernel, triton.cdiv(outs, size), *arguments, **constants)
+    return out
+
+
+def one_row(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ (weight * scale).T + bias for one row of up to ONE_BLOCK entries: [1, outs]."""
+    outs, inner = weight.shape
+    block = triton.next_power_of_2(inner)
+    size = min(64, 4 * ONE_BLOCK // block)
+    return _launch(
+        int8_linear_row_kernel,
+        size,
         x,
         weight,
         scale,
         bias,
-        out,
-        rows,
-        outs,
-        inner,
+        num_warps=4,
+        num_stages=1,
+        SIZE=size,
+        BLOCK=block,
+        EVEN=inner == block and outs % size == 0,
+    )
+
+
+def few_rows(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, config: Few | None = None
+) -> Tensor:
+    """x @ (weight * scale).T + bias for up to 8 rows: [rows, outs]."""
+    outs, inner = weight.shape
+    config = config or few_config(outs, inner, x.device)
+    chunk, size = config.steps * config.warps * 64, 8 * config.halves
+    return _launch(
+        int8_linear_few_kernel,
+        size,
+        x,
+        weight,
+        scale,
+        bias,
         num_warps=config.warps,
         num_stages=1,
-        pdl=pdl,
         STEPS=config.steps,
         WARPS=config.warps,
         HALVES=config.halves,
         CHUNKS=triton.cdiv(inner, chunk),
         EVEN=inner % chunk == 0 and outs % size == 0,
-        PDL=pdl,
     )
-    return out
-
-
-@dataclass(frozen=True)
-class Rows:
-    """How `int8_linear_rows_kernel` is launched."""
-
-    bm: int
-    bn: int
-    bk: int
-    warps: int
-    stages: int
-    swap: bool = False
 
 
 def many_few_rows(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, config: Rows | None = None
 ) -> Tensor:
     """The same for up to 64 rows."""
-    (rows, inner), outs = x.shape, weight.shape[0]
-    config = config or rows_config(rows, outs, processors(x.device))
-    out = x.new_empty(rows, outs)
-    pdl = capability(x.device) >= (9, 0)
-    launch(
+    outs, inner = weight.shape
+    config = config or rows_config(x.shape[0], outs, processors(x.device))
+    return _launch(
         int8_linear_rows_kernel,
-        (triton.cdiv(outs, config.bn),),
+        config.bn,
         x,
         weight,
         scale,
         bias,
-        out,
-        rows,
-        outs,
-        inner,
         num_warps=config.warps,
         num_stages=config.stages,
-        pdl=pdl,
         BM=config.bm,
         BN=config.bn,
         BK=config.bk,
         SWAP=config.swap,
         EVEN=inner % config.bk == 0,
-        PDL=pdl,
     )
-    return out

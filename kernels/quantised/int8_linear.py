@@ -1,10 +1,10 @@
-"""Linear layer over an int8 weight with one scale an output channel.
+"""Linear layer over an int8 weight with one scale per output channel.
 
-On a GPU the kernels of `int8_few` and `int8_matmul` run: few rows read the weight
-as int8 and widen it in registers, int8 activations are multiplied as int8, and many rows of a float
-x meet a copy of the weight that lives as long as one matmul. Elsewhere it is torch, with such a
-copy always. The layer is linear in x, and its transpose is a Function of the same kind, so
-derivatives of any order keep the int8 weight and the scale alone; a float weight is never saved.
+On a GPU the kernels of `int8_few` and `int8_matmul` run: few rows read the weight as int8 and widen
+it in registers, int8 activations are multiplied as int8, and many rows of a float x meet a copy of
+the weight that lives for one matmul. Elsewhere torch makes such a copy always. The layer is linear
+in x, and its transpose is the same Function, so that derivatives of any order save only the int8
+weight and the scale.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ declare("int8_linear", TRITON, TORCH)
 def int8_linear_reference(
     x: Tensor, weight: Tensor, scale: Tensor, *, activations: str | None = None
 ) -> Tensor:
-    """x @ (weight * scale).T in the accumulation dtype, x rounded to int8 first if dynamic."""
+    """x @ (weight * scale).T in the accumulation dtype; "dynamic" rounds x to int8 first."""
     dtype = accumulation_dtype(x.dtype)
     wide = x.to(dtype)
     if activations == "dynamic":
@@ -51,10 +51,8 @@ def row_scale(x: Tensor) -> Tensor:
     return torch.where(amax == 0, 1.0, amax / 127.0)
 
 
-# torch: weight-only, and int8 x int8
-
-
-# Both give the product unrounded: it is scaled first, or what fp16 cannot hold would be infinite.
+# torch: weight-only, and int8 x int8. Both return the product in the accumulation dtype: in fp16 it
+# could overflow before it is scaled.
 
 
 def _weight_only(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -82,13 +80,13 @@ def _int_matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a, b.t())[:m, :o]
 
 
-# Triton, a custom op a direction: the compiler sees one node each
+# Triton: one operator per direction, so that a compiler sees one node each
 
 
 def _forward_kernel(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dynamic: bool
 ) -> Tensor:
-    """[..., I] -> [..., O]. What runs depends on the number of rows alone."""
+    """[..., I] -> [..., O]. The number of rows alone decides what runs."""
     rows = _as_rows(x)
     weight, scale = weight.contiguous(), scale.contiguous()
     if rows.numel() == 0 or weight.numel() == 0:
@@ -134,7 +132,11 @@ _transposed_op = operator(
 
 @with_signature
 class _Int8Linear(torch.autograd.Function):
-    """x [..., I] -> [..., O]. Rounding x to int8 is passed straight through (arXiv 1308.3432)."""
+    """x [..., I] -> [..., O], or transposed x [..., O] -> [..., I]: each is the other's adjoint.
+
+    Passes straight through the rounding of x to int8 (arXiv 1308.3432). Not an `Op`, which would
+    save x for backward.
+    """
 
     @staticmethod
     def forward(
@@ -143,9 +145,15 @@ class _Int8Linear(torch.autograd.Function):
         scale: Tensor,
         bias: Tensor | None,
         activations: str | None,
-        backend: str,
+        triton: bool,
+        transposed: bool,
     ) -> Tensor:
-        if backend == "triton":
+        if transposed:
+            wide = accumulation_dtype(x.dtype)
+            if triton:
+                return _transposed_op(x, weight, scale)
+            return ((x.to(wide) * scale) @ weight.to(wide)).to(x.dtype)
+        if triton:
             return _forward_op(x, weight, scale, bias, activations == "dynamic")
         multiply = _weight_only if activations is None else _int8_int8
         y = multiply(x, weight, scale)
@@ -153,79 +161,37 @@ class _Int8Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.bias, ctx.backend = inputs[3] is not None and inputs[3].dtype, inputs[5]
-        ctx.save_for_backward(*inputs[1:3])
-        ctx.save_for_forward(*inputs[1:3])
+        _, weight, scale, bias, _, ctx.triton, ctx.transposed = inputs
+        ctx.bias = None if bias is None else bias.dtype
+        ctx.save_for_backward(weight, scale)
+        ctx.save_for_forward(weight, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx = db = None
         if ctx.needs_input_grad[0]:
-            dx = _Transposed.apply(grad, *ctx.saved_tensors, ctx.backend)
+            other = (None, None, ctx.triton, not ctx.transposed)
+            dx = _Int8Linear.apply(grad, *ctx.saved_tensors, *other)
         if ctx.needs_input_grad[3]:
             rows = grad.reshape(-1, grad.shape[-1])
             db = rows.sum(0, dtype=accumulation_dtype(grad.dtype)).to(ctx.bias)
-        return dx, None, None, db, None, None
+        return dx, None, None, db, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _w: None, _s: None, bias: Tensor | None, *_: Any) -> Tensor:
-        return _Int8Linear.apply(tangent, *ctx.saved_tensors, bias, None, ctx.backend)
+        same = (bias, None, ctx.triton, ctx.transposed)
+        return _Int8Linear.apply(tangent, *ctx.saved_tensors, *same)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        return _vmap(_Int8Linear, args[4:], info, in_dims[:4], *args[:4]), 0
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, *args: Any) -> tuple[Tensor, int]:
+        leaves, static, dims = args[:3], args[3:], in_dims[:4]
+        if all(dim is None for dim in dims[1:]):  # examples are more rows
+            return _Int8Linear.apply(x.movedim(dims[0], 0), *args), 0
 
+        def one(*example: Tensor) -> tuple[Tensor]:
+            return (_Int8Linear.apply(*example, *static),)
 
-@with_signature
-class _Transposed(torch.autograd.Function):
-    """g [..., O] -> [..., I]: the adjoint of `_Int8Linear`, whose adjoint it is in turn."""
-
-    @staticmethod
-    def forward(grad: Tensor, weight: Tensor, scale: Tensor, backend: str) -> Tensor:
-        if backend == "triton":
-            return _transposed_op(grad, weight, scale)
-        wide = accumulation_dtype(grad.dtype)
-        return ((grad.to(wide) * scale) @ weight.to(wide)).to(grad.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.backend = inputs[3]
-        ctx.save_for_backward(*inputs[1:3])
-        ctx.save_for_forward(*inputs[1:3])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (
-            _Int8Linear.apply(grad, *ctx.saved_tensors, None, None, ctx.backend),
-            None,
-            None,
-            None,
-        )
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return _Transposed.apply(tangent, *ctx.saved_tensors, ctx.backend)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        return _vmap(_Transposed, args[3:], info, in_dims[:3], *args[:3]), 0
-
-
-def _vmap(
-    function: type[torch.autograd.Function],
-    static: tuple[Any, ...],
-    info: Any,
-    in_dims: tuple[Any, ...],
-    x: Tensor,
-    *leaves: Tensor | None,
-) -> Tensor:
-    if all(dim is None for dim in in_dims[1:]):  # examples are just more rows
-        return function.apply(x.movedim(in_dims[0], 0), *leaves, *static)
-
-    def one(*example: Tensor) -> tuple[Tensor]:
-        return (function.apply(*example, *static),)
-
-    return each_example(one, info.batch_size, in_dims, (x, *leaves))[0]
+        return each_example(one, info.batch_size, dims, (x, *leaves))[0], 0
 
 
 @allow_in_graph
@@ -235,14 +201,14 @@ def _apply(
     scale: Tensor,
     bias: Tensor | None,
     activations: str | None,
-    backend: str,
+    triton: bool,
 ) -> Tensor:
     check_hidden()
     if not nested_forward_mode():
-        return _Int8Linear.apply(x, weight, scale, bias, activations, backend)
+        return _Int8Linear.apply(x, weight, scale, bias, activations, triton, False)
     y = _weight_only(x, weight, scale)
     if activations is not None:
-        # the value of one with the derivatives of the other: straight through
+        # straight through: the value of the rounded product with the derivatives of the other
         y = y + (_int8_int8(x.detach(), weight, scale) - y.detach())
     return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
 
@@ -260,8 +226,8 @@ def int8_linear(
 ) -> Tensor:
     """x @ (weight * scale).T + bias with an int8 weight.
 
-    Gradients flow to x (and bias), so adapters and inputs can learn through a frozen int8 layer
-    (QLoRA, arXiv 2305.14314); there is none for weight and scale. Only these two are saved.
+    Gradients flow to x and bias, so that adapters and inputs can learn through a frozen int8 layer
+    (QLoRA, arXiv 2305.14314); weight and scale get none. Only these two are saved for backward.
 
     Args:
         x: [..., I], any floating dtype.
@@ -285,8 +251,8 @@ def int8_linear(
     [[8.0]]
     """
     _check(x, weight, scale, bias, activations)
-    backend = choose("int8_linear", str(x.device), x.dtype)
-    return _apply(x, weight, scale.reshape(-1), bias, activations, backend)
+    triton = choose("int8_linear", str(x.device), x.dtype) == "triton"
+    return _apply(x, weight, scale.reshape(-1), bias, activations, triton)
 
 
 def _check(
