@@ -55,7 +55,7 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Recorder:
+class LaunchRecorder:
     """The launches made so far, on a GPU that need not exist."""
 
     capability: tuple[int, int]
@@ -63,7 +63,7 @@ class Recorder:
     launches: list[Launch] = field(default_factory=list)
 
 
-_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
+_recorder: ContextVar[LaunchRecorder | None] = ContextVar("recorder", default=None)
 
 
 @contextlib.contextmanager
@@ -71,7 +71,7 @@ def recording(
     capability: tuple[int, int] = (9, 0), processors: int = 132
 ) -> Iterator[list[Launch]]:
     """Notes launches instead of making them, as for a GPU with these properties (H100, H200)."""
-    recorder = Recorder(capability, processors)
+    recorder = LaunchRecorder(capability, processors)
     token = _recorder.set(recorder)
     try:
         yield recorder.launches
