@@ -71,7 +71,7 @@ def train(
         ):  # wherever the run is opened from later
             config = config.changed(init_from=str(Path(config.model.init_from).absolute()))
         job = prepare(config, claim.state)
-        stack.callback(job.loader.close)  # it runs already
+        stack.callback(job.data.loader.close)  # it runs already
         learner = Learner(job.params, config, job.select, job.composed.matrices)
         check_room(folder, learner.kept, unflatten(learner.learning), config.run.keep_states)
         if job.state is not None:
@@ -79,10 +79,10 @@ def train(
         begin = origin(command, learner.step, job.device)
         if job.state is None:
             base = base_digest(config)
-            create_folder(folder, config, job.model, job.tokenizer, begin, base)
+            create_folder(folder, config, job.model, job.data.tokenizer, begin, base)
         else:
             record_start(folder, config, begin)
-        digests.save(folder, job.sources.digests)
+        digests.save(folder, job.data.sources.digests)
         for line in describe(job, learner, folder):
             display.say(line)
         metrics = Metrics(folder, config, after=learner.step)
@@ -93,8 +93,8 @@ def train(
                 finished = Training(job, learner, folder, metrics, display, begun).run(stop)
         finally:
             metrics.close()
-            job.loader.close()
-        display.say(job.loader.stats.line())
+            job.data.loader.close()
+        display.say(job.data.loader.stats.line())
         if not finished:
             again = shlex.join(["python", "-m", "runners.train", "--resume", str(folder)])
             display.say(
@@ -118,7 +118,7 @@ def describe(job: Job, learner: Learner, folder: Path) -> list[str]:
     """What a run is about to do: model, data, and every optimisation, on or off, and why."""
     learns = sum(leaf.numel() for leaf in learner.learning.values())
     device = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "CPU"
-    spec = job.spec
+    spec = job.data.spec
     pictures = f", room for {spec.max_images} pictures" if spec.images else ""
     begun = f"continued after step {learner.step}" if learner.step else "new"
     return [
@@ -126,9 +126,9 @@ def describe(job: Job, learner: Learner, folder: Path) -> list[str]:
         f"Model {job.config.model.preset}: {count(job.params):,} parameters "
         f"({num_bytes(job.params) / 1e6:,.0f} MB), {learns:,} learn; "
         f"vocabulary {job.model.text.vocab_size}",
-        f"Data {job.config.data.data}: {len(job.sources.train):,} records; batches of "
+        f"Data {job.config.data.data}: {len(job.data.sources.train):,} records; batches of "
         f"{spec.rows} rows of {spec.row_len} tokens{pictures}",
-        job.sources.summary,
+        job.data.sources.summary,
         *job.composed.report,
         f"Using {optimizer_line(job)}, {job.config.optim.schedule} schedule",
     ]
@@ -161,7 +161,7 @@ def finish(job: Job, folder: Path) -> list[str]:
             trained_params(folder, job.config, job.params, job.device), job.composed.matrices
         ),
         job.model,
-        build_encoder(job.config.data, job.model, job.tokenizer),
+        build_encoder(job.config.data, job.model, job.data.tokenizer),
         job.config.data.device_batch_size,
     )
     reports: list[Report] = []
@@ -169,7 +169,7 @@ def finish(job: Job, folder: Path) -> list[str]:
         limit = job.config.run.eval_examples
         reports = evaluate(
             evaluator,
-            job.sources.held_out,
+            job.data.sources.held_out,
             limit,
             chat=job.config.data.chat,
             ask=job.config.run.ask,
@@ -178,7 +178,7 @@ def finish(job: Job, folder: Path) -> list[str]:
             write_text(
                 folder / "eval.json", json.dumps([dataclasses.asdict(r) for r in reports], indent=1)
             )
-    if job.config.run.samples and job.config.data.chat and job.sources.held_out:
+    if job.config.run.samples and job.config.data.chat and job.data.sources.held_out:
         samples = sample(evaluator, job)
         with warned("samples.png"):
             draw_samples(folder / "samples.png", samples)
@@ -190,7 +190,7 @@ def finish(job: Job, folder: Path) -> list[str]:
 
 def sample(evaluator: Evaluator, job: Job) -> list[Sample]:
     """Held-out questions about different pictures, with what the model says to each."""
-    source, encoder, samples = job.sources.held_out["val"], evaluator.encoder, []
+    source, encoder, samples = job.data.sources.held_out["val"], evaluator.encoder, []
     for number, index in enumerate(spread(len(source), job.config.run.samples)):
         try:
             shown = source[index]

@@ -68,7 +68,7 @@ def trace(config: TraceConfig, training: TrainConfig, command: str, output: Cons
     try:
         record = profile_step(job, config.warmup)
     finally:
-        job.loader.close()
+        job.data.loader.close()
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     seen = kernels_of(record, job.device)
@@ -90,7 +90,7 @@ def profile_step(job: Job, warmup: int) -> profile:
     """One training step after some others, made of the runners' own pieces."""
     learner = Learner(job.params, job.config, job.select, job.composed.matrices)
     grad_fn = job.composed.gradients(job.select)
-    batches = iter(job.loader)
+    batches = iter(job.data.loader)
     cuda = job.device.type == "cuda"
 
     def step() -> None:

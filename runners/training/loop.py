@@ -33,11 +33,11 @@ FIRST, FIRST_RATE = 5.0, 1e8  # seconds before the first state, and bytes a seco
 Read = tuple["Step", list[float], float]  # a step, its values, and the seconds that it took
 
 
-class Late:
-    """Reads values off a device one step behind, so that neither waits for the other.
+class DelayedReader:
+    """Reads a step's values off the device one step later, so that neither side waits.
 
-    A step's seconds are those from the end of the one before to its own, by the device's clock: the
-    moments at which the host reads two steps can lie next to each other, whatever the steps took.
+    A step's seconds run from the end of the step before to its own end by the device's clock, since
+    the host may read two steps in quick succession.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,7 +46,7 @@ class Late:
         self._before = self._now()
 
     def push(self, step: Step, values: Tensor) -> Iterator[Read]:
-        """Takes a step's values; gives those that are ready (on a CPU: the same)."""
+        """Takes a step's values and yields those that are ready (on a CPU, the same)."""
         if self._cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             values = host.copy_(values, non_blocking=True)
@@ -63,12 +63,12 @@ class Late:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done inside belongs to no step. Everything pushed was read before."""
+        """Time inside counts for no step. Everything pushed must have been read."""
         yield
         self._before = self._now()
 
     def _now(self) -> float | torch.cuda.Event:
-        """When all work given to the device so far ends."""
+        """The end of all work that the device has been given so far."""
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -86,18 +86,18 @@ def _seconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> 
 
 @dataclass(frozen=True)
 class Step:
-    """What is known of a step before its values are."""
+    """What is known of a step before its values are read."""
 
     number: int  # counted from 1
     lr: float
     tokens: int
     flops: float
-    waited: float = 0.0  # seconds for its batches: the device may have had work left meanwhile
+    waited: float = 0.0  # seconds for its batches; the device may have been busy meanwhile
 
 
 @dataclass
-class Pace:
-    """Steps since the last line of the log, what they computed and how long they took."""
+class Throughput:
+    """Steps since the last log line, what they computed and how long they took."""
 
     steps: int = 0
     tokens: int = 0
@@ -125,29 +125,34 @@ class Training:
         display: Display,
         begun: float,
     ) -> None:
-        """begun: when the command was started, by ``time.monotonic``."""
+        """begun: ``time.monotonic()`` at the start of the command."""
         self.job, self.learner, self.folder = job, learner, folder
         self.metrics, self.display, self.config = metrics, display, job.config
         self.grad_fn = job.composed.gradients(job.select)
-        self.late, self.pace = Late(job.device), Pace()
+        self.late, self.pace = DelayedReader(job.device), Throughput()
         self.peak = peak_flops(job.device, job.composed.dtype)
         steps = _steps(folder)
         before = [step for step in steps if step <= learner.step]
         self.kept = before[-max(2, self.config.run.keep_states) :]
-        # Those after ours, given up by resuming an older one, go when ours has a successor
+        # states after ours, abandoned by resuming an older one, go once ours has a successor
         keep_states(folder, [step for step in steps if step in self.kept or step > learner.step])
-        # A first state soon, but not before its writing is little beside what it saves
+        # a first state soon, but late enough that writing it costs little beside what it saves
         self.first_save = time.monotonic() + FIRST + 3 * num_bytes(learner.kept) / FIRST_RATE
-        self.unproven: int | None = None  # a state from which no step was made yet
+        self.unproven: int | None = None  # a state without a finite step after it
         self.begun = begun - learner.seconds  # as if all commands of the run were one
         self.profiler = Profiler(folder, job.device) if self.config.run.profile else None
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> bool:
-        """True if it came to the end; False if ``stop()`` or ``--stop_at`` ended it, resumably."""
+        """True at the end of the run; False if ``stop()`` or ``--stop_at`` ended it, resumably."""
         config, learner = self.config, self.learner
-        batches = iter(self.job.loader)
-        if self.job.device.type == "cuda":
-            self.display.say("Compiling kernels in the first step, those that no earlier run kept")
+        batches = iter(self.job.data.loader)
+        started = time.monotonic()
+        compiles = self.job.device.type == "cuda" or self.config.speed.compile
+        if compiles:
+            self.display.say(
+                "Compiling kernels in the first step: 10 to 30 s on a new machine, then they are "
+                "cached"
+            )
         while learner.step < config.optim.steps:
             if not self.kept and self._is_time_for_the_first(learner.step + 1):
                 self._save()
@@ -161,6 +166,9 @@ class Training:
             self.display.advance(learner.step)
             for read in self.late.push(step, values):
                 self._log(*read)
+            if compiles:
+                compiles = False
+                self.display.say(f"First step after {time.monotonic() - started:.1f} s")
             last, stopping = (
                 learner.step == config.optim.steps,
                 stop() or learner.step == config.run.stop_at,
@@ -174,7 +182,7 @@ class Training:
         return True
 
     def _next(self, batches: Iterator[Batch]) -> tuple[list[Batch], float]:
-        """The batches of a step, and the seconds they were waited for."""
+        """The batches of a step, and the seconds of waiting for them."""
         start = time.perf_counter()
         group = [next(batches) for _ in range(self.config.optim.grad_accum_steps)]
         return group, time.perf_counter() - start
@@ -185,14 +193,14 @@ class Training:
         return step == self.config.optim.steps or due or step in self.config.optim.ends
 
     def _is_time_for_the_first(self, step: int) -> bool:
-        """Weights are kept by validations: there is a state before them, to begin again from."""
+        """Before the first validation, which keeps weights, or once it is worth its time."""
         return self._validates(step) or time.monotonic() > self.first_save
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.learner.step % every == 0
 
     def _describe(self, group: Sequence[Batch], waited: float) -> Step:
-        loads = [measure_load(self.job.model, batch, self.job.pad) for batch in group]
+        loads = [measure_load(self.job.model, batch, self.job.data.pad) for batch in group]
         flops = sum(
             training_flops(
                 self.job.model, load, self.job.learns, adapters=self.config.model.lora_rank > 0
@@ -214,7 +222,7 @@ class Training:
         self.learner.tokens += step.tokens
         if step.number % self.config.run.log_every and step.number != self.config.optim.steps:
             return
-        pace, self.pace = self.pace, Pace()
+        pace, self.pace = self.pace, Throughput()
         row: dict[str, float | int | str | None] = {
             "step": step.number,
             "loss": loss,
@@ -232,8 +240,8 @@ class Training:
         self.display.show(row, self.config.optim.steps, left * pace.seconds / pace.steps)
 
     def _refuse(self, what: str, step: int) -> NoReturn:
-        """Ends a run that computed something that is not finite. A state that this process wrote
-        and that leads to nothing else is no use to anybody, and goes."""
+        """Ends a run whose numbers are not finite. A state without a finite step after it is
+        deleted."""
         if self.unproven is not None:
             drop_state(self.folder / STATES / f"{self.unproven:08d}")
             self.kept.remove(self.unproven)
@@ -250,17 +258,17 @@ class Training:
         )
 
     def _settle(self) -> None:
-        """Waits for all values of the steps made, so that nothing bad is ever written."""
+        """Reads the values of all steps made, so that nothing that is not finite is written."""
         for read in self.late.flush():
             self._log(*read)
 
     def _validate(self) -> None:
-        """Measures the validation loss; keeps these weights if they are the best so far."""
+        """Measures the validation loss, and keeps the weights if they are the best so far."""
         self._settle()
         self._check()
         learner = self.learner
         with self.late.paused():
-            loss = mean_loss(self.job.composed.eval_loss, learner.working, self.job.validation)
+            loss = mean_loss(self.job.composed.eval_loss, learner.working, self.job.data.validation)
             if loss is not None and not math.isfinite(loss):
                 self._refuse("the validation loss", learner.step)
             if better := loss is None or learner.best is None or loss < learner.best:
@@ -275,18 +283,18 @@ class Training:
                 self.display.say(f"step {learner.step}: validation loss {loss:.4f}{star}")
 
     def _check(self) -> None:
-        """Weights that are not finite are kept nowhere."""
+        """Refuses weights that are not finite."""
         with self.late.paused():
             if bad := self.learner.not_finite():
                 self._refuse(f"{bad}, after its last update,", self.learner.step)
 
     def _save(self) -> None:
-        """Saves a state; the ones before it go when it is on the disk."""
+        """Saves a state; older ones are deleted once it is on the disk."""
         self._settle()
         self._check()
         with self.late.paused():
             self.learner.seconds = time.monotonic() - self.begun
-            state = self.learner.state(self.job.loader.state_dict())
+            state = self.learner.state(self.job.data.loader.state_dict())
             self.metrics.sync()
             try:
                 save_state(self.folder, state, self.config)
@@ -299,8 +307,7 @@ class Training:
             self._prune()
 
     def _prune(self) -> None:
-        """Keeps the newest states, and of an unproven one the one before it: its weights may be
-        such that the next loss is not finite."""
+        """Keeps the newest states, and an unproven one's predecessor: the next loss may be NaN."""
         self.kept = self.kept[
             -max(self.config.run.keep_states, 1 if self.unproven is None else 2) :
         ]
@@ -319,11 +326,8 @@ def _what_failed(step: int, losses: list[float]) -> str:
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Gives ``stop()``: whether Ctrl-C, SIGTERM or (unless ignored, as by nohup) SIGHUP came. A
-    second one ends the program at once.
-
-    Outside the main thread, where Python takes no signals, it never has.
-    """
+    """Gives ``stop()``: whether Ctrl-C, SIGTERM or SIGHUP (unless ignored, as by nohup) has come. A
+    second signal ends the program at once. Outside of the main thread Python takes no signals."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return

@@ -1,4 +1,4 @@
-"""From a config to everything that a run needs, validated, before anything is written."""
+"""From a config to everything that a run needs, validated before anything is written."""
 
 from __future__ import annotations
 
@@ -38,11 +38,33 @@ from runners.training.checkpoints import Run, open_run
 from runners.training.compose import Composed, choose_device, choose_select, compose
 from runners.training.config import TrainConfig, model_config
 from runners.training.settings import DataSettings
-from runners.training.states import State, run_folder
+from runners.training.states import TrainState, run_folder
 from runners.training.weights import build_params
 from transforms import trainable
 
 SAMPLE = 256  # documents looked at to size the batches
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads, and how it becomes batches."""
+
+    sources: Sources
+    tokenizer: ChatTokenizer
+    encoder: Encoder
+    spec: PackSpec
+    loader: Loader
+    held_out: Callable[[], list[Batch]]
+
+    @property
+    def validation(self) -> list[Batch]:
+        """The validation batches, the same ones each time; empty if nothing is held out. Raises
+        UserError for unusable data where they are made beside the training."""
+        return self.held_out()
+
+    @property
+    def pad(self) -> int:
+        return self.tokenizer.pad
 
 
 @dataclass(frozen=True)
@@ -53,26 +75,11 @@ class Job:
     model: VLMConfig
     device: torch.device
     composed: Composed
-    sources: Sources
-    tokenizer: ChatTokenizer
-    encoder: Encoder
-    spec: PackSpec
-    loader: Loader
-    held_out: Callable[[], list[Batch]]
+    data: RunData
     params: Tree
-    state: State | None  # to resume from
-    select: tuple[str, ...] | None  # path patterns of what learns; None: everything
-    learns: frozenset[str]  # which of text, vision and projector do
-
-    @property
-    def validation(self) -> list[Batch]:
-        """The batches that measure training, the same ones each time; none if nothing is held out.
-        Raises UserError for data that cannot be used, where they are made beside the training."""
-        return self.held_out()
-
-    @property
-    def pad(self) -> int:
-        return self.tokenizer.pad
+    state: TrainState | None  # to resume from
+    select: tuple[str, ...] | None  # path patterns of the params that learn; None: all
+    learns: frozenset[str]  # the parts that learn, of text, vision and projector
 
 
 def prepare(config: TrainConfig, state_path: Path | None = None) -> Job:
@@ -88,8 +95,8 @@ def prepare(config: TrainConfig, state_path: Path | None = None) -> Job:
 def _prepare(
     config: TrainConfig, state_path: Path | None, device: torch.device, unfinished: ExitStack
 ) -> Job:
-    """unfinished: closes what was begun, if the rest fails."""
-    workers = choose_workers(config.data, device)  # first: the wrong number costs no time
+    """unfinished: closes what was opened if a later step fails."""
+    workers = choose_workers(config.data, device)  # first, so that a wrong number costs no time
     shape = model_config(config.model)
     check_memory(
         config,
@@ -100,13 +107,13 @@ def _prepare(
     sources = open_sources(config, shape)
     if state_path is not None:
         digests.check(run_folder(state_path), sources.digests, allowed=config.data.data_changed)
-    elif config.run.config is not None:  # a run of its own, which may be meant to be of other data
+    elif config.run.config is not None:  # a new run, whose data may differ on purpose
         again = Path(config.run.config)
         folder = again if again.is_dir() else again.parent
         if (folder / digests.DATA).is_file():
             digests.check(folder, sources.digests, allowed=True)
     tokenizer, model = choose_vocabulary(config, sources, state_path)
-    # adapters alone learn where there are any: the patterns choose where they are
+    # with adapters the patterns choose where these are, and they alone learn
     select = None if config.model.lora_rank else choose_select(config, model)
     encoder = build_encoder(config.data, model, tokenizer, training=True)
     sample = list(sample_documents(sources.train, encoder, SAMPLE))
@@ -125,24 +132,22 @@ def _prepare(
         learning = flatten(trainable(params, select)[0])
     held_out = begin_validation(config, model, encoder, spec, sources, workers)
     if state is not None:
-        if loader.same_data(state.loader):  # else its place in the data means nothing
+        if loader.same_data(state.loader):  # else its position in the data means nothing
             loader.load_state_dict(state.loader)
         loader.start()
-    return Job(
-        config, model, device, composed, sources, tokenizer, encoder, spec, loader, held_out,
-        params, state, select, frozenset(path.partition(".")[0] for path in learning),
-    )  # fmt: skip
+    data = RunData(sources, tokenizer, encoder, spec, loader, held_out)
+    learns = frozenset(path.partition(".")[0] for path in learning)
+    return Job(config, model, device, composed, data, params, state, select, learns)
 
 
 def choose_vocabulary(
     config: TrainConfig, sources: Sources, state_path: Path | None
 ) -> tuple[ChatTokenizer, VLMConfig]:
-    """The tokenizer and the model that has a row for each of its tokens.
+    """The tokenizer, and the model with a row of the embedding for each of its tokens.
 
-    A run that is continued, or begun from another's weights, keeps that one's. A tokenizer that is
-    given is matched by the preset, or by more rows where the preset has too few. Otherwise one is
-    trained on the data, and the model gets as many rows as it has tokens, up to a multiple of 64
-    (so that matmuls with the embedding have a shape the hardware likes).
+    A resumed run, or one that starts from another's weights, keeps that run's tokenizer. A given
+    tokenizer adds rows to the preset where it has too few. Otherwise a tokenizer is trained on the
+    data, and the model has as many rows as tokens, rounded up to 64 for faster products.
     """
     model = model_config(config.model)
     if state_path is not None:
@@ -165,7 +170,7 @@ def choose_vocabulary(
 
 
 def run_tokenizer(run: Run) -> ChatTokenizer:
-    """The tokenizer that a run was trained with. Raises UserError where it cannot be."""
+    """The tokenizer that a run was trained with. Raises UserError if it does not fit the model."""
     tokenizer = load_tokenizer(run.tokenizer, complete=True)
     try:
         tokenizer.check_vocabulary(run.model.text.vocab_size)
@@ -175,7 +180,7 @@ def run_tokenizer(run: Run) -> ChatTokenizer:
 
 
 def image_spec(model: VLMConfig) -> ImageSpec | None:
-    """How the model takes pictures, or None if it does not."""
+    """How the model takes pictures; None for a model without a vision tower."""
     vision, projector = model.vision, model.projector
     if vision is None or projector is None:
         return None
@@ -189,14 +194,14 @@ def image_spec(model: VLMConfig) -> ImageSpec | None:
 def build_encoder(
     config: DataSettings, model: VLMConfig, tokenizer: ChatTokenizer, *, training: bool = False
 ) -> Encoder:
-    """From conversations to documents of at most a row. Only training pictures are changed."""
+    """From conversations to documents of at most a row. Only training pictures are augmented."""
     images = image_spec(model) if config.chat else None
     augment = Augment(flip=0.5, crop=0.15, colour=0.15) if config.augment and training else None
     return Encoder(tokenizer, images, max_tokens=config.sequence_len, augment=augment)
 
 
 def plan(encoder: Encoder, documents: Sequence[Document], rows: int, model: VLMConfig) -> PackSpec:
-    """The static shapes of batches of so many rows, sized on a sample of documents."""
+    """The static shapes of batches of ``rows`` rows, sized on a sample of documents."""
     if not documents:
         raise UserError("none of the records can be used: check the data and --sequence_len")
     spec = plan_spec(
@@ -211,10 +216,10 @@ def plan(encoder: Encoder, documents: Sequence[Document], rows: int, model: VLMC
 
 
 def whole_pictures(spec: PackSpec) -> PackSpec:
-    """The spec with room for as many patches as its pictures have, where all are of one size."""
+    """The spec with room for whole pictures only, where all are of one size."""
     if spec.images is None or spec.images.fit != "square":
         return spec
-    # All pictures are of one size: then no run of unused patches is longer than a picture either.
+    # then no run of unused patches is longer than a picture either
     each = spec.images.square_patches
     return dataclasses.replace(
         spec, max_patches=spec.max_images * each, kept_patches=spec.kept_images * each
@@ -222,7 +227,7 @@ def whole_pictures(spec: PackSpec) -> PackSpec:
 
 
 def bounds_of(spec: PackSpec) -> Bounds:
-    """What the model may rely on: how long documents and pictures get."""
+    """The bounds that batches of a spec keep to."""
     images = spec.images
     if images is None or images.fit != "square":
         return Bounds(spec.row_len)
@@ -231,8 +236,8 @@ def bounds_of(spec: PackSpec) -> Bounds:
 
 
 def sample_documents(source: Source, encoder: Encoder, limit: int) -> Iterable[Document]:
-    """Documents of up to ``limit`` items spread evenly over a source; bad records are passed over
-    (the loader counts them)."""
+    """Documents of up to ``limit`` items spread evenly over a source. Bad records are skipped; the
+    loader counts them."""
     for index in spread(len(source), limit):
         try:
             yield from encoder(source[index])
@@ -248,15 +253,12 @@ def begin_validation(
     sources: Sources,
     workers: int,
 ) -> Callable[[], list[Batch]]:
-    """What gives the first rows of the held-out data, the same ones each time, in batches.
+    """Returns a function that gives the first batches of the held-out data, always the same ones.
 
-    They are as many as ``val_batches`` whole steps have, however a step is cut into batches, and so
-    is what lies in them if it is text: rows are filled one after the other. Pictures share the room
-    of a batch, whose rows then may hold other documents where batches are cut otherwise: the first
-    of the same stream, about as many.
+    Their rows are those of ``val_batches`` steps, so that text does not depend on how a step is cut
+    into batches. Rows with pictures share the room of a batch and may differ there.
 
-    With workers they are made beside the first steps, which need none: of vlm_1.5b on shapes 1.7 of
-    2.8 s of preparing (a slow core).
+    With workers, the batches are made beside the first steps.
     """
     source = sources.held_out.get("val")
     if source is None:
@@ -279,12 +281,12 @@ def begin_validation(
         return lambda: batches
     pool = ThreadPoolExecutor(1, "validation")
     made = pool.submit(build)
-    pool.shutdown(wait=False)  # it takes no more
+    pool.shutdown(wait=False)  # no further task
     return made.result
 
 
 def choose_workers(config: DataSettings, device: torch.device) -> int:
-    """As told; else up to 12 beside a GPU, and none beside a CPU that computes with every core."""
+    """The flag; by default up to 12 beside a GPU, and none on a CPU, which trains on all cores."""
     if config.workers is not None:
         check_workers(config.workers)
         return config.workers

@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class State:
+class TrainState:
     """Everything that the rest of a run depends on, after ``step`` steps."""
 
     step: int
@@ -108,7 +108,7 @@ def check_state(path: Path) -> None:
 # -- writing and removing ---------------------------------------------------------------------
 
 
-def save_state(folder: Path, state: State, config: TrainConfig) -> Path:
+def save_state(folder: Path, state: TrainState, config: TrainConfig) -> Path:
     """Writes ``state/STEP`` whole or not at all. Raises UserError."""
     target = folder / STATES / f"{state.step:08d}"
     part = target.with_name(target.name + PART)
@@ -180,7 +180,7 @@ def _remove(path: Path) -> None:
 # -- reading ----------------------------------------------------------------------------------
 
 
-def load_state(path: Path, like: Tree, config: TrainConfig, device: torch.device) -> State:
+def load_state(path: Path, like: Tree, config: TrainConfig, device: torch.device) -> TrainState:
     """Reads a state. Raises UserError if it is damaged, or of a run with another config."""
     record, step, old = read_record(path)
     continued(old, config, step, path)
@@ -189,7 +189,7 @@ def load_state(path: Path, like: Tree, config: TrainConfig, device: torch.device
         same_shapes(tree["params"], like, path)
     moments = flatten(tree.get("moments", {}))
     rng = {name: leaf.cpu() for name, leaf in tree["rng"].items()}
-    return State(
+    return TrainState(
         step, tree["params"], moments, record.get("loader", dict), record.find("best", float), rng,
         record.find("tokens", int) or 0, record.find("seconds", float) or 0.0,
     )  # fmt: skip

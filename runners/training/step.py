@@ -12,19 +12,18 @@ from params import flatten
 from params.tree import Tree
 from runners.training.config import TrainConfig
 from runners.training.optim import build_optimizer, clipping, learning_rate
-from runners.training.states import State
+from runners.training.states import TrainState
 from runners.training.weights import kept_params
 from transforms import accumulate_grads, cast_matrices, trainable
 from transforms.accumulate import GradFn, labelled_tokens, to_device
 
 
 class Learner:
-    """All that training changes: params (in place), the optimizer's moments, the step reached.
+    """Everything that training changes: params (in place), the optimizer's moments, the step.
 
-    ``params`` are what learns and is saved, ``working`` what the forward takes: the same leaves,
-    but of matrices that are kept in another dtype a copy in the compute dtype. The optimizer writes
-    both, so that a cast costs no pass of its own, and gradients come in the compute dtype: half the
-    bytes.
+    ``params`` learn and are saved; the forward takes ``working``, the same leaves but for matrices
+    of another dtype, which are copies in the compute dtype. The optimizer writes both, so that no
+    cast is a pass of its own, and gradients arrive in the compute dtype.
     """
 
     def __init__(
@@ -35,8 +34,8 @@ class Learner:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.params, self.working = params, cast_matrices(params, dtype)
-        # Sorted, because sums over it (the gradient's norm) must not depend on where params came
-        # from: fresh ones and those of a file come in different orders.
+        # sorted: sums over it (the gradient's norm) must not depend on the order of fresh params
+        # and of those from a file
         self.learning = dict(sorted(flatten(trainable(params, select)[0]).items()))
         working = flatten(self.working)
         copies = {p: working[p] for p, leaf in self.learning.items() if working[p] is not leaf}
@@ -45,10 +44,10 @@ class Learner:
         self.config = config
         self.step = 0
         self.best: float | None = None
-        self.tokens, self.seconds = 0, 0.0  # what the steps took, over all commands of the run
+        self.tokens, self.seconds = 0, 0.0  # over all commands of the run
 
-    def state(self, loader: dict[str, object]) -> State:
-        return State(
+    def state(self, loader: dict[str, object]) -> TrainState:
+        return TrainState(
             self.step, self.kept, self.optimizer.state(), loader, self.best, rng_state(),
             self.tokens, self.seconds,
         )  # fmt: skip
@@ -56,15 +55,15 @@ class Learner:
     def not_finite(self) -> str | None:
         """The first leaf of params or moments that holds a NaN or an infinity."""
         for path, leaf in (flatten(self.params) | self.optimizer.state()).items():
-            # aminmax takes no memory, and a NaN is both of its results
+            # aminmax allocates nothing, and returns NaN for both if there is one
             if not leaf.is_floating_point() or not leaf.numel():
                 continue
             if not torch.stack(leaf.detach().aminmax()).isfinite().all():
                 return path
         return None
 
-    def restore(self, state: State) -> None:
-        """Continues where ``state`` was taken; the params are those of the state already."""
+    def restore(self, state: TrainState) -> None:
+        """Continues from ``state``, whose params are in place already."""
         if state.step:
             self.optimizer.load(state.moments)
         self.step, self.best = state.step, state.best
@@ -87,7 +86,7 @@ class Learner:
         return torch.stack([loss, norm, *losses])
 
     def _prepared(self, batches: Sequence[Batch]) -> list[Batch]:
-        """With the seed that dropout is to use: a function of the run's seed and the step."""
+        """Adds dropout's seed, a function of the run's seed and the step."""
         first = self.step * len(batches) + (self.config.run.seed * 0x9E3779B1)
         seeds = [torch.tensor(first + i & 0x7FFFFFFF) for i in range(len(batches))]
         return [batch | {"seed": seed} for batch, seed in zip(batches, seeds, strict=True)]
@@ -97,7 +96,7 @@ class Learner:
 def mean_loss(
     loss_fn: Callable[[Tree, Batch], Tensor], params: Tree, batches: Sequence[Batch]
 ) -> float | None:
-    """The mean over all labelled tokens of some CPU batches, or None if there is none."""
+    """The mean loss over all labelled tokens of CPU batches; None without any."""
     counts = labelled_tokens(batches).tolist()
     device = next(iter(flatten(params).values())).device
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -107,8 +106,7 @@ def mean_loss(
 
 
 def rng_state() -> dict[str, Tensor]:
-    """The states of PyTorch's global generators, uint8. Training draws from neither: this is for
-    what users add to it."""
+    """The states of PyTorch's global generators, uint8. Training itself draws from neither."""
     state = {"cpu": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 

@@ -31,7 +31,7 @@ from runners.training.checkpoints import (
 )
 from runners.training.compose import adapted, compute_dtype, matrix_dtype
 from runners.training.config import CONFIG, TrainConfig, as_dict
-from runners.training.states import TENSORS, State, is_state, load_state, run_folder
+from runners.training.states import TENSORS, TrainState, is_state, load_state, run_folder
 from transforms import cast_matrices, merge_lora, trainable
 
 MERGED = "merged"  # a folder inside of a run's
@@ -42,7 +42,7 @@ def build_params(
     model: VLMConfig,
     device: torch.device,
     state_path: Path | None,
-) -> tuple[Tree, State | None]:
+) -> tuple[Tree, TrainState | None]:
     """Params to start from, and the state that they are of, if any."""
     if state_path is None:
         return start_params(config, model, device), None

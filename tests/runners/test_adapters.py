@@ -80,7 +80,7 @@ def test_a_run_of_adapters_keeps_them_alone(
     for path, leaf in merged.items():
         torch.testing.assert_close(leaf, base[path] + change.get(path, 0.0))
     whole = unflatten({path: leaf + change.get(path, 0.0) for path, leaf in held.items()})
-    batch = prepare(config.changed(name="other")).validation[0]
+    batch = prepare(config.changed(name="other")).data.validation[0]
     got = evaluator.forward(evaluator.params, batch)
     wanted = vlm(evaluator.model)(whole, batch)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
@@ -120,7 +120,7 @@ def test_rounded_weights_are_trained_in_full(micro: Micro, quiet: Quiet, dtype: 
     job = prepare(config)
     assert job.composed.matrices == torch.float32
     assert {leaf.dtype for leaf in flatten(job.params).values()} == {torch.float32}
-    batch = job.validation[0]
+    batch = job.data.validation[0]
     rounded = {
         path: dequantize_weight(*quantize_weight(leaf), torch.float32)
         if leaf.ndim == 2 and path.endswith("weight") and not path.startswith("text.embed")

@@ -47,8 +47,8 @@ def test_gradients_of_one_step_agree_to_bf16_error(micro: Micro, flags: dict[str
     """bf16 keeps 8 bits: an entry that passes some ten roundings on its way is off by about
     sqrt(10) * 2**-9 of its size, sums of them by less. A lost or doubled term is off by more."""
     plain, fast = prepare(micro(**PLAIN)), prepare(micro(**FAST | flags))
-    batch = next(iter(plain.loader))
-    plain.loader.close()
+    batch = next(iter(plain.data.loader))
+    plain.data.loader.close()
     exact, wanted = value_and_grad(plain.composed.loss_fn)(plain.params, batch)
     working = cast_matrices(fast.params, fast.composed.dtype)
     loss, grads = value_and_grad(fast.composed.loss_fn)(working, batch)
@@ -66,11 +66,11 @@ def test_gradients_of_one_step_agree_to_bf16_error(micro: Micro, flags: dict[str
 def test_packed_and_padded_rows_agree(micro: Micro) -> None:
     """The same documents, several to a row, and one to a row with padding behind it."""
     job = prepare(micro())
-    documents = list(islice(sample_documents(job.sources.train, job.encoder, 8), 5))
-    packed = collate([documents[:2], documents[2:]], job.spec)
+    documents = list(islice(sample_documents(job.data.sources.train, job.data.encoder, 8), 5))
+    packed = collate([documents[:2], documents[2:]], job.data.spec)
     padded = collate(
         [[document] for document in documents],
-        replace(job.spec, rows=5, kept_images=0, kept_patches=0),
+        replace(job.data.spec, rows=5, kept_images=0, kept_patches=0),
     )
     grad_fn = value_and_grad(job.composed.loss_fn)
     loss, _, grads = accumulate_grads(grad_fn, job.params, [packed])
@@ -139,11 +139,11 @@ def test_working_copies_follow_their_masters(micro: Micro) -> None:
     job = prepare(micro(dtype="bf16"))
     learner = Learner(job.params, job.config, None, torch.bfloat16)
     grad_fn = value_and_grad(job.composed.loss_fn)
-    batches = iter(job.loader)
+    batches = iter(job.data.loader)
     before = {path: leaf.clone() for path, leaf in flatten(learner.params).items()}
     for _ in range(3):
         learner.train_step(grad_fn, [next(batches)])
-    job.loader.close()
+    job.data.loader.close()
     working = flatten(learner.working)
     for path, leaf in flatten(learner.params).items():
         assert leaf.dtype == torch.float32
@@ -158,7 +158,7 @@ def test_bf16_states_take_half_the_memory_and_are_saved_as_such(micro: Micro, qu
     config = micro(dtype="bf16", state_dtype="bf16", stop_at=3, name="half")
     assert train(config, quiet()) is None
     job = prepare(config.changed(resume="auto"), Path(config.run.runs_dir) / "half/state/00000003")
-    job.loader.close()
+    job.data.loader.close()
     assert job.state is not None
     for path, leaf in flatten(job.params).items():
         wanted = torch.bfloat16 if leaf.ndim > 1 else torch.float32

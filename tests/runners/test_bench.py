@@ -533,7 +533,7 @@ def test_a_step_without_a_promised_kernel_fails(
     closed = []
     job = SimpleNamespace(
         composed=SimpleNamespace(report=REPORT), device=torch.device("cpu"),
-        loader=SimpleNamespace(close=lambda: closed.append(True)),
+        data=SimpleNamespace(loader=SimpleNamespace(close=lambda: closed.append(True))),
     )  # fmt: skip
     monkeypatch.setattr(trace, "prepare", lambda config: job)
     monkeypatch.setattr(trace, "profile_step", lambda job, warmup: None)

@@ -26,7 +26,7 @@ from runners.training.checkpoints import (
 )
 from runners.training.config import TrainConfig, model_config
 from runners.training.states import (
-    State,
+    TrainState,
     find_states,
     keep_states,
     load_state,
@@ -40,10 +40,10 @@ Micro = Callable[..., TrainConfig]
 CPU = torch.device("cpu")
 
 
-def _state(config: TrainConfig, step: int) -> State:
+def _state(config: TrainConfig, step: int) -> TrainState:
     params = init_params(model_config(config.model), seed=step)
     moments = {"exp_avg.text.norm.weight": torch.full((32,), float(step))}
-    return State(step, params, moments, {"epoch": 1, "waiting": [[0, 1, 2]]}, 0.5, rng_state())
+    return TrainState(step, params, moments, {"epoch": 1, "waiting": [[0, 1, 2]]}, 0.5, rng_state())
 
 
 def test_a_state_comes_back_whole(micro: Micro, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_a_run_does_not_go_on_with_other_data(
     caplog.clear()
     anew = prepare(config.changed(name="anew", config=str(folder)))  # a run of its own: a warning
     assert "holds other data" in caplog.text
-    assert len(anew.sources.train) == 23
+    assert len(anew.data.sources.train) == 23
 
 
 def test_changed_data_is_read_from_its_start(micro: Micro, quiet: Quiet, tmp_path: Path) -> None:

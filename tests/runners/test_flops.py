@@ -21,9 +21,9 @@ Micro = Callable[..., TrainConfig]
 def test_padding_is_no_load(micro: Micro, projector: str) -> None:
     override = (f"projector.kind={projector}", "projector.queries=3", "projector.heads=2")
     job = prepare(micro(override=(*micro().model.override, *override)))
-    documents = list(islice(sample_documents(job.sources.train, job.encoder, 3), 3))
-    batch = collate([documents[:1], documents[1:2]], job.spec)
-    load = measure_load(job.model, batch, job.pad)
+    documents = list(islice(sample_documents(job.data.sources.train, job.data.encoder, 3), 3))
+    batch = collate([documents[:1], documents[1:2]], job.data.spec)
+    load = measure_load(job.model, batch, job.data.pad)
     assert load.documents.tolist() == [len(d.tokens) for d in documents[:2]]
     assert load.tokens < batch["tokens"].numel()
     assert load.pictures.tolist() == [4, 4]

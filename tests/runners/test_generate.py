@@ -157,21 +157,21 @@ def test_text_streams_in_whole_characters() -> None:
 
 def test_a_prompt_is_the_start_of_its_training_document(micro: Micro) -> None:
     job = prepare(micro())
-    conversation = job.sources.train[0]
+    conversation = job.data.sources.train[0]
     question, answer = conversation.turns[:2]
     asked = Conversation("x", (question,), conversation.images)
-    (document,) = job.encoder(Conversation("x", (question, answer), conversation.images))
-    batch = prompt_batch(job.encoder, asked)
+    (document,) = job.data.encoder(Conversation("x", (question, answer), conversation.images))
+    batch = prompt_batch(job.data.encoder, asked)
     length = len(batch["tokens"])
     assert batch["tokens"].tolist() == document.tokens[:length].tolist()
-    answered = job.tokenizer.decode(document.tokens[length:])
+    answered = job.data.tokenizer.decode(document.tokens[length:])
     assert answered == answer.text
     assert batch["image_slots"].tolist() == document.slots.tolist()
     with pytest.raises(UserError, match="prompt takes"):
-        prompt_batch(job.encoder, Conversation("x", (Turn("user", "word " * 200),)))
+        prompt_batch(job.data.encoder, Conversation("x", (Turn("user", "word " * 200),)))
     with pytest.raises(UserError, match="1 pictures but 2"):
         prompt_batch(
-            job.encoder, Conversation("x", (Turn("user", IMAGE * 2),), conversation.images)
+            job.data.encoder, Conversation("x", (Turn("user", IMAGE * 2),), conversation.images)
         )
 
 

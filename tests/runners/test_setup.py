@@ -26,9 +26,9 @@ Micro = Callable[..., TrainConfig]
 def test_a_job_fits_together(micro: Micro) -> None:
     job = prepare(micro(val_batches=2))
     assert job.model.text.vocab_size % 64 == 0
-    assert job.model.text.vocab_size >= job.tokenizer.vocab_size
-    assert len(job.validation) == 2
-    for batch in [*job.validation, next(iter(job.loader))]:
+    assert job.model.text.vocab_size >= job.data.tokenizer.vocab_size
+    assert len(job.data.validation) == 2
+    for batch in [*job.data.validation, next(iter(job.data.loader))]:
         check_batch(batch, job.model)
         assert batch["tokens"].shape == (2 * 96,)
     assert job.learns == {"text", "vision", "projector"}
@@ -50,10 +50,10 @@ def test_validation_does_not_depend_on_how_a_step_is_cut(
                 val_batches=val_batches, device_batch_size=rows, grad_accum_steps=times,
             )
         )  # fmt: skip
-        assert {len(batch["tokens"]) for batch in job.validation} == {rows * 96}
+        assert {len(batch["tokens"]) for batch in job.data.validation} == {rows * 96}
         kinds = ("tokens", "labels", "positions")
-        whole = [torch.cat([batch[kind] for batch in job.validation]) for kind in kinds]
-        used = whole[0].view(-1, 96).ne(job.pad).any(1)  # the last batch may have empty rows
+        whole = [torch.cat([batch[kind] for batch in job.data.validation]) for kind in kinds]
+        used = whole[0].view(-1, 96).ne(job.data.pad).any(1)  # the last batch may have empty rows
         found.append([kind.view(-1, 96)[used] for kind in whole])
     assert len(found[0][0]) == 16 if val_batches == 2 else len(found[0][0]) > 30
     for other in found[1:]:
@@ -64,13 +64,13 @@ def test_validations_with_pictures_have_as_many_rows(micro: Micro) -> None:
     sizes = set()
     for rows, times in ((4, 1), (2, 2), (1, 4)):
         job = prepare(micro(val_batches=3, device_batch_size=rows, grad_accum_steps=times))
-        sizes.add(sum(len(batch["tokens"]) for batch in job.validation))
+        sizes.add(sum(len(batch["tokens"]) for batch in job.data.validation))
     assert sizes == {3 * 4 * 96}
 
 
 def test_batches_have_one_shape(micro: Micro) -> None:
     job = prepare(micro())
-    batches = iter(job.loader)
+    batches = iter(job.data.loader)
     shapes = [{k: v.shape for k, v in next(batches).items()} for _ in range(5)]
     assert all(shape == shapes[0] for shape in shapes)
 
@@ -78,13 +78,13 @@ def test_batches_have_one_shape(micro: Micro) -> None:
 def test_batches_made_beside_the_training_are_the_same(micro: Micro) -> None:
     here, beside = (prepare(micro(val_batches=2, workers=workers)) for workers in (0, 1))
     try:
-        assert len(beside.validation) == len(here.validation) == 2
-        for one, other in zip(here.validation, beside.validation, strict=True):
+        assert len(beside.data.validation) == len(here.data.validation) == 2
+        for one, other in zip(here.data.validation, beside.data.validation, strict=True):
             assert one.keys() == other.keys()
             assert all(torch.equal(one[name], other[name]) for name in one)
-        assert beside.validation is beside.validation
+        assert beside.data.validation is beside.data.validation
     finally:
-        beside.loader.close()
+        beside.data.loader.close()
 
 
 def test_held_out_data_that_cannot_be_used_is_said_when_asked_for(
@@ -99,9 +99,9 @@ def test_held_out_data_that_cannot_be_used_is_said_when_asked_for(
     beside = prepare(micro(workers=1))
     try:
         with pytest.raises(UserError, match="no batch of ours"):
-            _ = beside.validation
+            _ = beside.data.validation
     finally:
-        beside.loader.close()
+        beside.data.loader.close()
 
 
 @pytest.fixture
@@ -142,8 +142,8 @@ def test_llava_files_are_parted_by_record(micro: Micro, llava: Path) -> None:
     assert len(everything.train) == 40
     assert not everything.held_out
     job = prepare(micro(data=str(llava), val_fraction=0.0))
-    assert job.validation == []
-    assert "patches" in next(iter(job.loader))
+    assert job.data.validation == []
+    assert "patches" in next(iter(job.data.loader))
 
 
 def test_files_of_their_own_are_held_out(micro: Micro, llava: Path, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_files_of_their_own_are_held_out(micro: Micro, llava: Path, tmp_path: Pa
         "(5 of them in --data too); 5 of 13 held-out answers occur in training; "
         "each is asked after the true turns before it"
     )
-    assert len(prepare(config).validation) == 1
+    assert len(prepare(config).data.validation) == 1
     text = tmp_path / "text.txt"
     text.write_text("one\n\ntwo\n\nthree")
     with pytest.raises(UserError, match=r"text\.txt: --data .* is conversations"):
@@ -189,7 +189,7 @@ def test_text_comes_from_files_folders_and_globs(micro: Micro, tmp_path: Path) -
         sizes.append(len(sources.train) + len(sources.held_out["val"]))
     assert sizes == [30, 30, 10]
     job = prepare(micro(data=str(tmp_path), val_fraction=0.3))
-    assert "patches" not in next(iter(job.loader))
+    assert "patches" not in next(iter(job.data.loader))
     assert job.learns == {"text"}
 
 
@@ -198,14 +198,14 @@ def test_vocabularies(micro: Micro, tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["colour shape count"], 270)
     tokenizer.save(path)
     job = prepare(micro(tokenizer=str(path)))
-    assert job.tokenizer.vocab_size == tokenizer.vocab_size
+    assert job.data.tokenizer.vocab_size == tokenizer.vocab_size
     assert job.model.text.vocab_size == 512  # the preset's: it has room
     small = prepare(
         micro(tokenizer=str(path), override=(*micro().model.override, "text.vocab_size=64"))
     )
     assert small.model.text.vocab_size == 320
     own = prepare(micro(vocab_size=280))
-    assert own.tokenizer.vocab_size <= 280
+    assert own.data.tokenizer.vocab_size <= 280
     assert own.model.text.vocab_size == 320
 
 

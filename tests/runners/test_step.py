@@ -19,7 +19,7 @@ from runners.data.packing.collate import collate
 from runners.shell.errors import UserError
 from runners.training.compose import choose_backends, compose, is_compiled, is_graphed
 from runners.training.config import TrainConfig, model_config
-from runners.training.loop import Late, Pace, Step
+from runners.training.loop import DelayedReader, Step, Throughput
 from runners.training.setup import Job, prepare, sample_documents
 from runners.training.step import Learner, mean_loss
 from tests.rounding import FP32
@@ -36,10 +36,10 @@ def job(micro: Micro) -> Job:
 
 def _rows(job: Job) -> tuple[Batch, list[Batch]]:
     """A batch of two rows, and its rows as batches, with 4 to 1 labelled tokens."""
-    one, *rest = islice(sample_documents(job.sources.train, job.encoder, 8), 5)
-    single = replace(job.spec, rows=1)
+    one, *rest = islice(sample_documents(job.data.sources.train, job.data.encoder, 8), 5)
+    single = replace(job.data.spec, rows=1)
     rows = [[one], rest[:2]]
-    return collate(rows, job.spec), [collate([row], single) for row in rows]
+    return collate(rows, job.data.spec), [collate([row], single) for row in rows]
 
 
 def assert_same(a: torch.Tensor, b: torch.Tensor, path: str) -> None:
@@ -208,7 +208,7 @@ def test_gradients_may_lie_where_the_last_ones_lay(job: Job) -> None:
 
 
 def test_values_come_in_order_and_none_is_lost() -> None:
-    late = Late(CPU)
+    late = DelayedReader(CPU)
     seen = []
     for number in range(1, 4):
         step = Step(number, 0.1, 10, 1.0)
@@ -242,7 +242,7 @@ def gpu_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_steps_take_what_the_device_took_whenever_they_are_read(gpu_clock: list[float]) -> None:
-    late = Late(torch.device("cuda"))
+    late = DelayedReader(torch.device("cuda"))
     took: list[tuple[int, float]] = []
     for number, seconds in enumerate((0.5, 0.25, 0.5), 1):
         gpu_clock[0] += seconds
@@ -259,7 +259,7 @@ def test_steps_take_what_the_device_took_whenever_they_are_read(gpu_clock: list[
 
 
 def test_the_pace_is_that_of_the_steps_made() -> None:
-    pace = Pace()
+    pace = Throughput()
     for number in (1, 2):
         pace.add(Step(number, 0.1, 1000, 7.0, waited=0.1), seconds=0.5)
     assert (pace.steps, pace.tokens, pace.flops, pace.seconds) == (2, 2000, 14.0, 1.0)
@@ -269,7 +269,7 @@ def test_the_pace_is_that_of_the_steps_made() -> None:
 def test_a_cpu_step_leaves_out_interruptions(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    late = Late(CPU)
+    late = DelayedReader(CPU)
     now[0] = 110.0
     with late.paused():
         now[0] = 115.0

@@ -23,7 +23,7 @@ from runners.train import train
 from runners.training.checkpoints import open_run
 from runners.training.config import TrainConfig
 from runners.training.figures import Sample, draw_samples
-from runners.training.loop import Late, Read, Step
+from runners.training.loop import DelayedReader, Read, Step
 from runners.training.metrics import Display, read_metrics
 from runners.training.states import find_states, newest_state
 
@@ -113,12 +113,12 @@ def test_the_line_of_an_interrupted_step_is_of_that_step(
 ) -> None:
     """On a GPU it is read right after the one before, when the run is settled."""
 
-    class Behind(Late):
+    class Behind(DelayedReader):
         def push(self, step: Step, values: torch.Tensor) -> Iterator[Read]:
             self._waiting.append((step, values, self._now()))
             yield from self.flush(keep=1)
 
-    monkeypatch.setattr("runners.training.loop.Late", Behind)
+    monkeypatch.setattr("runners.training.loop.DelayedReader", Behind)
     before = time.perf_counter()
     assert train(micro(stop_at=4), quiet()) is None
     spent = time.perf_counter() - before
