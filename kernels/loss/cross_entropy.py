@@ -39,35 +39,6 @@ from kernels.runtime.operators import operator
 
 declare("cross_entropy", TRITON, TORCH)
 
-# Torch
-
-
-def _forward(
-    logits: Tensor, labels: Tensor, *, options: LossOptions
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    total = by_chunks(logits, labels, options)
-    return total / (labels != options.ignore_index).sum().clamp(min=1), ()
-
-
-def _backward(
-    grad: Tensor,
-    needs: tuple[bool, ...],
-    tensors: tuple[Tensor, Tensor],
-    residuals: tuple[Tensor, ...],
-    *,
-    options: LossOptions,
-) -> tuple[Tensor, None]:
-    logits, labels = tensors
-    count = (labels != options.ignore_index).sum().clamp(min=1)
-    weight = grad.to(accumulation_dtype(logits.dtype)) / count
-    out = torch.empty_like(logits)
-    by_chunks(logits, labels, options, weight, out)
-    return out, None
-
-
-OP = Op("cross_entropy", cross_entropy_reference, _forward, _backward)
-
-
 # Triton: one operator per direction, so that a compiler sees one node each
 
 
@@ -123,26 +94,43 @@ _backward_op = operator(
 )(_backward_kernel)
 
 
-def _forward_triton(
-    logits: Tensor, labels: Tensor, *, options: LossOptions
+# Autograd
+
+
+def _forward(
+    logits: Tensor, labels: Tensor, *, triton: bool, options: LossOptions
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    loss, *residuals = _forward_op(logits, labels, *options)
-    return loss, tuple(residuals)
+    if triton:
+        loss, *residuals = _forward_op(logits, labels, *options)
+        return loss, tuple(residuals)
+    total = by_chunks(logits, labels, options)
+    return total / (labels != options.ignore_index).sum().clamp(min=1), ()
 
 
-def _backward_triton(
+def _backward(
     grad: Tensor,
     needs: tuple[bool, ...],
     tensors: tuple[Tensor, Tensor],
     residuals: tuple[Tensor, ...],
     *,
+    triton: bool,
     options: LossOptions,
 ) -> tuple[Tensor, None]:
-    count, top, total = residuals
-    return _backward_op(*tensors, grad / count, top, total, *options), None
+    if triton:
+        count, top, total = residuals
+        return _backward_op(*tensors, grad / count, top, total, *options), None
+    logits, labels = tensors
+    count = (labels != options.ignore_index).sum().clamp(min=1)
+    out = torch.empty_like(logits)
+    by_chunks(logits, labels, options, grad.to(accumulation_dtype(logits.dtype)) / count, out)
+    return out, None
 
 
-OP_TRITON = Op("cross_entropy", cross_entropy_reference, _forward_triton, _backward_triton)
+def _formula(logits: Tensor, labels: Tensor, *, triton: bool, options: LossOptions) -> Tensor:
+    return cross_entropy_reference(logits, labels, options)
+
+
+OP = Op("cross_entropy", _formula, _forward, _backward)
 
 
 # Public
@@ -153,7 +141,7 @@ def _apply(logits: Tensor, labels: Tensor, triton: bool, overwrite: bool, *optio
     check_hidden()
     if overwrite and may_overwrite(logits):
         return overwriting_cross_entropy(logits, labels, triton, LossOptions(*options))
-    return run(OP_TRITON if triton else OP, logits, labels, options=LossOptions(*options))
+    return run(OP, logits, labels, triton=triton, options=LossOptions(*options))
 
 
 def cross_entropy(

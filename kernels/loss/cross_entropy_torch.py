@@ -47,7 +47,7 @@ def _capped(z: Tensor, softcap: float | None) -> Tensor:
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def cross_entropy_reference(logits: Tensor, labels: Tensor, *, options: LossOptions) -> Tensor:
+def cross_entropy_reference(logits: Tensor, labels: Tensor, options: LossOptions) -> Tensor:
     """What `cross_entropy` computes, as one expression."""
     valid = labels != options.ignore_index
     # masked before any arithmetic: an ignored row may hold NaN, and 0 * NaN is NaN in a backward

@@ -78,41 +78,6 @@ def _tile(STEPS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @jit
-def _row_statistics(
-    row_ptr,
-    bias_ptr,
-    vocab,
-    smoothing,
-    softcap,
-    scale,
-    STEPS: tl.constexpr,
-    THREADS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    KEEP: tl.constexpr,
-):
-    """Maximum, sum of exp(z - maximum), and (with smoothing) sum of z, over a row."""
-    tile = _tile(STEPS, THREADS, VECTOR)
-    size: tl.constexpr = STEPS * THREADS * VECTOR
-    top = tl.full([THREADS], -float("inf"), tl.float32)
-    total = tl.zeros([THREADS], tl.float32)
-    plain = tl.zeros([THREADS], tl.float32)
-    whole = vocab // size * size
-    for start in tl.range(0, whole, size, num_stages=1):  # three stages are slower
-        z = _read(row_ptr, bias_ptr, start + tile, vocab, scale, softcap, False, KEEP)
-        top, total = _online(top, total, z)
-        if smoothing is not None:
-            plain += _inner_sum(z)
-    if whole < vocab:
-        z = _read(row_ptr, bias_ptr, whole + tile, vocab, scale, softcap, True, KEEP)
-        top, total = _online(top, total, z)
-        if smoothing is not None:
-            plain += _inner_sum(tl.where(whole + tile < vocab, z, 0.0))
-    highest = tl.max(top, 0)
-    base = tl.where(highest == -float("inf"), 0.0, highest)
-    return base, tl.sum(total * tl.exp2((top - base) * LOG2E), 0), tl.sum(plain, 0)
-
-
-@jit
 def _target(row_ptr, bias_ptr, at, scale, softcap):
     """What `_read` gives at one column; NaN, without reading memory, at -1."""
     z = tl.load(row_ptr + at, mask=at >= 0, other=float("nan")).to(tl.float32)
@@ -141,9 +106,28 @@ def _row_loss(
     smoothing, z_loss, softcap, scale = options
     at = tl.where((label >= 0) & (label < vocab), label, -1).to(tl.int32)  # -1: no such column
     target = _target(row_ptr, bias_ptr, at, scale, softcap)
-    top, total, plain = _row_statistics(
-        row_ptr, bias_ptr, vocab, smoothing, softcap, scale, STEPS, THREADS, VECTOR, KEEP
-    )
+
+    tile = _tile(STEPS, THREADS, VECTOR)
+    size: tl.constexpr = STEPS * THREADS * VECTOR
+    tops = tl.full([THREADS], -float("inf"), tl.float32)
+    totals = tl.zeros([THREADS], tl.float32)
+    sums = tl.zeros([THREADS], tl.float32)
+    whole = vocab // size * size
+    for start in tl.range(0, whole, size, num_stages=1):  # three stages are slower
+        z = _read(row_ptr, bias_ptr, start + tile, vocab, scale, softcap, False, KEEP)
+        tops, totals = _online(tops, totals, z)
+        if smoothing is not None:
+            sums += _inner_sum(z)
+    if whole < vocab:
+        z = _read(row_ptr, bias_ptr, whole + tile, vocab, scale, softcap, True, KEEP)
+        tops, totals = _online(tops, totals, z)
+        if smoothing is not None:
+            sums += _inner_sum(tl.where(whole + tile < vocab, z, 0.0))
+    highest = tl.max(tops, 0)
+    top = tl.where(highest == -float("inf"), 0.0, highest)
+    total = tl.sum(totals * tl.exp2((tops - top) * LOG2E), 0)
+    plain = tl.sum(sums, 0)
+
     log_total = tl.log(total)
     loss = log_total + (top - target)  # in this order a loss near 0 keeps its digits
     if smoothing is not None:

@@ -17,7 +17,7 @@ labelled tokens are multiplied, which are few if only answers have labels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,24 @@ from kernels.runtime.operators import operator
 
 declare("linear_cross_entropy", TRITON, TORCH)
 
+
+class LinearLossSettings(NamedTuple):
+    """What the operator takes besides tensors, in its order; `LossOptions` first."""
+
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    scale: float | None
+    chunk: int
+    narrow: bool  # sum the gradient of the unembedding in its own dtype
+    triton: bool
+
+    @property
+    def loss(self) -> LossOptions:
+        return LossOptions(*self[:4])
+
+
 Needs = Sequence[bool]  # which gradients: of hidden, unembed, bias
 _CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}  # torch, fp32 logits at a time: 4 MB, 512 MB
 _CHUNK_BYTES = 2**30  # Triton; half of that was slower in a training step
@@ -67,16 +85,11 @@ def _chunked(
     bias: Tensor | None,  # [V]
     labels: Tensor,  # [N]
     grad: Tensor | None,  # scalar; None is 1
-    options: LossOptions,
-    scale: float | None,
-    chunk: int,
-    narrow: bool,
+    settings: LinearLossSettings,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and its gradients times `grad` (empty where not needed).
-
-    narrow: sum the gradient of the unembedding in its own dtype.
-    """
+    """The loss, and its gradients times `grad` (empty where not needed)."""
+    options, scale, chunk = settings.loss, settings.scale, settings.chunk
     n, vocab = hidden.shape[0], unembed.shape[0]
     need_hidden, need_unembed, need_bias = needs
     dtype = accumulation_dtype(hidden.dtype)
@@ -88,7 +101,7 @@ def _chunked(
 
     total = hidden.new_zeros((), dtype=dtype)
     d_hidden = torch.zeros_like(hidden) if need_hidden else hidden.new_empty(0)
-    wide = unembed.dtype if narrow else dtype
+    wide = unembed.dtype if settings.narrow else dtype
     d_unembed = torch.zeros_like(unembed, dtype=wide) if need_unembed else hidden.new_empty(0)
     d_bias = unembed.new_zeros(vocab, dtype=dtype) if need_bias else hidden.new_empty(0)
 
@@ -135,13 +148,11 @@ def _fused(
     bias: Tensor | None,
     labels: Tensor,
     grad: Tensor | None,
-    options: LossOptions,
-    scale: float | None,
-    chunk: int,
-    narrow: bool,
+    settings: LinearLossSettings,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `_chunked` computes; it allocates the chunk's logits and an fp32 sum besides."""
+    """What `_chunked` computes; besides, it allocates a chunk's logits and an fp32 sum."""
+    options, scale = settings.loss, settings.scale
     n, vocab = hidden.shape[0], unembed.shape[0]
     need_hidden, need_unembed, need_bias = needs
     count = count_labelled(labels, options.ignore_index)
@@ -158,7 +169,7 @@ def _fused(
         d_hidden = clean if need_unembed else torch.empty_like(hidden)
     d_unembed, d_bias = hidden.new_empty(0), hidden.new_empty(0)
 
-    rows = _even_chunk(n, chunk)
+    rows = _even_chunk(n, settings.chunk)
     single = rows >= n and not late  # nothing to sum: cuBLAS rounds its own fp32 sum once
     # rows start at multiples of 128 bytes, else the matmuls are slow
     buffer = hidden.new_empty(rows, -(-vocab // 64) * 64)[:, :vocab]
@@ -177,7 +188,7 @@ def _fused(
             d_bias = d_bias.add_(part) if start else part
         if need_unembed:
             if start == 0:
-                dtype = unembed.dtype if narrow or single else torch.float32
+                dtype = unembed.dtype if settings.narrow or single else torch.float32
                 d_unembed = torch.empty_like(unembed, dtype=dtype)
             add_product(d_unembed, z.t(), h, first=start == 0)
         if need_hidden:
@@ -219,9 +230,10 @@ def _loss_and_gradients(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_fused` or `_chunked`."""
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
-    compute = _fused if triton else _chunked
-    return compute(hidden, unembed, bias, labels, grad, options, scale, chunk, narrow, needs)
+    settings = LinearLossSettings(
+        ignore_index, label_smoothing, z_loss, softcap, scale, chunk, narrow, triton
+    )
+    return (_fused if triton else _chunked)(hidden, unembed, bias, labels, grad, settings, needs)
 
 
 def _fake(
@@ -248,12 +260,11 @@ def linear_cross_entropy_reference(
     bias: Tensor | None,
     labels: Tensor,
     *,
-    options: LossOptions,
-    scale: float | None,
-    chunk: int,
-    **unused: Any,
+    settings: LinearLossSettings,
+    **_: Any,
 ) -> Tensor:
     """What `linear_cross_entropy` computes; `chunk` bounds one tensor."""
+    options, scale, chunk = settings.loss, settings.scale, settings.chunk
     dtype = accumulation_dtype(hidden.dtype)
     valid = labels != options.ignore_index
     total = torch.zeros((), dtype=dtype, device=hidden.device)
@@ -274,15 +285,9 @@ def linear_cross_entropy_reference(
 
 
 def _forward(
-    *tensors: Tensor | None,
-    options: LossOptions,
-    scale: float | None,
-    chunk: int,
-    narrow: bool,
-    triton: bool,
-    eager: Needs,
+    *tensors: Tensor | None, settings: LinearLossSettings, eager: Needs
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    loss, *grads = _op(*tensors, None, *options, scale, chunk, narrow, triton, eager)
+    loss, *grads = _op(*tensors, None, *settings, eager)
     return loss, tuple(g for g, wanted in zip(grads, eager, strict=True) if wanted)
 
 
@@ -292,11 +297,7 @@ def _backward(
     tensors: tuple[Tensor, Tensor, Tensor | None, Tensor],
     residuals: tuple[Tensor, ...],
     *,
-    options: LossOptions,
-    scale: float | None,
-    chunk: int,
-    narrow: bool,
-    triton: bool,
+    settings: LinearLossSettings,
     eager: Needs,
     last: bool = False,
 ) -> tuple[Tensor | None, ...]:
@@ -306,10 +307,10 @@ def _backward(
     for i, wanted in enumerate(eager):
         g = next(made) if wanted else None
         if g is not None and needs[i]:
-            ready[i] = scaled(g, grad, triton, last)
+            ready[i] = scaled(g, grad, settings.triton, last)
     missing = [need and g is None for need, g in zip(needs[:3], ready, strict=True)]
     if any(missing):
-        _, *grads = _op(*tensors, grad, *options, scale, chunk, narrow, triton, missing)
+        _, *grads = _op(*tensors, grad, *settings, missing)
         ready = [g if m else r for g, m, r in zip(grads, missing, ready, strict=True)]
     return (*ready, None)
 
@@ -338,22 +339,11 @@ def _apply(
     unembed: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    scale: float | None,
-    chunk: int,
-    narrow: bool,
-    triton: bool,
     eager: Needs,
-    *options: Any,
+    *settings: Any,
 ) -> Tensor:
     check_hidden()
-    static = {
-        "options": LossOptions(*options),
-        "scale": scale,
-        "chunk": chunk,
-        "narrow": narrow,
-        "triton": triton,
-        "eager": eager,
-    }
+    static = {"settings": LinearLossSettings(*settings), "eager": eager}
     if torch._C._are_functorch_transforms_active():
         return run(OP, hidden, unembed, bias, labels, **static)
     return _WithReadyGradients.apply(BoundOp(OP, static), hidden, unembed, bias, labels)[0]
@@ -449,8 +439,10 @@ def linear_cross_entropy(
     # fp16 gradients wait for the backward: loss scaling has to come before they are rounded
     now = torch.is_grad_enabled() and hidden.dtype != torch.float16
     eager = tuple(now and x is not None and x.requires_grad for x in (hidden, unembed, bias))
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
-    return _apply(hidden, unembed, bias, labels, scale, chunk, narrow, triton, eager, *options)
+    settings = LinearLossSettings(
+        ignore_index, label_smoothing, z_loss, softcap, scale, chunk, narrow, triton
+    )
+    return _apply(hidden, unembed, bias, labels, eager, *settings)
 
 
 def chunk_within(memory: int | None, vocab: int, hidden: Tensor, triton: bool) -> int:

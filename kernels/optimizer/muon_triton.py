@@ -33,8 +33,19 @@ SIZES: dict[str, Any] = {"BLOCK": BLOCK, "PIECE": 32 * WARPS, "VECTOR": 4, "num_
 
 
 @jit
-def _blend(m_ptr, g_ptr, x_ptr, at, inside, scale_ptr, NEW: tl.constexpr):
+def _gathered(m, g, x, start, GRAD: tl.constexpr, VECTOR: tl.constexpr):
+    """Element `start` of momentum, gradient and stack."""
+    return (
+        pointer_to(m, tl.float32, VECTOR) + start,
+        pointer_to(g, GRAD, VECTOR) + start,
+        pointer_to(x, tl.bfloat16, VECTOR) + start,
+    )
+
+
+@jit
+def _blend(pointers, at, inside, scale_ptr, NEW: tl.constexpr):
     """The momentum of a piece, and the direction of Nesterov's method."""
+    m_ptr, g_ptr, x_ptr = pointers
     m = tl.load(m_ptr + at, mask=inside)
     g = tl.load(g_ptr + at, mask=inside).to(tl.float32)
     if scale_ptr is not None:
@@ -61,34 +72,31 @@ def gather_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     left = size - start
     if (((m | g | x) & 15) == 0) & (left >= BLOCK):
-        _blend(
-            pointer_to(m, tl.float32, VECTOR) + start,
-            pointer_to(g, GRAD, VECTOR) + start,
-            pointer_to(x, tl.bfloat16, VECTOR) + start,
-            tl.arange(0, BLOCK),
-            None,
-            scale_ptr,
-            NEW,
-        )
+        pointers = _gathered(m, g, x, start, GRAD, VECTOR)
+        _blend(pointers, tl.arange(0, BLOCK), None, scale_ptr, NEW)
     else:
+        pointers = _gathered(m, g, x, start, GRAD, 0)
         stop = tl.minimum(left, BLOCK).to(tl.int32)
         piece = 0
         while piece < stop:
             at = piece + tl.arange(0, PIECE)
-            _blend(
-                pointer_to(m, tl.float32, 0) + start,
-                pointer_to(g, GRAD, 0) + start,
-                pointer_to(x, tl.bfloat16, 0) + start,
-                at,
-                at < stop,
-                scale_ptr,
-                NEW,
-            )
+            _blend(pointers, at, at < stop, scale_ptr, NEW)
             piece += PIECE
 
 
 @jit
-def _move(p_ptr, x_ptr, c_ptr, at, inside, keep, length, COPY: tl.constexpr):
+def _moved(p, x, c, start, VECTOR: tl.constexpr):
+    """Element `start` of param, stack and copy."""
+    return (
+        pointer_to(p, tl.float32, VECTOR) + start,
+        pointer_to(x, tl.bfloat16, VECTOR) + start,
+        pointer_to(c, tl.bfloat16, VECTOR) + start,
+    )
+
+
+@jit
+def _move(pointers, at, inside, keep, length, COPY: tl.constexpr):
+    p_ptr, x_ptr, c_ptr = pointers
     p = tl.load(p_ptr + at, mask=inside)
     x = tl.load(x_ptr + at, mask=inside).to(tl.float32)
     p = p * keep - length * x
@@ -113,31 +121,14 @@ def move_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     left = size - start
     if (((p | x | c) & 15) == 0) & (left >= BLOCK):
-        _move(
-            pointer_to(p, tl.float32, VECTOR) + start,
-            pointer_to(x, tl.bfloat16, VECTOR) + start,
-            pointer_to(c, tl.bfloat16, VECTOR) + start,
-            tl.arange(0, BLOCK),
-            None,
-            keep,
-            length,
-            COPY,
-        )
+        _move(_moved(p, x, c, start, VECTOR), tl.arange(0, BLOCK), None, keep, length, COPY)
     else:
+        pointers = _moved(p, x, c, start, 0)
         stop = tl.minimum(left, BLOCK).to(tl.int32)
         piece = 0
         while piece < stop:
             at = piece + tl.arange(0, PIECE)
-            _move(
-                pointer_to(p, tl.float32, 0) + start,
-                pointer_to(x, tl.bfloat16, 0) + start,
-                pointer_to(c, tl.bfloat16, 0) + start,
-                at,
-                at < stop,
-                keep,
-                length,
-                COPY,
-            )
+            _move(pointers, at, at < stop, keep, length, COPY)
             piece += PIECE
 
 

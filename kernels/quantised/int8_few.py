@@ -300,16 +300,13 @@ def few(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor
 def _launch(
     kernel: Any,
     size: int,
-    x: Tensor,  # [rows, inner], contiguous
-    weight: Tensor,  # [outs, inner], contiguous
-    scale: Tensor,
-    bias: Tensor | None,
+    operands: tuple[Tensor, Tensor, Tensor, Tensor | None],  # x and weight contiguous
     **constants: Any,
 ) -> Tensor:
     """[rows, outs] by a kernel whose programs compute `size` outputs each."""
-    (rows, inner), outs = x.shape, weight.shape[0]
-    out = x.new_empty(rows, outs)
-    arguments = (x, weight, scale, bias, out, rows, outs, inner)
+    (rows, inner), outs = operands[0].shape, operands[1].shape[0]
+    out = operands[0].new_empty(rows, outs)
+    arguments = (*operands, out, rows, outs, inner)
     launch_early(kernel, triton.cdiv(outs, size), *arguments, **constants)
     return out
 
@@ -322,10 +319,7 @@ def one_row(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Te
     return _launch(
         int8_linear_row_kernel,
         size,
-        x,
-        weight,
-        scale,
-        bias,
+        (x, weight, scale, bias),
         num_warps=4,
         num_stages=1,
         SIZE=size,
@@ -344,10 +338,7 @@ def few_rows(
     return _launch(
         int8_linear_few_kernel,
         size,
-        x,
-        weight,
-        scale,
-        bias,
+        (x, weight, scale, bias),
         num_warps=config.warps,
         num_stages=1,
         STEPS=config.steps,
@@ -367,10 +358,7 @@ def many_few_rows(
     return _launch(
         int8_linear_rows_kernel,
         config.bn,
-        x,
-        weight,
-        scale,
-        bias,
+        (x, weight, scale, bias),
         num_warps=config.warps,
         num_stages=config.stages,
         BM=config.bm,

@@ -57,18 +57,8 @@ def linear(vocab: int, dim: int, options: tuple[Any, ...], bias: bool, gradients
     chunk = lce.chunk_within(None, vocab, hidden, True)
     added, scale = (meta(vocab), 0.5) if bias else (None, None)
     needs = (gradients, gradients, gradients and bias)
-    lce._fused(
-        hidden,
-        unembed,
-        added,
-        labels(16384),
-        None,
-        LossOptions(*options),
-        scale,
-        chunk,
-        False,
-        needs,
-    )
+    settings = lce.LinearLossSettings(*options, scale, chunk, False, True)
+    lce._fused(hidden, unembed, added, labels(16384), None, settings, needs)
 
 
 WORK: dict[str, tuple[Any, ...]] = {
