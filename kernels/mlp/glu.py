@@ -42,27 +42,14 @@ def relu2_reference(x: Tensor) -> Tensor:
     return torch.relu(x).square()
 
 
-# Custom operators: what a compiler sees of the launches
-
-
-@operator("glu", fake=lambda gate, **_: empty(gate, True))
-def _glu_op(gate: Tensor, up: Tensor, name: str) -> Tensor:
-    return glu_triton.glu_forward(gate, up, name)
-
-
-@operator("glu_backward", fake=lambda gate, up, **_: (empty(gate, True), empty(up, True)))
-def _glu_backward_op(grad: Tensor, gate: Tensor, up: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    return glu_triton.glu_backward(grad, gate, up, name)
-
-
-@operator("relu2", fake=lambda x: empty(x, True))
-def _relu2_op(x: Tensor) -> Tensor:
-    return glu_triton.relu2_forward(x)
-
-
-@operator("relu2_backward", fake=lambda x, **_: empty(x, True))
-def _relu2_backward_op(grad: Tensor, x: Tensor) -> Tensor:
-    return glu_triton.relu2_backward(grad, x)
+_glu_op = operator("glu", fake=lambda gate, **_: empty(gate, True))(glu_triton.glu_forward)
+_glu_backward_op = operator(
+    "glu_backward", fake=lambda gate, up, **_: (empty(gate, True), empty(up, True))
+)(glu_triton.glu_backward)
+_relu2_op = operator("relu2", fake=lambda x: empty(x, True))(glu_triton.relu2_forward)
+_relu2_backward_op = operator("relu2_backward", fake=lambda x, **_: empty(x, True))(
+    glu_triton.relu2_backward
+)
 
 
 # Ops

@@ -1,14 +1,13 @@
 # ruff: noqa: N803 -- constexprs are upper case, as everywhere in Triton
 # mypy: allow-untyped-defs
-"""The Triton kernels of `swiglu`, `geglu` and `relu2`: each number comes from memory once.
+"""The Triton kernels of `swiglu`, `geglu` and `relu2`, which read each number once.
 
-A program takes one tile [ROWS, COLS]. Tensors without gaps are one long row.
+A program takes one tile [ROWS, COLS]. Contiguous tensors are treated as one long row.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -20,9 +19,9 @@ from kernels.runtime.launch import jit, launch, tl, triton
 
 @jit
 def _tile(rows, cols, OUT_STRIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Rows [ROWS, 1] and columns [1, COLS] of this program, in int64, and what is inside."""
+    """Rows [ROWS, 1] and columns [1, COLS] of this program, in int64, and their mask."""
     col = tl.arange(0, COLS)[None, :]
-    if OUT_STRIDE == 0:  # one long row: spares short programs a division
+    if OUT_STRIDE == 0:  # one long row: saves short programs a division
         row = tl.zeros([1, 1], tl.int64)
         col += tl.program_id(0).to(tl.int64) * COLS
         return row, col, col < cols
@@ -154,72 +153,60 @@ def relu2_backward_kernel(
 # Host
 
 
-@dataclass(frozen=True)
-class GluLaunch:
-    """entries: of a program's tile; warps: of a program."""
-
-    entries: int
-    warps: int
-
-
-# swiglu on an H200, bf16, [16384, 8960]: 4,340 and 4,290 GB/s; what torch.compile makes of the same
-# formula 4,360 and 4,307; blocks of 8,192 4,236 and 4,242.
-FORWARD = GluLaunch(2048, 8)
-BACKWARD = GluLaunch(1024, 4)
+FORWARD = {"entries": 2048, "num_warps": 8}  # entries: of a program's tile
+BACKWARD = {"entries": 1024, "num_warps": 4}
 
 
 def _start(
     kernel: Any,
-    config: GluLaunch,
     inputs: dict[str, Tensor],
     outputs: tuple[Tensor | None, ...],
-    **constants: Any,
+    *,
+    entries: int,
+    **options: Any,
 ) -> None:
-    """Launches over inputs (by the name of their stride) and contiguous outputs, of one shape."""
+    """Launches over inputs, named after their strides, and contiguous outputs of the same shape."""
     shape = next(iter(inputs.values())).shape
     if all(x.is_contiguous() for x in inputs.values()):
-        size, tile = (1, math.prod(shape)), (1, config.entries)
+        size, tile = (1, math.prod(shape)), (1, entries)
         strides: dict[str, Any] = dict.fromkeys((*inputs, "OUT"), 0)
     else:
         size = (math.prod(shape[:-1]), shape[-1])
         inputs = {name: _rows(x, size) for name, x in inputs.items()}
         strides = {name: x.stride(0) for name, x in inputs.items()} | {"OUT": size[1]}
-        cols = min(1024, triton.next_power_of_2(size[1]))  # no power of two: half a tile is waste
-        tile = (config.entries // cols, cols)
+        cols = min(1024, triton.next_power_of_2(size[1]))
+        tile = (entries // cols, cols)
     launch(
         kernel,
         (triton.cdiv(size[0], tile[0]) * triton.cdiv(size[1], tile[1]),),
         *inputs.values(),
         *outputs,
         *size,
-        num_warps=config.warps,
         **{f"{name}_STRIDE": stride for name, stride in strides.items()},
         ROWS=tile[0],
         COLS=tile[1],
-        **constants,
+        **options,
     )
 
 
 def _rows(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """x as [rows, columns] with contiguous rows; copied only if it has to be."""
+    """x as [rows, columns] with contiguous rows; a copy only where necessary."""
     x = x.reshape(size)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def glu_forward(gate: Tensor, up: Tensor, name: str, config: GluLaunch | None = None) -> Tensor:
-    """[...] from gate and up [...]; name: "swiglu" or "geglu"."""
+def glu_forward(gate: Tensor, up: Tensor, name: str) -> Tensor:
+    """act(gate) * up; name: "swiglu" or "geglu"."""
     out = gate.new_empty(gate.shape)
-    _start(glu_forward_kernel, config or FORWARD, {"GATE": gate, "UP": up}, (out,), NAME=name)
+    _start(glu_forward_kernel, {"GATE": gate, "UP": up}, (out,), NAME=name, **FORWARD)
     return out
 
 
-def glu_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, name: str, config: GluLaunch | None = None
-) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and of up."""
+def glu_backward(grad: Tensor, gate: Tensor, up: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up."""
     outs = gate.new_empty(gate.shape), up.new_empty(up.shape)
     inputs = {"GRAD": grad, "GATE": gate, "UP": up}
-    _start(glu_backward_kernel, config or BACKWARD, inputs, (*outs, None), NAME=name)
+    _start(glu_backward_kernel, inputs, (*outs, None), NAME=name, **BACKWARD)
     return outs
 
 
@@ -230,13 +217,12 @@ def glu_backward_(
     name: str,
     needs_value: bool = True,
     overwrite: bool = False,
-    config: GluLaunch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of gate and of up, and the activation again if asked for, in one pass.
+    """The gradients of gate and up, and with `needs_value` forward's output, in one pass.
 
-    grad's memory becomes the gradient of up where it can: contiguous, of up's dtype. What is stored
-    there was computed from what lay there, so that no thread can be too early. overwrite: likewise
-    the gradient of gate takes gate's place, the activation up's, if those are contiguous.
+    The gradient of up takes grad's memory if grad is contiguous and of up's dtype. overwrite: the
+    gradient of gate takes gate's memory and the output up's, if both are contiguous. This is safe
+    because a thread writes only where it has read.
     """
     own = overwrite and gate.is_contiguous() and up.is_contiguous()
     value = (up if own else gate.new_empty(gate.shape)) if needs_value else None
@@ -244,17 +230,19 @@ def glu_backward_(
     own = grad.is_contiguous() and grad.dtype == up.dtype
     d_up = grad if own else up.new_empty(up.shape)
     inputs = {"GRAD": grad, "GATE": gate, "UP": up}
-    _start(glu_backward_kernel, config or BACKWARD, inputs, (d_gate, d_up, value), NAME=name)
+    _start(glu_backward_kernel, inputs, (d_gate, d_up, value), NAME=name, **BACKWARD)
     return d_gate, d_up, value
 
 
-def relu2_forward(x: Tensor, config: GluLaunch | None = None) -> Tensor:
+def relu2_forward(x: Tensor) -> Tensor:
+    """relu(x)^2."""
     out = x.new_empty(x.shape)
-    _start(relu2_forward_kernel, config or FORWARD, {"X": x}, (out,))
+    _start(relu2_forward_kernel, {"X": x}, (out,), **FORWARD)
     return out
 
 
-def relu2_backward(grad: Tensor, x: Tensor, config: GluLaunch | None = None) -> Tensor:
+def relu2_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x."""
     dx = x.new_empty(x.shape)
-    _start(relu2_backward_kernel, config or BACKWARD, {"GRAD": grad, "X": x}, (dx,))
+    _start(relu2_backward_kernel, {"GRAD": grad, "X": x}, (dx,), **BACKWARD)
     return dx

@@ -97,30 +97,6 @@ def _layer_backward(
     return dx.to(x.dtype), dw, db
 
 
-def _layer_backward_kernel(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    r: Tensor,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dw and db (empty if they are not asked for)."""
-    dx, dw, db = layer_norm_triton.layer_norm_backward(
-        grad, x, weight, bias, mean, r, needs_weight, needs_bias
-    )
-    return dx, empty(x) if dw is None else dw, empty(x) if db is None else db
-
-
-def _layer_kernel(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normed, mean, r."""
-    return layer_norm_triton.layer_norm_forward(x, weight, bias, eps)
-
-
 def _layer_fake(x: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return empty(x, True), fake_statistic(x), fake_statistic(x)
 
@@ -137,9 +113,9 @@ def _layer_backward_fake(
     return empty(x, True), dw, db
 
 
-_layer_op = operator("layer_norm", fake=_layer_fake)(_layer_kernel)
+_layer_op = operator("layer_norm", fake=_layer_fake)(layer_norm_triton.layer_norm_forward)
 _layer_backward_op = operator("layer_norm_backward", fake=_layer_backward_fake)(
-    _layer_backward_kernel
+    layer_norm_triton.layer_norm_backward
 )
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kernels.norm.rows_triton import (
-    NormLaunch,
     backward_config,
     first_row,
     flatten,
@@ -24,6 +23,7 @@ from kernels.norm.rows_triton import (
     write,
 )
 from kernels.runtime.launch import jit, launch, tl
+from kernels.runtime.operators import empty
 
 MAX_DIM = 8192  # longer rows do not fit into registers, and no model has them
 
@@ -130,10 +130,9 @@ def layer_norm_forward(
     weight: Tensor | None,  # [D]
     bias: Tensor | None,  # [D]
     eps: float,
-    config: NormLaunch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [..., D] in x.dtype; mean and r [..., 1] in fp32."""
-    config = config or forward_config(x)
+    config = forward_config(x)
     y, mean, r = x.new_empty(x.shape), statistic(x), statistic(x)
     flat = flatten(x)
     launch(
@@ -163,10 +162,9 @@ def layer_norm_backward(
     r: Tensor,  # [..., 1]
     needs_weight: bool,
     needs_bias: bool,
-    config: NormLaunch | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx [..., D] in x.dtype, dw and db [D] in their dtypes."""
-    config = config or backward_config(x)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [..., D] in x.dtype, and dw and db [D] in their dtypes (empty if not needed)."""
+    config = backward_config(x)
     dx = x.new_empty(x.shape)
     flat, grads = flatten(x), flatten(grad)
     programs = programs_for(flat, config)
@@ -191,4 +189,4 @@ def layer_norm_backward(
         **tile_constants(flat, config),
     )
     summed = sums(partials, *wanted) if wanted else []
-    return dx, summed[0] if weighted else None, summed[-1] if biased else None
+    return dx, summed[0] if weighted else empty(x), summed[-1] if biased else empty(x)

@@ -107,27 +107,6 @@ def fold_norm(batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
     return (x.movedim(dim, 0), *leaves)
 
 
-def _rms_kernel(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normed, total (empty without a residual), r."""
-    y, total, r = rms_norm_triton.rms_norm_forward(x, residual, weight, eps)
-    return y, empty(x) if total is None else total, r
-
-
-def _rms_backward_kernel(
-    grad: Tensor,
-    grad_total: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    r: Tensor,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    """dx, and dw (empty if it is not asked for)."""
-    dx, dw = rms_norm_triton.rms_norm_backward(grad, grad_total, x, weight, r, needs_weight)
-    return dx, empty(x) if dw is None else dw
-
-
 def fake_leaf(x: Tensor, leaf: Tensor | None, needs: bool) -> Tensor:
     return empty(x) if leaf is None or not needs else empty(leaf, True)
 
@@ -146,8 +125,10 @@ def _rms_backward_fake(
     return empty(x, True), fake_leaf(x, weight, needs_weight)
 
 
-_rms_op = operator("rms_norm", fake=_rms_fake)(_rms_kernel)
-_rms_backward_op = operator("rms_norm_backward", fake=_rms_backward_fake)(_rms_backward_kernel)
+_rms_op = operator("rms_norm", fake=_rms_fake)(rms_norm_triton.rms_norm_forward)
+_rms_backward_op = operator("rms_norm_backward", fake=_rms_backward_fake)(
+    rms_norm_triton.rms_norm_backward
+)
 
 
 def _rms_forward_triton(

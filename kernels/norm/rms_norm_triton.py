@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kernels.norm.rows_triton import (
-    NormLaunch,
     backward_config,
     first_row,
     flatten,
@@ -26,6 +25,7 @@ from kernels.norm.rows_triton import (
     write,
 )
 from kernels.runtime.launch import jit, launch, tl
+from kernels.runtime.operators import empty
 
 MAX_DIM = 8192  # registers hold three rows: x, its gradient and the weight's gradient
 MAX_FORWARD_DIM = 16384
@@ -249,10 +249,9 @@ def rms_norm_forward(
     residual: Tensor | None,  # like x
     weight: Tensor | None,  # [D]
     eps: float,
-    config: NormLaunch | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """y and x + residual [..., D] in x.dtype, and r [..., 1] in fp32."""
-    config = config or forward_config(x)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y and x + residual [..., D] in x.dtype (empty without one), and r [..., 1] in fp32."""
+    config = forward_config(x)
     y, r = x.new_empty(x.shape), statistic(x)
     total = None if residual is None else x.new_empty(x.shape)
     flat = flatten(x)
@@ -279,7 +278,7 @@ def rms_norm_forward(
             **strides,
             **tile_constants(flat, config),
         )
-    return y, total, r
+    return y, empty(x) if total is None else total, r
 
 
 def rms_norm_backward(
@@ -289,11 +288,11 @@ def rms_norm_backward(
     weight: Tensor | None,  # [D]
     r: Tensor,  # [..., 1]
     needs_weight: bool,
-    config: NormLaunch | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """dx [..., D] in x.dtype, dw [D] in weight.dtype."""
+) -> tuple[Tensor, Tensor]:
+    """dx [..., D] in x.dtype, and dw [D] in weight.dtype (empty if not needed)."""
     dx = x.new_empty(x.shape)
-    return dx, _backward(grad, grad_total, x, weight, r, dx, None, needs_weight, config)
+    dw = _backward(grad, grad_total, x, weight, r, dx, None, needs_weight)
+    return dx, empty(x) if dw is None else dw
 
 
 def rms_norm_backward_(
@@ -304,7 +303,6 @@ def rms_norm_backward_(
     r: Tensor,
     needs_weight: bool,
     needs_value: bool = True,
-    config: NormLaunch | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `rms_norm_backward`, and with `needs_value` also forward's output, to the bit.
 
@@ -313,7 +311,7 @@ def rms_norm_backward_(
     own = grad.is_contiguous() and grad.dtype == x.dtype
     dx = grad if own else x.new_empty(x.shape)
     y = x.new_empty(x.shape) if needs_value else None
-    return dx, _backward(grad, grad_total, x, weight, r, dx, y, needs_weight, config), y
+    return dx, _backward(grad, grad_total, x, weight, r, dx, y, needs_weight), y
 
 
 def _backward(
@@ -325,10 +323,9 @@ def _backward(
     dx: Tensor,
     y: Tensor | None,
     needs_weight: bool,
-    config: NormLaunch | None,
 ) -> Tensor | None:
     """Writes dx and y; returns dw."""
-    config = config or backward_config(x)
+    config = backward_config(x)
     flat, grads = flatten(x), flatten(grad)
     more = None if grad_total is None else flatten(grad_total)
     programs = programs_for(flat, config)

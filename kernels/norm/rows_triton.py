@@ -178,15 +178,10 @@ def statistic(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-def sums(
-    partials: Tensor, *like: Tensor | None, cols: int | None = None, step: int | None = None
-) -> list[Tensor]:
-    """Adds up partial sums [leaves, programs, D]: one [D] per leaf, in its dtype.
-
-    cols, step: the tile that a program reads at a time; 2,048 numbers by default.
-    """
+def sums(partials: Tensor, *like: Tensor | None) -> list[Tensor]:
+    """Adds up partial sums [leaves, programs, D]: one [D] per leaf, in its dtype."""
     leaves, programs, dim = partials.shape
-    cols = cols or max(8, min(128, triton.next_power_of_2(dim) // 512))
+    cols = max(8, min(128, triton.next_power_of_2(dim) // 512))
     outs = [partials.new_empty(dim, dtype=leaf.dtype) for leaf in like if leaf is not None]
     launch(
         sum_partials_kernel,
@@ -198,6 +193,6 @@ def sums(
         num_warps=4,
         DIM=dim,
         COLS=cols,
-        STEP=step or (128 if cols <= 16 else 2048 // cols),
+        STEP=128 if cols <= 16 else 2048 // cols,
     )
     return outs

@@ -84,24 +84,6 @@ def rope_qk_norm_reference(
     return turned_q.to(q.dtype), turned_k.to(k.dtype)
 
 
-# Custom operators: what a compiler sees of the launches
-
-
-@operator("rope", fake=lambda q, k, **_: (empty(q, True), empty(k, True)))
-def _rope_op(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    eps: float,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:
-    return rope_triton.rope_turn(q, k, q_weight, k_weight, cos, sin, positions, eps, inverse)
-
-
 def _backward_fake(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, needs_weights: bool, **_: Any
 ) -> tuple[Tensor, ...]:
@@ -109,27 +91,12 @@ def _backward_fake(
     return (empty(q, True), empty(k, True), *weights)
 
 
-@operator("rope_qk_norm_backward", fake=_backward_fake)
-def _backward_op(
-    q_grad: Tensor,
-    k_grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    eps: float,
-    needs_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The weights' gradients are empty if they are not asked for."""
-    dq, dk, dq_weight, dk_weight = rope_triton.rope_qk_norm_backward(
-        q_grad, k_grad, q, k, q_weight, k_weight, cos, sin, positions, eps, needs_weights
-    )
-    if dq_weight is None or dk_weight is None:
-        return dq, dk, empty(q_weight), empty(k_weight)
-    return dq, dk, dq_weight, dk_weight
+_rope_op = operator("rope", fake=lambda q, k, **_: (empty(q, True), empty(k, True)))(
+    rope_triton.rope_turn
+)
+_backward_op = operator("rope_qk_norm_backward", fake=_backward_fake)(
+    rope_triton.rope_qk_norm_backward
+)
 
 
 # The plain form

@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.norm.rows_triton import sums
 from kernels.rope.rope_triton_kernels import rope_kernel, rope_qk_norm_backward_kernel
 from kernels.runtime.launch import launch, processors, triton
+from kernels.runtime.operators import empty
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,11 @@ def rope_turn(
     positions: Tensor,  # [..., N]
     eps: float,
     inverse: bool,
-    config: RopeLaunch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q and k rotated, after a norm if there are weights."""
     outs = q.new_empty(q.shape), k.new_empty(k.shape)
     flat_q, flat_k = _tokens(q), _tokens(k)
-    config = config or forward_config(flat_q, q_weight is not None)
+    config = forward_config(flat_q, q_weight is not None)
     launch(
         rope_kernel,
         (triton.cdiv(flat_q.shape[0], config.tokens),),
@@ -122,12 +122,11 @@ def rope_qk_norm_backward(
     positions: Tensor,  # [..., N]
     eps: float,
     needs_weights: bool,
-    config: RopeLaunch | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of q and k, and of the two weights or None."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q and k, and of the two weights (empty if not needed)."""
     outs = q.new_empty(q.shape), k.new_empty(k.shape)
     flat_q, flat_k, grads_q, grads_k = (_tokens(x) for x in (q, k, q_grad, k_grad))
-    config = config or backward_config(flat_q)
+    config = backward_config(flat_q)
     tiles = triton.cdiv(flat_q.shape[0], config.tokens)
     most = processors(q.device) * config.programs
     programs = min(tiles, most) if most else tiles
@@ -144,7 +143,7 @@ def rope_qk_norm_backward(
         **_constants(flat_q, flat_k, cos, config),
     )
     if partials is None:
-        return *outs, None, None
+        return *outs, empty(q_weight), empty(k_weight)
     dq_weight, dk_weight = sums(partials, q_weight, k_weight)
     return *outs, dq_weight, dk_weight
 

@@ -206,7 +206,7 @@ def test_backward_gives_the_norm_again(
             check_gradients(got, exact[2 : 2 + len(got)], 1.0, shape[0], kernel_device)
             continue
         assert torch.equal(dx, wanted[0])
-        assert (dw is None) == (wanted[1] is None)
+        assert (dw is None) == (wanted[1].numel() == 0)
         assert dw is None or torch.equal(dw, wanted[1])
 
 
@@ -490,9 +490,7 @@ def test_in_a_cuda_graph() -> None:
 
     def step() -> tuple[Tensor, ...]:
         _, total, r = rms_norm_triton.rms_norm_forward(x, x, w, EPS)
-        assert total is not None
         dx, dw = rms_norm_triton.rms_norm_backward(g, g_total, total, w, r, True)
-        assert dw is not None
         return total, r, dx, dw
 
     wanted = step()
