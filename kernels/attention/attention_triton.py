@@ -107,7 +107,7 @@ def _launch(
         BLOCK_M=config.queries,
         BLOCK_N=config.keys,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        # rows between those that one thread reads, 16 bytes of each
+        # distance of the rows that one thread reads, 16 bytes of each
         STEP=max(1, config.warps * 512 // (q.element_size() * _padded(dim))),
         num_warps=config.warps,
         num_stages=config.stages,

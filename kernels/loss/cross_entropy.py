@@ -14,11 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.loss import cross_entropy_triton
-from kernels.loss.cross_entropy_in_place import (
-    is_eager,
-    may_overwrite,
-    overwriting_cross_entropy,
-)
+from kernels.loss.cross_entropy_in_place import may_overwrite, overwriting_cross_entropy
 from kernels.loss.cross_entropy_torch import (
     LossOptions,
     by_chunks,
@@ -31,6 +27,7 @@ from kernels.runtime.autograd import (
     can_read,
     check_device,
     check_floating,
+    is_eager,
     run,
 )
 from kernels.runtime.dispatch import TORCH, TRITON, choose, declare

@@ -1,7 +1,4 @@
-"""`cross_entropy(overwrite=True)`: the forward leaves the gradient where the logits were.
-
-Also what a backward needs to hand over a gradient that the forward computed.
-"""
+"""`cross_entropy(overwrite=True)`: the forward leaves the gradient where the logits were."""
 
 from __future__ import annotations
 
@@ -13,7 +10,13 @@ from torch import Tensor
 from kernels.loss import cross_entropy_triton
 from kernels.loss.cross_entropy_torch import LossOptions, by_chunks, count_labelled
 from kernels.loss.scale_triton import scale_rows
-from kernels.runtime.autograd import accumulation_dtype, with_signature
+from kernels.runtime.autograd import (
+    accumulation_dtype,
+    is_batched,
+    is_eager,
+    is_last_backward,
+    with_signature,
+)
 from kernels.runtime.operators import operator
 
 
@@ -50,35 +53,17 @@ _scale_op = operator("cross_entropy_scale", fake=lambda **_: None, mutates=("x",
 
 
 def scaled(gradient: Tensor, factor: Tensor, triton: bool, last: bool = False) -> Tensor:
-    """gradient * factor. In place if `last`; the Triton kernel does nothing if factor is 1."""
-    if triton and is_eager(gradient) and not _is_batched(factor):
+    """gradient * factor, in place if `last`; Triton then skips a factor of 1.
+
+    For a backward whose forward computed the gradient; factor: the gradient of the loss.
+    """
+    if triton and is_eager(gradient) and not is_batched(factor):
         out = gradient if last else gradient.clone()
         _scale_op(out, factor)
         return out.detach()
     # in fp32: CUDA would first round an fp32 scalar to the dtype of the gradient
     out = (gradient.to(accumulation_dtype(gradient.dtype)) * factor).to(gradient.dtype)
     return gradient.copy_(out).detach() if last else out
-
-
-def _is_batched(x: Tensor) -> bool:
-    """Whether x stands for many tensors: under `torch.func`, or with `is_grads_batched`."""
-    legacy: bool = torch._C._functorch.is_legacy_batchedtensor(x)
-    return legacy or torch._C._are_functorch_transforms_active()
-
-
-def is_last_backward(grad: Tensor) -> bool:
-    """In the backward of a Function: whether autograd will not ask for its saved tensors again."""
-    return (
-        is_eager(grad)  # a compiler plans memory itself
-        and not _is_batched(grad)
-        and not torch.is_grad_enabled()
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
-    )
-
-
-def is_eager(x: Tensor) -> bool:
-    """Whether x has values: it is no compiler's tracing tensor."""
-    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 @with_signature

@@ -25,7 +25,7 @@ from torch import Tensor
 from kernels.linear.linear import add_product
 from kernels.loss import cross_entropy_triton
 from kernels.loss.cross_entropy import check_label_range, check_logits_and_labels, check_options
-from kernels.loss.cross_entropy_in_place import is_last_backward, scaled
+from kernels.loss.cross_entropy_in_place import scaled
 from kernels.loss.cross_entropy_torch import (
     LossOptions,
     count_labelled,
@@ -39,6 +39,7 @@ from kernels.runtime.autograd import (
     Op,
     accumulation_dtype,
     check_floating,
+    is_last_backward,
     run,
     with_signature,
 )
@@ -139,7 +140,7 @@ def _chunked(
     return total / count, d_hidden, d_unembed, d_bias
 
 
-# Chunked matmuls round a Triton kernel
+# Chunked matmuls around a Triton kernel
 
 
 def _fused(
@@ -151,7 +152,7 @@ def _fused(
     settings: LinearLossSettings,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `_chunked` computes; besides, it allocates a chunk's logits and an fp32 sum."""
+    """What `_chunked` computes, with a chunk's logits and an fp32 sum as its only buffers."""
     options, scale = settings.loss, settings.scale
     n, vocab = hidden.shape[0], unembed.shape[0]
     need_hidden, need_unembed, need_bias = needs
@@ -229,7 +230,7 @@ def _loss_and_gradients(
     triton: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`_fused` or `_chunked`."""
+    """`_fused` or `_chunked`, as an operator."""
     settings = LinearLossSettings(
         ignore_index, label_smoothing, z_loss, softcap, scale, chunk, narrow, triton
     )

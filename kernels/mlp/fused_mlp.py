@@ -28,7 +28,6 @@ from kernels.linear.norm_linears import (
     norm_again,
     norm_gradients,
 )
-from kernels.loss.cross_entropy_in_place import is_last_backward
 from kernels.mlp.glu import SWIGLU
 from kernels.norm.rms_norm import RMS_NORM
 from kernels.runtime.autograd import (
@@ -38,6 +37,7 @@ from kernels.runtime.autograd import (
     check_floating,
     fold_all,
     fold_rows,
+    is_last_backward,
     rows_of,
     run,
 )

@@ -94,15 +94,15 @@ def adamw_(
     """
     if not params:
         return
-    twins = [None] * len(params) if copies is None else list(copies)
+    copies = [None] * len(params) if copies is None else copies
     decays = (
         [float(weight_decay)] * len(params)
         if isinstance(weight_decay, int | float)
         else [float(decay) for decay in weight_decay]
     )
-    _check(params, grads, exp_avgs, exp_avg_sqs, twins, decays, scale, step)
-    given = [c for c in twins if c is not None]
-    copied = [i for i, c in enumerate(twins) if c is not None]
+    _check(params, grads, exp_avgs, exp_avg_sqs, copies, decays, scale, step)
+    given = [c for c in copies if c is not None]
+    copied = [i for i, c in enumerate(copies) if c is not None]
     leaves = [list(each) for each in (params, grads, exp_avgs, exp_avg_sqs)]
     _op(*leaves, given, copied, decays, scale, step, lr, beta1, beta2, eps, seed)
 
@@ -124,7 +124,7 @@ def _adamw(
     seed: int,
 ) -> None:
     """`adamw_` with checked arguments; copies: of the leaves in `copied`."""
-    twins = dict(zip(copied, copies, strict=True))
+    copy_of = dict(zip(copied, copies, strict=True))
     triton = choose("adamw", str(params[0].device), params[0].dtype) == "triton"
     key = _key(seed, step)
     now = AdamWStep(step, lr, beta1, beta2, eps)
@@ -133,16 +133,16 @@ def _adamw(
         if not p.numel():
             continue
         if triton:
-            groups.setdefault(LeafTypes(p.dtype, g.dtype, m.dtype, i in twins), []).append(i)
+            groups.setdefault(LeafTypes(p.dtype, g.dtype, m.dtype, i in copy_of), []).append(i)
         else:
-            _step_torch(p, g, m, v, twins.get(i), decays[i], scale, now, key + i)
+            _step_torch(p, g, m, v, copy_of.get(i), decays[i], scale, now, key + i)
     for types, chosen in groups.items():
         rows = tuple(
             (
                 params[i].data_ptr(),
                 exp_avgs[i].data_ptr(),
                 exp_avg_sqs[i].data_ptr(),
-                twins[i].data_ptr() if i in twins else 0,
+                copy_of[i].data_ptr() if i in copy_of else 0,
                 params[i].numel(),
                 i,
             )
@@ -163,8 +163,9 @@ _op = operator(
 
 @torch.no_grad()
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together: an fp32 scalar on their device, summed in fp32 whatever
-    they are, in the order given. That of none is 0, on the CPU.
+    """The 2-norm of all gradients together, an fp32 scalar on their device.
+
+    Sums are fp32, over leaves in the order given. Without gradients the norm is 0, on the CPU.
 
     >>> import torch
     >>> grad_norm([torch.tensor([3.0]), torch.tensor([[4.0]], dtype=torch.bfloat16)]).item()
@@ -174,13 +175,13 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
         return torch.zeros(())
     if grads[0].device.type == "cpu":
         return torch.linalg.vector_norm(torch.stack([_norm_in_rows(grad) for grad in grads]))
-    by_dtype: dict[torch.dtype, list[int]] = {}  # few launches for many leaves, if they are alike
+    by_dtype: dict[torch.dtype, list[int]] = {}  # one launch per dtype
     for i, grad in enumerate(grads):
         by_dtype.setdefault(grad.dtype, []).append(i)
     norms = dict[int, Tensor]()
     for chosen in by_dtype.values():
-        alike = torch._foreach_norm([grads[i] for i in chosen], 2, dtype=torch.float32)
-        norms.update(zip(chosen, alike, strict=True))
+        found = torch._foreach_norm([grads[i] for i in chosen], 2, dtype=torch.float32)
+        norms.update(zip(chosen, found, strict=True))
     return torch.linalg.vector_norm(torch.stack([norms[i] for i in range(len(grads))]))
 
 
@@ -188,10 +189,10 @@ _ROW = 1024
 
 
 def _norm_in_rows(x: Tensor) -> Tensor:
-    """The norm of rows, the norm of their norms, and so on.
+    """The norm of rows, then the norm of their norms, and so on.
 
-    On a CPU, PyTorch adds the squares of a tensor one after the other: of 3e7 normal numbers the
-    norm is off by 2e-3. On a GPU it adds in a tree, as here.
+    On a CPU, PyTorch adds the squares of a tensor one after the other, an error of 2e-3 in the norm
+    of 3e7 normal numbers. On a GPU it adds in a tree, as here.
     """
     x = x.flatten()
     while x.numel() > _ROW:

@@ -55,8 +55,8 @@ def gather_momenta(
     _check("grads", grads, first.shape, GRADS, first.device, len(momenta))
     stack = first.new_empty((len(momenta), *first.shape), dtype=torch.bfloat16)
     if choose("muon", str(first.device), first.dtype) == "triton":
-        alike = len({g.dtype for g in grads}) == 1
-        given = [(g if alike else g.float()).contiguous() for g in grads]  # alive until the launch
+        equal = len({g.dtype for g in grads}) == 1
+        given = [(g if equal else g.float()).contiguous() for g in grads]  # alive until the launch
         gather_launch(momenta, given, stack, momentum, scale)
         return stack
     for m, grad, x in zip(momenta, grads, stack, strict=True):

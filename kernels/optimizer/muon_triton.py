@@ -158,10 +158,10 @@ def move_launch(
     copies: Sequence[Tensor] | None,
 ) -> None:
     """fp32 params; stack: bf16 [leaves, ...], contiguous."""
-    twins = [0] * len(params) if copies is None else [c.data_ptr() for c in copies]
+    copied = [0] * len(params) if copies is None else [c.data_ptr() for c in copies]
     rows = [
         [p.data_ptr(), x.data_ptr(), c, *bits_of(keep, length)]
-        for p, x, c, keep, length in zip(params, stack, twins, keeps, lengths, strict=True)
+        for p, x, c, keep, length in zip(params, stack, copied, keeps, lengths, strict=True)
     ]
     size = params[0].numel()
     grid = (-(-size // BLOCK), len(rows))

@@ -408,6 +408,27 @@ def can_read(tensor: Tensor) -> bool:
     )
 
 
+def is_batched(x: Tensor) -> bool:
+    """Whether x stands for many tensors: under `torch.func`, or with `is_grads_batched`."""
+    legacy: bool = torch._C._functorch.is_legacy_batchedtensor(x)
+    return legacy or torch._C._are_functorch_transforms_active()
+
+
+def is_last_backward(grad: Tensor) -> bool:
+    """In the backward of a Function: whether autograd will not ask for its saved tensors again."""
+    return (
+        is_eager(grad)  # a compiler plans memory itself
+        and not is_batched(grad)
+        and not torch.is_grad_enabled()
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+    )
+
+
+def is_eager(x: Tensor) -> bool:
+    """Whether x has values, and is no tensor that a compiler traces with."""
+    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
 def shaped(y: Tensor, *shape: int) -> Tensor:
     """y in this shape and the same memory, but not as a view: autograd forbids in-place changes of
     a view that a Function returned, and models do change a layer's output in place."""
