@@ -1,12 +1,12 @@
-"""The MLP of a decoder's block as one function, from the residual stream on.
+"""The MLP of a decoder block as one function, from the residual stream on.
 
-It keeps what stands before the activation and nothing else. What comes behind it, and the norm's
-output, are made again by passes that backward makes anyway.
+It keeps gate's and up's outputs, and recomputes the norm's and the activation's in passes that
+backward makes in any case.
 
-Each forward is plain operations, the matrix products among them, so that a compiler leaves out of a
-recomputed block what no gradient needs: the last product. Each backward is one operator, as in
-`glu_linear`. Where what is kept will not be asked for again, its memory becomes that of
-gradients: [N, F] twice, of the most that the backward of a block holds.
+Forward is plain operations, the matrix products among them, so that a compiler that recomputes a
+block can leave out the last product, which no gradient needs. Backward is one operator, as in
+`glu_linear`. Where nothing else needs gate's and up's outputs, gradients reuse their memory: twice
+[N, F], most of what the backward of a block holds.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from kernels.runtime.dispatch import choose
 from kernels.runtime.dynamo import allow_in_graph
 from kernels.runtime.operators import empty, operator
 
-_CHUNK_BYTES = 2**30  # of the three tensors that a recomputed chunk holds
+_CHUNK_BYTES = 2**30  # for the three tensors of a recomputed chunk
 
 
-def _alone() -> bool:
-    """Whether no torch.func transform is active, which may ask for what is kept more than once."""
+def _outside_func() -> bool:
+    """Whether no torch.func transform is active, which may run a backward several times."""
     return not torch._C._are_functorch_transforms_active()
 
 
@@ -66,14 +66,14 @@ def gated_reference(
     eps: float,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """What `add_norm_gated_mlp` computes of the sum; plain torch, differentiable to any order."""
+    """What `add_norm_gated_mlp` computes from the sum; plain torch, differentiable to any order."""
     h = RMS_NORM.formula(total, norm_weight, eps=eps)
     act = SWIGLU.formula(linear_reference(h, gate, None), linear_reference(h, up, None))
     return linear_reference(act, down, None), total
 
 
 def _chunks(rows: int, width: int, size: int) -> Iterator[slice]:
-    """Rows at a time of a recomputed MLP, whose three [rows, F] are to stay small."""
+    """Slices of rows for a recomputed MLP, so that its three [rows, F] stay small."""
     most = max(128, _CHUNK_BYTES // (3 * width * size) // 128 * 128)
     for start in range(0, max(1, rows), most):
         yield slice(start, start + most)
@@ -109,15 +109,15 @@ def _gated_forward(
 
 def _gated_gradients(
     grad: Tensor,  # [..., O]
-    grad_total: Tensor,  # [..., D]: to be added to the gradient of x
+    grad_total: Tensor,  # [..., D], added to the gradient of x
     x: Tensor,  # [..., D]
     norm_weight: Tensor,  # [D]
     gate: Tensor,  # [F, D]
     up: Tensor,  # [F, D]
     down: Tensor,  # [O, F]
     r: Tensor,  # [..., 1]
-    a: Tensor | None,  # [..., F]: what gate gave; None: made again, some rows at a time
-    b: Tensor | None,  # [..., F]: what up gave
+    a: Tensor | None,  # [..., F], gate's output; None: recomputed, some rows at a time
+    b: Tensor | None,  # [..., F], up's output
     eps: float,
     norm_triton: bool,
     glu_triton: bool,
@@ -125,33 +125,34 @@ def _gated_gradients(
     needs: Sequence[bool],  # of norm_weight, gate, up, down
     overwrite: bool,
 ) -> list[Tensor]:
-    """The gradients of x, norm_weight, gate, up and down (empty where not asked for).
+    """The gradients of x, norm_weight, gate, up and down (empty where not needed).
 
-    overwrite: the memory of a and b becomes that of gradients (in Triton). Beside them [..., F] is
-    allocated once then, else three times; and while it is, nothing else that can wait.
+    overwrite: gradients may reuse the memory of a and b (in Triton). Then it allocates [..., F]
+    once, otherwise three times; other allocations wait until these are freed.
     """
     dy, dtype = rows_of(grad), gate.dtype
     back, forth = needs_input or needs[0], needs[1] or needs[2]
-    later = back and norm_triton  # the norm's backward makes h in passing
+    later = back and norm_triton  # the norm's backward writes h as well
     chunks = [slice(None)] if a is not None else [*_chunks(len(dy), len(gate), gate.element_size())]
     h: Tensor | None = None
     if a is None or (forth and not later):
         h = rows_of(norm_again(x, norm_weight, eps, norm_triton)).to(dtype)
-    # several chunks are added up in fp32, as one product adds up its terms
+    # sums over chunks are in fp32, as inside a single product
     wide = dtype if len(chunks) == 1 else torch.promote_types(dtype, torch.float32)
-    learnt: dict[str, Tensor] = {}
+    weight_grads: dict[str, Tensor] = {}
 
-    def learn(name: str, need: bool, grad: Tensor, given: Tensor) -> None:
+    def add(name: str, need: bool, grad: Tensor, given: Tensor) -> None:
+        """Adds the gradient that a chunk's rows give to the weight's."""
         if need:
-            first = name not in learnt
+            first = name not in weight_grads
             if first:
-                learnt[name] = grad.new_empty(grad.shape[1], given.shape[1], dtype=wide)
-            add_product(learnt[name], grad.t(), given, first)
+                weight_grads[name] = grad.new_empty(grad.shape[1], given.shape[1], dtype=wide)
+            add_product(weight_grads[name], grad.t(), given, first)
 
     dh: Tensor | None = None
     da = db = act = None
     for here in chunks:
-        del da, db, act  # before the next
+        del da, db, act  # free the last chunk's
         if a is not None and b is not None:
             of_gate, of_up = rows_of(a), rows_of(b)
         else:
@@ -167,33 +168,32 @@ def _gated_gradients(
         act = value if act is None else act
         del of_gate, of_up, value
         if act is not None:
-            learn("down", needs[3], dy[here], act.to(dtype))
+            add("down", needs[3], dy[here], act.to(dtype))
             act = None
         if back:
             dh = dy.new_empty(len(dy), gate.shape[1]) if dh is None else dh
             torch.mm(da, gate, out=dh[here])
-            dh[here].addmm_(db, up)  # added where the product is made, in fp32
+            dh[here].addmm_(db, up)  # accumulated in fp32, inside the matmul
         if h is not None:
-            learn("gate", needs[1], da, h[here])
-            learn("up", needs[2], db, h[here])
+            add("gate", needs[1], da, h[here])
+            add("up", needs[2], db, h[here])
     dx: Tensor | None = None
     dw: Tensor | None = None
     if dh is not None:
-        dx, dw, made = norm_gradients(
-            dh.view(x.shape), grad_total, x, norm_weight, r, eps, norm_triton, needs[0],
-            forth and h is None,
-        )  # fmt: skip
+        norm = (x, norm_weight, r, eps, norm_triton)
+        need_h = forth and h is None
+        dx, dw, made = norm_gradients(dh.view(x.shape), grad_total, *norm, needs[0], need_h)
         if made is not None:
             assert da is not None
             assert db is not None
             made = rows_of(made).to(dtype)
-            learn("gate", needs[1], da, made)
-            learn("up", needs[2], db, made)
+            add("gate", needs[1], da, made)
+            add("up", needs[2], db, made)
     weights = {"gate": gate, "up": up, "down": down}
     return [
         empty(x) if dx is None else dx,
         empty(norm_weight) if dw is None else dw,
-        *(learnt[n].to(dtype) if n in learnt else empty(w) for n, w in weights.items()),
+        *(weight_grads[n].to(dtype) if n in weight_grads else empty(w) for n, w in weights.items()),
     ]
 
 
@@ -242,10 +242,10 @@ def _gated_backward(
     norm_triton: bool,
     glu_triton: bool,
     keep: bool,
-    alone: bool,
+    outside_func: bool,
 ) -> tuple[Tensor | None, ...]:
     r, a, b = kept if keep else (kept[0], None, None)
-    last = alone and keep and is_last_backward(grads[0])
+    last = outside_func and keep and is_last_backward(grads[0])
     op = _last_gated_op if last else _gated_op
     made = op(*grads, *tensors, r, a, b, eps, norm_triton, glu_triton, needs[0], list(needs[1:]))
     return tuple(g if need else None for g, need in zip(made, needs, strict=True))
@@ -254,8 +254,8 @@ def _gated_backward(
 def _gated_fold_backward(
     batch_size: int, needs: tuple[bool, ...], dims: Dims, saved: Tensors
 ) -> Tensors | None:
-    """A leaf's gradient is one an example, where one call would give their sum."""
-    leaves = slice(3, 3 + len(needs) - 1)  # behind two gradients and x
+    """Each example has leaf gradients of its own, where one call would return their sum."""
+    leaves = slice(3, 3 + len(needs) - 1)  # after two gradients and x
     if any(needs[1:]) or any(dim is not None for dim in dims[leaves]):
         return None
     front = fold_all(batch_size, dims[:3], saved[:3])
@@ -288,10 +288,9 @@ def _apply_gated(
     glu_triton: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    return run(
-        GATED_MLP, x, residual, norm_weight, gate, up, down,
-        eps=eps, norm_triton=norm_triton, glu_triton=glu_triton, keep=keep, alone=_alone(),
-    )  # fmt: skip
+    tensors = (x, residual, norm_weight, gate, up, down)
+    static = {"eps": eps, "norm_triton": norm_triton, "glu_triton": glu_triton, "keep": keep}
+    return run(GATED_MLP, *tensors, **static, outside_func=_outside_func())
 
 
 # Public
@@ -307,21 +306,21 @@ def add_norm_gated_mlp(
     eps: float = 1e-6,
     keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The MLP of a decoder's block, and the residual stream that it begins from: (y, total).
+    """The MLP of a decoder block, and the residual stream that it starts from: (y, total).
 
     total = x + residual; h = rms_norm(total, norm_weight, eps); y = (silu(h Wg') * h Wu') Wd'
-    (arXiv 2002.05202). To the bit what `add_norm_linears` of gate and up and then `glu_linear` of
-    down give, forward and backward, in less memory.
+    (arXiv 2002.05202). Forward and backward equal, to the bit, `add_norm_linears` of gate and up
+    followed by `glu_linear` of down, in less memory.
 
     Args:
         x: [..., D], any floating dtype.
-        residual: as x; or None, which adds nothing: total is x then, without a copy.
+        residual: like x; or None, then total is x, without a copy.
         norm_weight: [D], any floating dtype.
         gate, up: [F, D].
         down: [O, F], of their dtype.
-        keep: the outputs of gate and up are kept for backward, [..., F] twice; else only total is,
-            and they are computed again, some rows at a time, so that no tensor of [N, F] lives for
-            long rows. Inside of a compiled block that is recomputed anyway that costs nothing.
+        keep: whether backward keeps the outputs of gate and up, twice [..., F]. Otherwise it keeps
+            only total and recomputes them, some rows at a time, so that long inputs never need a
+            tensor of [N, F]. In a compiled block that is recomputed anyway this costs nothing.
 
     Returns:
         y [..., O] in the weights' dtype, total [..., D] in x.dtype.

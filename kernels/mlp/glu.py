@@ -1,7 +1,7 @@
 """Activations of an MLP: SwiGLU, GeGLU, squared ReLU.
 
-On a GPU the kernels of `kernels.mlp.glu_triton` run, one each way; elsewhere torch's own fused
-activations, one rounding each. Backward keeps the inputs alone: the activation is computed again.
+On a GPU each direction is one kernel of `kernels.mlp.glu_triton`; elsewhere torch's own fused
+activations run. Backward keeps the inputs alone and recomputes the activation.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, with silu(z) = z * sigmoid(z) (arXiv 2002.05202).
 
     Args:
-        gate, up: same shape [...], same floating dtype. On a GPU halves of one projection
-            [..., 2 F] are read where they lie, without a copy.
+        gate, up: same shape [...], same floating dtype. On a GPU the kernel reads halves of one
+            projection [..., 2 F] in place, without a copy.
 
     Returns:
         [...] in that dtype.
@@ -165,10 +165,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate) * up (arXiv 2002.05202), gelu by its tanh approximation, as in Gemma:
-    gelu(z) = z / 2 * (1 + tanh(sqrt(2 / pi) * (z + 0.044715 z^3))).
+    """gelu(gate) * up (arXiv 2002.05202), with the tanh approximation of gelu, as in Gemma.
 
-    Arguments, result and errors are those of `swiglu`.
+    gelu(z) = z / 2 * (1 + tanh(sqrt(2 / pi) * (z + 0.044715 z^3))). Arguments, result and errors
+    are those of `swiglu`.
 
     >>> import torch
     >>> geglu(torch.tensor([0.0, 100.0]), torch.tensor([5.0, 5.0])).tolist()
@@ -199,8 +199,8 @@ def relu2(x: Tensor) -> Tensor:
 
 
 def _as_they_lie(apply: Callable[..., Tensor], name: str, *tensors: Tensor) -> Tensor:
-    """The result in the order of dimensions in which the tensors lie in memory, as torch's own
-    elementwise operations answer; kernels write rows."""
+    """The result with the tensors' own order of dimensions in memory, like torch's elementwise
+    operations; the kernels themselves write rows."""
     x = tensors[0]
     triton = choose(name, str(x.device), x.dtype) == "triton"
     steps = x.stride()

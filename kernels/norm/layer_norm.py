@@ -1,7 +1,7 @@
 """LayerNorm over the last dimension.
 
-On a GPU the kernels of `layer_norm_triton` run; elsewhere it is torch, in few passes over memory.
-Statistics are fp32. Backward keeps x and two statistics a row.
+On a GPU the kernels of `layer_norm_triton` run, elsewhere torch, in few passes over memory.
+Statistics are fp32. Backward keeps x and two statistics per row.
 """
 
 from __future__ import annotations

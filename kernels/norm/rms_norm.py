@@ -1,8 +1,8 @@
 """RMSNorm over the last dimension, with or without a residual add.
 
-On a GPU the kernels of `rms_norm_triton` run; elsewhere it
-is torch, in few passes over memory. Statistics are fp32. Backward keeps x (with a residual: the
-sum alone) and one statistic a row, never an fp32 copy of x.
+On a GPU the kernels of `rms_norm_triton` run, elsewhere torch, in few passes over memory.
+Statistics are fp32. Backward keeps x (with a residual, only the sum) and one statistic per row,
+never an fp32 copy of x.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def add_rms_norm_reference(
 def _rms_forward(
     x: Tensor, weight: Tensor | None, *, eps: float
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    wide = x.to(accumulation_dtype(x.dtype)).contiguous()  # so is y, as torch's norms answer
+    wide = x.to(accumulation_dtype(x.dtype)).contiguous()  # and so is y, as from torch's norms
     r = torch.rsqrt(torch.linalg.vecdot(wide, wide).unsqueeze(-1) / x.shape[-1] + eps)
     y = wide * r
     if weight is not None:
@@ -83,7 +83,7 @@ def _rms_backward(
 def _rms_backward_wide(
     grad: Tensor, x: Tensor, weight: Tensor | None, r: Tensor, needs_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """dx before it is rounded, and dw."""
+    """dx before rounding, and dw."""
     wide, g = x.to(r.dtype), grad.to(r.dtype)
     gx = g * wide
     if weight is None:
@@ -100,7 +100,7 @@ def _rms_backward_wide(
 
 
 def fold_norm(batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
-    """Examples are more rows, if they share weight and bias."""
+    """Examples become further rows if they share weight and bias."""
     (x, *leaves), (dim, *others) = tensors, dims
     if x is None or dim is None or any(other is not None for other in others):
         return None
@@ -162,9 +162,8 @@ def _apply_rms_norm(x: Tensor, weight: Tensor | None, eps: float, triton: bool) 
     return run(RMS_NORM_TRITON if triton else RMS_NORM, x, weight, eps=eps)
 
 
-# RMSNorm of a sum. Its derivatives depend on x and the residual through their sum alone, so that
-# formula and backward are those of (total, weight) -> (normed, total), and backward keeps neither
-# of the two: they are gone by then, while the sum lives on as the residual stream.
+# RMSNorm of a sum (`Op.of_sum`). Backward keeps neither x nor the residual, only their sum, which
+# lives on as the residual stream.
 
 
 def _total_formula(total: Tensor, weight: Tensor | None, *, eps: float) -> tuple[Tensor, Tensor]:
@@ -243,7 +242,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
 
     Args:
         x: [..., D], any floating dtype.
-        weight: [D], any floating dtype (fp32 beside a bf16 x is fine), or None for 1.
+        weight: [D], any floating dtype (fp32 with a bf16 x is fine), or None for 1.
 
     Returns:
         [..., D] in x.dtype.
@@ -263,10 +262,10 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """`rms_norm` of a residual stream and what is added to it: (norm(x + residual), x + residual).
+    """`rms_norm` of a residual stream and its update: (norm(x + residual), x + residual).
 
-    The sum is rounded once, to x.dtype, and the rounded sum is what is normed. One pass over memory
-    each way; backward keeps the sum and one fp32 number a row, not x and not the residual.
+    The sum is rounded once, to x.dtype, before the norm. Each direction is one pass over memory;
+    backward keeps the sum and one fp32 number per row instead of x and residual.
 
     Args:
         x, residual: [..., D], of one floating dtype.

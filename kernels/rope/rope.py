@@ -1,9 +1,9 @@
-"""Rotary position embedding, half-split (NeoX) convention, with QK-norm before it if asked.
+"""Rotary position embedding in the half-split (NeoX) convention, optionally with QK-norm.
 
-On a GPU the kernels of `rope_triton` run: q and k in one launch each way. The rotation is
-linear in x and its transpose is the rotation by the opposite angle, so one Function is its own
-backward (to any order), and keeps only the shared tables. With the norms, backward keeps q and k as
-they came, and computes the norms again.
+On a GPU the kernels of `rope_triton` run, with q and k in one launch per direction. The rotation is
+linear in x, and its transpose is the rotation by the opposite angle. So one Function is its own
+backward, to any order, and saves only the shared tables. With QK-norm, backward keeps q and k and
+recomputes the norms.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ def rope_reference(
     c, s = (_rows(table, positions).to(dtype) for table in (cos, sin))
     if cos.shape[1] == half:
         c, s = torch.cat((c, c), -1), torch.cat((s, s), -1)
-    if inverse:  # the transposed map: each half takes the sine of the other
+    if inverse:  # the transpose: each half takes the other's sine
         s = -torch.roll(s, half, -1)
     # (a, b) -> (a c - b s, b c2 + a s2), both halves in one pass
     s = torch.cat((-s[..., :half], s[..., half:]), -1)
     c, s = c.unsqueeze(-2), s.unsqueeze(-2)  # [N, 1, Dh]
     # widened before multiplying: on CPU bf16 * fp32 takes 5 times as long
     wide_q, wide_k = q.to(dtype), k.to(dtype)
-    turned_q = wide_q * c + torch.roll(wide_q, half, -1) * s
-    turned_k = wide_k * c + torch.roll(wide_k, half, -1) * s
-    return turned_q.to(q.dtype), turned_k.to(k.dtype)
+    rotated_q = wide_q * c + torch.roll(wide_q, half, -1) * s
+    rotated_k = wide_k * c + torch.roll(wide_k, half, -1) * s
+    return rotated_q.to(q.dtype), rotated_k.to(k.dtype)
 
 
 def _rows(table: Tensor, positions: Tensor) -> Tensor:
@@ -76,12 +76,12 @@ def rope_qk_norm_reference(
     *,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """What `rope` computes with weights: one rounding, after the rotation."""
+    """What `rope` computes with weights: it rounds once, after the rotation."""
     dtype = accumulation_dtype(q.dtype)
     normed_q = rms_norm_reference(q.to(dtype), q_weight, eps=eps)
     normed_k = rms_norm_reference(k.to(dtype), k_weight, eps=eps)
-    turned_q, turned_k = rope_reference(normed_q, normed_k, cos, sin, positions)
-    return turned_q.to(q.dtype), turned_k.to(k.dtype)
+    rotated_q, rotated_k = rope_reference(normed_q, normed_k, cos, sin, positions)
+    return rotated_q.to(q.dtype), rotated_k.to(k.dtype)
 
 
 def _backward_fake(
@@ -104,7 +104,7 @@ _backward_op = operator("rope_qk_norm_backward", fake=_backward_fake)(
 
 @with_signature
 class _Rotate(torch.autograd.Function):
-    """Gradients flow to q and k alone."""
+    """The rotation of q and k, the only differentiable arguments."""
 
     @staticmethod
     def forward(
@@ -182,14 +182,14 @@ def _backward(
     *,
     eps: float,
 ) -> Grads:
-    """With t = g turned back, u = x r and v = t w: dx = r (v - u mean(v u)), dw = sum t u."""
+    """With t = g rotated back, u = x r and v = t w: dx = r (v - u mean(v u)), dw = sum t u."""
     q, k, q_weight, k_weight, cos, sin, positions = tensors
     dtype = accumulation_dtype(q.dtype)
-    turned = rope_reference(
+    rotated = rope_reference(
         grads[0].to(dtype), grads[1].to(dtype), cos, sin, positions, inverse=True
     )
     d_heads, d_weights = [], []
-    for t, x, weight in zip(turned, (q, k), (q_weight, k_weight), strict=True):
+    for t, x, weight in zip(rotated, (q, k), (q_weight, k_weight), strict=True):
         wide = x.to(dtype)
         r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         u, v = wide * r, t * weight.to(dtype)
@@ -214,7 +214,7 @@ def _backward_triton(
 
 
 def _fold(batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
-    """Examples are more tokens, if they share weights and tables."""
+    """Examples become further tokens if they share weights and tables."""
     if any(dim is not None for dim in dims[-5:-1]):
         return None
     folded = (
@@ -227,7 +227,7 @@ def _fold(batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
 def _fold_backward(
     batch_size: int, needs: tuple[bool, ...], dims: Dims, saved: Tensors
 ) -> Tensors | None:
-    """A weight's gradient is a sum over tokens: one an example, if it is asked for."""
+    """Each example has a weight gradient of its own, where one call would return their sum."""
     return None if needs[2] or needs[3] else _fold(batch_size, dims, saved)
 
 
@@ -276,30 +276,30 @@ def rope(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Turns the pairs (x[i], x[i + Dh/2]) of each head by the angle of its position.
+    """Rotates the pairs (x[i], x[i + Dh/2]) of each head by the angle of its position.
 
-    RoFormer (arXiv 2104.09864) with the halves split as GPT-NeoX and Hugging Face's Llama do.
-    With weights each head is RMS-normed first (QK-norm: Qwen3, Gemma-3), in the same pass over
-    memory. Arithmetic is fp32 (fp64 for fp64), rounded once at the end.
+    RoFormer (arXiv 2104.09864) with half-split pairs, as in GPT-NeoX and Hugging Face's Llama.
+    With weights, an RMS norm of each head comes first (QK-norm: Qwen3, Gemma-3), in the same pass
+    over memory. Arithmetic is fp32 (fp64 for fp64), rounded once at the end.
 
     Args:
-        q: [N, H, Dh], any floating dtype; Dh even. On a GPU slices of one projection [N, ...] are
-            read where they lie, without a copy.
+        q: [N, H, Dh], any floating dtype; Dh even. On a GPU the kernel reads slices of one
+            projection [N, ...] in place, without a copy.
         k: [N, Hk, Dh].
-        cos, sin: [T, Dh/2] tables (fp32), one row a position; or [T, Dh], as Hugging Face makes
-            them: a row's first half turns x[:Dh/2], its second x[Dh/2:]. Constants: no gradient
-            flows to them.
+        cos, sin: [T, Dh/2] tables (fp32), one row per position; or [T, Dh] as in Hugging Face,
+            where a row's first half rotates x[:Dh/2] and its second x[Dh/2:]. They are constants
+            and get no gradient.
         positions: [N] int64 in [0, T).
         q_weight, k_weight: [Dh] each, any floating dtype, or None for no norm.
         eps: of the norms: x / sqrt(mean(x^2) + eps) * weight.
 
     Returns:
-        q and k turned, in their own dtypes.
+        q and k rotated, in their own dtypes.
 
     Raises:
         ValueError: wrong shapes, dtypes or devices, tables that require a gradient, one weight
-            without the other; on CPU also a position outside [0, T) (unless positions cannot be
-            read: compiled, vmapped or meta). On a GPU the heads at such a position are NaN.
+            without the other; on a CPU also a position outside [0, T), unless positions are
+            compiled, vmapped or meta. On a GPU the heads at such a position are NaN.
 
     >>> import torch
     >>> x = torch.tensor([[[1.0, 0.0]]])
