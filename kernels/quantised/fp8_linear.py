@@ -211,7 +211,7 @@ class _Fp8Linear(torch.autograd.Function):
 
 
 def _of_each(codes: Tensor, batch: int, rows: int) -> Tensor:
-    """[I, batch * rows up to a multiple of 16] -> [batch, I, rows up to one], zeros behind."""
+    """[I, batch * rows up to a multiple of 16] -> [batch, I, rows up to one], padded with zeros."""
     raw = codes.view(torch.uint8)[:, : batch * rows]
     raw = raw.reshape(codes.shape[0], batch, rows).movedim(1, 0)
     return F.pad(raw, (0, up16(rows) - rows)).contiguous().view(codes.dtype)
@@ -230,8 +230,8 @@ def _seen(call: Fp8Call, shadow: Tensor, kept: Tensor, scale: Tensor) -> Tensor:
 
 @with_signature
 class _Fp8Backward(torch.autograd.Function):
-    """(call, needs, grad, shadow, weight, kept, scale, weight_scale) -> the needed ones of the
-    gradients of x and weight. Its own derivatives are those of the formula without rounding grad.
+    """(call, needs, grad, shadow, weight, kept, scale, weight_scale) -> the needed gradients, of x
+    and of weight. Its own derivatives are those of the formula, without rounding grad.
     """
 
     @staticmethod

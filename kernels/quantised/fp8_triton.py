@@ -214,7 +214,7 @@ def quantize(
     straight: bool = True,
     turned: bool = False,
     given: Tensor | None = None,
-    config: Fp8Tile | None = None,
+    config: Fp8Tile = BOTH,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """x [R, C] with one scale: codes [R, C], their transpose [C, R up to a multiple of 16], padded
     with zeros, and the scale, an fp32 scalar. Codes that are not wanted are None.
@@ -224,12 +224,10 @@ def quantize(
     Bytes per 16-bit entry: 2 for the scale, 2 + 1 for one layout, 2 + 2 for both.
     """
     parts = scale = None
-    count = 1
     if given is None:
         parts = _largest(x)
-        count = parts.numel()
         scale = x.new_empty((), dtype=torch.float32)
-    return (*_quantize(x, dtype, parts, count, given, scale, straight, turned, config), scale)
+    return (*_quantize(x, dtype, parts, given, scale, straight, turned, config), scale)
 
 
 def quantize_columns(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -241,7 +239,7 @@ def quantize_columns(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     grid = (triton.cdiv(cols, 64), count)
     launch(fp8_column_amax_kernel, grid, x, parts, rows, cols, num_warps=4, ROWS=32, COLS=64)
     scale = x.new_empty((1, cols), dtype=torch.float32)
-    _, turned = _quantize(x, dtype, parts, count, None, scale, False, True, None, True)
+    _, turned = _quantize(x, dtype, parts, None, scale, False, True, BOTH)
     assert turned is not None
     return turned, scale
 
@@ -280,20 +278,19 @@ def _largest(x: Tensor) -> Tensor:
 def _quantize(
     x: Tensor,
     dtype: torch.dtype,
-    parts: Tensor | None,
-    count: int,
+    parts: Tensor | None,  # [parts], or [parts, C] for a scale per column
     given: Tensor | None,
     scale: Tensor | None,
     straight: bool,
     turned: bool,
-    config: Fp8Tile | None,
-    by_column: bool = False,
+    config: Fp8Tile,
 ) -> tuple[Tensor | None, Tensor | None]:
+    """The codes of x and their transpose, each unless it is not wanted."""
     rows, cols = x.shape
+    count = 1 if parts is None else parts.shape[0]
     padded = triton.cdiv(rows, 16) * 16
     codes = x.new_empty((rows, cols), dtype=torch.uint8) if straight else None
     across = x.new_empty((cols, padded), dtype=torch.uint8) if turned else None
-    config = config or BOTH
     launch(
         fp8_quantize_kernel,
         (triton.cdiv(padded, config.rows) * triton.cdiv(cols, config.cols),),
@@ -311,7 +308,7 @@ def _quantize(
         E5M2=dtype == torch.float8_e5m2,
         PARTS=count,
         PARTS_BLOCK=triton.next_power_of_2(count),
-        BY_COLUMN=by_column,
+        BY_COLUMN=parts is not None and parts.ndim == 2,
         ROWS=config.rows,
         COLS=config.cols,
     )

@@ -756,10 +756,11 @@ def test_linear_ignored_rows_never_matter(poison: float, kernel_device: str) -> 
     # also where only one of the two gradients is asked for
     for i in range(3):
         alone = linear_gradients(
-            lambda x, i=i: loss(*[x if j == i else leaves[j] for j in (0, 1)],
-                                bias=x if i == 2 else leaves[2]),
+            lambda x, i=i: loss(
+                *[x if j == i else leaves[j] for j in (0, 1)], bias=x if i == 2 else leaves[2]
+            ),
             [leaves[i]],
-        )  # fmt: skip
+        )
         torch.testing.assert_close(alone, (clean[0], [clean[1][i]]), rtol=0, atol=0)
 
 
