@@ -5,12 +5,10 @@ python -m runners.bench train                # whole training steps, from plain 
     --lengths 0.7                            #     and documents of many lengths
     --pictures 1 --lengths 0.7               #     and the whole model, a picture in each document
     --data FILE.json --only graph padded     #     and packed against padded on documents of yours
-    --cold_start                             #     and from the program's start to full speed
 python -m runners.bench lengths              # whole steps on rows of 2,048 to 131,072 tokens
 python -m runners.bench components           # attention, MLP, norms, loss, optimizer: each alone
 python -m runners.bench memory               # fp32, bf16, int8: what a step holds, what fits
 python -m runners.bench kernels --peers      # every kernel beside torch and other libraries
-python -m runners.bench table --files A B    # the page and picture of runs measured before
 python -m runners.bench foreign              # Hugging Face's Qwen2 through from_module, Liger
 python -m runners.bench overhead             # what pure functions cost, beside the same modules
 python -m runners.bench checkpointing        # memory and time of each way to checkpoint
@@ -25,7 +23,7 @@ from typing import Any, NamedTuple
 
 from runners.benchmarks.components import ComponentsConfig, run_components
 from runners.benchmarks.foreign import ForeignConfig
-from runners.benchmarks.kernels import KernelsConfig, TableConfig, run_kernels, run_table
+from runners.benchmarks.kernels import KernelsConfig, run_kernels
 from runners.benchmarks.ladders import CheckpointingConfig, LengthsConfig, MemoryConfig
 from runners.benchmarks.overhead import OverheadConfig, run_overhead
 from runners.benchmarks.steps import run_step_bench
@@ -45,7 +43,6 @@ COMMANDS = {
     "components": Command(ComponentsConfig, run_components),
     "memory": Command(MemoryConfig, run_step_bench),
     "kernels": Command(KernelsConfig, run_kernels),
-    "table": Command(TableConfig, run_table),
     "foreign": Command(ForeignConfig, run_step_bench),
     "overhead": Command(OverheadConfig, run_overhead),
     "checkpointing": Command(CheckpointingConfig, run_step_bench),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from core import PRESETS, VLMConfig, make_batch
 from core.model.text import rope_angles
 from params import init_params
 from params.tree import flatten
-from runners.benchmarks import roofline
 from runners.benchmarks.clock import Ceiling, Clock, choose_clock, measured_ceilings
 from runners.benchmarks.harness import Case, Settings
 from runners.benchmarks.kernels import LEGEND, Cases
@@ -161,55 +161,66 @@ MAKE: dict[str, tuple[Compute, Compute, tuple[str, ...]]] = {
 }
 
 
+def bytes_of(name: str, model: VLMConfig, tokens: int) -> float:
+    """The least that must pass between the chip and its memory, if each operation that is one
+    kernel reads its bf16 inputs once and writes its outputs once, forward and backward. Products
+    are bound by arithmetic, and count nothing."""
+    text = model.text
+    norm = 5 * tokens * text.dim  # read, written; gradient and input read, a gradient written
+    numbers = {
+        "attention": 4 * tokens * (text.heads + text.kv_heads) * text.head_size,
+        # the two additions of a layer read and write 7 times beside their norms; SwiGLU 8 times
+        "mlp": norm + 7 * tokens * text.dim + 8 * tokens * text.mlp_dim,
+        "norms": norm,
+        "loss": 3 * tokens * text.vocab_size,  # logits read twice, their gradient written
+        # fp32 param and moments read and written, a bf16 gradient read twice, a bf16 copy written
+        "optimizer": 15 * model.num_params(),
+    }
+    return 2.0 * numbers[name]
+
+
 def part(model: VLMConfig, rows: int, length: int, name: str) -> Case:
     """A part as a case: baseline, bf16 eager, compiled, ours, ours compiled."""
     plain, own, prefixes = MAKE[name]
     text, tokens = model.text, rows * length
-    inputs = inputs_of(model, rows, length, name)
     shapes = weights_of(model, torch.device("meta"))
     weights = [path for path in shapes if path.startswith(prefixes)]
     wrt = ("x", *(("residual",) if name == "mlp" else ()), *weights)
     seeds = () if name == "loss" else ("dy",)
-    count = sum(shapes[path].numel() for path in weights if shapes[path].ndim > 1)
-    operations = roofline.linear_operations(count, tokens)
-    if name == "attention":
-        operations += roofline.attention_operations(model, [length] * rows)
-    moved = {
-        "attention": roofline.rope_bytes(model, tokens),
-        "mlp": roofline.norm_bytes(tokens, text.dim)
-        + roofline.residual_bytes(tokens, text.dim)
-        + roofline.glu_bytes(tokens, text.mlp_dim),
-        "norms": roofline.norm_bytes(tokens, text.dim),
-        "loss": roofline.loss_bytes(tokens, text.vocab_size),
-    }[name]
-
-    def naive(i: Inputs) -> Tensor:
-        return plain(model, length, i)
-
-    def ours(i: Inputs) -> Tensor:
-        return own(model, length, i)
+    operations = (
+        6.0 * tokens * sum(shapes[path].numel() for path in weights if shapes[path].ndim > 1)
+    )
+    if name == "attention":  # two products forward, five backward, over what a causal mask leaves
+        operations += 7.0 * rows * length * (length + 1) * text.heads * text.head_size
+    moved = bytes_of(name, model, tokens)
+    naive, fast = partial(plain, model, length), partial(own, model, length)
+    graph = name != "loss"  # large, and slow enough to be timed by events
 
     def made(provider: str, forward: Forward, **options: Any) -> Provider:
-        # a loss is large, and slow enough to be timed by events
-        return Provider(provider, lambda sets: forward, graph=name != "loss", **options)
+        return Provider(provider, lambda sets: forward, graph=graph, **options)
 
-    baseline = Provider(
-        BASELINE, lambda sets: widened(naive, sets, wrt, seeds), direct=True,
-        graph=name != "loss", backends=PLAIN,
-    )  # fmt: skip
+    def baseline(sets: Sequence[Inputs]) -> Forward:
+        return widened(naive, sets, wrt, seeds)
+
     return Case(
-        name, f"{rows} x {length:,}", operations or moved, "bf16" if operations else "copy",
-        inputs,
+        name,
+        f"{rows} x {length:,}",
+        operations or moved,
+        "bf16" if operations else "copy",
+        inputs_of(model, rows, length, name),
         (
-            baseline,
+            Provider(BASELINE, baseline, direct=True, graph=graph, backends=PLAIN),
             made("bf16 eager", naive, backends=PLAIN),
             made("compiled", naive, backends=PLAIN, compiled=True),
-            made("ours", ours),
-            made("ours, compiled", ours, compiled=True),
+            made("ours", fast),
+            made("ours, compiled", fast, compiled=True),
         ),
-        wrt=wrt, seeds=seeds, sets=SETS if name == "norms" else 1, reference=BASELINE,
+        wrt=wrt,
+        seeds=seeds,
+        sets=SETS if name == "norms" else 1,
+        reference=BASELINE,
         moved=moved if operations else 0.0,
-    )  # fmt: skip
+    )
 
 
 def weights_of(model: VLMConfig, device: torch.device) -> dict[str, Tensor]:
@@ -300,7 +311,7 @@ def optimizer(model: VLMConfig) -> Case:
 
     return Case(
         "optimizer", f"{model.num_params():,} parameters",
-        roofline.optimizer_bytes(model.num_params(), bf16_states=False), "copy",
+        bytes_of("optimizer", model, 0), "copy",
         lambda device, generator: {"here": torch.zeros(1, device=device)},
         (
             made(BASELINE, True, use_fused_adamw=False),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from runners.benchmarks.providers import PEERS, version
 from runners.benchmarks.records import CEILINGS, UNITS, Environment, environment, write_lines
 from runners.benchmarks.report import Bar, Line, Page, Panel, Table, console, teller
 from runners.benchmarks.steps import check_counts, check_known
-from runners.shell.cli import UsageError, explained
+from runners.shell.cli import UsageError
 from runners.shell.errors import UserError
 
 HEADERS = (
@@ -58,16 +57,6 @@ class KernelsConfig:
     """Rounds in which the providers of a case take turns."""
     seconds: float = 0.3
     """Measuring time of a provider at one size, over all rounds."""
-
-
-@dataclass(frozen=True)
-class TableConfig:
-    """Draws up the page and the picture of figures that were written before, of one run or more."""
-
-    files: tuple[str, ...]
-    """kernels.jsonl of each run. A run that was cut short has one too."""
-    out: str = "runs/bench"
-    """Folder for kernels.md and kernels.png."""
 
 
 @dataclass(frozen=True)
@@ -114,16 +103,6 @@ def run_kernels(config: KernelsConfig, command: str) -> int:
         raise UserError("bench kernels measures a GPU, and PyTorch sees none here")
     settings = Settings(config.repeats, config.seconds)
     return bench(cases, CudaClock(), settings, Path(config.out), command, console())
-
-
-def run_table(config: TableConfig, command: str) -> int:
-    """Raises UserError for a file that cannot be read."""
-    runs = [read_lines(Path(file)) for file in config.files]
-    folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [row for some, _ in runs for row in some]
-    page_of(rows, [where for _, where in runs], Cases()).write(folder, console())
-    return 0
 
 
 def bench(
@@ -186,26 +165,6 @@ def as_record(row: Row) -> dict[str, Any]:
             "rate": row.rate, "share": row.share,
         }  # fmt: skip
     return known | {"version": version(PEERS[row.peer][1]) if row.peer else None}
-
-
-def read_lines(path: Path) -> tuple[list[Row], Environment]:
-    """The rows that `bench` wrote. Raises UserError for a file that is not like that."""
-    rows, where = [], None
-    with explained(str(path)):
-        lines = path.read_text().splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            known = json.loads(line)
-            row = Row(**{f.name: known[f.name] for f in fields(Row)})
-            where = Environment(**{f.name: known[f.name] for f in fields(Environment)})
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number} is not a benchmark's: {error!r}") from error
-        if row.error is not None:
-            row.error = float(row.error)  # NaN is a string in JSON
-        rows.append(row)
-    if where is None:
-        raise UserError(f"{path} is empty")
-    return rows, where
 
 
 # -- the page -------------------------------------------------------------------------------------

@@ -247,9 +247,6 @@ class Steps:
     baseline: str = "baseline"
 
 
-Closing = tuple[Sequence[str], Sequence[Mapping[str, Any]]]  # lines of the page, and of JSON
-
-
 @dataclass(frozen=True)
 class StepBench:
     """A benchmark of training steps: flags that all of them have, and what each defines."""
@@ -292,10 +289,6 @@ class StepBench:
     def entries(self, device: torch.device) -> Sequence[Entry]:
         """The rows that --only leaves."""
         raise NotImplementedError
-
-    def closing(self, rows: Sequence[Measured], where: Environment) -> Closing:
-        """More lines for the page and for JSON, once all rows are measured."""
-        return (), ()
 
 
 def run_step_bench(config: StepBench, command: str) -> int:
@@ -358,9 +351,8 @@ def bench(
     for row in rows:
         if lost is not None and row.status == "ok" and not row.samples:
             row.status, row.reason = "not begun", "the device was lost"
-    after, starts = config.closing(rows, where) if lost is None else ((), ())
-    write_lines(lines, [*(as_record(r, peak, table, rows) for r in rows), *starts], where)
-    page_of(table, rows, where, peak, after).write(folder, output)
+    write_lines(lines, [as_record(row, peak, table, rows) for row in rows], where)
+    page_of(table, rows, where, peak).write(folder, output)
     if lost is not None:
         raise UserError(f"the device was lost ({lost}); what was measured before it is written")
     return 0
@@ -435,7 +427,6 @@ def page_of(
     rows: Sequence[Measured],
     where: Environment,
     peak: float | None,
-    after: Sequence[str],
 ) -> Page:
     lines = []
     for i, row in enumerate(rows):
@@ -446,7 +437,7 @@ def page_of(
     absent = [f"- {row.label}: {row.status}: {row.reason}" for row in rows if not row.samples]
     closing = [
         table.changes, "", *(f"- {row.label}: `{row.changed}`" for row in rows), "",
-        *(("Not measured:", "", *absent, "") if absent else ()), *after,
+        *(("Not measured:", "", *absent, "") if absent else ()),
     ]  # fmt: skip
     drawn = Table(table.title.lower(), ("phase", *table.headers), lines, words=2)
     panels = panels_of(table, rows)

@@ -12,22 +12,16 @@ import torch
 
 import kernels
 from core import Bounds, VLMConfig
-from runners.benchmarks import cold_start, peers
-from runners.benchmarks.clock import Ceiling
+from runners.benchmarks import peers
 from runners.benchmarks.documents import Documents, batches_of, draw_documents, read_documents
-from runners.benchmarks.ladder import TOPS, Rung, RungConfig, ladder, rung_configs
+from runners.benchmarks.ladder import Rung, RungConfig, ladder, rung_configs
 from runners.benchmarks.pictures import pictures_of
-from runners.benchmarks.records import Environment
-from runners.benchmarks.roofline import Work, training_step
 from runners.benchmarks.steps import (
-    Closing,
     Entry,
-    Measured,
     Ready,
     StepBench,
     Steps,
     check_counts,
-    find,
     first_loss,
 )
 from runners.shell.cli import UsageError, explained
@@ -99,8 +93,6 @@ class TrainBenchConfig(StepBench):
     """For --data: a Hugging Face tokenizer.json. Default: one trained on the data."""
     peers: bool = False
     """Measure Hugging Face transformers on the same shape too, compiled, and with Liger."""
-    cold_start: bool = False
-    """Time the program's start too, with cold and warm compiler caches."""
     warmup: int = 3
     loaded: float = 2.0
     rounds: int = 2
@@ -138,9 +130,8 @@ class TrainBenchConfig(StepBench):
     def _check_pictures(self) -> None:
         if self.pictures < 0:
             raise UsageError(f"--pictures must be 0 or more, not {self.pictures}")
-        for name in ("peers", "cold_start"):
-            if getattr(self, name):
-                raise UsageError(f"--{name} measures text alone: leave --pictures out")
+        if self.peers:
+            raise UsageError("--peers measures text alone: leave --pictures out")
         with explained(f"--pictures {self.pictures} with --preset {self.preset}"):
             pictures = pictures_of(model_config(self.start.model), self.pictures)
         if self.data is None and pictures is not None and pictures.tokens >= self.length:
@@ -194,14 +185,6 @@ class TrainBenchConfig(StepBench):
             flops = training_flops(model, documents.load, PARTS)
             entries += peers.entries(wanted, model, rows, device, flops)
         return entries
-
-    def closing(self, rows: Sequence[Measured], where: Environment) -> Closing:
-        documents, model = self.step
-        starts = []
-        if self.cold_start:
-            starts = cold_start.measure(self.preset, self.override, self.rows, self.length)
-        lines = [*floor_of(model, documents, rows, where), *map(cold_start.describe, starts)]
-        return lines, [vars(start) for start in starts]
 
 
 def plain_config(preset: str, override: Sequence[str], length: int) -> TrainConfig:
@@ -322,30 +305,3 @@ def about_pictures(documents: Documents) -> str:
         f"; {documents.shown} pictures of {images.image_size} px ({patches:,} patches, "
         f"{images.tokens(patches)} tokens), packed rows having room for {spec.max_images}"
     )
-
-
-def floor_of(
-    model: VLMConfig, documents: Documents, rows: Sequence[Measured], where: Environment
-) -> list[str]:
-    """The least time of the top rung's step by this run's ceilings, and the share reached."""
-    there = (row for key in TOPS if (row := find(rows, key)) is not None and row.samples)
-    if (top := next(there, None)) is None:
-        return []
-    ceilings: Mapping[Ceiling, float] = where.ceilings  # type: ignore[assignment]
-    if model.projector is not None and model.projector.kind == "resampler":
-        return ["No floor: the work of a resampler is not counted by parts."]
-    works = training_step(model, documents.lengths, documents.load.pictures.tolist())
-    floor = sum(work.floor(ceilings) for work in works)
-    return [
-        f"The floor of '{top.label}', by the ceilings of this run:",
-        *(_part(work, ceilings) for work in works),
-        f"- together {floor:.1f} ms; measured {top.ms:.1f} ms: {floor / top.ms:.0%} of the way",
-    ]
-
-
-def _part(work: Work, ceilings: Mapping[Ceiling, float]) -> str:
-    amounts = [
-        *([f"{work.operations / 1e12:,.3g} TFLOP"] if work.operations else []),
-        *([f"{work.moved / 1e9:,.3g} GB"] if work.moved else []),
-    ]
-    return f"- {work.part}: {', '.join(amounts)}, {work.floor(ceilings):.3g} ms"

@@ -46,7 +46,6 @@ from runners.benchmarks.kernels import (
     choose_cases,
     missing,
     page_of,
-    read_lines,
 )
 from runners.benchmarks.providers import Inputs, MissingError, Provider, simple
 from runners.benchmarks.report import Bar, Panel, draw
@@ -294,28 +293,6 @@ def test_a_run_writes_table_lines_page_and_picture(tmp_path: Path, console: Cons
     said = console.export_text()
     assert "[1/2] square 8 x 4" in said
     assert "second line" not in said
-
-
-def test_figures_written_before_are_drawn_up_again(
-    tmp_path: Path, console: Console, capsys: pytest.CaptureFixture[str]
-) -> None:
-    nan = simple("nan", lambda i: i["x"] * float("nan"))
-    for name in ("one", "two"):
-        bench([case_of(nan, shape=name)], CpuClock(), QUICK, tmp_path / name, name, console, tiny)
-    files = [str(tmp_path / name / "kernels.jsonl") for name in ("one", "two")]
-    rows, environment = read_lines(Path(files[0]))
-    assert [row.provider for row in rows] == ["torch eager", "nan"]
-    assert rows[1].error != rows[1].error
-    assert environment.command == "one"
-    out = tmp_path / "both"
-    assert command_line.main(["table", "--files", *files, "--out", str(out)]) == 0
-    page = (out / "kernels.md").read_text()
-    for words in ("`one`", "`two`", "| one |", "| two |"):
-        assert words in page
-    assert (out / "kernels.png").exists()
-    Path(files[0]).write_text('{"kernel": 1}\n')
-    assert command_line.main(["table", "--files", files[0]]) == 1
-    assert "line 1 is not a benchmark's" in capsys.readouterr().err
 
 
 def test_what_was_measured_before_the_device_was_lost_is_kept(

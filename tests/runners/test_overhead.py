@@ -15,18 +15,17 @@ from runners import bench as command_line
 from runners.benchmarks import overhead
 from runners.benchmarks.clock import CpuClock
 from runners.benchmarks.overhead import OverheadConfig
-from runners.benchmarks.providers import MissingError
 from runners.shell.cli import UsageError
 from tests.rounding import FP32
 
 SMALL = OverheadConfig(tokens=(6,), layers=2, width=64, rounds=2, seconds=1e-3)
 
 
-@pytest.mark.parametrize("model", overhead.PAIRS)
-def test_both_of_a_pair_compute_the_same(model: str) -> None:
-    if model == "from_module":
-        pytest.importorskip("transformers")
-    module, forward = overhead.PAIRS[model](SMALL, 7, torch.device("cpu"))
+pytest.importorskip("transformers")
+
+
+def test_both_of_a_pair_compute_the_same() -> None:
+    module, forward = overhead.llama_pair(SMALL, 7, torch.device("cpu"))
     with torch.no_grad():
         want, got = module(), forward()
     assert want.flatten(0, -2).shape == (7, 1024)
@@ -34,32 +33,22 @@ def test_both_of_a_pair_compute_the_same(model: str) -> None:
     torch.testing.assert_close(got, want, rtol=FP32, atol=FP32)
 
 
-def test_a_run_writes_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(*_: object) -> None:
-        raise MissingError("not installed")
-
-    monkeypatch.setitem(overhead.PAIRS, "from_module", absent)
+def test_a_run_writes_its_figures(tmp_path: Path) -> None:
     said = io.StringIO()
     config = replace(SMALL, out=str(tmp_path))
     output = Console(file=said, width=150)
     assert overhead.bench(config, CpuClock(), "the command", output, "aot_eager") == 0
     lines = [json.loads(line) for line in (tmp_path / "overhead.jsonl").read_text().splitlines()]
-    found = [line for line in lines if line["kernel"] == "native"]
-    assert [(line["mode"], line["provider"]) for line in found] == [
-        ("eager, CPU", "native's module"), ("eager, CPU", "native"),
-        ("compiled, CPU", "native's module"), ("compiled, CPU", "native"),
-    ]  # fmt: skip
-    for line in found:
+    assert [(line["mode"], line["provider"]) for line in lines] == [
+        (f"{by}, CPU", name) for by in ("eager", "compiled") for name in ("module", "from_module")
+    ]
+    for line in lines:
         assert (line["status"], line["command"]) == ("ok", "the command")
         assert len(line["samples"]) >= SMALL.rounds
         assert line["speedup"] > 0
         # the same operations in fp32, which a compiler may round otherwise
         assert line["error"] is None or line["error"] < 1e-5
-    assert {line["status"] for line in lines if line["kernel"] != "native"} == {"missing"}
-    page = (tmp_path / "overhead.md").read_text()
-    assert "`the command`" in page
-    assert "- from_module's module (from_module): not installed" in page
-    assert "native's module" in said.getvalue()
+    assert "`the command`" in (tmp_path / "overhead.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import textwrap
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,13 +17,12 @@ import runners.training.compose
 import transforms
 from core import PRESETS
 from core.batch import IGNORE
-from core.config import TextConfig, VLMConfig
+from core.config import VLMConfig
 from runners.bench import run
-from runners.benchmarks import cold_start, peers, steps, training
+from runners.benchmarks import peers, steps, training
 from runners.benchmarks.clock import CpuClock, DeviceLostError
 from runners.benchmarks.documents import PAD, Documents, batches_of, draw_documents
 from runners.benchmarks.ladder import TOPS, ladder, rung_configs
-from runners.benchmarks.roofline import optimizer_bytes, pairs, training_step
 from runners.benchmarks.steps import Entry, Measured, Ready, StepPace, bench, measure_round
 from runners.benchmarks.training import Programs, TrainBenchConfig
 from runners.shell.cli import UsageError
@@ -189,25 +187,6 @@ def test_full_rows_are_one_document_each() -> None:
     assert documents.tokens == int((batch["tokens"] != PAD).sum()) == 120
 
 
-# -- the floor ------------------------------------------------------------------------------------
-
-
-def test_the_floor_of_a_step_against_numbers_written_out() -> None:
-    model = VLMConfig(TextConfig(vocab_size=10, dim=4, layers=2, heads=2, kv_heads=1, mlp_dim=6))
-    works = {work.part: work for work in training_step(model, [3, 2])}
-    weights = 2 * (4 * 4 + 2 * 2 * 4 + 4 * 4 + 3 * 4 * 6) + 10 * 4  # q, k and v, o, MLP; head
-    assert works["matrix products"].operations == 6 * weights * 5
-    assert pairs([3, 2]) == 1 + 2 + 3 + 1 + 2
-    assert works["attention"].operations == 2 * 7 * 2 * 4 * pairs([3, 2])
-    a_layer = 2 * 5 * 5 * 4 + 7 * 5 * 4 + 8 * 5 * 6 + 4 * 5 * 3 * 2
-    final_norm, embedding = 5 * 5 * 4, 4 * 5 * 4
-    elementwise = works["norms, SwiGLU, RoPE, residuals"].moved
-    assert elementwise == 2 * (2 * a_layer + final_norm + embedding)
-    assert works["cross-entropy"].moved == 2 * 3 * 5 * 10
-    assert works["optimizer"].moved == 30 * model.num_params()
-    assert optimizer_bytes(7, bf16_states=True) == 16 * 7
-
-
 # -- figures --------------------------------------------------------------------------------------
 
 
@@ -231,7 +210,6 @@ def test_every_rung_is_measured_and_written(tmp_path: Path, uncompiled: None) ->
     assert "![Training steps: tokens a second](train.png)" in page
     assert all(rung.label in page for rung in ladder(2, True, graphs=False))
     assert "`--use_fused_loss=1`" in page
-    assert "The floor of '+ compile by blocks'" in page
     assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -357,45 +335,6 @@ def test_what_liger_replaces_is_put_back() -> None:
         modeling.Qwen2ForCausalLM.forward = None
     assert (modeling.Qwen2RMSNorm, modeling.apply_rotary_pos_emb) == (norm, turn)
     assert modeling.Qwen2ForCausalLM.forward is forward
-
-
-# -- the program's start --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_stages_of_a_start_are_told_apart(tmp_path: Path, monkeypatch, fails: bool) -> None:
-    """A program in the place of `runners.train`."""
-    body = """
-        import os, sys, time
-        assert os.environ["TRITON_CACHE_DIR"] != os.environ["TORCHINDUCTOR_CACHE_DIR"]
-        assert "--override" in sys.argv and "vision=none" in sys.argv
-        time.sleep(0.3)
-        print("Run runs/cold (new), CPU, torch")
-        for step in range(1, 100):
-            time.sleep(0.6 if step == 1 else 0.1)
-            print(f"step {step}/1000  loss 1.0")
-        time.sleep(60)
-    """
-    package = tmp_path / "runners"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    body = 'print("error: no room")' if fails else textwrap.dedent(body)
-    (package / "train.py").write_text(body)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cold_start, "make_data", lambda folder, size: (folder, folder))
-    starts = cold_start.measure("tiny", (), 1, 8)
-    assert [start.caches for start in starts] == ["cold", "warm"]
-    for start in starts:
-        if fails:
-            assert start.error == "it ended early: error: no room"
-            assert "no room" in cold_start.describe(start)
-        else:
-            assert start.error is None
-            assert start.prepared > 0.25
-            assert 0.55 < start.first_step < 5
-            assert len(start.later_steps) == cold_start.STEPS - 1
-            assert "start with" in cold_start.describe(start)
 
 
 # -- flags ----------------------------------------------------------------------------------------
