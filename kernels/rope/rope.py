@@ -9,6 +9,7 @@ recomputes the norms.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,13 +22,13 @@ from kernels.runtime.autograd import (
     Op,
     Tensors,
     accumulation_dtype,
-    batch_first,
     can_read,
     check_device,
     check_floating,
-    each_example,
+    fold_all,
     nested_forward_mode,
     run,
+    vmap_rule,
     with_signature,
 )
 from kernels.runtime.dispatch import TORCH, TRITON, choose, declare
@@ -102,57 +103,50 @@ _backward_op = operator("rope_qk_norm_backward", fake=_backward_fake)(
 # The plain form
 
 
+def _fold(shared: int, batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
+    """Examples become further tokens if they share weights and tables, before the positions."""
+    ends = slice(-1 - shared, -1)
+    if any(dim is not None for dim in dims[ends]):
+        return None
+    firsts, last = slice(0, ends.start), slice(-1, None)
+    front, back = (fold_all(batch_size, dims[part], tensors[part]) for part in (firsts, last))
+    return front + tensors[ends] + back
+
+
 @with_signature
 class _Rotate(torch.autograd.Function):
-    """The rotation of q and k, the only differentiable arguments."""
+    """(inverse, triton, q, k, cos, sin, positions) -> q and k rotated, differentiable in these.
+
+    Not an `Op`, which would save q and k for backward.
+    """
 
     @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        positions: Tensor,
-        inverse: bool,
-        triton: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(inverse: bool, triton: bool, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         if triton:
-            return _rope_op(q, k, None, None, cos, sin, positions, 0.0, inverse)
-        return rope_reference(q, k, cos, sin, positions, inverse=inverse)
+            return _rope_op(*tensors[:2], None, None, *tensors[2:], 0.0, inverse)
+        return rope_reference(*tensors, inverse=inverse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tables, ctx.inverse, ctx.triton = inputs[2:]
+        ctx.inverse, ctx.triton, _, _, *tables = inputs
         ctx.save_for_backward(*tables)
         ctx.save_for_forward(*tables)
 
     @staticmethod
-    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
-        back = _Rotate.apply(grad_q, grad_k, *ctx.saved_tensors, not ctx.inverse, ctx.triton)
-        return (*back, None, None, None, None, None)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        back = _Rotate.apply(not ctx.inverse, ctx.triton, *grads, *ctx.saved_tensors)
+        return (None, None, *back, None, None, None)
 
     @staticmethod
-    def jvp(ctx: Any, tangent_q: Tensor, tangent_k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        return _Rotate.apply(tangent_q, tangent_k, *ctx.saved_tensors, ctx.inverse, ctx.triton)
+    def jvp(ctx: Any, _inverse: None, _triton: None, *tangents: Tensor) -> tuple[Tensor, Tensor]:
+        return _Rotate.apply(ctx.inverse, ctx.triton, *tangents[:2], *ctx.saved_tensors)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:
-        *tensors, inverse, triton = args
-        *dims, _, _ = in_dims
-        if dims[2] is None and dims[3] is None:  # shared tables: examples are more tokens
-            batched = [
-                batch_first(t, d, info.batch_size) for t, d in zip(tensors, dims, strict=True)
-            ]
-            q, k, positions = (batched[i].flatten(0, 1) for i in (0, 1, 4))
-            outs = _Rotate.apply(q, k, tensors[2], tensors[3], positions, inverse, triton)
-            return tuple(x.unflatten(0, (info.batch_size, -1)) for x in outs), (0, 0)
-        outs = each_example(
-            lambda *example: _Rotate.apply(*example, inverse, triton),
-            info.batch_size,
-            tuple(dims),
-            tuple(tensors),
-        )
-        return outs, (0, 0)
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], inverse: bool, triton: bool, *tensors: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        folded = _fold(2, info.batch_size, in_dims[2:], tensors)
+        return vmap_rule(_Rotate, (inverse, triton), folded, info, in_dims[2:], tensors)
 
 
 @allow_in_graph
@@ -162,7 +156,7 @@ def _apply(
     check_hidden()
     if nested_forward_mode():
         return rope_reference(q, k, cos, sin, positions)
-    return _Rotate.apply(q, k, cos, sin, positions, False, triton)
+    return _Rotate.apply(False, triton, q, k, cos, sin, positions)
 
 
 # With QK-norm
@@ -213,22 +207,11 @@ def _backward_triton(
     return (*_backward_op(*grads, *tensors, eps, needs[2] or needs[3]), None, None, None)
 
 
-def _fold(batch_size: int, dims: Dims, tensors: Tensors) -> Tensors | None:
-    """Examples become further tokens if they share weights and tables."""
-    if any(dim is not None for dim in dims[-5:-1]):
-        return None
-    folded = (
-        t if t is None or -5 <= i < -1 else batch_first(t, dim, batch_size)
-        for i, (t, dim) in enumerate(zip(tensors, dims, strict=True), -len(dims))
-    )
-    return tuple(folded)
-
-
 def _fold_backward(
     batch_size: int, needs: tuple[bool, ...], dims: Dims, saved: Tensors
 ) -> Tensors | None:
     """Each example has a weight gradient of its own, where one call would return their sum."""
-    return None if needs[2] or needs[3] else _fold(batch_size, dims, saved)
+    return None if needs[2] or needs[3] else _fold(4, batch_size, dims, saved)
 
 
 QK_NORM = Op(
@@ -237,7 +220,7 @@ QK_NORM = Op(
     _forward,
     _backward,
     outputs=2,
-    fold=_fold,
+    fold=partial(_fold, 4),
     fold_backward=_fold_backward,
     vmappable=True,
 )

@@ -217,7 +217,7 @@ def _materialized(
     ]
 
 
-def _batched(
+def vmap_rule(
     function: Any,
     head: tuple[Any, ...],
     folded: Tensors | None,
@@ -294,7 +294,7 @@ class ForwardFunction(torch.autograd.Function):
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         dims = in_dims[1:]
         folded = call.op.fold(info.batch_size, dims, tensors) if call.op.fold else None
-        return _batched(ForwardFunction, (call,), folded, info, dims, tensors)
+        return vmap_rule(ForwardFunction, (call,), folded, info, dims, tensors)
 
 
 def _gradient(call: BoundOp, needs: tuple[bool, ...]) -> Callable[..., tuple[Tensor, ...]]:
@@ -372,7 +372,7 @@ class BackwardFunction(torch.autograd.Function):
         dims, fold = in_dims[2:], call.op.fold_backward
         folded = fold(info.batch_size, needs, dims, saved) if fold else None
         if folded is not None or not call.op.vmappable:
-            return _batched(BackwardFunction, (call, needs), folded, info, dims, saved)
+            return vmap_rule(BackwardFunction, (call, needs), folded, info, dims, saved)
         primals = call.op.outputs + len(needs)
         # The fast backward takes the residuals as constants, which is wrong where an outer level
         # differentiates (torch.func.hessian, jacrev of jacrev).
