@@ -341,7 +341,7 @@ class LossConfig:
     registers: int | None = None
 
 
-def _config(logits: Tensor, usual: bool, fast: LossConfig) -> LossConfig:
+def _config(logits: Tensor, plain: bool, fast: LossConfig) -> LossConfig:
     """`fast` for long aligned rows and the plain loss, else a configuration that never spills.
 
     By default ptxas aims at 32, 40 or 64 registers and spills to get there; an explicit limit
@@ -349,7 +349,7 @@ def _config(logits: Tensor, usual: bool, fast: LossConfig) -> LossConfig:
     """
     vocab = logits.shape[1]
     aligned = vocab % 16 == 0 and logits.stride(0) % 16 == 0
-    if usual and aligned and vocab >= 4096:
+    if plain and aligned and vocab >= 4096:
         return fast
     useful = triton.next_power_of_2(triton.cdiv(vocab, 512 // logits.element_size()))
     return LossConfig(min(16, useful), 1, registers=64 if aligned else 128)

@@ -96,8 +96,8 @@ def test_a_bad_gradient_stays_where_it_is(dtype: torch.dtype) -> None:
 
 
 def test_stochastic_rounding_is_right_on_average() -> None:
-    """x lies at a share s between two neighbours: it goes up with probability s, within four
-    standard errors and the 16 bits of a coin."""
+    """x at a fraction s between two neighbours is rounded up with probability s, within four
+    standard errors and the resolution of 16 bits."""
     n = 2**16
     noise = torch.randint(2**16, (n,), generator=torch.Generator().manual_seed(0))
     for share in (0.001, 0.25, 0.5, 0.9):
@@ -109,8 +109,8 @@ def test_stochastic_rounding_is_right_on_average() -> None:
 
 
 def test_stochastic_rounding_keeps_what_it_must() -> None:
-    """Numbers of bf16, signs, infinities and NaN; and it makes no infinity of a number that the
-    nearest would leave finite."""
+    """Numbers of bf16, signs, infinities and NaN; and a number stays finite if rounding it to the
+    nearest would keep it finite."""
     exact = torch.tensor([0.0, -0.0, 1.5, -3.0, math.inf, -math.inf, 2.0**-130, -BF16_MAX])
     top = BF16_MAX * (1 + torch.tensor([0.25, -0.25, 0.75]).double() * 2**-8).float()
     nan = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000], dtype=torch.int32).view(FP32)
@@ -127,8 +127,8 @@ def test_stochastic_rounding_keeps_what_it_must() -> None:
 
 
 def rounded_once(seed: int, step: int, count: int = 2**15) -> list[Tensor]:
-    """What one step makes of two bf16 leaves whose params and moments all fall about half-way
-    between neighbours: 1 if it was rounded up. Param, exp_avg, exp_avg_sq, and the next leaf's."""
+    """Which entries one step rounds up (1) of two bf16 leaves whose new params and moments all lie
+    about half-way between neighbours: param, exp_avg, exp_avg_sq, then those of the next leaf."""
     full = [torch.full((count,), x, dtype=BF16) for x in (1.0, 1 + 2**-7, 1.0, 1 - 2**-7)]
     p, g, m, v = ([x, x.clone()] for x in full)
     adamw_(
@@ -148,7 +148,7 @@ def rounded_once(seed: int, step: int, count: int = 2**15) -> list[Tensor]:
 
 
 def test_noise_differs_by_seed_step_leaf_and_stream_and_by_nothing_else() -> None:
-    """Of independent coins the correlation is 0, within four standard errors."""
+    """Independent bits have correlation 0, within four standard errors."""
     first = rounded_once(0, 1)
     assert all(torch.equal(a, b) for a, b in zip(first, rounded_once(0, 1), strict=True))
     coins = [*first, rounded_once(1, 1)[1], rounded_once(0, 2)[1], rounded_once(2**32, 1)[1]]
@@ -161,8 +161,8 @@ def test_noise_differs_by_seed_step_leaf_and_stream_and_by_nothing_else() -> Non
 
 
 def test_noise_is_uniform_over_seeds_and_places() -> None:
-    """Each bit of it is fair, within four standard errors: of one place over seeds, of one seed
-    over places."""
+    """Each bit is fair within four standard errors: at one position over seeds, and for one seed
+    over positions."""
     over_seeds = torch.stack(
         [torch.stack(_noise(torch.Size([1]), key, torch.device("cpu"))) for key in range(4000)]
     ).flatten(1)
@@ -173,8 +173,8 @@ def test_noise_is_uniform_over_seeds_and_places() -> None:
 
 
 def test_small_steps_are_kept_on_average() -> None:
-    """Steps of a thousandth of a unit in the last place: a coin of that probability each, within
-    four standard errors. The nearest would not move."""
+    """Steps of a thousandth of a unit in the last place, taken with that probability, within four
+    standard errors. Rounding to the nearest would not move."""
     count, steps, unit = 2**16, 10, 2.0**-8
     lr = unit / 1000
     p = torch.full((count,), 0.75, dtype=BF16)

@@ -1,4 +1,4 @@
-"""AdamW's kernel compiled as for real sizes, with no GPU: nothing spills, loads are wide."""
+"""AdamW's kernel at real sizes, compiled without a GPU: nothing spills, loads are wide."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kernels.runtime.launch import Launch, recording, triton
 pytestmark = pytest.mark.compiles
 
 BF16, FP32 = torch.bfloat16, torch.float32
-# params and moments, gradient, with copies; bytes an element that are read, and written
+# params, moments, gradient, with copies; bytes read and written per element
 CASES = [
     (FP32, FP32, BF16, True, 14, 14),
     (FP32, FP32, FP32, False, 16, 12),
@@ -47,7 +47,7 @@ def launched(
 
 
 def moved(ptx: str, kind: str) -> int:
-    """Bytes that a thread moves by vectors of 8 bytes or more."""
+    """Bytes that a thread moves in vectors of 8 bytes or more."""
     found = re.findall(rf"\b{kind}\.global(?:\.\w+(?:::\w+)*)*?\.v(\d)\.b(\d+)", ptx)
     return sum(int(n) * int(bits) // 8 for n, bits in found if int(n) * int(bits) >= 64)
 
@@ -64,7 +64,7 @@ def test_nothing_spills_and_vectors_are_wide(
     arch: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """fp32 goes by 16 bytes; bf16 beside it by 8, of the same elements, alone by 16."""
+    """fp32 moves by 16 bytes; bf16 by 8 beside fp32 (the same elements), otherwise by 16."""
     programs: list[Any] = []
     real = triton.compile
 

@@ -1,4 +1,4 @@
-"""Our flash attention compiled for GPUs that are not here: nothing spills, shared memory fits."""
+"""Our flash attention, compiled without a GPU: nothing spills, shared memory fits."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_other_head_sizes(dim: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_token(dtype: torch.dtype) -> None:
-    """Sizes of 1 are constants to Triton: other programs, which must not spill either."""
+    """Triton specialises sizes of 1 into other programs, which must not spill either."""
     check(90, 64, True, None, dtype, tokens=1, documents=1)
 
 

@@ -1,6 +1,6 @@
-"""fp8_linear's Triton kernels compiled as for real sizes, with no GPU: no spills, all fits.
+"""fp8_linear's Triton kernels at real sizes, compiled without a GPU: no spills, all fits.
 
-Compute capability 8.0 has no float8, and no line here.
+Compute capability 8.0 has no float8, and no test here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def check(launches: list[Launch], arch: int) -> None:
 
 @pytest.mark.parametrize(("dtype", "arch"), [(BF16, 90), (BF16, 100), (FP32, 90)], ids=str)
 def test_one_scale(dtype: torch.dtype, arch: int) -> None:
-    """x and the gradient, both ways and one; the weight in forward, and in backward."""
+    """x and the gradient, in both layouts and in one; the weight in forward and in backward."""
     x, scale = meta(16384, 8960, dtype=dtype), meta(dtype=FP32)
     with recording(divmod(arch, 10), 132) as launches:
         codes, turned, _ = fp8_triton.quantize(x, E4M3, True, True)
@@ -67,7 +67,7 @@ def test_odd_sizes() -> None:
 
 
 def test_a_cast_is_one_instruction() -> None:
-    """That of the hardware, two numbers at a time, to the nearest; no table, no arithmetic."""
+    """The hardware's, two numbers at a time, to the nearest: no table, no arithmetic."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -1,4 +1,4 @@
-"""int8_linear's Triton kernels compiled as for real sizes, with no GPU: no spills, all fits."""
+"""int8_linear's Triton kernels at real sizes, compiled without a GPU: no spills, all fits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.compiles
 
 linear = importlib.import_module("kernels.quantised.int8_linear")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# (rows, inner, outs, dtype, activations, bias): every launch configuration, then what masks do
+# (rows, inner, outs, dtype, activations, bias): every launch configuration, then masks
 CASES = [
     (1, 2048, 8192, BF16, None, False),
     (1, 1536, 8960, FP16, None, True),
@@ -93,7 +93,7 @@ def test_backward_reads_the_int8_weight() -> None:
 
 
 def test_few_rows_go_from_memory_to_tensor_cores_unshuffled() -> None:
-    """Shared memory holds the sums of the warps alone: no operand passes through it."""
+    """Shared memory holds only the sums of the warps: no operand passes through it."""
     (launch,) = launches_of(8, 2048, 8192, BF16, None, False, 90)
     warps, outs = launch.constants["WARPS"], 8 * launch.constants["HALVES"]
     assert resources(launch, 90).shared <= warps * outs * 8 * 4

@@ -1,4 +1,4 @@
-"""The losses' kernels compiled for GPUs that are not here: nothing spills, shared memory fits."""
+"""The losses' kernels, compiled without a GPU: nothing spills, shared memory fits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def labels(n: int) -> Tensor:
 def dense(
     vocab: int, dtype: torch.dtype, options: tuple[Any, ...], stride: int | None = None
 ) -> None:
-    """Both directions, and the form in place with its scaling."""
+    """Both directions, and the in-place form with its scaling."""
     logits = meta(16384, stride or vocab, dtype=dtype)[:, :vocab]
     loss, count, top, total = ce._forward_kernel(logits, labels(16384), *options)
     assert loss.shape == count.shape == ()
@@ -52,7 +52,7 @@ def dense(
 
 
 def linear(vocab: int, dim: int, options: tuple[Any, ...], bias: bool, gradients: bool) -> None:
-    """A chunk of the default size and a last one."""
+    """A chunk of the default size, and a shorter last one."""
     hidden, unembed = meta(16384, dim), meta(vocab, dim)
     chunk = lce.chunk_within(None, vocab, hidden, True)
     added, scale = (meta(vocab), 0.5) if bias else (None, None)

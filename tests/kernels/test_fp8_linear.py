@@ -1,4 +1,4 @@
-"""fp8_linear: errors against fp64, scales, what is kept and made, every driver, compilers."""
+"""fp8_linear: errors against fp64, scales, saved and computed tensors, drivers, compilers."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ SHAPES = [((1, 16), 16), ((21, 48), 32), ((2, 3, 160), 64)]
 
 
 def rounded(x: Tensor, format: torch.dtype, dim: int | None) -> Tensor:
-    """x to float8 and back. fp32 says where a tie falls: ratios of 16-bit numbers often are one."""
+    """x to float8 and back, divided in fp32: ratios of 16-bit numbers are often ties."""
     amax = x.abs().max() if dim is None else x.abs().amax(dim, keepdim=True)
     scale = amax.float() / torch.finfo(format).max
     return (x.float() * (1 / scale)).to(format).double() * scale.double()
 
 
 def floors(x: Tensor, format: torch.dtype, dim: int | None) -> Tensor:
-    """Half a step of the smallest numbers of the format, at the scale of x: bounds the error of
-    what is too small for a relative one."""
+    """Half a step between the smallest numbers of the format, at the scale of x: the error bound
+    of entries too small for a relative one."""
     amax = x.abs().max() if dim is None else x.abs().amax(dim, keepdim=True)
     step = torch.finfo(format).smallest_normal * torch.finfo(format).eps
     return (amax.double() / torch.finfo(format).max * step / 2).expand(x.shape)
 
 
 def error_of_product(a: Tensor, b: Tensor, da: Tensor, db: Tensor) -> Tensor:
-    """The largest that the error of a b^T may be, if those of a and b are within da and db."""
+    """The largest error of a b^T if those of a and b are within da and db."""
     return da @ b.abs().mT + a.abs() @ db.mT + da @ db.mT
 
 
@@ -77,8 +77,8 @@ def outputs(scaling: str, g: Tensor, *leaves: Tensor) -> list[Tensor]:
 def test_within_the_errors_of_the_formats(
     shape: tuple[int, ...], out: int, dtype: torch.dtype, scaling: str
 ) -> None:
-    """Each operand within 2^-4 (e4m3) or 2^-3 (e5m2) of itself, or half a smallest step; then the
-    largest that products of such can be off. And against the definition, to the rounding of sums.
+    """Each operand is within a relative 2^-4 (e4m3) or 2^-3 (e5m2), or half a smallest step, which
+    bounds the errors of products. Against the definition, up to the rounding of sums.
     """
     x, weight, bias, g = layer(shape, out, dtype)
     y, dx, dw, db = outputs(scaling, g, x, weight, bias)
@@ -114,7 +114,7 @@ def test_within_the_errors_of_the_formats(
     got = [y.double(), dx.double(), dw.double()]
     exact[0], defined[0] = exact[0] + bias.double(), defined[0] + bias.double()
     for i, (a, b, c) in enumerate(zip(got, exact, defined, strict=True)):
-        # sums of fp32, three scalings, one rounding
+        # fp32 sums, three scalings, one rounding
         slack = eps * c.abs() + (lengths[i] + 4) * eps32 * sizes[i]
         assert ((a - c).abs() <= slack).all(), float(((a - c).abs() / slack).max())
         assert ((a - b).abs() <= limits[i] + slack).all()
@@ -133,7 +133,7 @@ def test_errors_grow_like_the_root_of_the_length() -> None:
         exact = x.double() @ weight.mT
         error = fp8_linear(x, weight.float()).double() - exact
         errors.append(float(error.norm() / exact.norm()))
-    # two operands, each rounded within 2^-4 by errors spread evenly: 2^-4 sqrt(2 / 3) at most
+    # two operands with uniform errors within 2^-4 each: 2^-4 sqrt(2 / 3) at most
     assert min(errors) > 0.01
     assert max(errors) < 2**-4 * (2 / 3) ** 0.5
     assert 0.8 < errors[0] / errors[1] < 1.25
@@ -153,7 +153,7 @@ def test_a_scale_a_row_spares_small_rows() -> None:
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("factor", [2.0**-60, 2.0**60])
 def test_scales_take_what_formats_cannot(factor: float, scaling: str) -> None:
-    """Codes do not see a power of two in any operand."""
+    """A power of two in an operand does not change its codes."""
     x, weight, bias, g = (t.clone() for t in layer((21, 48), 32))
     bias.zero_()
     base = outputs(scaling, g, x, weight, bias)
@@ -218,7 +218,7 @@ def reference(scaling: str) -> Callable[..., Tensor]:
 
 
 def first_order(scaling: str) -> Callable[..., Tensor]:
-    """The reference, whose backward rounds the gradient too."""
+    """The reference, with a backward that rounds the gradient too."""
 
     class RoundedGradient(torch.autograd.Function):
         @staticmethod
@@ -247,7 +247,7 @@ FIRST = [
     drivers.by_compile,
     drivers.by_compiled_grad,
 ]
-# of the formula: forward mode, and what differentiates a backward
+# derivatives of the formula: forward mode, and derivatives of a backward
 PLAIN = [
     drivers.by_jvp,
     drivers.by_jvp_of_one,
@@ -260,8 +260,8 @@ FLOATS = (random(21, 16), random(32, 16, seed=1) / 4, random(32, seed=2))
 
 @pytest.mark.parametrize("driver", FIRST, ids=drivers.name_of)
 def test_first_derivatives(driver: drivers.Driver) -> None:
-    """fp64 throughout, but for the scales and what is divided by them: exact but for a code of the
-    gradient that falls the other way, which one of e5m2 shows at 2^-3 of one term."""
+    """fp64 throughout except the scales and the division by them. A code of the gradient may round
+    the other way, which changes one term by 2^-3 of it (e5m2)."""
     fast = lambda *xs: fp8_linear(*xs)  # noqa: E731
     floats = tuple(x.float().double() for x in FLOATS)
     assert drivers.disagreement(driver, fast, first_order("tensor"), floats) < ulps(
@@ -275,7 +275,7 @@ def test_first_derivatives(driver: drivers.Driver) -> None:
 def test_derivatives_of_the_formula(driver: drivers.Driver, scaling: str) -> None:
     fast = scalar(lambda *xs: fp8_linear(*xs, scaling=scaling))
     got, wanted = driver(fast, FLOATS), driver(scalar(reference(scaling)), FLOATS)
-    # the second backward multiplies by gradients again, which it rounds to e5m2
+    # the second backward multiplies by gradients again, rounded to e5m2
     rounding = 2.0**-3 if driver is drivers.by_double_backward else 0.0
     for a, b in zip(got, wanted, strict=True):
         assert b.abs().max() > 1e-3
@@ -284,7 +284,7 @@ def test_derivatives_of_the_formula(driver: drivers.Driver, scaling: str) -> Non
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_examples_are_rows(scaling: str) -> None:
-    """With shared weights they are one product, of one scale; each gets its own gradients."""
+    """With shared weights, examples are one product with one scale; each gets its own gradients."""
     xs = examples(FLOATS)[0]
     weight, bias = FLOATS[1:]
     y = vmap(lambda x: fp8_linear(x, weight, bias, scaling=scaling))(xs)
@@ -302,7 +302,7 @@ def test_examples_are_rows(scaling: str) -> None:
                 torch.testing.assert_close(
                     a[i], b, rtol=ulps(torch.float64, 1000), atol=ulps(torch.float64, 1000)
                 )
-    # what is frozen lets the gradients of all be one product too
+    # with a frozen weight, the gradients of all examples are one product too
     (dx,) = vmap(lambda x: vjp(lambda x: fp8_linear(x, weight, scaling=scaling), x)[1](y[0]))(xs)
     assert dx.shape == xs.shape
 
@@ -330,7 +330,7 @@ def test_weights_may_be_batched_and_levels_nested(scaling: str) -> None:
     assert (curvature[0] - curvature[1]).norm() <= 2**-3 * curvature[1].norm()  # e5m2, as above
 
 
-# What is kept, and what is made
+# Saved and computed tensors
 
 
 def test_a_byte_an_entry_is_kept_of_x() -> None:
@@ -341,7 +341,7 @@ def test_a_byte_an_entry_is_kept_of_x() -> None:
         saved = saved_by(lambda scaling=scaling: fp8_linear(x * 1, weight, scaling=scaling))
         own = [t for t in saved if t.untyped_storage()._cdata != weight.untyped_storage()._cdata]
         sizes = sorted(t.untyped_storage().nbytes() for t in own)
-        # x, or its codes with rows up to a multiple of 16; the shadow's one number; scales
+        # x, or its codes with rows up to a multiple of 16; one number of the shadow; scales
         assert sizes[-1] == bytes_of_x
         assert sum(sizes[:-1]) <= 2 + (4 + 4 if scaling == "tensor" else 4 * (40 + 32))
     frozen = saved_by(lambda: fp8_linear(x * 1, weight.detach()))
@@ -389,7 +389,7 @@ def test_only_what_is_asked_for_is_made(
 
 
 def compiled_graphs(f: Callable[..., Any], *args: Tensor) -> list[torch.fx.Graph]:
-    """The forward and backward graphs that a compiler is given."""
+    """The forward and backward graphs that a compiler gets."""
     graphs: list[torch.fx.Graph] = []
 
     def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -410,8 +410,8 @@ def calls(graph: torch.fx.Graph) -> Counter[str]:
 
 
 def test_layers_that_share_an_input_round_it_once() -> None:
-    """q, k and v: one rounding of x and one a weight in forward; one a gradient, with its weight,
-    in backward. What goes over is the codes of x, not x and no copy of a weight."""
+    """q, k and v: forward rounds x and each weight once, backward rounds each gradient with its
+    weight. Forward saves the codes of x: not x, and no copy of a weight."""
     x = random(40, 64, dtype=torch.bfloat16).requires_grad_()
     weights = [random(n, 64, seed=n, dtype=torch.bfloat16).requires_grad_() for n in (48, 32, 16)]
 
@@ -447,8 +447,8 @@ def test_the_count_would_see_three() -> None:
 def test_torch_takes_the_layouts_of_the_products(
     scaling: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch's own checks of torch._scaled_mm, on a GPU that is made up: at real size, and with rows
-    that 16 does not divide."""
+    """torch's own checks of torch._scaled_mm on a fake GPU: at real size, and with a number of rows
+    that is no multiple of 16."""
     products: list[tuple[tuple[int, ...], torch.dtype, bool]] = []
     real = torch._scaled_mm
 

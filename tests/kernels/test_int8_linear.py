@@ -97,7 +97,7 @@ OUT, INNER = 64, 96
 @pytest.mark.parametrize("activations", [None, "dynamic"])
 @pytest.mark.parametrize("driver", ["autograd", "func.grad", "func.grad twice"])
 def test_no_float_weight_is_kept(driver: str, activations: str | None, allocations_in: Any) -> None:
-    """What lives between forward and backward: the output, and no copy of the weight."""
+    """Between forward and backward the output lives, and no copy of the weight."""
     weight, scale = layer(OUT, INNER)
     x = rand(8, INNER)
     seen: list[int] = []
@@ -115,13 +115,13 @@ def test_no_float_weight_is_kept(driver: str, activations: str | None, allocatio
         else:
             torch.func.grad(lambda x: torch.func.grad(loss)(x).square().sum())(x)
     float_weight = OUT * INNER * 2  # even in 16 bits
-    # the output and x * 1 live, at two functorch levels perhaps
+    # the output and x * 1 live, possibly at two functorch levels
     assert 0 < seen[0] <= 4 * 8 * (OUT + 2 * INNER) < float_weight
 
 
 @pytest.mark.parametrize("activations", [None, "dynamic"])
 def test_no_float_weight_is_kept_compiled(activations: str | None) -> None:
-    """What the compiled forward hands to the compiled backward."""
+    """The tensors that the compiled forward saves for the compiled backward."""
     weight, scale = layer(OUT, INNER)
     handed_on: list[tuple[torch.dtype, tuple[int, ...]]] = []
 
@@ -245,7 +245,7 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("activations", [None, "dynamic"])
 def test_fp16_is_scaled_before_it_is_rounded(activations: str | None) -> None:
-    """Sums of codes far beyond what fp16 holds, gradients that fp16 loses once they are scaled."""
+    """Sums of codes far beyond fp16's range, and gradients that underflow in fp16 once scaled."""
     codes = torch.full((4, 2048), 127, dtype=torch.int8)
     scale = torch.full((4, 1), 1e-5)
     x = torch.ones(3, 2048, dtype=torch.float16, requires_grad=True)

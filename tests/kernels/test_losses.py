@@ -97,7 +97,7 @@ def test_chunks_change_nothing(
 def test_no_worse_than_torch_in_the_same_dtype(
     dtype: torch.dtype, n: int, dim: int, vocab: int
 ) -> None:
-    """Against fp64 from the same inputs: at most the dense torch form's error and one rounding."""
+    """Against fp64 on the same inputs: the dense torch form's error plus one rounding at most."""
     hidden, unembed, labels = problem(n, dim, vocab, dtype, labelled=1.1)
     hidden = hidden * dim**-0.5
 
@@ -216,7 +216,7 @@ def test_runs_repeat_bit_for_bit() -> None:
 
 
 def test_fp16_gradients_are_scaled_before_they_are_rounded() -> None:
-    """1 / count times a probability underflows in fp16; a loss scale must be able to save it."""
+    """1 / count times a probability underflows in fp16; loss scaling must be able to prevent it."""
     n = 4096
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(n, 4, generator=generator).half()
@@ -234,7 +234,7 @@ def test_fp16_gradients_are_scaled_before_they_are_rounded() -> None:
     torch.testing.assert_close(got, exact, rtol=0.01, atol=float(exact.abs().max()) * 0.01)
 
 
-# Memory: counted, not assumed
+# Memory, as counted
 
 
 N, DIM, VOCAB, CHUNK = 128, 8, 512, 8
@@ -261,7 +261,7 @@ def test_no_tensor_of_logits_size(
     allowed = max(CHUNK * VOCAB, N * DIM, VOCAB * DIM) * 4
     assert allowed < DENSE / 8
     assert allocations.largest()[0] <= allowed, allocations.largest()
-    # and the count can tell: the dense form does make one
+    # the counter sees one in the dense form
     with allocations_in() as dense:
         gradients(lambda h, w: F.cross_entropy(h @ w.mT, labels), hidden, unembed)
     assert dense.largest()[0] >= DENSE
@@ -294,7 +294,7 @@ def test_value_only_calls_do_not_pay_for_gradients(allocations_in: Any) -> None:
             return linear_cross_entropy(hidden, unembed, labels, chunk=CHUNK)
 
     assert matmuls(value) == N // CHUNK
-    # a frozen unembedding is not paid for either: logits and the gradient of hidden
+    # a frozen unembedding costs nothing: logits and the gradient of hidden
     assert matmuls(lambda: linear_cross_entropy(hidden, unembed, labels, chunk=CHUNK)) == (
         2 * N // CHUNK
     )
@@ -420,7 +420,7 @@ def test_dense_errors() -> None:
 
 
 def test_labels_are_not_read_where_they_cannot_be() -> None:
-    """No ValueError of ours under vmap, compile and meta: the check steps aside there."""
+    """Under vmap, compile and on meta tensors labels are not checked."""
     logits = torch.zeros(2, 5)
     good = torch.tensor([[0, 4], [1, 2]])
     torch.func.vmap(lambda y: cross_entropy(logits, y))(good)

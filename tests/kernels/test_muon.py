@@ -1,4 +1,4 @@
-"""What Muon does beside its products: the torch path by its formula, the kernels by that path."""
+"""Muon apart from its products: the torch path against the formula, the kernels against torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kernels.runtime.launch import recording
 from tests.rounding import ulps
 
 BF16, FP32 = torch.bfloat16, torch.float32
-# less than a block and no vectors; a whole block; blocks and a rest
+# less than a block, unaligned; a whole block; blocks and a remainder
 SHAPES = [(3, 5), (32, 64), (70, 66)]
 
 
@@ -26,14 +26,14 @@ def made(shape: tuple[int, int], seed: int, dtype: torch.dtype = FP32) -> list[T
 
 
 def shifted(tensors: list[Tensor]) -> list[Tensor]:
-    """The same numbers, from an address on that 16 does not divide."""
+    """The same numbers, at an address that is no multiple of 16."""
     return [torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) for x in tensors]
 
 
 def steps(
     backend: str, device: str, shape: tuple[int, int], grad: torch.dtype, odd: bool, copied: bool
 ) -> list[Tensor]:
-    """Two steps whose "products" only negate; all that they leave behind."""
+    """All tensors that two steps change, with negation in place of the products."""
     momenta, params = ([x.to(device) for x in made(shape, seed)] for seed in (0, 1))
     if odd:
         momenta, params = shifted(momenta), shifted(params)
@@ -68,7 +68,7 @@ def test_torch_path_is_the_formula(shape: tuple[int, int], grad: torch.dtype, co
             params[i] = (0.9, 1.0, 0.99)[i] * params[i] + (0.1, 0.2, 0.3)[i] * ahead
     got = known("torch", "cpu", shape, grad, False, copied)
     for mine, wanted in zip(got[:6], [*momenta, *params], strict=True):
-        # a few fp32 roundings of numbers of up to 4; of "ahead" a bit of bf16 may differ once
+        # a few fp32 roundings of numbers up to 4; one bf16 bit of "ahead" may differ
         torch.testing.assert_close(mine.double(), wanted, rtol=0, atol=0.3 * 4 * 2**-8)
         assert ((mine.double() - wanted).abs() > 1e-5).double().mean() < 0.01
 
@@ -79,8 +79,8 @@ def test_torch_path_is_the_formula(shape: tuple[int, int], grad: torch.dtype, co
 def test_kernels_are_the_torch_path(
     shape: tuple[int, int], grad: torch.dtype, odd: bool, kernel_device: str
 ) -> None:
-    """In the interpreter bit for bit; a GPU fuses a * b + c, and of the stack's roundings to bf16 a
-    few fall to the other side."""
+    """Bit for bit in the interpreter. A GPU fuses a * b + c, so that a few entries of the stack
+    round to bf16 the other way."""
     got = steps("triton", kernel_device, shape, grad, odd, odd)
     wanted = known("torch", "cpu", shape, grad, odd, odd)
     for a, b in zip(got, wanted, strict=True):

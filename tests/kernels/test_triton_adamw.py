@@ -18,7 +18,7 @@ from tests.kernels.test_adamw import BF16, BF16_MAX, DECAYS, FP16, FP32, leaves,
 
 
 def shifted(tensors: list[Tensor]) -> list[Tensor]:
-    """The same numbers, from an address on that 16 does not divide."""
+    """The same numbers, at an address that is no multiple of 16."""
     return [torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) for x in tensors]
 
 
@@ -31,7 +31,7 @@ def steps(
     move: str = "",
     bad: bool = False,
 ) -> list[Tensor]:
-    """Three steps over leaves of several sizes; all that they leave behind.
+    """All tensors that three steps over leaves of several sizes change.
 
     move: which of the five lists are shifted; bad: two gradients are NaN and infinite.
     """
@@ -74,7 +74,7 @@ known = functools.cache(steps)  # what a test compares with
 
 
 def same(got: list[Tensor], wanted: list[Tensor]) -> float:
-    """The share of entries that are alike, NaN too."""
+    """The fraction of entries that are equal, NaN included."""
     pairs = list(zip(got, wanted, strict=True))
     assert all(a.dtype == b.dtype for a, b in pairs)
     equal = torch.cat([((a == b) | (a.isnan() & b.isnan())).flatten() for a, b in pairs])
@@ -95,15 +95,15 @@ def test_fp32_states(grad: torch.dtype, kernel_device: str) -> None:
 def test_rounding_is_by_the_same_bits(
     state: torch.dtype, moment: torch.dtype, bad: bool, kernel_device: str
 ) -> None:
-    """In the interpreter all bits are those of torch. A GPU fuses a * b + c: fp32 numbers differ in
-    the last bits then, and of 2^16 coins a few."""
+    """In the interpreter all bits equal torch's. A GPU fuses a * b + c, which changes the last bits
+    of fp32 numbers and a few stochastic roundings."""
     got = steps("triton", kernel_device, state, moment, BF16, bad=bad)
     wanted = steps("torch", "cpu", state, moment, BF16, bad=bad)
     if kernel_device == "cpu":
         assert same(got, wanted) == 1
     narrow = [[x for x in leaves if x.dtype == BF16] for leaves in (got, wanted)]
     assert same(*narrow) > 0.998
-    # both in p and in m, where inf - inf follows; v keeps the infinity
+    # both in p and in m, where infinity leads to inf - inf; v keeps the infinity
     assert sum(int(x.isnan().sum()) for x in got) == (2 + 2 + 1 if bad else 0)
 
 
@@ -137,7 +137,7 @@ def test_the_grid_is_of_no_importance(
 def test_one_launch_a_group_and_one_program_for_all_steps(
     state: torch.dtype, kernel_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All that changes from step to step is in tensors: nothing to compile again."""
+    """Everything that changes from step to step is in tensors: nothing compiles again."""
     launches: list[tuple[Any, dict[str, Any]]] = []
 
     def noted(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
@@ -173,7 +173,8 @@ def test_nothing_is_written_beside_a_leaf(kernel_device: str) -> None:
 
 
 def test_what_is_finite_to_the_nearest_stays_finite(kernel_device: str) -> None:
-    """A quarter of a unit above the largest number of bf16, whatever the coin; not three."""
+    """A quarter of a unit above the largest bf16 stays finite for any noise; three quarters do
+    not."""
     unit = 2.0**120
     for share, wanted in ((0.25, BF16_MAX), (0.75, math.inf)):
         p = torch.full((4000,), BF16_MAX, dtype=BF16, device=kernel_device)
@@ -184,7 +185,7 @@ def test_what_is_finite_to_the_nearest_stays_finite(kernel_device: str) -> None:
 
 
 def test_plans_follow_the_memory(kernel_device: str) -> None:
-    """Other leaves, other decays, other copies: other tables; not more than are kept."""
+    """Other leaves, decays or copies get other tables, of which a bounded number is kept."""
     make_plan.cache_clear()
     with dispatch.override(adamw="triton"):
         for turn in range(20):
@@ -212,7 +213,7 @@ def test_plans_follow_the_memory(kernel_device: str) -> None:
 @pytest.mark.parametrize("state", [FP32, BF16])
 @pytest.mark.usefixtures("whole_gpu")
 def test_more_than_2_31_numbers(state: torch.dtype) -> None:
-    """The end of a long leaf is what a short one's is; with bf16 states, to a unit."""
+    """The end of a long leaf equals a short leaf; with bf16 states, to a unit."""
     size, tail = 2**31 + 5003, 5003
     p, g, m, v = (torch.ones(size, dtype=dtype, device="cuda") for dtype in (state, BF16) * 2)
     m, v = m.to(BF16), v.to(BF16)

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.attention import attention_triton
 from tests.rounding import attention_bounds, ulps
 
-# the interpreter's numpy warns of what masks then take out: rows past a document's end, later keys
+# numpy warns of entries that masks remove later: rows past a document's end, later keys
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 attention_module = importlib.import_module("kernels.attention.attention")
 Leaves = tuple[Tensor, Tensor, Tensor]
@@ -73,10 +73,10 @@ def test_values_and_gradients(
     cu = boundaries(lengths, interpreter)
     options: dict[str, Any] = {"causal": causal, "window": window, "scale": dim**-0.5}
     exact = reference(x, g, cu, torch.float64, **options)
-    # weights and their gradients are rounded to dtype before they are multiplied, the results once
-    # more: a few ulps of the largest entry (two of them where the interpreter truncates)
+    # weights and their gradients are rounded to dtype before the products, the results once more:
+    # a few ulps of the largest entry (twice as many where the interpreter truncates)
     ulp = torch.finfo(dtype).eps
-    # fp32: exp2, log and sums of up to 75 terms, each good to an ulp
+    # fp32: exp2, log and sums of up to 75 terms, each accurate to an ulp
     allowed = 16 * ulp if dtype == torch.float32 else (4 if interpreter == "cpu" else 2) * ulp
     for got, want in zip(ours(x, g, cu, **options), exact, strict=True):
         assert got.dtype == dtype
@@ -112,8 +112,8 @@ def test_a_wrong_backward_would_show(interpreter: str, monkeypatch: pytest.Monke
 
 
 def extreme(device: str) -> tuple[Leaves, Tensor]:
-    """Scores of whole numbers up to 1e4, which fp32 has exactly in any order, of pairs of keys that
-    are alike: the softmax is 1/2 for two keys, and nothing overflows."""
+    """Integer scores up to 1e4, exact in fp32 in any order of summation, with keys in equal pairs:
+    the softmax is 1/2 for two keys, and nothing overflows."""
     (q, k, v), g = leaves(40, 2, 1, 16, torch.float32, device)
     k = (10 * k[::2]).round().repeat_interleave(2, 0)
     return ((100 * q).round(), k, v), g
@@ -123,7 +123,7 @@ def check_extreme(x: Leaves, g: Tensor, device: str, spoil: int | None = None) -
     options: dict[str, Any] = {"causal": True, "window": None, "scale": 1.0}
     cu = boundaries([40], device)
     exact = reference(x, g, cu, torch.float64, **options)
-    # a score is multiplied by log2(e), 1.44, and its distance from the log-sum-exp taken
+    # a score is multiplied by log2(e), 1.44, and the log-sum-exp subtracted
     off = 1.45 * ulps(torch.float32, 2)
     bounds = attention_bounds(*x, g, True, off)
     for i, (got, want, bound) in enumerate(

@@ -1,7 +1,7 @@
 """The float8 kernels, in the interpreter and on a GPU: codes and scales bit for bit.
 
-The interpreter's cast to float8 does not round half to even, so there the kernels round by integer
-arithmetic; the cast of the hardware is held against torch on a GPU by the same tests.
+The interpreter's cast to float8 does not round half to even, so the kernels use integer arithmetic
+there; on a GPU the same tests compare the cast of the hardware with torch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def turned(codes: Tensor) -> Tensor:
 
 
 def spread(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
-    """Normal numbers times powers of two, so that many codes are small ones, zero, or halfway."""
+    """Normal numbers times powers of two, so that many codes are small, zero, or halfway."""
     x = random(*shape) * 2.0 ** random(*shape, seed=1).mul(4).round().clamp(-13, 3)
     return x.to(dtype).to(device)
 
@@ -84,7 +84,7 @@ def test_scales_of_rows_and_of_columns(format: torch.dtype, kernel_device: str) 
 
 @pytest.mark.parametrize("format", [E4M3, E5M2], ids=str)
 def test_every_code_and_every_tie(format: torch.dtype, kernel_device: str) -> None:
-    """All finite numbers of the format, what lies halfway, and the fp32 neighbours of that."""
+    """All finite numbers of the format, their midpoints, and the fp32 neighbours of those."""
     codes = torch.arange(256, dtype=torch.uint8).view(format).float()
     values = codes[codes.isfinite()].sort().values
     halves = (values[1:] + values[:-1]) / 2
@@ -137,7 +137,7 @@ def test_zeros_and_the_smallest(kernel_device: str) -> None:
 
 @pytest.mark.parametrize("scaling", ["tensor", "row"])
 def test_the_layer_is_the_same_on_either_backend(scaling: str, kernel_device: str) -> None:
-    """Bit for bit in the interpreter; on a GPU the sums are those of the tensor cores."""
+    """Bit for bit in the interpreter; on a GPU up to the sums of the tensor cores."""
     for rows in (1, 21, 16):
         x = spread(rows, 32, dtype=torch.bfloat16, device=kernel_device)
         weight = spread(48, 32, dtype=torch.bfloat16, device=kernel_device)

@@ -32,8 +32,8 @@ from tests.rounding import ulps
 linear = importlib.import_module("kernels.quantised.int8_linear")
 EPS32 = torch.finfo(torch.float32).eps
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# leading shape, inner, outs: one of everything; bytes that are no vectors; each number of rows that
-# has a kernel of its own, with whole tiles and without; a weight of two chunks
+# leading shape, inner, outs: all of size one; odd sizes; each range of rows with its own kernel,
+# with whole tiles and partial ones; a weight of two chunks
 SHAPES = [
     ((1,), 1, 1),
     ((2, 3), 37, 5),
@@ -59,7 +59,7 @@ def rand(*shape: int, device: str, dtype: torch.dtype = torch.float32, seed: int
 
 
 def eps(dtype: torch.dtype, device: str) -> float:
-    """Relative error of one rounding, doubled in the interpreter, which cuts bf16 off."""
+    """Relative error of one rounding, doubled in the interpreter, which truncates to bf16."""
     return torch.finfo(dtype).eps / (1 if device == "cpu" and dtype == torch.bfloat16 else 2)
 
 
@@ -85,8 +85,8 @@ def test_weight_only_against_fp64(
 
     y = int8_linear(x, weight, scale, bias)
     wanted = x.double() @ full.mT + bias.double()
-    # many rows: the weight is rounded, as torch's would be, and the sum; few: the sum alone. Sums
-    # of `inner` terms in fp32.
+    # many rows: the weight and the sum are rounded; few: only the sum. Sums of `inner` terms in
+    # fp32.
     size = x.double().abs() @ full.abs().mT + bias.double().abs()
     assert (y.shape, y.dtype) == ((*lead, outs), dtype)
     assert ((y.double() - wanted).abs() <= (2 * unit + (inner + 4) * EPS32) * size).all()
@@ -117,7 +117,7 @@ CONFIGS = [
 def test_launch_settings_do_not_change_the_result(
     config: Any, kernel_device: str, poisoned: None
 ) -> None:
-    """The sum of exact products, in any order: the same to a few fp32 roundings."""
+    """Sums of exact products in any order agree to a few fp32 roundings."""
     weight, scale = layer(40, 208, kernel_device)
     few = isinstance(config, int8_few.Few)
     x = rand(7 if few else 11, 208, device=kernel_device, dtype=torch.float16)
@@ -144,7 +144,7 @@ def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
 def test_rows_are_rounded_to_the_nearest_int8(
     inner: int, dtype: torch.dtype, kernel_device: str, poisoned: None
 ) -> None:
-    """Ties aside: x / step is rounded to fp32 first, so within its ulp of a half either will do."""
+    """Except at ties: x / step is rounded to fp32 first, so near a half either is right."""
     x = rand(9, inner, device=kernel_device, dtype=dtype)
     x[3] = 0.0
     x[4] = 1e-30 if dtype != torch.float16 else 6e-8
@@ -189,7 +189,7 @@ TILES = [
 def test_int8_products_are_exact(
     tile: int8_matmul.Tile | None, dtype: torch.dtype, kernel_device: str, poisoned: None
 ) -> None:
-    """int32 sums, then a product of three numbers and a sum in fp32, and one rounding."""
+    """int32 sums, then two products and a sum in fp32, and one rounding."""
     if tile and tile.tma and kernel_device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("needs compute capability 9.0")
     for rows, inner, outs in ((1, 16, 8), (20, 64, 40), (70, 144, 72)):
@@ -362,8 +362,8 @@ def test_dynamic_at_real_sizes(size: tuple[int, int]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("activations", [None, "dynamic"])
 def test_a_chain_in_a_graph_waits_for_what_it_reads(activations: str | None) -> None:
-    """Each layer reads what the one ahead has written, its weight was written just before, and
-    the memory of both is used again: what started early must have waited."""
+    """Each layer reads the output of the one ahead and a weight written just before, in memory that
+    is reused: kernels that start early must wait."""
     size, depth = 2048, 24
     layers = [real_layer(size, size) for _ in range(depth)]
     weight, scale = torch.empty_like(layers[0][0]), torch.empty_like(layers[0][1])
@@ -408,7 +408,7 @@ def test_inductor(activations: str | None) -> None:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("whole_gpu")
 def test_more_than_2_to_the_31_elements() -> None:
-    """The weight, then the activations and the outputs, are larger than an int32 can count."""
+    """The weight, then activations and outputs, have more entries than an int32 can count."""
     inner = 2048
     outs = 2**31 // inner + 48
     weight, scale = real_layer(outs, inner)

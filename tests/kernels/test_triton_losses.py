@@ -1,6 +1,6 @@
-"""The Triton kernels of both losses, in the interpreter and on a GPU: values, gradients, traps.
+"""The Triton kernels of both losses, in the interpreter and on a GPU: values, gradients, misuse.
 
-`overwrite` is tested here for the torch path too: the traps are autograd's, not the kernel's.
+`overwrite` is tested here for the torch path too: its hazards come from autograd, not the kernel.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ def labels_for(n: int, vocab: int, ignored: bool = True) -> Tensor:
 def value_and_gradient(
     loss: Callable[..., Tensor], logits: Tensor, factor: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """The logits are an operation's result, as `overwrite` wants them, with these very strides."""
+    """The logits are the result of an operation, as `overwrite` requires, with these strides."""
     base = logits.detach().clone().requires_grad_()
     value = loss(Made.apply(base, logits)) * factor
     return value.detach() / factor, torch.autograd.grad(value, base)[0]
 
 
 class Made(torch.autograd.Function):
-    """Logits made of `base`: its values, laid out like `like`."""
+    """The values of `base`, laid out like `like`."""
 
     @staticmethod
     def forward(ctx: Any, base: Tensor, like: Tensor) -> Tensor:
@@ -108,16 +108,16 @@ def assert_accurate(
     roundings: int = 1,
     **options: Any,
 ) -> None:
-    """Bounds from the arithmetic: fp32 with an exp of some ulps, and a rounding of the result."""
+    """Bounds from the arithmetic: fp32, an exp within some ulps, one rounding of the result."""
     wanted_value, wanted = exact(logits, labels, **options)
     cap = options.get("softcap") or 0.0
-    # exp(z - top): some ulps, and those of z - top (below 32 wherever the exp counts), and of a cap
+    # exp(z - top): its own ulps, those of z - top (below 32 where the exp matters), and of a cap
     exponent = (64 + 4 * cap) * EPS32
     assert value.dtype == torch.float32
     assert abs(value - wanted_value) <= exponent + 4 * EPS32 * abs(wanted_value)
     rounding = roundings * torch.finfo(logits.dtype).eps / 2
     if logits.device.type == "cpu" and logits.dtype == torch.bfloat16:
-        rounding *= 2  # the interpreter cuts bf16 off where the GPU rounds to nearest
+        rounding *= 2  # the interpreter truncates to bf16, a GPU rounds to nearest
     weight = 1 / max(1, int((labels != options.get("ignore_index", -100)).sum()))
     # p - 1 at the label cancels, as does a softcap's 1 - tanh^2, and fp16 has denormals
     cancelled = exponent * weight
@@ -178,7 +178,7 @@ def test_cross_entropy(
 )
 @pytest.mark.parametrize("option", ["plain", "all"])
 def test_every_launch_setting(option: str, config: LossConfig, kernel_device: str) -> None:
-    """Tiles, programs of several rows: one answer."""
+    """Tiles and rows per program do not change the result."""
     logits = random(7, 1003, dtype=torch.float32).to(kernel_device)
     labels = labels_for(7, 1003).to(kernel_device)
     options = LossOptions(**OPTIONS[option])
@@ -277,7 +277,7 @@ def test_what_is_not_finite_shows_as_in_torch(form: str, kernel_device: str) -> 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_ignored_rows_and_neighbours_never_matter(form: str, kernel_device: str) -> None:
-    """NaN in rows without a label, and between rows; a label to ignore that is a token."""
+    """NaN in rows without a label, and between rows; an ignore_index inside the vocabulary."""
     wide = torch.full((9, 1016), float("nan"))
     wide[:, 5:1005] = random(9, 1000, dtype=torch.float32)
     labels = labels_for(9, 1000)
@@ -311,7 +311,7 @@ def test_columns_that_lie_apart_are_copied(kernel_device: str) -> None:
 
 
 def test_a_label_out_of_range_costs_nan_and_no_other_row(kernel_device: str) -> None:
-    """Without the check (a GPU has none by default): no stray write, and a loss that shows."""
+    """Unchecked labels (the default on a GPU): no stray write, and a NaN loss."""
     logits = random(3, 100, dtype=torch.float32).to(kernel_device)
     for bad in (100, -1, 2**40):
         labels = torch.tensor([3, bad, 99], device=kernel_device)
@@ -326,7 +326,7 @@ def test_a_label_out_of_range_costs_nan_and_no_other_row(kernel_device: str) -> 
         assert ce._forward_op(logits, labels, *options)[0].isnan()
 
 
-# In place: what it does to the logits, and every way to misuse it
+# In place: what it does to the logits, and how it can be misused
 
 
 @pytest.fixture(
@@ -337,7 +337,7 @@ def test_a_label_out_of_range_costs_nan_and_no_other_row(kernel_device: str) -> 
     ]
 )
 def device(request: pytest.FixtureRequest) -> Any:
-    """Where to put tensors, with the torch or the Triton path chosen."""
+    """The device of tensors, with the torch or the Triton path chosen."""
     backend, where = request.param
     with dispatch.override(cross_entropy=backend):
         yield where
@@ -368,7 +368,7 @@ def gradient_of_weight(
     return torch.autograd.grad(use(hidden @ weight, labels, loss), weight)[0]
 
 
-# uses that are right
+# correct uses
 RIGHT: dict[str, Callable[[Tensor, Tensor, Callable[..., Tensor]], Tensor]] = {
     "alone": lambda z, y, loss: loss(z, y),
     "scaled": lambda z, y, loss: 3 * loss(z, y) / 7,
@@ -378,7 +378,7 @@ RIGHT: dict[str, Callable[[Tensor, Tensor, Callable[..., Tensor]], Tensor]] = {
     "saved by the value of another": lambda z, y, loss: (z * 2).square().sum() + loss(z, y),
     "logits a part of it made": lambda z, y, loss: loss(z.relu() * 2, y),
 }
-# uses whose answer would be wrong
+# uses whose result would be wrong
 WRONG: dict[str, tuple[Callable[[Tensor, Tensor, Callable[..., Tensor]], Tensor], str]] = {
     "saved before": (lambda z, y, loss: z.square().sum() + loss(z, y), "inplace operation"),
     "saved by who made them": (lambda z, y, loss: loss(z.exp(), y), "inplace operation"),
@@ -464,7 +464,7 @@ def test_backward_again_where_the_graph_is_kept(device: str) -> None:
 
 
 def test_batched_cotangents(device: str) -> None:
-    """One backward for several: nothing of it may be in place."""
+    """One backward for several gradients: no part of it may be in place."""
     hidden, weight, labels = head(device)
     factors = torch.tensor([1.0, 2.0, 5.0], device=device)
     for loss in (
@@ -580,7 +580,7 @@ def test_fp16_waits_for_the_loss_scale(device: str) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo looks at it
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
 def test_compiled_nothing_is_overwritten(backend: str, device: str) -> None:
-    """The traps again, inside and across the compiled function: all of them are right there."""
+    """The same uses, inside and across the compiled function, where all are correct."""
     if backend == "inductor" and device == "cpu":
         pytest.skip("the interpreter's process does not build C++")
     hidden, weight, labels = head(device)
@@ -632,7 +632,7 @@ def test_scaling_in_place(layout: str, dtype: torch.dtype, kernel_device: str) -
     scale_rows(x, torch.tensor(1.0, device=kernel_device))
     assert torch.equal(wide, before)
     scale_rows(x, torch.tensor(1 / 3, device=kernel_device))
-    # bf16 is cut off, not rounded, in the interpreter
+    # the interpreter truncates to bf16
     torch.testing.assert_close(
         x, (values.float() / 3).to(dtype), rtol=torch.finfo(dtype).eps, atol=ulps(torch.float32, 1)
     )
@@ -699,7 +699,7 @@ def test_linear_cross_entropy_no_worse_than_torch(
     kernel_device: str,
     poisoned: None,
 ) -> None:
-    """Against fp64 from the same inputs: the dense torch form's error, and a rounding a matmul."""
+    """Against fp64 on the same inputs: the dense torch form's error, one rounding per matmul."""
     leaves, labels = linear_problem(n, dim, vocab, dtype, kernel_device)
     exact_value, exact_grads = linear_gradients(
         dense(labels, **options), [x.double() for x in leaves]
@@ -719,13 +719,13 @@ def test_linear_cross_entropy_no_worse_than_torch(
         assert grad.dtype == dtype
         wanted = 128 * wanted
         worst = (torch_grad.double() - wanted).abs().max()
-        # logits and their gradients are rounded once each (cut off in the interpreter), and sums
+        # logits, their gradients and sums are rounded once each (truncated in the interpreter)
         allowed = worst + (4 * eps + 64 * EPS32) * wanted.abs().max() + 1e-6
         assert (grad.double() - wanted).abs().max() <= allowed
 
 
 def test_linear_sums_of_the_unembeddings_gradient(kernel_device: str) -> None:
-    """fp32 sums do not depend on the chunks beyond fp32; bf16 sums lose a rounding a chunk."""
+    """fp32 sums depend on the chunks within fp32 rounding; bf16 sums round once per chunk."""
     n, dim, vocab = 24, 8, 32
     leaves, labels = linear_problem(n, dim, vocab, torch.bfloat16, kernel_device)
 
@@ -753,7 +753,7 @@ def test_linear_ignored_rows_never_matter(poison: float, kernel_device: str) -> 
     got = linear_gradients(lambda h, w, b: loss(h, w, bias=b), leaves)
     torch.testing.assert_close(got, clean, rtol=0, atol=0)
     assert (got[1][0][::3] == 0).all()
-    # also where only one of the two gradients is asked for
+    # also if only one gradient is wanted
     for i in range(3):
         alone = linear_gradients(
             lambda x, i=i: loss(
@@ -786,7 +786,7 @@ def test_linear_value_alone_is_the_same_number(kernel_device: str) -> None:
 
 
 def test_linear_backward_again_where_the_graph_is_kept(kernel_device: str) -> None:
-    """The gradients made with the loss are scaled where they are only by the last backward."""
+    """Only the last backward scales in place the gradients that were computed with the loss."""
     (hidden, unembed, _), labels = linear_problem(20, 8, 30, torch.float32, kernel_device)
     hidden.requires_grad_()
     wanted = torch.autograd.grad(linear_cross_entropy(hidden, unembed, labels), hidden)[0]
@@ -845,7 +845,7 @@ def test_memory_buys_tokens() -> None:
 def test_linear_allocates_a_chunk_and_the_gradients(
     narrow: bool, allocations_in: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On meta tensors, with the launches only recorded, and the sums as CUDA makes them."""
+    """On meta tensors, with recorded launches, and the sums as on CUDA."""
     n, dim, vocab, chunk = 1024, 16, 6400, 128
     products: list[tuple[torch.dtype, bool]] = []
 
@@ -891,7 +891,7 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
         )
 
 
-# Drivers, each also with a wrong backward
+# Drivers, each also with a backward made wrong
 
 
 LABELS = labels_for(7, 30)
@@ -938,7 +938,7 @@ def test_a_wrong_backward_shows(
     assert error(LOSSES[name], driver, interpreter, torch.float32) > 0.1
 
 
-# On a GPU alone
+# Only on a GPU
 
 
 @pytest.mark.gpu
