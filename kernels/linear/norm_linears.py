@@ -20,7 +20,13 @@ from torch import Tensor
 
 from kernels.linear.linear import bias_gradient, check_linear, linear_reference, sums_biases
 from kernels.norm import rms_norm_triton
-from kernels.norm.rms_norm import ADD_RMS_NORM, ADD_RMS_NORM_TRITON, RMS_NORM, RMS_NORM_TRITON
+from kernels.norm.rms_norm import (
+    ADD_RMS_NORM,
+    ADD_RMS_NORM_TRITON,
+    RMS_NORM,
+    RMS_NORM_TRITON,
+    check_residual,
+)
 from kernels.runtime.autograd import (
     Dims,
     Op,
@@ -441,13 +447,4 @@ def check_norm_linears(
         raise ValueError(
             f"{where}: norm_weight must have shape [{x.shape[-1]}] to match x {tuple(x.shape)}, "
             f"got {tuple(norm_weight.shape)}."
-        )
-
-
-def check_residual(where: str, x: Tensor, residual: Tensor | None) -> None:
-    """ValueError unless the two may be added without a cast."""
-    if residual is not None and (x.shape != residual.shape or x.dtype != residual.dtype):
-        raise ValueError(
-            f"{where}: x is {tuple(x.shape)} {x.dtype} but residual is "
-            f"{tuple(residual.shape)} {residual.dtype}; they must be alike."
         )

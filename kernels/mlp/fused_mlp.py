@@ -24,12 +24,11 @@ from kernels.linear.linear import add_product, linear_reference
 from kernels.linear.norm_linears import (
     add_norm,
     check_norm_linears,
-    check_residual,
     norm_again,
     norm_gradients,
 )
 from kernels.mlp.glu import SWIGLU
-from kernels.norm.rms_norm import RMS_NORM
+from kernels.norm.rms_norm import RMS_NORM, check_residual
 from kernels.runtime.autograd import (
     Dims,
     Op,

@@ -284,11 +284,7 @@ def add_rms_norm(
     """
     check_norm("add_rms_norm", x, eps, weight=weight)
     check_floating("add_rms_norm", x=x, residual=residual)
-    if x.shape != residual.shape or x.dtype != residual.dtype:
-        raise ValueError(
-            f"add_rms_norm: x is {tuple(x.shape)} {x.dtype} but residual is "
-            f"{tuple(residual.shape)} {residual.dtype}; they must be alike."
-        )
+    check_residual("add_rms_norm", x, residual)
     triton = choose("rms_norm", str(x.device), x.dtype) == "triton"
     return _apply_add_rms_norm(x, residual, weight, eps, triton)
 
@@ -305,3 +301,12 @@ def check_norm(where: str, x: Tensor, eps: float, **leaves: Tensor | None) -> No
                 f"{where}: {name} must have shape [{x.shape[-1]}] to match x {tuple(x.shape)}, "
                 f"got {tuple(leaf.shape)}."
             )
+
+
+def check_residual(where: str, x: Tensor, residual: Tensor | None) -> None:
+    """ValueError unless the two may be added without a cast."""
+    if residual is not None and (x.shape != residual.shape or x.dtype != residual.dtype):
+        raise ValueError(
+            f"{where}: x is {tuple(x.shape)} {x.dtype} but residual is "
+            f"{tuple(residual.shape)} {residual.dtype}; they must be alike."
+        )

@@ -18,7 +18,7 @@ from kernels.runtime import dynamo
 NAMES: list[str] = []  # operators that have a fake
 LIBRARY = torch.library.Library("nanovision", "FRAGMENT")
 _kinds: dict[str, str] = {}
-_told: set[str] = set()
+_registered: set[str] = set()
 
 
 def operator(
@@ -108,7 +108,7 @@ def _define(
     if kind is not None:
         _kinds[f"nanovision.{name}"] = kind
     if fake is not None:
-        torch.library.register_fake(f"nanovision::{name}", _telling(names, fake))
+        torch.library.register_fake(f"nanovision::{name}", _by_name(names, fake))
         NAMES.append(name)
     if flops is not None:
 
@@ -135,18 +135,18 @@ def _count_change(changed: Tensor | Sequence[Tensor] | None) -> None:
     torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
-def _telling(names: Sequence[str], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """`fake` by positional arguments, which tells Inductor of our operators before it asks."""
+def _by_name(names: Sequence[str], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake` with positional arguments, which also registers the operators with Inductor."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if len(_told) < len(NAMES) and TracingContext.try_get() is not None:
-            _tell_inductor()
+        if len(_registered) < len(NAMES) and TracingContext.try_get() is not None:
+            _register_with_inductor()
         return fake(**dict(zip(names, args, strict=False)), **kwargs)
 
     return run
 
 
-def _tell_inductor() -> None:
+def _register_with_inductor() -> None:
     """Tells Inductor to call the operators as they are, with strides as they were traced.
 
     Inductor would find that out by itself. But before 2.13 it first writes its arguments to a log,
@@ -157,9 +157,9 @@ def _tell_inductor() -> None:
     from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
     from torch._library.utils import get_layout_constraint_tag
 
-    for name in set(NAMES) - _told:
+    for name in set(NAMES) - _registered:
         op = getattr(torch.ops.nanovision, name).default
         if op not in lowerings:
             constraint = tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True))
             make_fallback(op, layout_constraint=constraint, warn=False)
-        _told.add(name)
+        _registered.add(name)
