@@ -38,12 +38,14 @@ from kernels.runtime.autograd import (
     check_floating,
     differentiated,
     each_example,
+    fold_all,
     func_levels,
     nested_forward_mode,
     pull,
     push,
     rows_of,
     shaped,
+    vmap_rule,
     with_signature,
 )
 from kernels.runtime.dispatch import TORCH, Backend, CallInfo, choose, declare
@@ -279,15 +281,10 @@ class _Fp8Backward(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], call: Fp8Call, needs: tuple[bool, bool], *saved: Tensor
     ) -> Any:
-        batch, dims = info.batch_size, in_dims[2:]
-        if not needs[1] and dims[2] is None and dims[5] is None:  # examples are just more rows
-            grad, shadow = (batch_first(saved[i], dims[i], batch) for i in (0, 1))
-            outs = _Fp8Backward.apply(call, needs, grad, shadow, *saved[2:])
-        else:
-            outs = each_example(
-                lambda *one: _Fp8Backward.apply(call, needs, *one), batch, dims, saved
-            )
-        return outs, (0,) * len(outs)
+        dims, folded = in_dims[2:], None
+        if not needs[1] and dims[2] is None and dims[5] is None:  # examples are more rows
+            folded = fold_all(info.batch_size, dims[:2], saved[:2]) + saved[2:]
+        return vmap_rule(_Fp8Backward, (call, needs), folded, info, dims, saved)
 
 
 def _gradient(

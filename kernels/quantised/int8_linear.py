@@ -19,9 +19,10 @@ from kernels.quantised import int8_few, int8_matmul
 from kernels.runtime.autograd import (
     accumulation_dtype,
     check_device,
-    each_example,
+    fold_rows,
     nested_forward_mode,
     shaped,
+    vmap_rule,
     with_signature,
 )
 from kernels.runtime.dispatch import TORCH, TRITON, choose, declare
@@ -140,28 +141,28 @@ class _Int8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        activations: str | None,
+        triton: bool,
+        transposed: bool,
         x: Tensor,
         weight: Tensor,
         scale: Tensor,
         bias: Tensor | None,
-        activations: str | None,
-        triton: bool,
-        transposed: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor]:
         if transposed:
-            wide = accumulation_dtype(x.dtype)
             if triton:
-                return _transposed_op(x, weight, scale)
-            return ((x.to(wide) * scale) @ weight.to(wide)).to(x.dtype)
+                return (_transposed_op(x, weight, scale),)
+            wide = accumulation_dtype(x.dtype)
+            return (((x.to(wide) * scale) @ weight.to(wide)).to(x.dtype),)
         if triton:
-            return _forward_op(x, weight, scale, bias, activations == "dynamic")
+            return (_forward_op(x, weight, scale, bias, activations == "dynamic"),)
         multiply = _weight_only if activations is None else _int8_int8
         y = multiply(x, weight, scale)
-        return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
+        return ((y if bias is None else y + bias.to(y.dtype)).to(x.dtype),)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, weight, scale, bias, _, ctx.triton, ctx.transposed = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor]) -> None:
+        _, ctx.triton, ctx.transposed, _, weight, scale, bias = inputs
         ctx.bias = None if bias is None else bias.dtype
         ctx.save_for_backward(weight, scale)
         ctx.save_for_forward(weight, scale)
@@ -169,29 +170,26 @@ class _Int8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx = db = None
-        if ctx.needs_input_grad[0]:
-            other = (None, None, ctx.triton, not ctx.transposed)
-            dx = _Int8Linear.apply(grad, *ctx.saved_tensors, *other)
         if ctx.needs_input_grad[3]:
+            other = (None, ctx.triton, not ctx.transposed)
+            (dx,) = _Int8Linear.apply(*other, grad, *ctx.saved_tensors, None)
+        if ctx.needs_input_grad[6]:
             rows = grad.reshape(-1, grad.shape[-1])
             db = rows.sum(0, dtype=accumulation_dtype(grad.dtype)).to(ctx.bias)
-        return dx, None, None, db, None, None, None
+        return None, None, None, dx, None, None, db
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _w: None, _s: None, bias: Tensor | None, *_: Any) -> Tensor:
-        same = (bias, None, ctx.triton, ctx.transposed)
-        return _Int8Linear.apply(tangent, *ctx.saved_tensors, *same)
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor]:
+        *_, dx, _, _, db = tangents
+        return _Int8Linear.apply(None, ctx.triton, ctx.transposed, dx, *ctx.saved_tensors, db)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, *args: Any) -> tuple[Tensor, int]:
-        leaves, static, dims = args[:3], args[3:], in_dims[:4]
-        if all(dim is None for dim in dims[1:]):  # examples are more rows
-            return _Int8Linear.apply(x.movedim(dims[0], 0), *args), 0
-
-        def one(*example: Tensor) -> tuple[Tensor]:
-            return (_Int8Linear.apply(*example, *static),)
-
-        return each_example(one, info.batch_size, dims, (x, *leaves))[0], 0
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], *args: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        dims, tensors = in_dims[3:], args[3:]
+        folded = fold_rows(1, info.batch_size, dims, tensors)
+        return vmap_rule(_Int8Linear, args[:3], folded, info, dims, tensors)
 
 
 @allow_in_graph
@@ -205,7 +203,7 @@ def _apply(
 ) -> Tensor:
     check_hidden()
     if not nested_forward_mode():
-        return _Int8Linear.apply(x, weight, scale, bias, activations, triton, False)
+        return _Int8Linear.apply(activations, triton, False, x, weight, scale, bias)[0]
     y = _weight_only(x, weight, scale)
     if activations is not None:
         # straight through: the value of the rounded product with the derivatives of the other
