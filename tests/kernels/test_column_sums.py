@@ -19,8 +19,8 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
     "shape", [(1, 1), (0, 5), (3, 0), (ROWS + 1, COLS + 1), (700, 20), (1030, 300)]
 )
 def test_against_fp64(shape: tuple[int, int], dtype: torch.dtype, kernel_device: str) -> None:
-    """fp32 sums of numbers of up to 5, in a tree of far fewer than ``rows`` additions; then one
-    rounding to the dtype of the bias."""
+    """The bound: a tree of far fewer than ``rows`` fp32 additions of numbers up to 5, and one
+    rounding to the bias's dtype."""
     x = random(*shape, dtype=dtype).to(kernel_device)
     exact, size = x.double().sum(0), x.double().abs().sum(0)
     for out in (FP32, BF16):

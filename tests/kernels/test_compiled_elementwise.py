@@ -1,5 +1,5 @@
-"""The activations' and the rotary embedding's Triton kernels compiled as for real sizes, with no
-GPU: nothing spills, all fits."""
+"""The activations' and the rotary embedding's Triton kernels, compiled for real sizes without a
+GPU: registers do not spill, shared memory suffices."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def activations(gate: Tensor, up: Tensor, grad: Tensor) -> None:
 
 @pytest.mark.parametrize(("dtype", "arch"), [(BF16, 80), (BF16, 90), (FP32, 90)])
 def test_activations(dtype: torch.dtype, arch: int) -> None:
-    """Without gaps, and as halves of one projection."""
+    """Contiguous, and as halves of one projection."""
     x, wide = meta(16384, 8960, dtype=dtype), meta(16384, 17920, dtype=dtype)
     with recording(divmod(arch, 10), 132) as launches:
         activations(x, x, x)

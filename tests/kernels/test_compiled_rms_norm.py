@@ -1,4 +1,4 @@
-"""The norms' Triton kernels compiled as for real sizes, with no GPU: nothing spills, all fits."""
+"""The norms' Triton kernels, compiled for real sizes without a GPU: registers do not spill."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.kernels.archs import SHARED, compiled_for
 
 pytestmark = pytest.mark.compiles
 
-# rows of a tile: 32 (masked), 8, 2 (masked), 1; warps: 4, 8, 16; then longer than registers, in
-# backward and in both directions; fp32 where tiles are largest
+# rows per tile: 32 (masked), 8, 2 (masked), 1; warps: 4, 8, 16; then rows too long for registers,
+# in backward and in both directions; fp32 where tiles are largest
 CASES = [
     (40, torch.bfloat16),
     (128, torch.bfloat16),
@@ -33,8 +33,8 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def launches_of(dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> list[Launch]:
-    """Both directions of the norm of a sum, the backward with and without what forward gave, and
-    both of layer_norm where it serves such rows."""
+    """Both directions of the norm of a sum, the backward with and without forward's output, and
+    both directions of layer_norm where it takes such rows."""
     x, r = meta(16384, dim, dtype=dtype), meta(16384, 1, dtype=torch.float32)
     w = meta(dim, dtype=torch.float32)
     with recording(capability, 132) as launches:
@@ -70,6 +70,6 @@ def test_nothing_spills_without_weight_or_residual() -> None:
         rms_norm_triton.rms_norm_backward_(x, None, x, None, r, False)
         layer_norm_triton.layer_norm_forward(x, None, None, 1e-6)
         layer_norm_triton.layer_norm_backward(x, x, None, None, r, r, False, False)
-    assert len(launches) == 5  # no weight, so no sums of its gradient
+    assert len(launches) == 5  # no weight, so no sums for its gradient
     for launch in launches:
         check(launch, 90)

@@ -1,6 +1,6 @@
-"""rms_norm, layer_norm, swiglu, rope: what is saved, compile, meta, errors.
+"""rms_norm, layer_norm, swiglu, rope: saved tensors, torch.compile, meta tensors, errors.
 
-How they round is tested with their Triton kernels, in test_triton_rms_norm.py and its likes.
+The tests of their Triton kernels, such as test_triton_rms_norm.py, test their rounding.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def test_rope_backward_is_the_opposite_rotation() -> None:
     )
     torch.testing.assert_close(
         back, q, rtol=ulps(torch.float64, 64), atol=ulps(torch.float64, 64)
-    )  # a rotation's adjoint undoes it
+    )  # the adjoint of a rotation is its inverse
 
 
 def test_rope_depends_on_distance_alone() -> None:
@@ -76,18 +76,18 @@ def test_rope_serves_per_example_positions() -> None:
             torch.testing.assert_close(b[i], c)
 
 
-# What backward keeps
+# Saved tensors
 
 
 def test_backwards_keep_inputs_and_row_statistics_only() -> None:
     x = random(64, 32, dtype=torch.bfloat16).requires_grad_()
     up = random(64, 32, dtype=torch.bfloat16, seed=1).requires_grad_()
     w = random(32, dtype=torch.float32, seed=2).requires_grad_()
-    row = 64 * 4  # one fp32 number a row
+    row = 64 * 4  # one fp32 number per row
     assert saved_bytes(lambda: rms_norm(x, w), x, w) == row
     assert saved_bytes(lambda: layer_norm(x, w, w), x, w) == 2 * row
     assert saved_bytes(lambda: swiglu(x, up), x, up) == 0
-    # the plain formula keeps several fp32 copies of x: the count can tell
+    # the plain formula saves several fp32 copies of x: the test can fail
     plain = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True))
     assert plain.requires_grad
     assert saved_bytes(lambda: exact_rms_norm(x.float(), w, 1e-6), x, w) > 2 * x.numel() * 4
@@ -102,7 +102,7 @@ def test_rope_keeps_the_shared_tables_only() -> None:
 
 
 def test_nothing_extra_lives_after_a_forward(allocations_in: Any) -> None:
-    """save_for_forward and the Function's context hold on to nothing else."""
+    """save_for_forward and the Function's context keep nothing else alive."""
     cos, sin = (t.float() for t in tables(50, 8))
     q = random(9, 4, 8, dtype=torch.bfloat16).requires_grad_()
     k = random(9, 2, 8, dtype=torch.bfloat16, seed=1).requires_grad_()
@@ -205,7 +205,7 @@ def test_bad_rope_arguments_are_named(changes: dict[str, Tensor], message: str) 
 
 
 def test_strides_are_those_of_torchs_own() -> None:
-    """Norms answer contiguous; elementwise functions in the order in which x lies in memory."""
+    """Norms return contiguous tensors, elementwise functions keep x's memory order."""
     x, weight = torch.randn(2, 8, 5).transpose(1, 2), torch.ones(8)
     assert rms_norm(x, weight).stride() == F.rms_norm(x, (8,), weight).stride()
     assert layer_norm(x, weight, weight).stride() == F.layer_norm(x, (8,), weight).stride()

@@ -1,7 +1,7 @@
-"""glu_linear and norm_linears on torch: derivatives under every driver, what backward keeps and
-what it leaves out, what a compiler and a checkpointing policy see of them.
+"""glu_linear and norm_linears on torch: derivatives under every driver, saved tensors, the work of
+backward, and the graphs that compilers and checkpointing policies see.
 
-Their Triton paths are in test_triton_fused_linear.py.
+test_triton_fused_linear.py tests their Triton paths.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ROWS, INNER = 5, 7
 ACTIVATIONS = {"swiglu": swiglu, "geglu": geglu}
 
 
-# References: what one would write without these functions
+# References: the compositions that these functions replace
 
 
 def exact_glu_linear(
@@ -80,12 +80,12 @@ def exact_add_norm_linears(
 
 
 def all_of(out: tuple[tuple[Tensor, ...], Tensor]) -> list[Tensor]:
-    """The outputs of add_norm_linears, and the sum."""
+    """The outputs of add_norm_linears, then the sum."""
     return [*out[0], out[1]]
 
 
 def cast(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer in the weight's dtype, as the model has it."""
+    """A linear layer in the weight's dtype, as in the model."""
     return F.linear(h.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
 
 
@@ -169,7 +169,7 @@ def test_a_wrong_formula_shows(name: str, driver: Driver, monkeypatch: pytest.Mo
 def gradients(
     f: Callable[..., Any], grads: Sequence[Tensor], *tensors: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs, and gradients for these gradients of theirs."""
+    """The outputs, and the gradients given these gradients of theirs."""
     xs = [x.detach().clone().requires_grad_() for x in tensors]
     outs = f(*xs)
     outs = [outs] if isinstance(outs, Tensor) else list(outs)
@@ -177,7 +177,7 @@ def gradients(
     return [out.detach() for out in outs], list(torch.autograd.grad(outs, xs, pairs))
 
 
-# of the activations, of the weights and their bias; of the norm's weight
+# dtypes: of activations; of weights and bias; of the norm's weight
 DTYPES = [(BF16, BF16, FP32), (FP16, FP16, FP32), (FP32, FP32, FP32), (BF16, FP32, BF16)]
 SHAPES = [(1, 1), (5, 123), (2, 3, 64)]
 
@@ -196,7 +196,7 @@ def test_glu_linear_rounds_no_more_than_its_composition(
         lambda a, b, w, c: cast(ACTIVATIONS[name](a, b), w, c), g, gate, up, weight, bias
     )
     assert torch.equal(got[0][0], wanted[0][0])
-    assert torch.equal(got[1][2], wanted[1][2])  # the weight's: h is the same h again
+    assert torch.equal(got[1][2], wanted[1][2])  # the weight's: h is recomputed to the bit
     wider = (t.double() for t in (gate, up, weight, bias))
     exact = gradients(partial(exact_glu_linear, name=name), [g[0].double()], *wider)
     for mine, other, right in zip(got[1], wanted[1], exact[1], strict=True):
@@ -204,8 +204,8 @@ def test_glu_linear_rounds_no_more_than_its_composition(
 
 
 def no_worse(mine: Tensor, other: Tensor, right: Tensor, more: float = 0.0) -> None:
-    """Than the composition in the same dtypes, against fp64, but for one rounding of the largest
-    entry, and `more`. NaN never passes."""
+    """No worse against fp64 than the composition in the same dtypes, up to one rounding of the
+    largest entry and `more`. NaN never passes."""
     assert mine.dtype == other.dtype
     assert mine.shape == right.shape
     allowed = (other.double() - right).abs().max() + torch.finfo(mine.dtype).eps * right.abs().max()
@@ -222,9 +222,9 @@ def roundings(
 ) -> tuple[float, float]:
     """How far rounding moves the gradients of x and of norm_weight before their terms cancel.
 
-    The gradient of h is rounded after each of two products, to half a unit each, and is made of
-    sums in fp32 over all outputs, in any order. In dx = r (v - u mean(v u)), with u = x r and
-    v = dh w, the terms cancel: all but entirely if D = 1.
+    The gradient of h is rounded after each of two products, by half a unit each, and consists of
+    fp32 sums over all outputs in any order. In dx = r (v - u mean(v u)), with u = x r and v = dh w,
+    the terms cancel, almost entirely if D = 1.
     """
     x, w = x.double(), norm_weight.double()
     pairs = [(g.double(), weight.double()) for g, weight in zip(grads, weights, strict=True)]
@@ -274,7 +274,7 @@ def test_norm_linears_rounds_no_more_than_its_composition(
 
 
 def composed_joined(x: Tensor, n: Tensor, *leaves: Tensor, wide: torch.dtype) -> list[Tensor]:
-    """Three linear layers as above; the last two as one where they are narrow."""
+    """Three linear layers as above, of which the last two share products if they are narrow."""
     h = rms_norm(x, n, 1e-3).to(wide)
     if 2 * leaves[1].shape[0] > x.shape[-1]:
         return [F.linear(h, w, b) for w, b in zip(leaves[:3], leaves[3:], strict=True)]
@@ -284,7 +284,7 @@ def composed_joined(x: Tensor, n: Tensor, *leaves: Tensor, wide: torch.dtype) ->
 
 
 def test_bias_gradients_are_summed_in_fp32() -> None:
-    """4,097 ones: a sum in bf16 stands still at 256."""
+    """4,097 ones: a sum in bf16 would stop at 256."""
     rows = 4097
     gate, weight = torch.zeros(rows, 2, dtype=BF16), torch.zeros(1, 2, dtype=BF16)
     bias = torch.zeros(1, requires_grad=True)
@@ -297,7 +297,7 @@ def test_bias_gradients_are_summed_in_fp32() -> None:
     assert other.grad.item() == rows
 
 
-# What backward keeps, and what it does
+# Saved tensors, and the work of backward
 
 
 def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = BF16) -> list[Tensor]:
@@ -310,11 +310,11 @@ def test_backward_keeps_what_it_is_given() -> None:
     assert saved_bytes(lambda: glu_linear(*own), *own) == 0
     assert (
         saved_bytes(lambda: cast(swiglu(gate, up), weight, bias), *own) == 64 * 32 * 2
-    )  # it can tell
+    )  # the test can fail
 
     x, first, second = parameters((64, 32), (16, 32), (8, 32))
     norm = torch.ones(32, requires_grad=True)
-    own, row = (x, norm, first, second), 64 * 4  # one fp32 number a row
+    own, row = (x, norm, first, second), 64 * 4  # one fp32 number per row
     assert saved_bytes(lambda: norm_linears(x, norm, [first, second]), *own) == row
 
     def composed() -> list[Tensor]:
@@ -323,7 +323,7 @@ def test_backward_keeps_what_it_is_given() -> None:
 
     assert saved_bytes(composed, *own) == row + 64 * 32 * 2
 
-    # of a sum the sum alone, which the caller gets; of a stream handed on nothing more
+    # with a residual only the sum, which is also an output; without one nothing more
     more = parameters((64, 32), (64, 32))[1]
     kept = saved_bytes(lambda: add_norm_linears(x, more, norm, [first, second]), *own, more)
     assert kept == row + x.nbytes
@@ -354,7 +354,7 @@ def seen_in_backward(
     monkeypatch: pytest.MonkeyPatch,
     allocations_in: Any,
 ) -> list[str]:
-    """The operations inside our operators in a backward for the tensors with a 1 in `learn`."""
+    """The operations inside our operators in a backward to the tensors with a 1 in `learn`."""
     ops: list[str] = []
     for module, host in (
         (gated, gated.glu_linear_gradients),
@@ -375,7 +375,7 @@ def seen_in_backward(
     return ops
 
 
-# gate, up, weight, bias -> products, activations made again, their derivatives
+# gate, up, weight, bias -> products, recomputed activations, their derivatives
 GLU_WORK = {
     "1111": (2, 2, 1),  # silu(gate) is in the gradient of up as well
     "1100": (1, 1, 1),
@@ -399,8 +399,8 @@ def test_glu_linear_leaves_out_what_is_frozen(
 
 
 SILU_BACKWARD = "aten.silu_backward.default"
-# x, norm, weights, bias -> products made anew, products added to those, norms made again. Of the
-# weights the first is alone, the other two, narrow, share a product where both learn
+# x, norm, weights, bias -> products, products added to these, recomputed norms. The last two of the
+# weights are narrow, and share a product if both need a gradient
 NORM_WORK = {
     "11" + "111" + "1": (3, 1, 1),
     "11" + "010" + "0": (2, 1, 1),
@@ -429,7 +429,7 @@ def test_norm_linears_leaves_out_what_is_frozen(
 def test_the_norm_is_gone_before_its_gradient_is_made(
     monkeypatch: pytest.MonkeyPatch, allocations_in: Any
 ) -> None:
-    """Two of [rows, D] live at a time: the gradient of the norm's output, and of x."""
+    """Two [rows, D] live at a time: the gradients of the norm's output and of x."""
     x, norm, *weights = parameters((64, 32), (32,), (4, 32), (4, 32))
     grads = [random(64, 4, seed=i, dtype=BF16) for i in range(2)]
     _, r = normed._forward(x, norm, *weights, None, None, eps=1e-6, triton=False)
@@ -448,7 +448,7 @@ def test_the_norm_is_gone_before_its_gradient_is_made(
         normed.norm_linears_gradients(
             grads, None, x, norm, weights, r[0], 1e-6, False, True, [True, True, True]
         )
-    # it, the gradients of the weights, and the two that it is made of, joined
+    # it, the gradients of the weights, and the two joined gradients that it comes from
     assert living == [64 * 32 * 2 + 2 * 4 * 32 * 2 + 64 * 8 * 2]
 
 
@@ -504,7 +504,7 @@ def test_gradients_of_some_beside_a_sum(summed: bool, learn: str) -> None:
 
 @pytest.mark.parametrize("summed", [True, False])
 def test_a_compiled_region_may_end_with_the_sum(summed: bool) -> None:
-    """Handed on it is a view of what came in, which compilers treat apart."""
+    """Without a residual the sum is a view of an input, which compilers treat specially."""
     x, more, norm, weight = parameters((6, 8), (6, 8), (8,), (5, 8), dtype=torch.float64)
     given = more if summed else None
 
@@ -525,11 +525,11 @@ def test_a_compiled_region_may_end_with_the_sum(summed: bool) -> None:
     )
 
 
-# What compilers and policies see
+# The graphs of compilers and policies
 
 
 def graphs_of(f: Callable[..., Tensor], *tensors: Tensor) -> tuple[Any, Any]:
-    """The graphs of the two directions, with what is kept between them chosen as Inductor does."""
+    """The forward and backward graphs, partitioned as Inductor does."""
     graphs: dict[str, Any] = {}
 
     def keep(name: str) -> Callable[..., Any]:
@@ -554,14 +554,14 @@ def calls(graph: Any) -> list[str]:
 
 
 def shapes_out(graph: Any) -> list[tuple[int, ...]]:
-    """Of what a graph gives that it was not given."""
+    """The shapes of a graph's outputs that are not inputs."""
     (out,) = (node for node in graph.nodes if node.op == "output")
     nodes = [node for node in out.args[0] if node is not None and node.op != "placeholder"]
     return [tuple(node.meta["val"].shape) for node in nodes]
 
 
 def test_a_compiler_sees_the_forwards_matmuls_and_keeps_no_h() -> None:
-    """Even where equal operations are merged (Inductor) and h would be cheaper to keep."""
+    """Even though Inductor merges equal operations, and keeping h would be cheaper."""
     gate, up, weight, bias = parameters((64, 32), (64, 32), (16, 32), (16,), dtype=FP32)
     forward, backward = graphs_of(
         lambda *ts: glu_linear(*ts).square().sum(), gate, up, weight, bias
@@ -572,7 +572,7 @@ def test_a_compiler_sees_the_forwards_matmuls_and_keeps_no_h() -> None:
     forward, _ = graphs_of(
         lambda *ts: cast(swiglu(*ts[:2]), *ts[2:]).square().sum(), gate, up, weight, bias
     )
-    assert (64, 32) in shapes_out(forward)  # it can tell
+    assert (64, 32) in shapes_out(forward)  # the test can fail
 
     norm = torch.ones(32, requires_grad=True)
     weights = parameters((16, 32), (8, 32), (4, 32), dtype=FP32)
@@ -657,7 +657,7 @@ def test_dtype_and_shape_on_meta() -> None:
 
 
 def test_strides_are_as_a_compiler_is_told() -> None:
-    """Of arguments that lie in any way: the results have no gaps."""
+    """The results are contiguous, whatever the arguments' strides."""
     turned = random(8, 6, dtype=BF16).t()
     g, weight, norm = random(6, 5, dtype=FP32), random(5, 8, dtype=FP32), torch.ones(8)
     narrow = random(4, 8, dtype=FP32)

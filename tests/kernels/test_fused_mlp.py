@@ -1,4 +1,4 @@
-"""add_norm_gated_mlp: derivatives under every driver, and whose memory is whose."""
+"""add_norm_gated_mlp: derivatives under every driver, saved tensors and reused memory."""
 
 from __future__ import annotations
 
@@ -50,41 +50,41 @@ def exact_gated(x: Tensor, residual: Tensor | None, *leaves: Tensor) -> tuple[Te
 
 
 GATED_SHAPES = ((ROWS, DIM), (ROWS, DIM), (DIM,), (INNER, DIM), (INNER, DIM), (OUT, INNER))
+OP = (fused, "GATED_MLP")
 CASES = {
     "gated": Case(
-        lambda *ts: joined(gated(*ts)),
-        lambda *ts: joined(exact_gated(*ts)),
-        GATED_SHAPES, fused, "GATED_MLP",
+        lambda *ts: joined(gated(*ts)), lambda *ts: joined(exact_gated(*ts)), GATED_SHAPES, *OP
     ),
-    "gated, made again": Case(
+    "gated, recomputed": Case(
         lambda *ts: joined(gated(*ts, keep=False)),
         lambda *ts: joined(exact_gated(*ts)),
-        GATED_SHAPES, fused, "GATED_MLP",
+        GATED_SHAPES,
+        *OP,
     ),
-    "gated, nothing added": Case(
+    "gated, no residual": Case(
         lambda x, *ts: joined(gated(x, None, *ts)),
         lambda x, *ts: joined(exact_gated(x, None, *ts)),
-        ((2, ROWS, DIM), *GATED_SHAPES[2:]), fused, "GATED_MLP",
+        ((2, ROWS, DIM), *GATED_SHAPES[2:]),
+        *OP,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("driver", [*EVERY_FIRST, *EVERY_HIGHER], ids=name_of)
 @pytest.mark.parametrize("name", CASES)
 def test_under_driver(name: str, driver: Driver) -> None:
-    assert error(CASES[name], driver) < ulps(
-        torch.float64, 4000
-    )  # fp64: sums of some tens of terms of order 1
+    # fp64: sums of a few dozen terms of order 1
+    assert error(CASES[name], driver) < ulps(torch.float64, 4000)
 
 
 @pytest.mark.parametrize(("part", "driver"), [("backward", by_autograd), ("formula", by_jvp)])
 def test_what_is_wrong_shows(part: str, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under every driver alike: see test_fused_linear.py."""
+    """Two drivers suffice: test_drivers.py covers all of them."""
     broken(CASES["gated"], part, monkeypatch)
     assert error(CASES["gated"], driver) > 0.1
 
 
-# Whose memory is whose
+# Memory
 
 
 def bf16_inputs(rows: int = 64) -> list[Tensor]:
@@ -93,7 +93,7 @@ def bf16_inputs(rows: int = 64) -> list[Tensor]:
 
 @pytest.mark.parametrize(("keep", "wide"), [(True, 2 * 48 * 2), (False, 0)])
 def test_what_is_kept(keep: bool, wide: int) -> None:
-    """Beside the arguments: the sum, one fp32 number a row, and what gate and up gave."""
+    """Besides the arguments: the sum, one fp32 number per row, and the outputs of gate and up."""
     tensors = bf16_inputs()
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -103,13 +103,13 @@ def test_what_is_kept(keep: bool, wide: int) -> None:
 
 
 def last_backwards(f: Callable[[], Tensor], leaves: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Gradients by a backward that keeps the graph, and by the one after it, which does not."""
+    """Gradients of a backward that retains the graph, and of the next, which does not."""
     loss = f()
     return [list(torch.autograd.grad(loss, leaves, retain_graph=keep)) for keep in (True, False)]
 
 
 def watch(name: str, of: int, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether what a function of the module gives first lies where its argument `of` did."""
+    """Whether a function's first output has the memory of its argument `of`."""
     seen: list[bool] = []
     right = getattr(fused, name)
 
@@ -139,7 +139,7 @@ def test_the_last_backward_overwrites_gate_and_up(
 
 @pytest.mark.parametrize("rows", [1, 128, 300])
 def test_rows_at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces give what one piece gives: sums of pieces are kept in fp32 and rounded once."""
+    """Chunks equal a single pass: sums over chunks are in fp32 and rounded once."""
     leaves = bf16_inputs(rows)
 
     def gradients() -> list[Tensor]:
@@ -167,7 +167,7 @@ def test_rows_at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     cut = gradients()
     assert pieces == [n for _ in range(2) for n in (128,) * (rows // 128) + (rows % 128,) if n]
     for a, b in zip(whole, cut, strict=True):
-        # two roundings to bf16 of sums that differ in fp32's last bits
+        # roundings to bf16 of two sums that differ in fp32's last bits
         torch.testing.assert_close(a, b, rtol=2 * torch.finfo(BF16).eps, atol=0)
 
 
@@ -184,8 +184,8 @@ def test_no_rows(keep: bool) -> None:
 def test_what_lives_at_the_worst_moment(
     keep: bool, allocations_in: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside what gate and up gave the gradient of the activation alone: not h, which made them,
-    nor its gradient, nor a weight's. Then, in their place, what the norm's backward is made of."""
+    """At the activation's backward only its gradient lives besides gate's and up's outputs, not h,
+    its gradient or a weight's. At the norm's backward only its inputs live."""
     rows, inner = 4096, 48
     x, _, norm, *weights = (t.detach() for t in bf16_inputs(rows))
     h, total, r = fused.add_norm(x, None, norm, EPS, False)
@@ -200,7 +200,7 @@ def test_what_lives_at_the_worst_moment(
 
         monkeypatch.setattr(fused, name, look)
 
-    # as the kernels do, in place; whatever the numbers are
+    # in place, as the kernels do, with arbitrary numbers
     watched("glu_gradients", lambda grad, gate, up, *_: (gate, grad, up))
     watched("norm_gradients", lambda grad, *_: (grad, norm, grad))
     right = fused.norm_again
@@ -232,7 +232,7 @@ def test_gradients_of_some(learn: str, keep: bool) -> None:
     )
 
 
-# What serves where
+# Backends
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -1,8 +1,8 @@
-"""The activations' and the rotary embedding's Triton kernels under every driver, and a deliberately
-wrong backward under each: autograd, torch.func, torch.compile.
+"""The activations' and the rotary embedding's Triton kernels under autograd, torch.func and
+torch.compile, each also with a deliberately wrong backward.
 
-Values, gradients and traps are in test_triton_glu.py and test_triton_rope.py; the torch paths under
-drivers in test_drivers.py.
+test_triton_glu.py and test_triton_rope.py test values, gradients and edge cases; test_drivers.py
+tests the torch paths.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ glu = importlib.import_module("kernels.mlp.glu")
 ropes = importlib.import_module("kernels.rope.rope")
 TOLERANCE = ulps(
     torch.float32, 800
-)  # fp32: sums of a few hundred numbers of order 1, a few times over
+)  # fp32: a few consecutive sums of a few hundred numbers of order 1
 ROWS, WIDTH = 5, 24
 
 TABLE = random(9, 4, seed=8)
@@ -101,7 +101,7 @@ def test_a_wrong_backward_shows(
 def test_a_wrong_derivative_of_backward_shows(
     name: str, driver: Driver, interpreter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An Op takes it from its formula, the self-adjoint Function from its own jvp and backward."""
+    """An Op uses its formula, the self-adjoint Function its own jvp and backward."""
     own = "jvp" if driver is by_hvp else "backward"
     broken(CASES[name], own if name == "rope" else "formula", monkeypatch)
     assert error(CASES[name], driver, interpreter) > 0.1

@@ -1,7 +1,7 @@
-"""glu_linear and norm_linears over their Triton kernels, in the interpreter and on a GPU: values,
-gradients, whose memory is whose, drivers.
+"""glu_linear and norm_linears with their Triton kernels, in the interpreter and on a GPU: values,
+gradients, reused memory, drivers.
 
-What does not depend on the backend is in test_fused_linear.py.
+test_fused_linear.py tests what does not depend on the backend.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ normed = importlib.import_module("kernels.linear.norm_linears")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TOLERANCE = ulps(
     torch.float32, 800
-)  # fp32: sums of a few hundred numbers of order 1, a few times over
+)  # fp32: a few consecutive sums of a few hundred numbers of order 1
 
 
 def triton() -> Any:
@@ -76,7 +76,7 @@ def torch_only() -> Any:
 def gradients(
     f: Callable[..., Any], grads: Sequence[Tensor], tensors: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The outputs, and then the gradients for these gradients of theirs."""
+    """The outputs, then the gradients given these gradients of theirs."""
     xs = [x.detach().clone().requires_grad_() for x in tensors]
     outs = f(*xs)
     outs = [outs] if isinstance(outs, Tensor) else list(outs)
@@ -86,8 +86,8 @@ def gradients(
 def no_worse(
     got: list[Tensor], other: list[Tensor], right: list[Tensor], more: Sequence[float]
 ) -> None:
-    """Than plain torch in the same dtypes, against fp64, but for one rounding of the largest entry
-    (the interpreter cuts off where it should round), and `more`. NaN never passes."""
+    """No worse against fp64 than plain torch in the same dtypes, up to one rounding of the largest
+    entry (the interpreter truncates instead of rounding) and `more`. NaN never passes."""
     for mine, theirs, exact, slack in zip(got, other, right, more, strict=True):
         assert mine.dtype == theirs.dtype
         assert mine.shape == exact.shape
@@ -98,7 +98,7 @@ def no_worse(
 
 # Values and gradients
 
-# of the activations, of the weights and their bias; of the norm's weight
+# dtypes: of activations; of weights and bias; of the norm's weight
 DTYPES = [(BF16, BF16, FP32), (FP16, FP16, FP32), (FP32, FP32, FP32), (BF16, FP32, BF16)]
 SHAPES = [(1, 1), (2, 3, 64), (5, 123)]
 
@@ -144,12 +144,12 @@ def check(
     alike: bool,
     more: dict[int, float] | None = None,
 ) -> None:
-    """Against the composition of the same kernels, that of torch, and fp64.
+    """Against the composition of the same kernels, torch's composition, and fp64.
 
-    through: the results that h was rounded for, the outputs and the weights' gradients; they have
-    the composition's bits. Where h is rounded to less than they are (not `alike`) that is all that
-    can be asked of them: how it is rounded shows. more: what rounding may do to a result beyond
-    one of its largest entry.
+    through: the results that depend on the rounded h, which are the outputs and the weights'
+    gradients; they equal the composition's to the bit. Unless `alike`, h is rounded more coarsely
+    than these results, and no other comparison holds. more: the error that rounding may cause in a
+    result beyond one rounding of its largest entry.
     """
     for i in through:
         assert torch.equal(got[i], same[i])
@@ -212,7 +212,7 @@ def test_norm_linears(
     more_of = {outs: of_x, outs + 1: of_norm}
     h = exact_norm_linears(*right_inputs[:2], [torch.eye(inner).to(right_inputs[0])], [None])[0]
     for i, (weight, grad_y) in enumerate(zip(normed[2:5], g, strict=True)):
-        # h may be rounded the other way than in torch
+        # h may round differently from torch
         unit = torch.finfo(dtype).eps
         sums = (h.abs() @ weight.double().abs().t(), grad_y.double().abs().reshape(-1, len(weight)))
         more_of[i] = unit * float(sums[0].max())
@@ -251,7 +251,7 @@ def test_no_rows_and_one_row(shape: tuple[int, ...], kernel_device: str) -> None
         )
 
 
-# The kernel that overwrites
+# Kernels that overwrite their arguments
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -261,7 +261,7 @@ def test_no_rows_and_one_row(shape: tuple[int, ...], kernel_device: str) -> None
 def test_overwriting_gives_the_same_bits(
     name: str, shape: tuple[int, ...], halves: bool, kernel_device: str
 ) -> None:
-    """As three kernels that do not, of rows without gaps or with NaN between them."""
+    """Like three kernels that do not, for contiguous rows and for rows with NaN between them."""
     width = shape[-1]
     wide = torch.full((*shape[:-1], 2 * width + 8), float("nan"), dtype=BF16, device=kernel_device)
     wide[..., : 2 * width] = random(*shape[:-1], 2 * width, dtype=BF16).to(kernel_device)
@@ -298,7 +298,7 @@ def test_what_cannot_be_overwritten_is_left_alone(kernel_device: str) -> None:
 
 
 def test_the_gradient_of_the_output_is_not_overwritten(kernel_device: str) -> None:
-    """Nor are the arguments: what is overwritten was made inside."""
+    """Nor are the arguments: the operators overwrite only tensors of their own."""
     tensors = [random(*s, seed=i, dtype=FP32) for i, s in enumerate(((8, 8), (8, 8), (8, 8)))]
     tensors = [t.to(kernel_device) for t in tensors]
     g, norm = (
@@ -323,7 +323,7 @@ def test_glu_linear_allocates_no_more_than_it_says(
     weight, g = (random(*s, dtype=BF16).to(kernel_device) for s in ((4, 32), (64, 4)))
     with allocations_in(gate, up, weight, g) as allocations:
         out = gated.glu_linear_gradients(g, gate, up, weight, "swiglu", True, *needs)
-        gc.collect()  # the interpreter's frames hold each other
+        gc.collect()  # the interpreter's frames form cycles
         assert allocations.living() == sum(t.nbytes for t in out)
     storages = {ref.cdata for ref, size, _ in allocations.made if size == gate.nbytes}
     assert len(storages) == wide
@@ -332,7 +332,7 @@ def test_glu_linear_allocates_no_more_than_it_says(
 def launched(
     monkeypatch: pytest.MonkeyPatch, f: Callable[..., Any], tensors: Sequence[Tensor], learn: str
 ) -> list[tuple[str, int]]:
-    """The kernels of a step for the tensors with a 1 in `learn`, and how many tensors each took."""
+    """The kernels of a step to the tensors with a 1 in `learn`, and their numbers of tensors."""
     seen: list[tuple[str, int]] = []
     for module in (glu_triton, rms_norm_triton, rows_triton):
         right = module.launch
@@ -365,7 +365,7 @@ def test_glu_linear_launches(
     monkeypatch: pytest.MonkeyPatch,
     kernel_device: str,
 ) -> None:
-    """One kernel each way; what it reads and writes."""
+    """One kernel per direction, and how many tensors it reads and writes."""
     shapes = ((6, 8), (6, 8), (3, 8))
     tensors = [random(*s, seed=i, dtype=BF16).to(kernel_device) for i, s in enumerate(shapes)]
     seen = launched(monkeypatch, lambda *ts: [glu_linear(*ts)], tensors, learn)
@@ -403,7 +403,7 @@ def test_norm_linears_launches(
 def test_norm_linears_allocates_no_more_than_it_says(
     learns: bool, wide: int, allocations_in: Any, kernel_device: str
 ) -> None:
-    """Of the size of x: the gradient of h, which becomes that of x, and h."""
+    """Of the size of x: the gradient of h, whose memory becomes that of x's, and h."""
     x, g_total = (random(64, 32, seed=i, dtype=BF16).to(kernel_device) for i in range(2))
     norm, weight = (random(*s, dtype=BF16).to(kernel_device) for s in ((32,), (4, 32)))
     g, r = random(64, 4, dtype=BF16).to(kernel_device), torch.ones(64, 1, device=kernel_device)
@@ -411,7 +411,7 @@ def test_norm_linears_allocates_no_more_than_it_says(
         out = normed.norm_linears_gradients(
             [g], g_total, x, norm, [weight], r, 1e-6, True, True, [learns, learns]
         )
-        gc.collect()  # the interpreter's frames hold each other
+        gc.collect()  # the interpreter's frames form cycles
         assert allocations.living() == sum(t.nbytes for t in out)
     storages = {ref.cdata for ref, size, _ in allocations.made if size == x.nbytes}
     assert len(storages) == wide

@@ -1,6 +1,6 @@
-"""The activations' Triton kernels, in the interpreter and on a GPU: values, gradients, traps.
+"""The activations' Triton kernels, in the interpreter and on a GPU: values, gradients, edge cases.
 
-How they behave under autograd, torch.func and torch.compile is in test_triton_elementwise.py.
+test_triton_elementwise.py tests them under autograd, torch.func and torch.compile.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def triton() -> Any:
 def inputs(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str
 ) -> tuple[Tensor, ...]:
-    """What the activation takes, and then a gradient of what it gives."""
+    """The activation's inputs, then a gradient of its output."""
     return tuple(random(*shape, seed=i, dtype=dtype).to(device) for i in range(COUNT[name] + 1))
 
 
 def check(name: str, got: list[Tensor], g: Tensor, leaves: tuple[Tensor, ...], device: str) -> None:
-    """e^z is 2^(z log2 e), whose exponent is rounded: an error of |z| eps relative to it."""
+    """The bound: e^z is 2^(z log2 e) with a rounded exponent, a relative error of |z| eps."""
     wide = [x.double() for x in leaves]
     exact = outputs_and_gradients(EXACT[name], g.double(), *wide)
     assert [t.dtype for t in got] == [g.dtype] * len(got)
@@ -76,7 +76,7 @@ def test_rounded_once(
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("width", [1, 40, 1000, 1030])
 def test_halves_of_one_projection(width: int, kernel_device: str) -> None:
-    """Rows that lie apart, NaN between and after them: the same bits as without gaps."""
+    """Strided rows with NaN between and after them give the same bits as contiguous ones."""
     wide = torch.full((3, 2, 2 * width + 8), float("nan"), device=kernel_device)
     gate, up = wide[..., :width], wide[..., width : 2 * width]
     gate.copy_(random(3, 2, width).float())
@@ -208,7 +208,7 @@ def test_one_launch_serves_all_examples(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OURS)
 def test_torch_rounds_seldom_too(name: str, dtype: torch.dtype) -> None:
-    """The activation, then the product."""
+    """It rounds twice: after the activation, and after the product."""
     *leaves, g = inputs(name, (5, 123), dtype, "cpu")
     with dispatch.override(swiglu="torch", geglu="torch", relu2="torch"):
         got = outputs_and_gradients(OURS[name], g, *leaves)
@@ -256,7 +256,7 @@ def test_no_worse_than_torch_at_real_size(name: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.usefixtures("whole_gpu")
 def test_more_than_2_31_numbers(name: str) -> None:
-    """In one row, and in rows that lie apart: the ends are what they are in a short tensor."""
+    """In one row and in strided rows: the last entries equal those of a short tensor."""
     tail, size = 5003, 2**31 + 4096 + 8
     flat = torch.zeros(size, dtype=torch.bfloat16, device="cuda")
     flat[-tail:] = torch.randn(tail, device="cuda")

@@ -1,4 +1,4 @@
-"""A linear layer whose bias's gradient a kernel sums, in the interpreter and on a GPU."""
+"""A linear layer with the kernel for its bias's gradient, in the interpreter and on a GPU."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ def error(driver: Driver, device: str) -> float:
     ("name", "driver", "kernel_device"), placed(["linear"], [*FIRST_ORDER, *HIGHER_ORDER])
 )
 def test_under_driver(name: str, driver: Driver, kernel_device: str) -> None:
-    """fp32: sums of a few dozen numbers of order 1, a few times over."""
+    """The bound: a few consecutive fp32 sums of a few dozen numbers of order 1."""
     assert error(driver, kernel_device) < ulps(torch.float32, 800)
 
 
 def test_a_wrong_backward_shows(interpreter: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under every driver alike: see test_triton_elementwise.py."""
+    """Two drivers suffice: test_triton_elementwise.py covers all of them."""
     broken(CASE, "backward", monkeypatch)
     assert error(by_autograd, interpreter) > 0.1
 
 
-# 13: rows that are no multiple of 16 bytes are padded
+# 13: rows whose bytes are not a multiple of 16 are padded
 @pytest.mark.parametrize("shape", [(4, 6, 16), (0, 16), (1, 16), (300, 16), (40, 13)])
 @pytest.mark.parametrize("needs", ["111", "100", "011", "001"])
 def test_no_worse_than_torch(shape: tuple[int, ...], needs: str, kernel_device: str) -> None:
-    """Against fp64; the bias is fp32 beside weights of bf16, and so is its gradient: torch's is
-    rounded to bf16 on the way."""
+    """Against fp64, with an fp32 bias and bf16 weights: the bias's gradient is fp32, where torch
+    rounds it to bf16."""
     x, weight = random(*shape, dtype=BF16), random(24, shape[-1], seed=1, dtype=BF16)
     bias, g = random(24, seed=2, dtype=FP32), random(*shape[:-1], 24, seed=3, dtype=BF16)
     results = {}

@@ -1,7 +1,7 @@
-"""The norms' Triton kernels, in the interpreter and on a GPU: values, gradients, drivers, traps.
+"""The norms' Triton kernels, in the interpreter and on a GPU: values, gradients, drivers, limits.
 
-`add_rms_norm` is tested here for the torch path too: what it keeps and how it is differentiated is
-the same code.
+The torch path of `add_rms_norm` is tested here too, because both paths share what is saved and how
+it is differentiated.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def exact_layer_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 def check_gradients(
     got: list[Tensor], exact: list[Tensor], r: float, length: int, device: str
 ) -> None:
-    """dx is a difference of terms of size |g w r|, with sums over `length` numbers; dw is a sum."""
+    """The bounds: dx is a difference of terms of size |g w r|; dw sums over `length` numbers."""
     for one, right in zip(got, exact, strict=True):
         size = max(float(right.abs().max()), 8 * r)
         within(one, right, size * length**0.5, device)
@@ -122,7 +122,7 @@ def test_rounded_once(
     with chosen():
         got = outputs_and_gradients(lambda x, w, b: layer_norm(x, w, b, EPS), (g,), x, w, b)
     exact = outputs_and_gradients(exact_layer_norm, (g.double(),), xd, wd, bd)
-    # a mean removed from x leaves an error of eps * |x|, blown up by 1 / sqrt(var + eps)
+    # subtracting the mean leaves an error of eps * |x|, scaled up by 1 / sqrt(var + eps)
     spread = float((xd.var(-1, correction=0) + EPS).rsqrt().max()) * 4
     within(got[0], exact[0], spread, rounding)
     check_gradients(got[1:], exact[1:], spread**2, x.numel(), rounding)
@@ -151,7 +151,7 @@ def test_without_weight_or_bias(dtype: torch.dtype, kernel_device: str) -> None:
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("rows", "dim"), [(5, 16390)])
 def test_rows_longer_than_registers(rows: int, dim: int, kernel_device: str) -> None:
-    """In pieces; with more rows than programs, so that a program adds to its own sums."""
+    """In pieces, and with more rows than programs, so that programs add to their own sums."""
     x, more, g, g_total = (
         random(rows, dim, dtype=torch.float32, seed=i).to(kernel_device) for i in (0, 1, 2, 3)
     )
@@ -184,7 +184,7 @@ def test_rows_longer_than_registers(rows: int, dim: int, kernel_device: str) -> 
 def test_backward_gives_the_norm_again(
     shape: tuple[int, ...], dtype: torch.dtype, weighted: bool, kernel_device: str
 ) -> None:
-    """In passing: forward's bits, and gradients as without it, where the lent gradient lay."""
+    """Forward's bits again, and the same gradients, in the memory of the given gradient."""
     x, g, g_total = (random(*shape, dtype=dtype, seed=i).to(kernel_device) for i in (0, 1, 2))
     w = random(shape[-1], dtype=torch.float32, seed=3).to(kernel_device) if weighted else None
     y, _, r = rms_norm_triton.rms_norm_forward(x, None, w, EPS)
@@ -195,7 +195,7 @@ def test_backward_gives_the_norm_again(
         assert (again is not None) == asked
         assert again is None or torch.equal(again, y)
         wanted = rms_norm_triton.rms_norm_backward(g, g_total, x, w, r, weighted)
-        if shape[-1] > rms_norm_triton.MAX_DIM:  # summed in other pieces
+        if shape[-1] > rms_norm_triton.MAX_DIM:  # whose sums run over other pieces
             one = torch.ones(shape[-1]) if w is None else w.cpu()
             exact = outputs_and_gradients(
                 lambda t, w: (exact_rms_norm(t, w), t * 1.0),
@@ -231,7 +231,7 @@ def test_layer_norm_says_how_long_its_rows_may_be(kernel_device: str) -> None:
 
 
 def test_any_strides(kernel_device: str) -> None:
-    """Rows that lie apart, with NaN between them; columns that do; broadcast rows and gradients."""
+    """Strided rows with NaN between them, strided columns, broadcast rows and gradients."""
     dim = 20
     wide = torch.full((2, 3, dim + 8), float("nan"), device=kernel_device)
     apart = wide[:, :, :dim]
@@ -345,7 +345,7 @@ def error(case: Case, driver: Driver, device: str, backend: str = "triton") -> f
 
 @pytest.mark.parametrize(("name", "driver", "kernel_device"), placed(CASES, DRIVERS))
 def test_under_driver(name: str, driver: Driver, kernel_device: str) -> None:
-    # fp32: sums of 120 numbers of order 1, a few times over
+    # fp32: a few consecutive sums of 120 numbers of order 1
     assert error(CASES[name], driver, kernel_device) < ulps(torch.float32, 800)
 
 
@@ -366,7 +366,7 @@ def test_a_wrong_backward_shows(
 def test_what_is_wrong_in_torch_s_sum_shows(
     part: str, driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under every driver alike: see test_drivers.py."""
+    """Two drivers suffice: test_drivers.py covers all of them."""
     broken(OF_TORCH, part, monkeypatch)
     assert error(OF_TORCH, driver, "cpu", "torch") > 0.1
 
@@ -398,9 +398,9 @@ def test_backward_keeps_the_sum_alone(kernel_backend: tuple[str, str]) -> None:
     more = random(64, 32, seed=1).to(device, torch.bfloat16).requires_grad_()
     w = random(32, seed=2).to(device, torch.float32).requires_grad_()
     with dispatch.override(rms_norm=kind):
-        for own in ((w,), (x, more, w)):  # of the three of x's size one, and that is the sum
+        for own in ((w,), (x, more, w)):  # one tensor of x's size: the sum
             kept = saved_bytes(lambda: add_rms_norm(x, more, w), *own)
-            assert kept == x.nbytes + 64 * 4  # and one fp32 number a row
+            assert kept == x.nbytes + 64 * 4  # and one fp32 number per row
 
 
 @pytest.mark.parametrize(
@@ -455,7 +455,7 @@ def test_no_worse_than_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None
 @pytest.mark.gpu
 @pytest.mark.usefixtures("whole_gpu")
 def test_past_two_to_the_31_elements() -> None:
-    """The last rows are where a 32-bit offset would have turned negative."""
+    """At the last rows a 32-bit offset would overflow."""
     dim = 2048
     rows = 2**31 // dim + 1000
     x = torch.zeros(rows, dim, device="cuda", dtype=torch.bfloat16)

@@ -1,6 +1,6 @@
 """The rotary embedding's Triton kernels, in the interpreter and on a GPU, with and without QK-norm.
 
-How they behave under autograd, torch.func and torch.compile is in test_triton_elementwise.py.
+test_triton_elementwise.py tests them under autograd, torch.func and torch.compile.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def outputs_and_gradients(
 
 
 def check(got: list[Tensor], exact: list[Tensor], leaves: tuple[Tensor, ...], device: str) -> None:
-    """Sums of two products of entries, with a norm also over a head, and over all tokens for the
-    gradients of its weights; the norm's gradient is a difference of terms of size |g w r|."""
+    """The bounds: sums of two products; with a norm also sums over a head, and over all tokens for
+    its weights' gradients; the norm's gradient is a difference of terms of size |g w r|."""
     q, k, *weights = leaves
     dtypes = [x.dtype for x in (q, k, *leaves)]
     assert [t.dtype for t in got] == dtypes
@@ -102,7 +102,7 @@ def check(got: list[Tensor], exact: list[Tensor], leaves: tuple[Tensor, ...], de
 def case(
     shape: tuple[int, int, int, int], dtype: torch.dtype, device: str, weight_dtype: torch.dtype
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """(q, k, and their weights), (cos, sin, positions), gradients of what comes out."""
+    """(q, k, and their weights), (cos, sin, positions), gradients of the outputs."""
     n, heads, key_heads, dim = shape
     q, g_q = (random(n, heads, dim, seed=i, dtype=dtype).to(device) for i in (0, 1))
     k, g_k = (random(n, key_heads, dim, seed=i, dtype=dtype).to(device) for i in (2, 3))
@@ -193,7 +193,7 @@ def test_fp64_goes_to_torch(kernel_device: str) -> None:
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("normed", [False, True])
 def test_slices_of_one_projection(normed: bool, kernel_device: str) -> None:
-    """Tokens and heads that lie apart, NaN between them: the same bits as without gaps."""
+    """Strided tokens and heads with NaN between them give the same bits as contiguous ones."""
     leaves, constants, grads = case((9, 4, 2, 16), torch.float32, kernel_device, torch.float32)
     leaves = leaves if normed else leaves[:2]
     fused = torch.full((9, 8, 24), float("nan"), device=kernel_device)
@@ -221,7 +221,7 @@ def test_slices_are_not_copied(monkeypatch: pytest.MonkeyPatch, kernel_device: s
 
 
 def test_a_constant_gradient(kernel_device: str) -> None:
-    """`.sum()` hands backward one number, expanded."""
+    """The gradient of `.sum()` is one expanded number."""
     leaves, constants, grads = case((5, 3, 2, 8), torch.float32, kernel_device, torch.float32)
     one = torch.ones((), device=kernel_device)
     with triton():
@@ -250,7 +250,7 @@ def test_a_token_of_nan_stays_alone(kernel_device: str) -> None:
 
 
 def test_an_unknown_position_is_nan(kernel_device: str) -> None:
-    """The public function refuses it on a CPU; on a GPU it cannot look."""
+    """The public function checks positions on a CPU; on a GPU it cannot read them."""
     leaves, (cos, sin, positions), _ = case(
         (9, 4, 2, 6), torch.float32, kernel_device, torch.float32
     )
@@ -282,7 +282,7 @@ def test_no_tokens(kernel_device: str) -> None:
     assert not dk_weight.any()
 
 
-# What is kept, and what is launched
+# Saved tensors and launches
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -300,7 +300,7 @@ def test_backward_keeps_what_it_is_given_alone(normed: bool, kernel_device: str)
 def test_one_launch_serves_all_examples(
     kernel_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Plain, and with norms whose weights are frozen; their gradients are sums, one an example."""
+    """Plain, and with norms of frozen weights: gradients of weights are one sum per example."""
     (q, k, a, b), (cos, sin, _), _ = case((6, 4, 2, 8), torch.float32, kernel_device, torch.float32)
     q, k = q.unflatten(0, (2, 3)), k.unflatten(0, (2, 3))
     positions = some(6, 50, kernel_device).view(2, 3)
@@ -412,7 +412,7 @@ def test_no_worse_than_torch_at_real_size(
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.usefixtures("whole_gpu")
 def test_more_than_2_31_numbers(normed: bool) -> None:
-    """The last tokens are where a 32-bit offset would have turned negative."""
+    """At the last tokens a 32-bit offset would overflow."""
     heads, dim, tail = 16, 128, 77
     n = 2**31 // (heads * dim) + 1000
     q = torch.zeros(n, heads, dim, device="cuda", dtype=torch.bfloat16)
