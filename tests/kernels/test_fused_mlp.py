@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels import add_norm_gated_mlp
@@ -260,3 +261,18 @@ def test_wrong_arguments() -> None:
         add_norm_gated_mlp(x, residual.float(), norm, gate, up, down)
     with pytest.raises(ValueError, match=r"down \[O, F\]"):
         add_norm_gated_mlp(x, residual, norm, gate, up, down.t())
+
+
+@pytest.mark.parametrize("retain", [True, False])
+@pytest.mark.parametrize("keep", [True, False])
+def test_flops_are_those_of_the_products(keep: bool, retain: bool) -> None:
+    """3 forward, 6 backward, 2 recomputed. The operator that overwrites runs unless the graph is
+    retained."""
+    x, *leaves = parameters((ROWS, DIM), *GATED_SHAPES[2:])
+    with FlopCounterMode(display=False) as counter:
+        y, total = gated(x, None, *leaves, keep=keep)
+        (y.sum() + total.sum()).backward(retain_graph=retain)
+    name = f"gated_mlp_backward{'_' if keep and not retain else ''}"
+    assert getattr(torch.ops.nanovision, name) in counter.get_flop_counts()["Global"]
+    product = 2 * ROWS * INNER
+    assert counter.get_total_flops() == product * (3 * (2 * DIM + OUT) + (not keep) * 2 * DIM)
