@@ -294,23 +294,24 @@ def _check(
         scale.shape or scale.dtype != torch.float32 or scale.device != device
     ):
         raise ValueError(f"adamw_: scale must be an fp32 scalar on {device}.")
-    for i, p in enumerate(params):
-        check_leaf("adamw_", f"params[{i}]", p, p.shape, STATES, device)
-        check_leaf("adamw_", f"grads[{i}]", grads[i], p.shape, GRADS, device, strided=True)
-        check_leaf("adamw_", f"exp_avgs[{i}]", exp_avgs[i], p.shape, STATES, device)
-        same = (exp_avgs[i].dtype,)
-        check_leaf("adamw_", f"exp_avg_sqs[{i}]", exp_avg_sqs[i], p.shape, same, device)
-        copy = copies[i]
+    bf16 = (torch.bfloat16,)
+    for i, (p, g, m, v, copy) in enumerate(
+        zip(params, grads, exp_avgs, exp_avg_sqs, copies, strict=True)
+    ):
+        check_leaf("adamw_: params", i, p, p.shape, STATES, device)
+        check_leaf("adamw_: grads", i, g, p.shape, GRADS, device, strided=True)
+        check_leaf("adamw_: exp_avgs", i, m, p.shape, STATES, device)
+        check_leaf("adamw_: exp_avg_sqs", i, v, p.shape, (m.dtype,), device)
         if copy is None:
             continue
         if p.dtype == torch.bfloat16:
             raise ValueError(f"adamw_: params[{i}] is bf16 itself: it needs no copy.")
-        check_leaf("adamw_", f"copies[{i}]", copy, p.shape, (torch.bfloat16,), device)
+        check_leaf("adamw_: copies", i, copy, p.shape, bf16, device)
 
 
 def check_leaf(
-    where: str,
     name: str,
+    index: int,
     leaf: Tensor,
     shape: torch.Size,
     dtypes: Sequence[torch.dtype],
@@ -323,6 +324,6 @@ def check_leaf(
     if not fits or not (strided or leaf.is_contiguous()):
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(
-            f"{where}: {name} must be {wanted} {tuple(shape)} on {device}, contiguous, got "
+            f"{name}[{index}] must be {wanted} {tuple(shape)} on {device}, contiguous, got "
             f"{leaf.dtype} {tuple(leaf.shape)} on {leaf.device}."
         )

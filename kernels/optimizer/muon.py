@@ -119,4 +119,4 @@ def _check(
         raise ValueError(f"muon: {count} leaves but {len(leaves)} in {name}.")
     for i, leaf in enumerate(leaves):
         strided = name in ("grads", "stack")
-        check_leaf("muon", f"{name}[{i}]", leaf, shape, dtypes, device, strided)
+        check_leaf(f"muon: {name}", i, leaf, shape, dtypes, device, strided)
