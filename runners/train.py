@@ -1,8 +1,8 @@
-"""Trains a model, evaluates it, and draws what it learnt.
+"""Trains a model, evaluates it, and draws samples of its answers.
 
 python -m runners.train                         # a tiny model on drawn shapes
 python -m runners.train --data train.json --preset small --sequence_len=2048
-python -m runners.train --resume runs/NAME      # under the flags that it has
+python -m runners.train --resume runs/NAME      # with the flags that it has
 python -m runners.train --config runs/NAME      # the same run again, in a folder of its own
 """
 
@@ -28,12 +28,7 @@ from runners.eval import Evaluator, Report, evaluate, questions_of
 from runners.generate import answer
 from runners.shell.cli import INTERRUPTED, guarded
 from runners.shell.lock import LOCK
-from runners.training.checkpoints import (
-    check_room,
-    claim_folder,
-    create_folder,
-    record_start,
-)
+from runners.training.checkpoints import check_disk, claim_folder, create_folder, record_start
 from runners.training.config import TrainConfig, parse_config
 from runners.training.figures import Sample, draw_loss, draw_samples
 from runners.training.loop import Training, interruptible
@@ -50,30 +45,31 @@ from transforms import cast_matrices
 def train(
     config: TrainConfig, display: Display | None = None, *, command: str | None = None
 ) -> Path | None:
-    """Runs a config to its end. Returns the run's folder, or None if it was interrupted (then
-    ``--resume`` goes on). Raises UserError; but for the lock that makes the folder this run's own,
-    nothing is written before everything is validated.
+    """Runs a config to its end. Returns the run's folder, or None if it was interrupted and can be
+    resumed. Raises UserError. Apart from the lock on the folder, nothing is written before
+    everything is validated.
 
-    command: the command line, as the run's config.json is to quote it.
+    command: the command line, for the run's config.json.
     """
     begun = time.monotonic()
     display = display or Display(config.optim.steps)
     with display.logging("runners"), display.logging("kernels"), ExitStack() as stack:
-        check_wandb(config)
+        check_wandb(config.run)
         claim = claim_folder(config)
         stack.callback(claim.release)
         folder = claim.folder
         if claim.state is not None:
             _, step, old = read_record(claim.state)
             config = continued(old, config, step, claim.state)
-        elif (
-            config.model.lora_rank and config.model.init_from
-        ):  # wherever the run is opened from later
+        elif config.model.lora_rank and config.model.init_from:
+            # absolute, because the run may be opened from another directory
             config = config.changed(init_from=str(Path(config.model.init_from).absolute()))
         job = prepare(config, claim.state)
-        stack.callback(job.data.loader.close)  # it runs already
-        learner = Learner(job.params, config, job.select, job.composed.matrices)
-        check_room(folder, learner.kept, unflatten(learner.learning), config.run.keep_states)
+        stack.callback(job.data.loader.close)  # its workers run already
+        learner = Learner(
+            job.params, config.optim, job.select, job.composed.matrices, seed=config.run.seed
+        )
+        check_disk(folder, learner.kept, unflatten(learner.learning), config.run.keep_states)
         if job.state is not None:
             learner.restore(job.state)
         begin = origin(command, learner.step, job.device)
@@ -85,7 +81,7 @@ def train(
         digests.save(folder, job.data.sources.digests)
         for line in describe(job, learner, folder):
             display.say(line)
-        metrics = Metrics(folder, config, after=learner.step)
+        metrics = Metrics(folder, config.run, after=learner.step)
         try:
             backends = kernels.override(**job.composed.backends)
             with interruptible() as asked, display, backends:
@@ -108,14 +104,14 @@ def train(
 
 
 def within(minutes: float | None, begun: float, asked: Callable[[], bool]) -> Callable[[], bool]:
-    """``asked``, or whether so many minutes since ``begun`` (``time.monotonic``) are over."""
+    """Whether ``asked()``, or the minutes since ``begun`` (by ``time.monotonic``) are over."""
     if minutes is None:
         return asked
     return lambda: asked() or time.monotonic() - begun >= 60 * minutes
 
 
 def describe(job: Job, learner: Learner, folder: Path) -> list[str]:
-    """What a run is about to do: model, data, and every optimisation, on or off, and why."""
+    """The lines at the start of a run: model, data, and each optimisation, on or off, and why."""
     learns = sum(leaf.numel() for leaf in learner.learning.values())
     device = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "CPU"
     spec = job.data.spec
@@ -135,7 +131,7 @@ def describe(job: Job, learner: Learner, folder: Path) -> list[str]:
 
 
 def optimizer_line(job: Job) -> str:
-    """What changes the params, in words."""
+    """The optimizer, in words."""
     config = job.config
     if config.optim.optimizer == "adamw8bit":
         return "AdamW with moments of 8 bits (bitsandbytes)"
@@ -150,35 +146,27 @@ def optimizer_line(job: Job) -> str:
 
 
 def finish(job: Job, folder: Path) -> list[str]:
-    """Evaluates the best weights on what was held out, and draws loss.png and samples.png."""
+    """Evaluates the best weights on the held-out splits, and draws loss.png and samples.png."""
     with warned("loss.png"):
         draw_loss(folder / "loss.png", read_metrics(folder))
     if job.config.model.merge:
         save_merged(folder, job.config, job.model)
+    params = trained_params(folder, job.config, job.params, job.device)
     evaluator = Evaluator(
         job.composed.forward,
-        cast_matrices(
-            trained_params(folder, job.config, job.params, job.device), job.composed.matrices
-        ),
+        cast_matrices(params, job.composed.matrices),
         job.model,
         build_encoder(job.config.data, job.model, job.data.tokenizer),
         job.config.data.device_batch_size,
     )
     reports: list[Report] = []
-    if job.config.run.eval_examples:
-        limit = job.config.run.eval_examples
-        reports = evaluate(
-            evaluator,
-            job.data.sources.held_out,
-            limit,
-            chat=job.config.data.chat,
-            ask=job.config.run.ask,
-        )
+    config, chat, splits = job.config.run, job.config.data.chat, job.data.sources.held_out
+    if config.eval_examples:
+        reports = evaluate(evaluator, splits, config.eval_examples, chat=chat, ask=config.ask)
+        text = json.dumps([dataclasses.asdict(report) for report in reports], indent=1)
         with warned("eval.json"):
-            write_text(
-                folder / "eval.json", json.dumps([dataclasses.asdict(r) for r in reports], indent=1)
-            )
-    if job.config.run.samples and job.config.data.chat and job.data.sources.held_out:
+            write_text(folder / "eval.json", text)
+    if config.samples and chat and splits:
         samples = sample(evaluator, job)
         with warned("samples.png"):
             draw_samples(folder / "samples.png", samples)
@@ -189,7 +177,7 @@ def finish(job: Job, folder: Path) -> list[str]:
 
 
 def sample(evaluator: Evaluator, job: Job) -> list[Sample]:
-    """Held-out questions about different pictures, with what the model says to each."""
+    """Held-out questions about different pictures, with the model's answers."""
     source, encoder, samples = job.data.sources.held_out["val"], evaluator.encoder, []
     for number, index in enumerate(spread(len(source), job.config.run.samples)):
         try:
@@ -200,7 +188,7 @@ def sample(evaluator: Evaluator, job: Job) -> list[Sample]:
         asked = [question for one in single for question in questions_of(one, encoder)]
         if not asked:
             continue
-        question = asked[number % len(asked)]  # not always a picture's first
+        question = asked[number % len(asked)]  # not always the first of a picture
         said = encoder.tokenizer.decode(answer(evaluator, question.prompt, max_tokens=48))
         words = literal(without_pictures(question.prompt.turns[-1].text))
         samples.append(Sample(question.prompt.images, words, question.answer.text, said))

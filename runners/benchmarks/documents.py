@@ -243,7 +243,7 @@ def read_documents(config: TrainConfig, model: VLMConfig, rows: int) -> tuple[Do
     where the tokenizer has more. A model without a vision tower is given the words of records with
     pictures. Raises UserError where the data cannot be read or used."""
     sources = open_sources(config, model)
-    tokenizer, fitted = choose_vocabulary(config, sources, None)
+    tokenizer, fitted = choose_vocabulary(config.model, sources, None)
     if fitted.text.vocab_size > model.text.vocab_size:
         model = fitted  # a preset's unused words stay: their rows of the head cost time
     source = sources.train if model.vision is not None else WithoutPictures(sources.train)

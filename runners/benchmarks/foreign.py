@@ -153,7 +153,7 @@ def training(
         if way.graph:
             grad_fn = cuda_graph(grad_fn)
     config = plain_config("tiny", (), 1).changed(state_dtype="bf16")
-    learner = Learner(params, config, None, torch.bfloat16)
+    learner = Learner(params, config.optim, None, torch.bfloat16)
     own = {name: batch[name] for name in ("input_ids", "labels")}
 
     def gradients(params: Any, given: Mapping[str, Tensor]) -> Any:

@@ -88,7 +88,7 @@ def trace(config: TraceConfig, training: TrainConfig, command: str, output: Cons
 
 def profile_step(job: Job, warmup: int) -> profile:
     """One training step after some others, made of the runners' own pieces."""
-    learner = Learner(job.params, job.config, job.select, job.composed.matrices)
+    learner = Learner(job.params, job.config.optim, job.select, job.composed.matrices)
     grad_fn = job.composed.gradients(job.select)
     batches = iter(job.data.loader)
     cuda = job.device.type == "cuda"

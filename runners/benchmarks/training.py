@@ -256,7 +256,7 @@ def training(
     composed = programs.get(plan, bounds)
     with kernels.override(**composed.backends):
         params, _ = build_params(plan.config, programs.model, programs.device, None)
-        learner = Learner(params, plan.config, None, composed.matrices)
+        learner = Learner(params, plan.config.optim, None, composed.matrices)
         del params
         grad_fn = composed.gradients()
         if short is not None:

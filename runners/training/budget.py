@@ -1,4 +1,4 @@
-"""Whether a run can fit into a machine at all, estimated before anything is allocated."""
+"""Whether a run can fit into memory, estimated before anything is allocated."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from core import VLMConfig
 from runners.shell.errors import UserError
 from runners.training.config import TrainConfig
 
-# Bytes an element of what learns, beside its weight: the gradient and the optimizer's moments
+# Bytes of the optimizer's moments for each trained element
 MOMENTS = {"adamw": 8, "adamw8bit": 2, "muon": 4}
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def check_memory(
-    config: TrainConfig, model: VLMConfig, device: torch.device, *, everything: bool
-) -> None:
+def check_memory(config: TrainConfig, model: VLMConfig, device: torch.device) -> None:
     """Raises UserError naming the flags if a run needs more memory than there is.
 
-    Counted is what no setting avoids: weights, the gradients and moments of what learns (if that is
-    ``everything``), and what each block hands to the next: what passes may still be too large.
+    This is a lower bound: weights, gradients and moments if all params are trained, and the input
+    of each block. A run that passes may still be too large.
     """
-    states = 2 if config.speed.state_dtype == "bf16" else 4
-    learns = states + (4 if states == 2 else MOMENTS[config.optim.optimizer])
+    weight = 2 if config.speed.state_dtype == "bf16" else 4  # bytes
+    beside = weight + (4 if weight == 2 else MOMENTS[config.optim.optimizer])
     params = model.num_params()
     if config.model.lora_rank:
-        states = 1 if config.model.quantize else 2
-    held = params * (states + (learns if everything and not config.model.lora_rank else 0))
+        weight, beside = 1 if config.model.quantize else 2, 0
+    if config.model.trainable or config.model.stage == "align":
+        beside = 0
+    held = params * (weight + beside)
     tokens = config.data.device_batch_size * config.data.sequence_len
     if tokens >= 2**31:
         raise UserError(
@@ -40,7 +40,7 @@ def check_memory(
     if not (
         config.speed.use_gradient_checkpointing and config.speed.checkpoint_policy == "offload"
     ):
-        passed *= model.text.layers  # checkpointed or not, each block's input waits
+        passed *= model.text.layers  # checkpointed or not, each block's input is kept
     if config.data.data == "shapes" and model.vision is not None:
         picture = model.image_tokens(model.vision.grid**2)
         if picture > config.data.sequence_len:
@@ -62,7 +62,7 @@ def check_memory(
 
 
 def memory_of(device: torch.device) -> int | None:
-    """Bytes of a GPU, or of this machine as far as it may be used; None where nothing tells."""
+    """Bytes of a GPU's memory, or of this machine's within its control group; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     found = [_number(Path(path)) for path in LIMITS]
@@ -72,10 +72,10 @@ def memory_of(device: torch.device) -> int | None:
 
 
 def _number(path: Path) -> int | None:
-    """What a control group allows; ``max`` is no limit."""
+    """A control group's limit; None for ``max``."""
     try:
         word = path.read_text().strip()
-    except OSError:  # not there, or not ours to read
+    except OSError:  # missing or not readable
         return None
     return int(word) if word.isdigit() else None
 

@@ -193,7 +193,7 @@ def resume_flag(folder: Path) -> str:
 # -- before the start -------------------------------------------------------------------------
 
 
-def check_room(folder: Path, params: Tree, learning: Tree, kept: int = 2) -> None:
+def check_disk(folder: Path, params: Tree, learning: Tree, kept: int = 2) -> None:
     """Raises UserError if a run of these params cannot be written there, for room or rights.
 
     At the worst one state (params and two moments of what learns) more than are kept and two copies

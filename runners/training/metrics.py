@@ -26,49 +26,56 @@ from params.disk import write_text
 from runners.shell.cli import explained
 from runners.shell.errors import UserError, printable
 from runners.shell.jsonfile import Fields, read_object, read_rows
-from runners.training.config import CONFIG, TrainConfig, as_dict
+from runners.training.config import CONFIG
+from runners.training.settings import RunSettings
 
 FILE = "metrics.jsonl"
 _log = logging.getLogger(__name__)
 Row = Mapping[str, float | int | str | None]
 
 
-def check_wandb(config: TrainConfig) -> None:
+def check_wandb(config: RunSettings) -> None:
     """Raises UserError if ``--wandb`` was asked for and is not installed."""
-    if config.run.wandb and importlib.util.find_spec("wandb") is None:
+    if config.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("--wandb was asked for but is not installed: pip install wandb")
 
 
 class Metrics:
-    """Rows of numbers, each with its ``step``, to ``metrics.jsonl`` and whatever else is on.
+    """Writes rows of numbers, each with its ``step``, to ``metrics.jsonl``, TensorBoard and Weights
+    & Biases.
 
-    folder: of the run; after: rows of later steps, left by an interrupted run, are dropped.
+    folder: of the run, with its config.json. after: rows of later steps, which an interrupted run
+    left, are dropped.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, *, after: int = 0) -> None:
+    def __init__(self, folder: Path, config: RunSettings, *, after: int = 0) -> None:
         path = folder / FILE
         kept = [row for row in read_metrics(folder) if _step(row) <= after] if after else []
         with explained(f"cannot write {path}"):
             write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
             self._file = path.open("ab", buffering=0)
-        self._waiting = b""  # rows that the disk had no room for
+        self._waiting = b""  # rows for which the disk had no room
         self._board: Any = None
-        # Made for the first row, when the device has steps to work on: importing it takes 0.3 s
+        # Made for the first row, while the device computes: the import takes 0.3 s
         self._make_board: Callable[[], Any] | None = None
-        if config.run.tensorboard:
+        if config.tensorboard:
             self._make_board = partial(_board, folder, after)
         self._wandb: Any = None
-        if config.run.wandb:
+        if config.wandb:
             import wandb
 
             self._wandb = wandb.init(
-                project=config.run.wandb_project, name=folder.name, id=run_id(folder),
-                dir=str(folder), config=as_dict(config), resume="allow",
-            )  # fmt: skip
+                project=config.wandb_project,
+                name=folder.name,
+                id=run_id(folder),
+                dir=str(folder),
+                config=read_object(folder / CONFIG).find("train", dict),
+                resume="allow",
+            )
 
     def write(self, row: Row) -> None:
-        """Rows that cannot be written are kept for the next time, with a warning: no disk that is
-        full ends a run at a line of its log."""
+        """Writes a row. Rows that cannot be written are kept for the next call, with a warning: a
+        full disk does not end a run here."""
         self._append(json.dumps(row).encode() + b"\n")
         step = _step(row)
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
@@ -86,7 +93,7 @@ class Metrics:
             self._wandb.log(numbers, step=step)
 
     def sync(self) -> None:
-        """Flushes the rows to the disk: a state that follows them may rely on them."""
+        """Flushes the rows to the disk, before a state that relies on them."""
         with warned(self._file.name):
             os.fsync(self._file.fileno())
 
@@ -101,7 +108,7 @@ class Metrics:
             self._wandb.finish()
 
     def _append(self, line: bytes) -> None:
-        """Whole lines or nothing."""
+        """Appends whole lines or nothing."""
         told, end = bool(self._waiting), os.fstat(self._file.fileno()).st_size
         self._waiting += line
         try:
@@ -120,7 +127,7 @@ class Metrics:
 
 @contextmanager
 def warned(what: str) -> Iterator[None]:
-    """A warning, where what only shows a run cannot be written."""
+    """Turns an OSError into a warning, for files that a run can do without."""
     try:
         yield
     except OSError as error:
@@ -128,8 +135,8 @@ def warned(what: str) -> Iterator[None]:
 
 
 def run_id(folder: Path) -> str:
-    """The name of a run that no other has, the same whenever it is continued. Runs of versions that
-    gave none are known by their folder's."""
+    """A run's unique id, which it keeps when it is continued. Runs of versions without ids have
+    their folder's name."""
     return read_object(folder / CONFIG).find("id", str) or folder.name
 
 
@@ -142,8 +149,7 @@ def _board(folder: Path, after: int) -> Any:
 
 @functools.cache
 def _silence_writers() -> None:
-    """TensorBoard writes in a thread; what fails there is raised again by the next call, and needs
-    no traceback of the thread's beside it."""
+    """Hides tracebacks of TensorBoard's writing thread: the next call raises the error again."""
     before = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
@@ -155,8 +161,8 @@ def _silence_writers() -> None:
 
 
 def read_metrics(folder: Path) -> list[Row]:
-    """The rows of a run's ``metrics.jsonl``; a last line cut short by a crash is left out. Raises
-    UserError naming the line or the row that is damaged."""
+    """The rows of a run's ``metrics.jsonl``, without a last line cut short by a crash. Raises
+    UserError naming the damaged line or row."""
     path = folder / FILE
     if not path.exists():
         return []
@@ -170,7 +176,7 @@ def read_metrics(folder: Path) -> list[Row]:
 
 
 class Display:
-    """A run in the terminal: a live bar where there is one, plain lines elsewhere."""
+    """A run's output: a live progress bar in a terminal, plain lines elsewhere."""
 
     def __init__(self, steps: int, start: int = 0, console: Console | None = None) -> None:
         self.console = console or Console()
@@ -201,12 +207,12 @@ class Display:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays. A run goes on where nobody can read it any more."""
+        """Prints a line. If the output cannot be written any more, the run goes on silently."""
         if not self._heard:
             return
         try:
             self.console.print(escape(printable(text)), highlight=False, soft_wrap=True)
-        except (OSError, SystemExit) as error:  # the latter is how rich takes a reader that left
+        except (OSError, SystemExit) as error:  # rich raises SystemExit for a closed pipe
             self._heard = False
             self._fall_silent(error)
 
@@ -218,19 +224,16 @@ class Display:
         reason = (error.strerror if isinstance(error, OSError) else None) or "its reader has left"
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.console.file.fileno())  # what waits in buffers goes there, too
+            os.dup2(nowhere, self.console.file.fileno())  # buffered output goes there, too
             os.close(nowhere)
         with suppress(OSError):
-            print(
-                f"warning: the output cannot be written any more ({reason}): the run goes on, its "
-                f"numbers are in {FILE}",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+            text = f"the output cannot be written any more ({reason}): the run goes on"
+            print(f"warning: {text}, its numbers are in {FILE}", file=sys.stderr, flush=True)
 
     @contextmanager
     def logging(self, name: str) -> Iterator[None]:
-        """What the modules below ``name`` log, from INFO on, goes here."""
-        logger, handler = logging.getLogger(name), _Saying(self)
+        """Shows what modules below ``name`` log, from INFO on."""
+        logger, handler = logging.getLogger(name), _DisplayHandler(self)
         level = logger.level
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
@@ -245,7 +248,7 @@ class Display:
             self._live.update(self._task, completed=step)
 
     def show(self, row: Row, steps: int, eta: float) -> None:
-        """The numbers of a log step; eta in seconds."""
+        """Shows the numbers of a log step; eta: seconds."""
         text = describe(row, eta)
         if self._live is not None:
             self._live.update(self._task, description=escape(printable(text)))
@@ -253,7 +256,7 @@ class Display:
             self.say(f"step {row['step']}/{steps}  {text}")
 
 
-class _Saying(logging.Handler):
+class _DisplayHandler(logging.Handler):
     def __init__(self, display: Display) -> None:
         super().__init__()
         self._display = display

@@ -37,17 +37,17 @@ from runners.training.budget import check_memory
 from runners.training.checkpoints import Run, open_run
 from runners.training.compose import Composed, choose_device, choose_select, compose
 from runners.training.config import TrainConfig, model_config
-from runners.training.settings import DataSettings
+from runners.training.settings import DataSettings, ModelSettings
 from runners.training.states import TrainState, run_folder
 from runners.training.weights import build_params
 from transforms import trainable
 
-SAMPLE = 256  # documents looked at to size the batches
+SAMPLE = 256  # documents from which the size of batches is estimated
 
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run reads, and how it becomes batches."""
+    """The data of a run, and how it becomes batches."""
 
     sources: Sources
     tokenizer: ChatTokenizer
@@ -58,8 +58,8 @@ class RunData:
 
     @property
     def validation(self) -> list[Batch]:
-        """The validation batches, the same ones each time; empty if nothing is held out. Raises
-        UserError for unusable data where they are made beside the training."""
+        """The validation batches, always the same; empty if nothing is held out. Raises UserError
+        for unusable data if worker processes made them."""
         return self.held_out()
 
     @property
@@ -78,32 +78,20 @@ class Job:
     data: RunData
     params: Tree
     state: TrainState | None  # to resume from
-    select: tuple[str, ...] | None  # path patterns of the params that learn; None: all
-    learns: frozenset[str]  # the parts that learn, of text, vision and projector
+    select: tuple[str, ...] | None  # path patterns of the trained params; None: all
+    learns: frozenset[str]  # the parts that are trained, of text, vision and projector
 
 
 def prepare(config: TrainConfig, state_path: Path | None = None) -> Job:
-    """Opens the data, builds tokenizer, model, loader, params. Raises UserError; writes nothing."""
+    """Opens the data and builds tokenizer, model, loader and params. Writes nothing.
+
+    state_path: the state to resume from. Raises UserError.
+    """
     device = choose_device(config.run)
     keep_compiled(device)
-    with ExitStack() as unfinished:
-        job = _prepare(config, state_path, device, unfinished)
-        unfinished.pop_all()
-    return job
-
-
-def _prepare(
-    config: TrainConfig, state_path: Path | None, device: torch.device, unfinished: ExitStack
-) -> Job:
-    """unfinished: closes what was opened if a later step fails."""
     workers = choose_workers(config.data, device)  # first, so that a wrong number costs no time
     shape = model_config(config.model)
-    check_memory(
-        config,
-        shape,
-        device,
-        everything=not config.model.trainable and config.model.stage != "align",
-    )
+    check_memory(config, shape, device)
     sources = open_sources(config, shape)
     if state_path is not None:
         digests.check(run_folder(state_path), sources.digests, allowed=config.data.data_changed)
@@ -112,59 +100,64 @@ def _prepare(
         folder = again if again.is_dir() else again.parent
         if (folder / digests.DATA).is_file():
             digests.check(folder, sources.digests, allowed=True)
-    tokenizer, model = choose_vocabulary(config, sources, state_path)
-    # with adapters the patterns choose where these are, and they alone learn
+    tokenizer, model = choose_vocabulary(config.model, sources, state_path)
+    # with --lora_rank the patterns say where adapters stand, and only adapters are trained
     select = None if config.model.lora_rank else choose_select(config, model)
     encoder = build_encoder(config.data, model, tokenizer, training=True)
     sample = list(sample_documents(sources.train, encoder, SAMPLE))
     spec = plan(encoder, sample, config.data.device_batch_size, model)
     loader = Loader(
-        sources.train, encoder, spec,
-        seed=config.run.seed, shuffle=not sources.ordered, augment=config.data.augment,
-        workers=workers, data=digests.together("--data", sources.digests),
-    )  # fmt: skip
-    unfinished.callback(loader.close)
-    if state_path is None:
-        loader.start()
-    composed = compose(config, model, device, bounds_of(spec))
-    params, state = build_params(config, model, device, state_path)
-    with explained("--trainable"):
-        learning = flatten(trainable(params, select)[0])
-    held_out = begin_validation(config, model, encoder, spec, sources, workers)
-    if state is not None:
-        if loader.same_data(state.loader):  # else its position in the data means nothing
-            loader.load_state_dict(state.loader)
-        loader.start()
+        sources.train,
+        encoder,
+        spec,
+        seed=config.run.seed,
+        shuffle=not sources.ordered,
+        augment=config.data.augment,
+        workers=workers,
+        data=digests.together("--data", sources.digests),
+    )
+    with ExitStack() as on_error:
+        on_error.callback(loader.close)
+        if state_path is None:
+            loader.start()
+        composed = compose(config, model, device, bounds_of(spec))
+        params, state = build_params(config, model, device, state_path)
+        with explained("--trainable"):
+            learning = flatten(trainable(params, select)[0])
+        held_out = begin_validation(config, model, encoder, spec, sources, workers)
+        if state is not None:
+            if loader.same_data(state.loader):  # otherwise its position means nothing
+                loader.load_state_dict(state.loader)
+            loader.start()
+        on_error.pop_all()
     data = RunData(sources, tokenizer, encoder, spec, loader, held_out)
     learns = frozenset(path.partition(".")[0] for path in learning)
     return Job(config, model, device, composed, data, params, state, select, learns)
 
 
 def choose_vocabulary(
-    config: TrainConfig, sources: Sources, state_path: Path | None
+    config: ModelSettings, sources: Sources, state_path: Path | None
 ) -> tuple[ChatTokenizer, VLMConfig]:
-    """The tokenizer, and the model with a row of the embedding for each of its tokens.
+    """The tokenizer, and the model with an embedding row for each of its tokens.
 
-    A resumed run, or one that starts from another's weights, keeps that run's tokenizer. A given
-    tokenizer adds rows to the preset where it has too few. Otherwise a tokenizer is trained on the
-    data, and the model has as many rows as tokens, rounded up to 64 for faster products.
+    A resumed run keeps its tokenizer. ``--tokenizer`` adds rows if the preset has too few. A run
+    that starts from another's weights keeps that run's tokenizer. Otherwise a tokenizer is trained
+    on the data, and the vocabulary is rounded up to a multiple of 64 for faster products.
     """
-    model = model_config(config.model)
+    model = model_config(config)
     if state_path is not None:
         run = open_run(run_folder(state_path))
         return run_tokenizer(run), run.model
-    if (
-        config.model.tokenizer is None
-        and config.model.init_from
-        and (run_folder(Path(config.model.init_from)) / TOKENIZER).exists()
-    ):
-        run = open_run(run_folder(Path(config.model.init_from)))
-        return run_tokenizer(run), _with_vocab(model, run.model.text.vocab_size)
-    if config.model.tokenizer is not None:
-        tokenizer = load_tokenizer(config.model.tokenizer)
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer)
         needed = _up_to_64(tokenizer.vocab_size)
         return tokenizer, _with_vocab(model, max(needed, model.text.vocab_size))
-    size = config.model.vocab_size or model.text.vocab_size
+    if config.init_from:
+        folder = run_folder(Path(config.init_from))
+        if (folder / TOKENIZER).exists():
+            run = open_run(folder)
+            return run_tokenizer(run), _with_vocab(model, run.model.text.vocab_size)
+    size = config.vocab_size or model.text.vocab_size
     tokenizer = train_tokenizer(sample_texts(sources.train), size)
     return tokenizer, _with_vocab(model, _up_to_64(tokenizer.vocab_size))
 
@@ -180,28 +173,32 @@ def run_tokenizer(run: Run) -> ChatTokenizer:
 
 
 def image_spec(model: VLMConfig) -> ImageSpec | None:
-    """How the model takes pictures; None for a model without a vision tower."""
+    """The form in which the model takes pictures; None without a vision tower."""
     vision, projector = model.vision, model.projector
     if vision is None or projector is None:
         return None
     resampler = projector.kind == "resampler"
     return ImageSpec(
-        vision.patch_size, vision.image_size, vision.merge,
-        projector=projector.kind, queries=projector.queries if resampler else 0,
-    )  # fmt: skip
+        vision.patch_size,
+        vision.image_size,
+        vision.merge,
+        projector=projector.kind,
+        queries=projector.queries if resampler else 0,
+    )
 
 
 def build_encoder(
     config: DataSettings, model: VLMConfig, tokenizer: ChatTokenizer, *, training: bool = False
 ) -> Encoder:
-    """From conversations to documents of at most a row. Only training pictures are augmented."""
+    """The encoder of conversations into documents of at most a row. Only training pictures are
+    augmented."""
     images = image_spec(model) if config.chat else None
     augment = Augment(flip=0.5, crop=0.15, colour=0.15) if config.augment and training else None
     return Encoder(tokenizer, images, max_tokens=config.sequence_len, augment=augment)
 
 
 def plan(encoder: Encoder, documents: Sequence[Document], rows: int, model: VLMConfig) -> PackSpec:
-    """The static shapes of batches of ``rows`` rows, sized on a sample of documents."""
+    """The static shapes of batches of ``rows`` rows, estimated from a sample of documents."""
     if not documents:
         raise UserError("none of the records can be used: check the data and --sequence_len")
     spec = plan_spec(
@@ -216,10 +213,10 @@ def plan(encoder: Encoder, documents: Sequence[Document], rows: int, model: VLMC
 
 
 def whole_pictures(spec: PackSpec) -> PackSpec:
-    """The spec with room for whole pictures only, where all are of one size."""
+    """The spec with room for a whole number of pictures, if all have the same size."""
     if spec.images is None or spec.images.fit != "square":
         return spec
-    # then no run of unused patches is longer than a picture either
+    # then no run of padding patches is longer than a picture either
     each = spec.images.square_patches
     return dataclasses.replace(
         spec, max_patches=spec.max_images * each, kept_patches=spec.kept_images * each
@@ -227,7 +224,7 @@ def whole_pictures(spec: PackSpec) -> PackSpec:
 
 
 def bounds_of(spec: PackSpec) -> Bounds:
-    """The bounds that batches of a spec keep to."""
+    """The bounds on lengths in batches of a spec."""
     images = spec.images
     if images is None or images.fit != "square":
         return Bounds(spec.row_len)
@@ -236,8 +233,8 @@ def bounds_of(spec: PackSpec) -> Bounds:
 
 
 def sample_documents(source: Source, encoder: Encoder, limit: int) -> Iterable[Document]:
-    """Documents of up to ``limit`` items spread evenly over a source. Bad records are skipped; the
-    loader counts them."""
+    """The documents of up to ``limit`` items spread evenly over a source. Bad records are skipped:
+    the loader counts them."""
     for index in spread(len(source), limit):
         try:
             yield from encoder(source[index])
@@ -253,18 +250,18 @@ def begin_validation(
     sources: Sources,
     workers: int,
 ) -> Callable[[], list[Batch]]:
-    """Returns a function that gives the first batches of the held-out data, always the same ones.
+    """A function that returns the first batches of the held-out data.
 
-    Their rows are those of ``val_batches`` steps, so that text does not depend on how a step is cut
-    into batches. Rows with pictures share the room of a batch and may differ there.
+    They hold the rows of ``val_batches`` steps, so that the loss of text does not depend on how a
+    step is split into batches. Rows with pictures share a batch's room for pictures and may differ.
 
-    With workers, the batches are made beside the first steps.
+    With workers, the batches are made during the first steps.
     """
     source = sources.held_out.get("val")
     if source is None:
         return list
-    few = min(workers, 2)
-    loader = Loader(source, encoder, spec, repeat=False, shuffle=False, workers=few)
+    workers = min(workers, 2)
+    loader = Loader(source, encoder, spec, repeat=False, shuffle=False, workers=workers)
 
     def build() -> list[Batch]:
         try:
@@ -276,7 +273,7 @@ def begin_validation(
                 check_batch(batch, model)
         return batches
 
-    if not few:
+    if not workers:
         batches = build()
         return lambda: batches
     pool = ThreadPoolExecutor(1, "validation")
@@ -286,7 +283,7 @@ def begin_validation(
 
 
 def choose_workers(config: DataSettings, device: torch.device) -> int:
-    """The flag; by default up to 12 beside a GPU, and none on a CPU, which trains on all cores."""
+    """``--workers``; by default up to 12 with a GPU, and 0 on a CPU, whose cores all train."""
     if config.workers is not None:
         check_workers(config.workers)
         return config.workers

@@ -1,4 +1,4 @@
-"""One training step: gradients of a few batches as if they were one, and the optimizer."""
+"""One training step: the accumulated gradient of a few batches, and the optimizer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from core import Batch
 from params import flatten
 from params.tree import Tree
-from runners.training.config import TrainConfig
 from runners.training.optim import build_optimizer, clipping, learning_rate
+from runners.training.settings import OptimSettings
 from runners.training.states import TrainState
 from runners.training.weights import kept_params
 from transforms import accumulate_grads, cast_matrices, trainable
@@ -21,36 +21,51 @@ from transforms.accumulate import GradFn, labelled_tokens, to_device
 class Learner:
     """Everything that training changes: params (in place), the optimizer's moments, the step.
 
-    ``params`` learn and are saved; the forward takes ``working``, the same leaves but for matrices
-    of another dtype, which are copies in the compute dtype. The optimizer writes both, so that no
-    cast is a pass of its own, and gradients arrive in the compute dtype.
+    The forward takes ``working``: the same leaves, but matrices of another dtype are copies in the
+    compute dtype. The optimizer writes both, which saves a cast, and gradients arrive in the
+    compute dtype.
+
+    Args:
+        params: what is trained and saved, and frozen leaves.
+        config: of the optimizer.
+        select: path patterns of the trained params; None: all.
+        dtype: of the matrices that the forward takes.
+        seed: of dropout and stochastic rounding.
     """
 
     def __init__(
         self,
         params: Tree,
-        config: TrainConfig,
+        config: OptimSettings,
         select: Sequence[str] | None,
         dtype: torch.dtype = torch.float32,
+        *,
+        seed: int = 0,
     ) -> None:
         self.params, self.working = params, cast_matrices(params, dtype)
-        # sorted: sums over it (the gradient's norm) must not depend on the order of fresh params
-        # and of those from a file
+        # sorted: sums such as the gradient's norm must not depend on the order of params, which
+        # differs between fresh ones and those from a file
         self.learning = dict(sorted(flatten(trainable(params, select)[0]).items()))
         working = flatten(self.working)
         copies = {p: working[p] for p, leaf in self.learning.items() if working[p] is not leaf}
-        self.kept = kept_params(config, params)  # what the run saves
-        self.optimizer = build_optimizer(self.learning, copies, config.optim, config.run.seed)
-        self.config = config
+        self.kept = kept_params(params)
+        self.optimizer = build_optimizer(self.learning, copies, config, seed)
+        self.config, self.seed = config, seed
         self.step = 0
         self.best: float | None = None
         self.tokens, self.seconds = 0, 0.0  # over all commands of the run
 
     def state(self, loader: dict[str, object]) -> TrainState:
         return TrainState(
-            self.step, self.kept, self.optimizer.state(), loader, self.best, rng_state(),
-            self.tokens, self.seconds,
-        )  # fmt: skip
+            step=self.step,
+            params=self.kept,
+            moments=self.optimizer.state(),
+            loader=loader,
+            best=self.best,
+            rng=rng_state(),
+            tokens=self.tokens,
+            seconds=self.seconds,
+        )
 
     def not_finite(self) -> str | None:
         """The first leaf of params or moments that holds a NaN or an infinity."""
@@ -63,7 +78,7 @@ class Learner:
         return None
 
     def restore(self, state: TrainState) -> None:
-        """Continues from ``state``, whose params are in place already."""
+        """Continues from ``state``, whose params this learner already holds."""
         if state.step:
             self.optimizer.load(state.moments)
         self.step, self.best = state.step, state.best
@@ -77,17 +92,15 @@ class Learner:
         loss, losses, grads = accumulate_grads(
             grad_fn, self.working, self._prepared(batches), device
         )
-        norm, factor = clipping(
-            [grads[path] for path in self.learning], self.config.optim.grad_clip
-        )
-        lr = learning_rate(self.config.optim, self.step)
+        norm, factor = clipping([grads[path] for path in self.learning], self.config.grad_clip)
+        lr = learning_rate(self.config, self.step)
         self.step += 1
         self.optimizer.step(grads, number=self.step, lr=lr, factor=factor)
         return torch.stack([loss, norm, *losses])
 
     def _prepared(self, batches: Sequence[Batch]) -> list[Batch]:
         """Adds dropout's seed, a function of the run's seed and the step."""
-        first = self.step * len(batches) + (self.config.run.seed * 0x9E3779B1)
+        first = self.step * len(batches) + (self.seed * 0x9E3779B1)
         seeds = [torch.tensor(first + i & 0x7FFFFFFF) for i in range(len(batches))]
         return [batch | {"seed": seed} for batch, seed in zip(batches, seeds, strict=True)]
 

@@ -1,7 +1,7 @@
-"""The params of a run: where they begin, which of them it keeps, and how they come together again.
+"""The params of a run: initial ones, saved ones, and the base weights of adapters.
 
-A run of adapters keeps those alone. Its base is what ``--init_from`` names; config.json holds its
-digest, so that adapters are never put beside other weights than they were trained beside.
+A run with adapters saves only them. Its base is what ``--init_from`` names; config.json holds the
+base's digest, so that adapters are never combined with other weights.
 """
 
 from __future__ import annotations
@@ -13,22 +13,17 @@ from pathlib import Path
 import torch
 
 from core import Forward, VLMConfig, vlm
-from params import init_params, load_params, save_params
+from params import flatten, init_params, load_params, save_params
 from params.disk import make_folder, write_text
 from params.files import locate
+from params.formats import is_adapter
 from params.tree import Tree, map_with_path, merge
 from runners.data.sources import digests
 from runners.data.sources.split import digest_of, file_digest
 from runners.shell.cli import explained
 from runners.shell.errors import UserError
 from runners.shell.jsonfile import read_object
-from runners.training.checkpoints import (
-    MODEL,
-    Run,
-    find_weights,
-    load_weights,
-    open_run,
-)
+from runners.training.checkpoints import MODEL, Run, find_weights, load_weights, open_run
 from runners.training.compose import adapted, compute_dtype, matrix_dtype
 from runners.training.config import CONFIG, TrainConfig, as_dict
 from runners.training.states import TENSORS, TrainState, is_state, load_state, run_folder
@@ -38,12 +33,9 @@ MERGED = "merged"  # a folder inside of a run's
 
 
 def build_params(
-    config: TrainConfig,
-    model: VLMConfig,
-    device: torch.device,
-    state_path: Path | None,
+    config: TrainConfig, model: VLMConfig, device: torch.device, state_path: Path | None
 ) -> tuple[Tree, TrainState | None]:
-    """Params to start from, and the state that they are of, if any."""
+    """The params to start from, and the state that holds them, if any."""
     if state_path is None:
         return start_params(config, model, device), None
     if not config.model.lora_rank:
@@ -56,15 +48,15 @@ def build_params(
 
 
 def start_params(config: TrainConfig, model: VLMConfig, device: torch.device) -> Tree:
-    """Params before the first step, as the forward of :func:`compose.adapted` wants them.
+    """The params before the first step, for the forward of :func:`compose.adapted`.
 
-    What learns is fp32, or of --state_dtype. Frozen matrices beside adapters are in the dtype that
-    the forward takes: nothing ever adds to them.
+    Trained params are fp32 or of --state_dtype. Frozen matrices beside adapters have the dtype that
+    the forward takes: no update is ever added to them.
     """
     dtype, _ = compute_dtype(config.speed, device)
     forward = adapted(config, model, dtype)
     if config.model.init_from:
-        # A base that is quantised is so on the CPU: the device never holds its floats.
+        # A base is quantised on the CPU, so that the device never holds its floats.
         there = torch.device("cpu") if config.model.quantize else device
         params = forward.prepare(load_base(config.model.init_from, model, there), config.run.seed)
         params = map_with_path(lambda path, leaf: leaf.to(device), params)
@@ -79,8 +71,8 @@ def start_params(config: TrainConfig, model: VLMConfig, device: torch.device) ->
 
 
 def load_base(path: str, model: VLMConfig, device: torch.device) -> Tree:
-    """The weights that ``--init_from`` names, fp32 whatever they were stored as. Raises UserError,
-    also for a run of adapters, which are no model."""
+    """The weights that ``--init_from`` names, as fp32. Raises UserError, also for a run that holds
+    only adapters."""
     folder = run_folder(Path(path))
     if (folder / CONFIG).is_file() and open_run(folder).config.model.lora_rank:
         raise UserError(
@@ -91,13 +83,13 @@ def load_base(path: str, model: VLMConfig, device: torch.device) -> Tree:
     return map_with_path(lambda _, leaf: leaf.float(), params)
 
 
-def kept_params(config: TrainConfig, params: Tree) -> Tree:
-    """The part of a run's params that it saves: all, or its adapters."""
-    return trainable(params)[0] if config.model.lora_rank else params
+def kept_params(params: Tree) -> Tree:
+    """The part of a run's params that it saves: its adapters if it has any, otherwise all."""
+    return trainable(params)[0] if any(map(is_adapter, flatten(params))) else params
 
 
 def trained_params(path: Path, config: TrainConfig, whole: Tree, device: torch.device) -> Tree:
-    """The best weights of a run (or those of a state), beside the frozen ones of ``whole``."""
+    """The best weights of a run, or those of a state, with the frozen ones of ``whole``."""
     if not config.model.lora_rank:
         return load_weights(path, whole, device)
     learning, frozen = trainable(whole)
@@ -105,8 +97,8 @@ def trained_params(path: Path, config: TrainConfig, whole: Tree, device: torch.d
 
 
 def open_params(run: Run, dtype: torch.dtype, device: torch.device) -> tuple[Forward, Tree]:
-    """A run's forward to logits and its best weights, matrices as that forward takes them. Raises
-    UserError naming what is missing or does not fit."""
+    """A run's forward to logits and its best weights, with matrices of the dtype that the forward
+    takes. Raises UserError naming what is missing or does not fit."""
     forward = adapted(run.config, run.model, dtype)
     matrices = matrix_dtype(run.config, dtype)
     if run.config.model.lora_rank:
@@ -121,7 +113,8 @@ def open_params(run: Run, dtype: torch.dtype, device: torch.device) -> tuple[For
 
 
 def base_digest(config: TrainConfig) -> str | None:
-    """What stands for the base of a run of adapters; None for other runs. Raises UserError."""
+    """The digest of the base weights of a run with adapters; None for other runs. Raises
+    UserError."""
     if not config.model.lora_rank or config.model.init_from is None:
         return None
     found = find_weights(Path(config.model.init_from))
@@ -134,7 +127,7 @@ def base_digest(config: TrainConfig) -> str | None:
 
 
 def check_base(folder: Path, config: TrainConfig) -> None:
-    """Raises UserError where the base of a run's adapters is missing or holds other weights."""
+    """Raises UserError if the base of a run's adapters is missing or has other weights."""
     if read_object(folder / CONFIG).get("base", str) != base_digest(config):
         raise UserError(
             f"{config.model.init_from} holds other weights than those that the adapters of "
@@ -143,8 +136,8 @@ def check_base(folder: Path, config: TrainConfig) -> None:
 
 
 def save_merged(folder: Path, config: TrainConfig, model: VLMConfig) -> Path:
-    """Writes ``RUN/merged``: a folder like a run's, of whole weights with the best adapters added
-    in, in fp32. Its base are the floats, also for adapters that were trained beside int8 ones."""
+    """Writes ``RUN/merged``: a run's folder of fp32 weights with the best adapters added. Adapters
+    trained beside int8 weights are added to the original floats."""
     cpu = torch.device("cpu")
     base = load_base(str(config.model.init_from), model, cpu)
     best = load_params(find_weights(folder))

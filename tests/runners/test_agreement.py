@@ -137,7 +137,7 @@ def test_loss_curves_agree_within_the_noise_of_the_seed(
 
 def test_working_copies_follow_their_masters(micro: Micro) -> None:
     job = prepare(micro(dtype="bf16"))
-    learner = Learner(job.params, job.config, None, torch.bfloat16)
+    learner = Learner(job.params, job.config.optim, None, torch.bfloat16)
     grad_fn = value_and_grad(job.composed.loss_fn)
     batches = iter(job.data.loader)
     before = {path: leaf.clone() for path, leaf in flatten(learner.params).items()}
@@ -164,7 +164,7 @@ def test_bf16_states_take_half_the_memory_and_are_saved_as_such(micro: Micro, qu
         wanted = torch.bfloat16 if leaf.ndim > 1 else torch.float32
         assert leaf.dtype == wanted, path
         assert job.state.moments[f"exp_avg_sq.{path}"].dtype == wanted
-    learner = Learner(job.params, job.config, None, torch.bfloat16)
+    learner = Learner(job.params, job.config.optim, None, torch.bfloat16)
     assert all(w is p for w, p in zip(
         flatten(learner.working).values(), flatten(learner.params).values(), strict=True
     ))  # fmt: skip

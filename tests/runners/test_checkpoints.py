@@ -18,7 +18,7 @@ from params import init_params
 from runners.data.encode.tokenizer import train_tokenizer
 from runners.shell.errors import UserError
 from runners.training.checkpoints import (
-    check_room,
+    check_disk,
     claim_folder,
     create_folder,
     load_weights,
@@ -325,19 +325,19 @@ def test_room_and_rights_are_looked_at_first(
     micro: Micro, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = init_params(model_config(micro().model), device="meta")
-    check_room(tmp_path / "not" / "yet", params, params)
+    check_disk(tmp_path / "not" / "yet", params, params)
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"0\.0 GB free, but this run needs") as caught:
-        check_room(tmp_path / "not" / "yet", params, params)
+        check_disk(tmp_path / "not" / "yet", params, params)
     assert "--runs_dir" in str(caught.value)
     assert not (tmp_path / "not").exists()
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is not writable"):
-        check_room(tmp_path / "file" / "run", params, params)
+        check_disk(tmp_path / "file" / "run", params, params)
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(UserError, match="is not writable"):
-        check_room(tmp_path, params, params)
+        check_disk(tmp_path, params, params)
 
 
 def test_a_folder_tells_its_run(micro: Micro, tmp_path: Path) -> None:

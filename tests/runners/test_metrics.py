@@ -33,7 +33,7 @@ ROW = {"step": 3, "loss": 1.5, "lr": 0.1, "grad_norm": 2.0, "tokens_per_s": 1e4,
 
 
 def test_rows_go_to_the_file_and_to_tensorboard(micro: Micro, tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path, micro(tensorboard=True))
+    metrics = Metrics(tmp_path, micro(tensorboard=True).run)
     metrics.write(ROW)
     metrics.write({"step": 4, "val_loss": 1.25})
     metrics.close()
@@ -47,7 +47,7 @@ def test_a_full_disk_at_a_row_is_a_warning(
     micro: Micro, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whole rows or nothing; those that did not fit are written when there is room again."""
-    metrics = Metrics(tmp_path, micro())
+    metrics = Metrics(tmp_path, micro().run)
     metrics.write(ROW)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(
@@ -74,7 +74,7 @@ def test_boards_and_figures_that_cannot_be_written_are_warnings(
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr("runners.training.metrics._board", full)
-    metrics = Metrics(tmp_path, micro(tensorboard=True))
+    metrics = Metrics(tmp_path, micro(tensorboard=True).run)
     metrics.write(ROW)
     metrics.write(ROW | {"step": 4})
     metrics.close()
@@ -100,7 +100,7 @@ def test_a_reader_that_left_ends_no_run(capfd: pytest.CaptureFixture[str]) -> No
 def test_a_resumed_run_drops_later_rows(micro: Micro, tmp_path: Path) -> None:
     rows = "".join(json.dumps(ROW | {"step": step}) + "\n" for step in (1, 2, 3))
     (tmp_path / "metrics.jsonl").write_text(rows + '{"step": 4, "lo')
-    metrics = Metrics(tmp_path, micro(), after=2)
+    metrics = Metrics(tmp_path, micro().run, after=2)
     metrics.write(ROW | {"loss": 9.0})
     metrics.close()
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [
@@ -142,9 +142,9 @@ def test_a_live_bar_in_a_terminal() -> None:
 
 def test_wandb_must_be_there(micro: Micro, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check_wandb(micro())
+    check_wandb(micro().run)
     with pytest.raises(UserError, match="pip install wandb"):
-        check_wandb(micro(wandb=True))
+        check_wandb(micro(wandb=True).run)
 
 
 def _has(picture: Path, colour: str) -> bool:

@@ -50,7 +50,7 @@ def assert_same(a: torch.Tensor, b: torch.Tensor, path: str) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_not_finite_is_named(micro: Micro, bad: float, dtype: torch.dtype) -> None:
-    learner = Learner(init_params(model_config(micro().model), dtype=dtype), micro(), None)
+    learner = Learner(init_params(model_config(micro().model), dtype=dtype), micro().optim, None)
     assert learner.not_finite() is None
     learner.params["text"]["norm"]["weight"][5] = bad
     assert learner.not_finite() == "text.norm.weight"
@@ -93,7 +93,7 @@ def test_validation_is_the_mean_over_tokens(job: Job) -> None:
 
 def test_a_step_changes_what_learns_in_place_and_nothing_else(job: Job) -> None:
     before = {path: leaf.clone() for path, leaf in flatten(job.params).items()}
-    learner = Learner(job.params, job.config, ("projector",))
+    learner = Learner(job.params, job.config.optim, ("projector",))
     grad_fn = value_and_grad(job.composed.loss_fn, ("projector",))
     values = learner.train_step(grad_fn, _rows(job)[1])
     assert values.shape == (4,)
@@ -108,7 +108,7 @@ def test_dropout_follows_the_seed_and_the_step(micro: Micro) -> None:
     batch = _rows(job)[0]
 
     def loss_at(step: int, seed: int) -> float:
-        learner = Learner(init_params(job.model), micro(seed=seed), None)
+        learner = Learner(init_params(job.model), micro().optim, None, seed=seed)
         learner.step = step
         return float(learner.train_step(value_and_grad(job.composed.loss_fn), [batch])[0])
 
