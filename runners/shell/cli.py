@@ -24,54 +24,53 @@ INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 NONE = ("none", "null")
 
-# Names that other programs give to flags of ours, for hints at ours.
-ALIASES: dict[str, tuple[str, ...]] = {
-    "lr": ("learning_rate", "max_lr", "peak_lr"),
-    "device_batch_size": ("batch_size", "batch", "bs", "micro_batch_size", "rows",
-                          "per_device_train_batch_size"),
-    "grad_accum_steps": ("gradient_accumulation_steps", "accumulate", "accumulation_steps",
-                         "gradient_accumulation"),
-    "steps": ("epochs", "num_epochs", "num_train_epochs", "max_steps", "iterations", "max_iters",
-              "num_steps", "train_steps"),
-    "sequence_len": ("seq_len", "max_length", "max_seq_len", "max_seq_length", "context_length",
-                     "block_size", "context", "model_max_length"),
-    "preset": ("model", "model_name", "arch", "size", "model_name_or_path", "config_name"),
-    "data": ("dataset", "train_data", "data_path", "train_file", "dataset_name", "train"),
-    "val_data": ("eval_data", "validation_file", "val_file", "valid_data"),
-    "val_fraction": ("val_split", "validation_split", "test_size"),
-    "image_root": ("image_folder", "image_dir", "images"),
-    "runs_dir": ("output_dir", "out_dir", "output", "save_dir", "out", "logdir"),
-    "name": ("run_name", "run_id", "exp_name", "experiment"),
-    "run": ("checkpoint", "model", "path", "name", "ckpt"),
-    "resume": ("resume_from", "resume_from_checkpoint", "continue", "checkpoint", "ckpt"),
-    "init_from": ("pretrained", "weights", "from_pretrained", "finetune_from"),
-    "workers": ("num_workers", "dataloader_num_workers"),
-    "warmup_steps": ("warmup", "warmup_ratio", "num_warmup_steps", "warmup_iters"),
-    "weight_decay": ("wd", "decay"),
-    "grad_clip": ("max_grad_norm", "clip", "clip_grad", "gradient_clipping"),
-    "schedule": ("lr_scheduler_type", "scheduler", "lr_schedule"),
-    "optimizer": ("optim",),
-    "beta1": ("adam_beta1",),
-    "beta2": ("adam_beta2",),
-    "save_every": ("save_steps", "save_interval", "checkpoint_interval"),
-    "log_every": ("logging_steps", "log_interval", "print_every"),
-    "val_every": ("eval_steps", "eval_interval", "val_interval", "eval_every"),
-    "dtype": ("bf16", "fp16", "precision", "mixed_precision", "torch_dtype", "amp"),
-    "use_gradient_checkpointing": ("gradient_checkpointing", "activation_checkpointing",
-                                   "grad_checkpointing", "checkpointing"),
-    "use_fp8": ("fp8",),
-    "seed": ("random_seed", "random_state"),
-    "max_minutes": ("max_time", "time_limit", "max_seconds", "max_hours"),
-    "compile": ("torch_compile",),
-    "wandb_project": ("project",),
-    "max_tokens": ("max_new_tokens", "length", "num_tokens"),
-    "prompt": ("question", "text", "input"),
-    "examples": ("num_examples", "limit", "samples"),
-}  # fmt: skip
+# Names of our flags in other programs, for hints at ours
+ALIASES = {
+    "lr": "learning_rate max_lr peak_lr",
+    "device_batch_size": "batch_size batch bs micro_batch_size rows per_device_train_batch_size",
+    "grad_accum_steps": "gradient_accumulation_steps accumulate accumulation_steps "
+    "gradient_accumulation",
+    "steps": "epochs num_epochs num_train_epochs max_steps iterations max_iters "
+    "num_steps train_steps",
+    "sequence_len": "seq_len max_length max_seq_len max_seq_length context_length block_size "
+    "context model_max_length",
+    "preset": "model model_name arch size model_name_or_path config_name",
+    "data": "dataset train_data data_path train_file dataset_name train",
+    "val_data": "eval_data validation_file val_file valid_data",
+    "val_fraction": "val_split validation_split test_size",
+    "image_root": "image_folder image_dir images",
+    "runs_dir": "output_dir out_dir output save_dir out logdir",
+    "name": "run_name run_id exp_name experiment",
+    "run": "checkpoint model path name ckpt",
+    "resume": "resume_from resume_from_checkpoint continue checkpoint ckpt",
+    "init_from": "pretrained weights from_pretrained finetune_from",
+    "workers": "num_workers dataloader_num_workers",
+    "warmup_steps": "warmup warmup_ratio num_warmup_steps warmup_iters",
+    "weight_decay": "wd decay",
+    "grad_clip": "max_grad_norm clip clip_grad gradient_clipping",
+    "schedule": "lr_scheduler_type scheduler lr_schedule",
+    "optimizer": "optim",
+    "beta1": "adam_beta1",
+    "beta2": "adam_beta2",
+    "save_every": "save_steps save_interval checkpoint_interval",
+    "log_every": "logging_steps log_interval print_every",
+    "val_every": "eval_steps eval_interval val_interval eval_every",
+    "dtype": "bf16 fp16 precision mixed_precision torch_dtype amp",
+    "use_gradient_checkpointing": "gradient_checkpointing activation_checkpointing "
+    "grad_checkpointing checkpointing",
+    "use_fp8": "fp8",
+    "seed": "random_seed random_state",
+    "max_minutes": "max_time time_limit max_seconds max_hours",
+    "compile": "torch_compile",
+    "wandb_project": "project",
+    "max_tokens": "max_new_tokens length num_tokens",
+    "prompt": "question text input",
+    "examples": "num_examples limit samples",
+}
 
 
 class UsageError(UserError):
-    """A command line that does not parse: exit code 2, as is the custom."""
+    """A command line that does not parse: exit code 2."""
 
 
 def parse(
@@ -82,17 +81,20 @@ def parse(
     defaults: T | None = None,
     first: Sequence[str] = (),
 ) -> T:
-    """``cls``, a dataclass whose fields all have defaults or are given in ``argv``.
+    """The dataclass ``cls`` from a command line.
 
-    Flags take dashes or underscores, ``--flag value`` or ``--flag=value``. Booleans also take
-    ``=1/0/true/false/yes/no`` and stand alone as ``--flag`` and ``--no_flag``; tuples take several
-    values, or one with commas, and may be given again for more; ``none`` is None where a field may
-    be. ``defaults``: an instance to start from instead of the fields' own defaults. A field that is
-    a dataclass itself is a group of flags. ``--help`` prints the fields' docstrings, those of
-    ``first`` before the others, which stand under the docstring of their group, and exits.
+    Flags take dashes or underscores, ``--flag value`` or ``--flag=value``. Booleans take
+    ``=1/0/true/false/yes/no``, or stand alone as ``--flag`` and ``--no_flag``. Tuples take several
+    values, or one with commas, and may be repeated. ``none`` is None for an optional field. A field
+    that is itself a dataclass is a group of flags. ``--help`` prints the fields' docstrings, group
+    by group, and exits.
 
-    Raises UsageError, one sentence with the nearest suggestion, for an unknown flag, one that is
-    given twice, or a value that its field does not take.
+    Args:
+        defaults: an instance that replaces the fields' own defaults.
+        first: the fields that ``--help`` shows first.
+
+    Raises UsageError, one sentence with a suggestion, for a flag that is unknown, repeated or
+    missing, or for a value that its field does not take.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if _asks_for_help(argv):
@@ -109,14 +111,13 @@ def parse(
 
 
 def check(config: Any) -> None:
-    """Raises UsageError naming the first flag whose value is not what its field takes."""
+    """Raises UsageError naming the first flag with a value that its field does not take."""
     for name, problem in problems(config):
         raise UsageError(f"--{name} {problem}")
 
 
 def given(cls: type, argv: Sequence[str] | None = None) -> dict[str, list[str]]:
-    """What the command line says of each field, as it stands there. Nothing where it asks for
-    help. Raises UsageError."""
+    """The words of each flag on the command line; empty if it asks for help. Raises UsageError."""
     argv = sys.argv[1:] if argv is None else argv
     return {} if _asks_for_help(argv) else _group(argv, fields_of(cls))
 
@@ -126,13 +127,15 @@ def _asks_for_help(argv: Sequence[str]) -> bool:
 
 
 def guarded(run: Callable[[], int | None]) -> int:
-    """The exit code of a command: its own; 1 (2 for its command line) after one sentence on stderr
-    for a mistake of the user's; 130 after Ctrl-C; 1, as is the custom, where the reader of its
-    output has left."""
+    """Runs a command and returns its exit code.
+
+    A UserError is printed as one sentence on stderr and gives 1 (2 for the command line), Ctrl-C
+    gives 130, a closed output pipe 1.
+    """
     try:
-        check_alone()
+        check_single_process()
         status = run() or 0
-        sys.stdout.flush()  # here, where its failure can be said
+        sys.stdout.flush()  # here, where an error is still caught
         return status
     except UserError as error:
         print(printable(f"error: {error}"), file=sys.stderr)
@@ -141,13 +144,12 @@ def guarded(run: Callable[[], int | None]) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what waits in buffers
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for buffered output
         return 1
 
 
-def check_alone() -> None:
-    """Raises UserError where a launcher started this program several times: each would do all of
-    the same work."""
+def check_single_process() -> None:
+    """Raises UserError if a launcher started several processes: each would do the same work."""
     if (number := os.environ.get("WORLD_SIZE", "1")) not in ("", "0", "1"):
         raise UserError(
             f"a launcher started {number} processes of this program (WORLD_SIZE={number}), but it "
@@ -157,7 +159,7 @@ def check_alone() -> None:
 
 @contextmanager
 def explained(what: str = "") -> Iterator[None]:
-    """What the libraries say about bad input (ValueError, OSError), said as a UserError."""
+    """Turns a library's ValueError or OSError into a UserError, with ``what`` in front."""
     try:
         yield
     except UserError:
@@ -167,21 +169,21 @@ def explained(what: str = "") -> Iterator[None]:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """``did you mean ...?`` or nothing."""
+    """``; did you mean ...?`` with the closest known name, or an empty string."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def hint(name: str, fields: Mapping[str, Field]) -> str:
-    """Which flag is meant by one that is not there: by its name elsewhere, or the nearest."""
+    """A hint for an unknown flag: ours for another program's name, or the closest."""
     for field, others in ALIASES.items():
-        if field in fields and name in others:
+        if field in fields and name in others.split():
             return f"; did you mean --{field}?"
     return nearest(f"--{name}", [f"--{field}" for field in fields])
 
 
 def _group(argv: Sequence[str], fields: Mapping[str, Field]) -> dict[str, list[str]]:
-    """The words given for each field."""
+    """The words of each flag."""
     found: dict[str, list[str]] = {}
     current: str | None = None
     for token in argv:
@@ -206,7 +208,7 @@ def _group(argv: Sequence[str], fields: Mapping[str, Field]) -> dict[str, list[s
 
 
 def _convert(name: str, field: Field, words: list[str]) -> Any:
-    """The value that the words of one flag stand for. Raises UsageError."""
+    """The value of a flag from its words. Raises UsageError."""
     if field.items is not None:
         items = field.items
         parts = [part for word in words for part in word.split(",") if part]
@@ -248,7 +250,7 @@ def _required(f: dataclasses.Field[Any]) -> bool:
 
 
 def help_text(cls: type, prog: str, defaults: object, first: Sequence[str] = ()) -> str:
-    """Every flag with what it takes, its default and its docstring, group by group."""
+    """Each flag's type, default and docstring, group by group."""
     width = min(100, shutil.get_terminal_size().columns)
     docs, known = _field_docs(cls), fields_of(cls)
     hints = typing.get_type_hints(cls)
@@ -287,7 +289,7 @@ def _takes(field: Field) -> str:
 
 
 def _range(field: Field) -> str:
-    """The bounds that matter: the highest counts are only there to be computed with."""
+    """A field's bounds, without the upper ones that only guard against overflow."""
     bounds = field.range
     if bounds.high is not None and bounds.high > 2**20:
         bounds = dataclasses.replace(bounds, high=None)
@@ -304,8 +306,8 @@ def _written(value: object) -> str:
 
 
 def _field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, which Python itself does not keep. A field
-    that is declared again without one has that of the base class."""
+    """The docstring under each field of a dataclass, which Python does not keep. A field that is
+    redeclared without one has the base class's."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         docs |= _own_field_docs(base)

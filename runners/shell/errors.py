@@ -1,11 +1,11 @@
-"""The one exception for mistakes that the user can mend, and how it is shown."""
+"""The exception for mistakes that the user can correct, and text that is safe to print."""
 
 from __future__ import annotations
 
 import re
 
-# Control characters but tab and newline (C0, DEL, C1), marks that turn the direction of what is
-# written, and halves of surrogate pairs, which no terminal can be sent.
+# Control characters except tab and newline (C0, DEL, C1), bidirectional marks, and unpaired
+# surrogates, which cannot be encoded
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -17,7 +17,7 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    r"""Text for a terminal: what could steer it is written as an escape.
+    r"""Text for a terminal, with control characters escaped.
 
     >>> print(printable("runs/\x1b[31mred"))
     runs/\x1b[31mred

@@ -13,21 +13,25 @@ from runners.shell.errors import UserError
 
 T = TypeVar("T")
 WORDS: dict[type, str] = {
-    int: "a whole number", float: "a finite number", str: "text", bool: "true or false",
-    dict: "an object", list: "a list",
-}  # fmt: skip
+    int: "a whole number",
+    float: "a finite number",
+    str: "text",
+    bool: "true or false",
+    dict: "an object",
+    list: "a list",
+}
 
 
 @dataclass(frozen=True)
 class Fields:
-    """A JSON object, and where it stands in which file."""
+    """A JSON object, its file and its place in that file."""
 
     values: dict[str, Any]
     path: Path
     at: str = ""  # of the object inside the file, such as "loader.stats."
 
     def get(self, name: str, kind: type[T]) -> T:
-        """A field's value. Raises UserError if it is missing or of another kind.
+        """A field's value. Raises UserError if it is missing or of another type.
 
         kind: int, float (whole numbers too), str, bool, dict or list. Numbers are finite.
         """
@@ -41,7 +45,7 @@ class Fields:
         return value
 
     def find(self, name: str, kind: type[T]) -> T | None:
-        """As :meth:`get`; None where the field is missing or null."""
+        """Like :meth:`get`, but None for a field that is missing or null."""
         return None if self.values.get(name) is None else self.get(name, kind)
 
     def object(self, name: str) -> Fields:
@@ -49,23 +53,23 @@ class Fields:
         return Fields(self.get(name, dict), self.path, f"{self.at}{name}.")
 
     def fail(self, problem: str) -> NoReturn:
-        """Raises UserError: the file is damaged, and how."""
+        """Raises UserError: how the file is damaged."""
         raise damaged(self.path, problem)
 
 
 def damaged(path: Path, problem: object) -> UserError:
-    """The error for a file that is not what this program wrote."""
+    """The error for a file that this program cannot have written."""
     return UserError(f"{path} is damaged: {problem}; restore it from a copy, or start a new run")
 
 
 def read_object(path: Path) -> Fields:
-    """The JSON object that a file holds. Raises UserError where it cannot be read or holds none."""
+    """The JSON object in a file. Raises UserError if the file cannot be read or holds another."""
     return Fields(_object(_text(path), path), path)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects that a file holds, one a line. A last line that a crash cut short is left
-    out. Raises UserError naming the line that is damaged."""
+    """The JSON objects in a file, one per line, without a last line that a crash cut short. Raises
+    UserError naming the damaged line."""
     *lines, _ = _text(path).split("\n")
     return [_object(line, path, f"line {number}: ") for number, line in enumerate(lines, 1) if line]
 

@@ -1,4 +1,4 @@
-"""Where flash-attn 4 keeps compiled kernels, so that only the first run on a machine waits."""
+"""Where flash-attn 4 and quack keep compiled kernels, so that only the first run waits."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ QUACK_FOLDER = "QUACK_CACHE_DIR"  # read when quack is imported
 
 
 def keep_compiled(device: torch.device) -> None:
-    """Tells flash-attn 4 and quack to keep compiled kernels on disk, if the environment does not
-    say otherwise: 10 s of a start beside an H200. By default flash-attn 4 keeps nothing.
+    """Makes flash-attn 4 and quack keep compiled kernels on disk, unless the environment says
+    otherwise. By default flash-attn 4 keeps none, which costs 10 s per start on an H200.
 
-    The folder is the user's own, because what lies there is executed, and one for each kind of
-    device, because the files' names do not say what they were compiled for.
+    The folder belongs to the user, because its files are executed. Each kind of device has its own,
+    because the files' names do not name the device.
     """
     if device.type != "cuda":
         return

@@ -1,8 +1,8 @@
 """One owner for a run's folder: a lock that ends with its process, however that ends.
 
-The lock is an flock on ``FOLDER/.lock``, which says who holds it. Network file systems pass it on
-to their server (NFS since Linux 2.6.12, unless mounted with ``nolock`` or ``local_lock``, where
-two machines do not see each other's); where there are no locks at all a warning says so.
+The lock is an flock on ``FOLDER/.lock``, which names its holder. Network file systems pass it on to
+their server (NFS since Linux 2.6.12, except with the mount options ``nolock`` and ``local_lock``:
+then it holds on one machine only). On file systems without locks a warning says so.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class Lock:
                 raise
 
     def release(self) -> None:
-        """Gives the folder up; removes what this made if nothing was put into it."""
+        """Gives up the folder, and removes the folders that this lock created if they are empty."""
         if self._fd >= 0:
             with contextlib.suppress(OSError):
-                (self.folder / LOCK).unlink()  # while it is held: nobody else's
+                (self.folder / LOCK).unlink()  # while it is held, so that the file is ours
             os.close(self._fd)
             self._fd = -1
-        with contextlib.suppress(OSError):  # it holds something by now
+        with contextlib.suppress(OSError):  # not empty
             for folder in reversed(self._made):
                 folder.rmdir()
         self._made = []
@@ -72,8 +72,8 @@ class Lock:
             except BaseException:
                 os.close(fd)
                 raise
-            os.close(fd)  # its owner has just removed it
-        raise FileNotFoundError(f"{self.folder} is no folder that can be made")
+            os.close(fd)  # its owner has just removed the lock
+        raise FileNotFoundError(f"{self.folder} cannot be created")
 
     def _make(self, folder: Path) -> None:
         if not folder.exists():
@@ -91,10 +91,8 @@ class Lock:
                 "another --name"
             ) from None
         except OSError as error:
-            _log.warning(
-                "%s cannot be locked (%s): see to it that no other process uses this run",
-                self.folder, error.strerror,
-            )  # fmt: skip
+            text = "%s cannot be locked (%s): see to it that no other process uses this run"
+            _log.warning(text, self.folder, error.strerror)
 
 
 def _inode(path: Path) -> int | None:
@@ -105,7 +103,7 @@ def _inode(path: Path) -> int | None:
 
 
 def _owner(fd: int) -> str:
-    for _ in range(20):  # it may be about to say
+    for _ in range(20):  # the owner may be about to write its name
         if said := os.pread(fd, 200, 0).decode(errors="replace").strip():
             return said
         time.sleep(0.05)

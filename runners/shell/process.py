@@ -1,9 +1,9 @@
-"""Processes of our own beside the trainer: fresh interpreters that talk over a socket.
+"""Worker processes: fresh interpreters that talk to their owner over a socket.
 
-Nothing is forked (the trainer has threads, and perhaps a CUDA context), and the user's script is
-not imported a second time, neither is torch. When the process that started one dies, for whatever
-reason, the socket closes and the other ends, be it importing or in the middle of its work. The
-signals by which a system or a terminal ends a run are its owner's to handle: here they are blocked.
+Nothing is forked, because the trainer has threads and perhaps a CUDA context, and neither the
+user's script nor torch is imported again. When the owner dies, for whatever reason, the socket
+closes and the worker exits, even while it imports or computes. Signals that end a run are handled
+by the owner: workers block them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import NamedTuple
 from runners.shell.errors import UserError
 from runners.shell.wire import Gone, Link
 
-# The thread watches from the first moment on, before the imports that take long. The kernel's own
-# way (PR_SET_PDEATHSIG) would end a process with the *thread* that started it.
+# The thread watches before the slow imports begin. PR_SET_PDEATHSIG would end a process with the
+# *thread* that started it.
 _CODE = """
 import os, select, threading, time
 def watch():
     owner = select.poll()
-    owner.register({fd}, 0)  # only that it hung up
+    owner.register({fd}, 0)  # only hang-ups
     owner.poll()
     time.sleep({grace})
     os._exit(0)
@@ -36,12 +36,12 @@ import importlib
 from runners.shell import process
 process.run(importlib.import_module({module!r}).serve, {fd})
 """
-PATIENCE = 3.0  # seconds that a worker has to end by itself; the packer waits for its workers
+PATIENCE = 3.0  # seconds for a worker to exit; the packer waits for its workers
 OWNERS = [s for n in ("SIGINT", "SIGTERM", "SIGHUP") if (s := getattr(signal, n, None)) is not None]
 
 
 class ElsewhereError(RuntimeError):
-    """A mistake in another process, with its traceback."""
+    """An error in another process, with its traceback."""
 
 
 class Process(NamedTuple):
@@ -50,20 +50,21 @@ class Process(NamedTuple):
 
 
 def start(module: str, *, group: bool = False) -> Process:
-    """Run `serve(link)` of a module, given by its full name. group: in a group of its own, with all
-    that it starts.
+    """Starts a process that runs ``serve(link)`` of a module, given by its full name.
 
-    When its owner is gone, the leader of a group has a moment to end those that it started itself.
-    Raises UserError where the system has no room for another process.
+    group: the process leads a group, with all processes that it starts. When its owner dies, it has
+    a moment to end them.
+
+    Raises UserError if the system cannot start another process.
     """
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    # One thread each: there are as many workers as the user wants cores used.
+    # One thread each: the number of workers is the number of cores to use.
     limits = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     ours = None
     try:
         ours, theirs = socket.socketpair()
         grace = PATIENCE if group else 0
-        # Blocked here, as a process has what its parent had when it was started
+        # Blocked here, because a process inherits its parent's mask
         before = signal.pthread_sigmask(signal.SIG_BLOCK, OWNERS)
         try:
             with theirs:
@@ -87,7 +88,7 @@ def start(module: str, *, group: bool = False) -> Process:
 
 
 def run(serve: Callable[[Link], None], fd: int) -> None:
-    """What the started process does, until the other end closes. What goes wrong is sent."""
+    """The main function of a started process, until the other end closes. Sends its errors."""
     link = Link(socket.socket(fileno=fd))
     with contextlib.suppress(Gone):
         try:
@@ -102,7 +103,7 @@ def run(serve: Callable[[Link], None], fd: int) -> None:
 
 
 def how_it_ended(popen: subprocess.Popen[bytes]) -> str:
-    """In words, of a process whose socket has closed."""
+    """How a process whose socket has closed ended, in words."""
     status = popen.wait()
     if status >= 0:
         return f"ended with status {status} (process {popen.pid}; its last words are above)"
@@ -112,12 +113,12 @@ def how_it_ended(popen: subprocess.Popen[bytes]) -> str:
 
 
 def close(processes: Sequence[Process], *, group: bool = False) -> None:
-    """Close their sockets and wait until they have ended; kill those that do not."""
+    """Closes the sockets and waits until the processes have ended; kills the others."""
     for link, _ in processes:
         link.close()
     for _, popen in processes:
         try:
-            popen.wait(2 * PATIENCE if group else PATIENCE)  # it sees the closed socket
+            popen.wait(2 * PATIENCE if group else PATIENCE)  # it sees that the socket is closed
         except subprocess.TimeoutExpired:
             if group:
                 os.killpg(popen.pid, signal.SIGKILL)

@@ -1,10 +1,9 @@
-"""Messages between two of our processes: objects over a socket, arrays in memory that both map.
+"""Messages between two processes: objects over a socket, arrays in shared memory.
 
-The sender fills a block of shared memory and sends its number; nothing of an array goes through the
-socket, and the receiver copies nothing. When the receiver has let go of all arrays of a block, its
-next message the other way says so, and the block is used again: fresh memory costs 0.4 ms a
-megabyte where page faults are dear, used memory 0.02. Blocks have no names, so none can be left
-over: they end with the last process that maps them.
+The sender fills a block of shared memory and sends its number: no array passes through the socket,
+and the receiver copies nothing. Once the receiver has released all arrays of a block, its next
+message says so and the sender reuses the block, because fresh memory costs page faults (0.4 ms
+per megabyte, against 0.02). Blocks have no names: they end with the last process that maps them.
 """
 
 from __future__ import annotations
@@ -33,26 +32,26 @@ MOST = 32
 _HEAD = struct.Struct("<QqQ")  # bytes of the message; number (-1: none) and size of its block
 
 
-class Gone(Exception):  # noqa: N818 - nothing went wrong, somebody left
+class Gone(Exception):  # noqa: N818 - not an error
     """The other end has closed."""
 
 
 @dataclass
 class Loan:
-    """A block to fill: `arrays` have the shapes asked for, their values are undefined."""
+    """A block to fill: ``arrays`` have the requested shapes and undefined values."""
 
     arrays: Arrays
     shapes: Shapes
     number: int
     size: int
-    fd: int | None  # of a block that the other end has not seen yet
+    fd: int | None  # of a block that is new to the other end
 
 
 class Link:
-    """One end of a connection. Whoever receives unpickles: only for processes that we start.
+    """One end of a connection. The receiver unpickles: only for processes that we start.
 
-    `most`: blocks that may be in use at this end, as each takes a file descriptor (a process has
-    1,024 of them by default). Arrays that come beyond that are copied.
+    ``most``: received blocks in use at once, because each takes a file descriptor (by default a
+    process has 1,024). Further arrays are copied.
     """
 
     def __init__(self, end: socket.socket) -> None:
@@ -60,28 +59,28 @@ class Link:
         self._blocks: list[mmap.mmap] = []  # ours to fill
         self._free: list[int] = []
         self._seen: dict[int, mmap.mmap] = {}  # the other end's
-        self._unused: deque[int] = deque()  # of those: to be given back
-        self._held = 0  # of those: not given back
+        self._unused: deque[int] = deque()  # of those: to be returned
+        self._held = 0  # of those: not returned yet
         self.most = MOST
 
     def fileno(self) -> int:
         return self._end.fileno()
 
     def close(self) -> None:
-        """What was received stays valid."""
+        """Closes the connection. Received arrays stay valid."""
         with contextlib.suppress(OSError):  # the other end may have gone
-            self._end.shutdown(socket.SHUT_RDWR)  # ends a `send` of another thread, too
+            self._end.shutdown(socket.SHUT_RDWR)  # also ends another thread's `send`
         self._end.close()
 
     def lend(self, shapes: Shapes) -> Loan:
-        """A block for arrays of these shapes, to be filled and sent."""
+        """A block for arrays of these shapes, to fill and send."""
         need = sum(_room(*shape) for shape in shapes.values())
         fitting = [number for number in self._free if len(self._blocks[number]) >= need]
         fd = None
         if fitting:
             number = min(fitting, key=lambda number: len(self._blocks[number]))
             self._free.remove(number)
-        else:  # Powers of two, so that much the same size fits later; untouched pages cost nothing.
+        else:  # powers of two, so that similar sizes fit later; untouched pages cost nothing
             number, fd = len(self._blocks), _memory_file()
             os.ftruncate(fd, size := max(_LEAST, 1 << (need - 1).bit_length()))
             self._blocks.append(mmap.mmap(fd, size))
@@ -90,7 +89,7 @@ class Link:
         return Loan(arrays, shapes, number, len(block), fd)
 
     def send(self, thing: Any, loan: Loan | None = None) -> None:
-        """What `receive` gives at the other end. Raises Gone where that has closed."""
+        """Sends an object, and arrays in a loan. Raises Gone if the other end has closed."""
         unused = [self._unused.popleft() for _ in range(len(self._unused))]
         self._held -= len(unused)
         body = pickle.dumps((thing, loan.shapes if loan else {}, unused), protocol=5)
@@ -109,8 +108,8 @@ class Link:
                 os.close(loan.fd)
 
     def receive(self) -> tuple[Any, Arrays]:
-        """The next thing sent, and its arrays: writable, and the receiver's own for as long as
-        anything refers to one of them. Raises Gone where the other end has closed."""
+        """The next object and its arrays, writable and valid as long as they are referenced. Raises
+        Gone if the other end has closed."""
         try:
             head, fds, _, _ = socket.recv_fds(self._end, _HEAD.size, 1)
             length, number, size = _HEAD.unpack(self._all(head, _HEAD.size))
@@ -124,7 +123,7 @@ class Link:
         self._free.extend(unused)
         if number < 0:
             return thing, {}
-        # Every view keeps this one alive, however it was cut: numpy and torch both see to that.
+        # All views, of numpy and torch, keep this array alive.
         whole = np.frombuffer(self._seen[number], np.uint8)
         weakref.finalize(whole, self._unused.append, number).atexit = False
         arrays = _arrays_in(whole, shapes)
@@ -134,7 +133,7 @@ class Link:
         return thing, arrays
 
     def _all(self, part: bytes, size: int) -> bytes:
-        """The rest of what has begun to come."""
+        """A part of a message and the rest of its ``size`` bytes."""
         while len(part) < size:
             more = self._end.recv(size - len(part)) if part else b""
             if not more:

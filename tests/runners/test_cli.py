@@ -198,7 +198,7 @@ def test_hints_name_flags_that_there_are() -> None:
         for name in fields_of(cls)
     }
     assert set(ALIASES) <= fields
-    assert not {name for names in ALIASES.values() for name in names} & {"lr", "steps", "seed"}
+    assert not {"lr", "steps", "seed"} & set(" ".join(ALIASES.values()).split())
 
 
 NUMBERS = [name for name, field in fields_of(TrainConfig).items() if field.kind in (int, float)]
