@@ -1,9 +1,9 @@
 """The folder of a run.
 
-``runs/NAME/``: config.json, tokenizer.json, model.safetensors (the best weights so far),
-metrics.jsonl, TensorBoard events, loss.png, samples.png, and ``state/STEP/`` with all that a
-resume needs (`states`). One process owns it at a time (`shell.lock`); every
-file is written whole or not at all, and nothing is ever unpickled.
+``runs/NAME/`` holds config.json, tokenizer.json, model.safetensors (the best weights so far),
+metrics.jsonl, TensorBoard events, loss.png, samples.png, and states to resume from
+(``state/STEP/``, see `states`). One process owns it at a time (`shell.lock`). Files are written
+atomically, and nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ from runners.training.states import (
 )
 
 MODEL = "model.safetensors"
-# What a process killed amid a write leaves: ours, and safetensors' own temporary files
-_LEFT = re.compile(
+# Temporary files, ours and safetensors', that a process killed during a write leaves
+_LEFTOVER = re.compile(
     r"(config|tokenizer|data|eval)\.json\.(part|tmp)|metrics\.jsonl\.part|(loss|samples)\.png\.part"
     r"|model\.safetensors(\.index\.json)?\.part|\.tmp[0-9A-Za-z]{6}"
 )
-_EARLY = re.compile(rf"\.lock|tokenizer\.json|{_LEFT.pattern}")  # before config.json is there
+_EARLY = re.compile(rf"\.lock|tokenizer\.json|{_LEFTOVER.pattern}")  # written before config.json
 
 
 # -- names ------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ _EARLY = re.compile(rf"\.lock|tokenizer\.json|{_LEFT.pattern}")  # before config
 
 @dataclass(frozen=True)
 class Claim:
-    """A run's folder that is ours until it is released, and the state to resume from or None."""
+    """A run's folder that this process owns until its release, and a state to resume from."""
 
     folder: Path
     state: Path | None
@@ -73,10 +73,10 @@ class Claim:
 
 
 def claim_folder(config: TrainConfig) -> Claim:
-    """The folder for a run, locked, with what killed processes left in it removed.
+    """The folder for a run, locked and without temporary files of killed processes.
 
-    Raises UserError if another process owns it, ``--name`` is taken and not resumed, or
-    ``--resume`` leads nowhere. Nothing is left behind if it is released before anything is written.
+    If it is released before anything is written, nothing remains. Raises UserError if another
+    process owns it, ``--name`` is taken and not resumed, or ``--resume`` names no state.
     """
     runs = Path(config.run.runs_dir)
     if config.run.resume not in (None, "auto"):
@@ -86,13 +86,13 @@ def claim_folder(config: TrainConfig) -> Claim:
     base = f"{folder_name(Path(config.data.data).stem)}-{config.model.preset}"
     if config.run.resume == "auto":
         for folder in reversed(_numbered(runs, base)):
-            if find_states(folder) or (_may_begin_again(folder) and _alike(folder, config)):
+            if find_states(folder) or (_can_restart(folder) and _has_flags(folder, config)):
                 return _claim_named(folder, config)
     for folder in (runs / (f"{base}-{i}" if i > 1 else base) for i in itertools.count(1)):
         if not _taken(folder):
             with contextlib.suppress(BusyError):
                 lock = Lock(folder)
-                if not _taken(folder):  # by one that has ended meanwhile
+                if not _taken(folder):  # by a run that has just ended
                     return _claimed(lock, None)
                 lock.release()
     raise AssertionError("the numbers do not end")
@@ -101,7 +101,7 @@ def claim_folder(config: TrainConfig) -> Claim:
 def _claim_path(path: Path, config: TrainConfig) -> Claim:
     """For ``--resume PATH``, of a run or of one of its states."""
     folder = run_folder(path)
-    begun = folder == path and (folder / CONFIG).is_file() and _may_begin_again(folder)
+    begun = folder == path and (folder / CONFIG).is_file() and _can_restart(folder)
     if not (begun or (is_state(path) if folder != path else find_states(folder))):
         raise UserError(f"--resume {config.run.resume}: there is no resumable state in it")
     lock = Lock(folder)
@@ -119,13 +119,13 @@ def _claim_path(path: Path, config: TrainConfig) -> Claim:
 
 
 def _claim_named(folder: Path, config: TrainConfig) -> Claim:
-    """For a new run of this name, or one that goes on where the last state was taken."""
+    """For a new run of this name, or one that resumes from its last state."""
     resumed = config.run.resume == "auto"
-    if not (folder / LOCK).exists():  # else the lock tells first who owns it
+    if not (folder / LOCK).exists():  # otherwise the lock reports its owner first
         _check_place(folder, resumed)
     lock = Lock(folder)
     try:
-        _check_place(folder, resumed)  # now that nobody changes it any more
+        _check_place(folder, resumed)  # again, now that no other process changes it
         return _claimed(lock, newest_state(folder) if resumed else None)
     except BaseException:
         lock.release()
@@ -135,33 +135,33 @@ def _claim_named(folder: Path, config: TrainConfig) -> Claim:
 def _claimed(lock: Lock, state: Path | None) -> Claim:
     with explained(f"cannot clean up {lock.folder}"):
         for path in lock.folder.iterdir():
-            if path.is_file() and not path.is_symlink() and _LEFT.fullmatch(path.name):
+            if path.is_file() and not path.is_symlink() and _LEFTOVER.fullmatch(path.name):
                 path.unlink()
         sweep_states(lock.folder)
     return Claim(lock.folder, state, lock.release)
 
 
 def _check_place(folder: Path, resumed: bool) -> None:
-    """Raises UserError unless a run may begin there, or go on."""
+    """Raises UserError unless a run may begin or continue there."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is not a folder: choose another --name")
     if not resumed and _taken(folder):
         raise UserError(
             f"{folder} exists: continue it with --resume=auto, or choose another --name"
         )
-    if resumed and not find_states(folder) and not _may_begin_again(folder):
+    if resumed and not find_states(folder) and not _can_restart(folder):
         what = "has weights but no state" if _has_weights(folder) else "is not the folder of a run"
         raise UserError(f"--resume auto: {folder} {what}: choose another --name")
 
 
 def _taken(folder: Path) -> bool:
-    """Whether there is anything in it but what a killed start leaves."""
+    """Whether the folder holds more than a killed start leaves."""
     left = (p.name for p in folder.iterdir()) if folder.is_dir() else ()
     return folder.exists() and not (folder.is_dir() and all(map(_EARLY.fullmatch, left)))
 
 
-def _may_begin_again(folder: Path) -> bool:
-    """Whether a run began there that has neither state nor weights: nothing is lost."""
+def _can_restart(folder: Path) -> bool:
+    """Whether a run there has neither state nor weights, so that nothing is lost."""
     return (not _taken(folder) or (folder / CONFIG).is_file()) and not _has_weights(folder)
 
 
@@ -169,8 +169,8 @@ def _has_weights(folder: Path) -> bool:
     return any((folder / name).exists() for name in (MODEL, f"{MODEL}.index.json"))
 
 
-def _alike(folder: Path, config: TrainConfig) -> bool:
-    """Whether a run that began there was told the same."""
+def _has_flags(folder: Path, config: TrainConfig) -> bool:
+    """Whether a run there has the same flags."""
     try:
         return not differing_fields(open_run(folder).config, config)
     except UserError:
@@ -178,7 +178,7 @@ def _alike(folder: Path, config: TrainConfig) -> bool:
 
 
 def _numbered(runs: Path, base: str) -> list[Path]:
-    """``base``, ``base-2``, ...: the ones that exist, oldest first."""
+    """The existing folders ``base``, ``base-2``, ..., oldest first."""
     found: list[Path] = []
     while (folder := runs / (f"{base}-{len(found) + 1}" if found else base)).exists():
         found.append(folder)
@@ -186,7 +186,7 @@ def _numbered(runs: Path, base: str) -> list[Path]:
 
 
 def resume_flag(folder: Path) -> str:
-    """``--resume=FOLDER`` as a shell takes it."""
+    """``--resume=FOLDER``, quoted for a shell."""
     return f"--resume={shlex.quote(str(folder))}"
 
 
@@ -194,10 +194,10 @@ def resume_flag(folder: Path) -> str:
 
 
 def check_disk(folder: Path, params: Tree, learning: Tree, kept: int = 2) -> None:
-    """Raises UserError if a run of these params cannot be written there, for room or rights.
+    """Raises UserError if a run of these params cannot be written there: no space or permission.
 
-    At the worst one state (params and two moments of what learns) more than are kept and two copies
-    of the best weights lie on the disk at once.
+    At most ``kept + 1`` states (params, and two moments of trained ones) and two copies of the best
+    weights are on the disk at once.
     """
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -221,20 +221,24 @@ def create_folder(
     origin: Mapping[str, Any] | None = None,
     base: str | None = None,
 ) -> None:
-    """Makes the folder of a new run: the first thing that a run writes. origin: what it comes from
-    (:func:`runners.training.provenance.origin`); base: the digest of what adapters stand beside."""
+    """Makes the folder of a new run, its first write. origin: of the run (``provenance.origin``);
+    base: the digest of the base weights of adapters."""
     with explained(f"cannot create {folder} (choose another place with --runs_dir)"):
         make_folder(folder)
         tokenizer.save(folder / TOKENIZER)
         record = {
             "id": secrets.token_hex(8),
-            "train": as_dict(config), "model": model.to_dict(), "starts": [dict(origin or {})],
-        } | ({} if base is None else {"base": base})  # fmt: skip
+            "train": as_dict(config),
+            "model": model.to_dict(),
+            "starts": [dict(origin or {})],
+        }
+        if base is not None:
+            record["base"] = base
         write_text(folder / CONFIG, json.dumps(record, indent=1))
 
 
 def record_start(folder: Path, config: TrainConfig, origin: Mapping[str, Any]) -> None:
-    """Adds to a run's config.json that it was continued, and the flags that it goes on under."""
+    """Adds the origin and the flags of a continuation to a run's config.json."""
     record = read_object(folder / CONFIG)
     starts = [*(record.find("starts", list) or []), origin]
     values = record.values | {"train": as_dict(config), "starts": starts}
@@ -247,7 +251,7 @@ def record_start(folder: Path, config: TrainConfig, origin: Mapping[str, Any]) -
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder says of it."""
+    """A run, as its folder describes it."""
 
     folder: Path
     config: TrainConfig
@@ -271,10 +275,8 @@ def open_run(folder: str | Path) -> Run:
 
 
 def load_weights(path: str | Path, like: Tree, device: torch.device) -> Tree:
-    """The best weights of a run's folder, those of a state's, or a safetensors file.
-
-    A run that has kept none yet gives those of its newest state. Raises UserError.
-    """
+    """The weights of a run's folder, a state or a safetensors file. Of a run these are the best, or
+    before the first validation those of its newest state. Raises UserError."""
     path = find_weights(Path(path))
     with explained():
         if is_state(path):
@@ -283,7 +285,7 @@ def load_weights(path: str | Path, like: Tree, device: torch.device) -> Tree:
 
 
 def find_weights(path: Path) -> Path:
-    """Where :func:`load_weights` finds what a path names: a safetensors file or a state."""
+    """The safetensors file or the state that :func:`load_weights` reads for a path."""
     if is_state(path) or not path.is_dir():
         return path
     if _has_weights(path):

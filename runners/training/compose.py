@@ -1,4 +1,4 @@
-"""The one place where transforms are put in order, with the reason beside each line."""
+"""Composes the transforms of a run, in one order, with the reason for each place."""
 
 from __future__ import annotations
 
@@ -35,24 +35,22 @@ from transforms import (
 
 @dataclass(frozen=True)
 class Composed:
-    """What a run computes: logits for decoding, the loss for training, and why it is so.
-
-    All three take params whose matrices are of ``matrices`` (``transforms.cast_matrices``).
-    """
+    """The functions that a run computes. All take params with matrices of dtype ``matrices``
+    (``transforms.cast_matrices``)."""
 
     forward: Forward  # (params, batch) -> logits [N, V]
     loss_fn: Forward  # (params, batch) -> fp32 scalar
     eval_loss: Forward  # the same without smoothing, z-loss and recomputation: for validation
-    dtype: torch.dtype  # of matmuls and activations
-    matrices: torch.dtype  # what they take matrices in
+    dtype: torch.dtype  # of matrix products and activations
+    matrices: torch.dtype  # of the params' matrices
     graphed: bool  # gradients are a CUDA graph
-    report: tuple[str, ...]  # a line for every optimisation, on or off
-    backends: Mapping[str, str]  # what kernels.override takes, around every call
+    report: tuple[str, ...]  # a line for each optimisation, on or off
+    backends: Mapping[str, str]  # for kernels.override, around every call
 
     def gradients(self, select: Sequence[str] | None = None) -> Callable[..., Any]:
         """``(params, batch) -> (loss, grads)``, valid until the next call."""
         grad_fn = value_and_grad(self.loss_fn, select)
-        # Outermost: it records whatever is launched inside.
+        # Outermost: it records all launches inside.
         return cuda_graph(grad_fn) if self.graphed else grad_fn
 
 
@@ -62,10 +60,10 @@ def compose(
     device: torch.device,
     bounds: Bounds = ANY,
 ) -> Composed:
-    """The forward of a model and the loss of a training run, from its config.
+    """The forward of a model and the losses of a training run.
 
-    Order matters to speed and memory, not to the numbers. Raises UserError naming the flag that
-    the device cannot serve.
+    The order of transforms changes speed and memory, not the numbers. Raises UserError naming a
+    flag that the device does not support.
     """
     dtype, why = compute_dtype(config.speed, device)
     graphed = is_graphed(config.speed, device)
@@ -73,25 +71,25 @@ def compose(
     if config.speed.state_dtype == "bf16" and dtype != torch.bfloat16:
         raise UserError(f"--state_dtype bf16 computes in bf16, and here it is fp32: {why}")
     weights = {"fp32": "fp32 weights", "bf16": "bf16 weights, rounded stochastically"}
-    report = [f"Using {_short(dtype)} compute over {weights[config.speed.state_dtype]}: {why}"]
+    report = [f"Using {_dtype_name(dtype)} compute over {weights[config.speed.state_dtype]}: {why}"]
     bare = adapted(config, model, dtype, bounds)
     report += _adapted_lines(config.model)
     forward = bare
     if config.speed.use_fp8:
         # Before checkpoint: a block then rounds again when it is recomputed.
         with explained("--use_fp8"):
-            forward = fp8(forward, skip=_wide(model))
+            forward = fp8(forward, skip=_fp8_skips(model))
         report.append("Using fp8 matrix products, but for the head and first and last blocks")
     if config.speed.use_gradient_checkpointing:
-        # Inside the loss, which needs no recomputation of its own.
+        # Inside the loss, which needs no recomputation.
         forward, line = _checkpointed(forward, config.speed, compiled)
         report.append(line)
     else:
         report.append("Gradient checkpointing off: --use_gradient_checkpointing=1 saves memory")
-    # Last, because it turns logits into the loss: nothing can follow it but the compiler.
+    # Last, because it turns logits into the loss: only the compiler can follow.
     ending = fuse_loss if config.speed.use_fused_loss else unfused_loss
     if config.speed.use_fused_loss and config.speed.state_dtype == "bf16":
-        # What is kept in bf16 gains nothing by a wider sum of its gradient; 1.6 ms of 290, 1.5B.
+        # A bf16 head gains nothing from a gradient summed in fp32.
         ending = partial(fuse_loss, accumulate="bf16")
     loss_fn = ending(
         forward, z_loss=config.optim.z_loss, label_smoothing=config.optim.label_smoothing
@@ -112,12 +110,10 @@ def compose(
     if graphed:
         report.append("Using a CUDA graph: gradients are recorded in the third step")
     elif device.type == "cuda":
-        why = (
-            "--cuda_graph=0"
-            if config.speed.cuda_graph is False
-            else "offloading cannot be recorded"
+        off = config.speed.cuda_graph is False
+        report.append(
+            f"CUDA graph off: {'--cuda_graph=0' if off else 'offloading cannot be recorded'}"
         )
-        report.append(f"CUDA graph off: {why}")
     backends = choose_backends(config.speed, device)
     with kernels.override(**backends):
         report += report_backends(
@@ -137,8 +133,8 @@ def compose(
 def adapted(
     config: TrainConfig, model: VLMConfig, dtype: torch.dtype, bounds: Bounds = ANY
 ) -> Forward:
-    """The forward to logits of a run's model: with its adapters and rounded weights, which are part
-    of the function that is trained, evaluated and saved. Its ``prepare`` makes what they need.
+    """The forward to logits of a run's model, with its adapters and rounded weights, which are part
+    of the function that is trained, evaluated and saved. Its ``prepare`` adds their params.
     """
     forward = vlm(model, bounds=bounds)
     with explained("--quantize, --fake_quant, --lora_rank"):
@@ -146,20 +142,19 @@ def adapted(
             forward = quantize_int8(forward)
         if config.model.fake_quant:
             forward = fake_quant(forward)
-            # It rounds what is trained, so the cast follows it at every use. Elsewhere no rule
-            # casts: matrices come in the compute dtype, cast once a step by the optimizer.
+            # It rounds the trained weights, so each use casts the rounded ones. Without it no rule
+            # casts: the optimizer casts matrices to the compute dtype once per step.
             if matrix_dtype(config, dtype) != dtype:
                 forward = mixed_precision(forward, dtype)
         if config.model.lora_rank:
-            forward = lora(
-                forward, rank=config.model.lora_rank, alpha=config.model.lora_alpha,
-                select=choose_select(config, model),
-            )  # fmt: skip
+            select = choose_select(config, model)
+            rank, alpha = config.model.lora_rank, config.model.lora_alpha
+            forward = lora(forward, rank=rank, alpha=alpha, select=select)
     return forward
 
 
 def matrix_dtype(config: TrainConfig, dtype: torch.dtype) -> torch.dtype:
-    """What :func:`adapted` takes matrices in: the compute dtype; under fake_quant their own."""
+    """The dtype of matrices for :func:`adapted`: of the compute; with fake_quant their own."""
     if config.model.fake_quant:
         return torch.bfloat16 if config.speed.state_dtype == "bf16" else torch.float32
     return dtype
@@ -181,7 +176,7 @@ def _adapted_lines(config: ModelSettings) -> list[str]:
 
 
 def choose_select(config: TrainConfig, model: VLMConfig) -> tuple[str, ...] | None:
-    """Path patterns of what learns: ``--trainable``, or what the stage says. None: everything."""
+    """Path patterns of the trained params, by ``--trainable`` or the stage. None: all."""
     if config.model.trainable:
         return config.model.trainable
     if config.model.stage == "align":
@@ -190,12 +185,12 @@ def choose_select(config: TrainConfig, model: VLMConfig) -> tuple[str, ...] | No
                 "--stage align trains the projector: it needs a preset and data with pictures"
             )
         return ("projector",)
-    # Without pictures no gradient reaches the vision tower: weight decay alone would spoil it.
+    # Without pictures the vision tower has no gradient: weight decay alone would change it.
     return None if config.data.chat or model.vision is None else ("text",)
 
 
 def _checkpointed(forward: Forward, config: SpeedSettings, compiled: bool) -> tuple[Forward, str]:
-    """The forward with gradient checkpointing, and what the report says of it."""
+    """The forward with gradient checkpointing, and its line of the report."""
     policy, between = config.checkpoint_policy, config.checkpoint_between
     if policy == "offload" and compiled:
         raise UserError("--checkpoint_policy=offload needs --compile=0")
@@ -216,9 +211,9 @@ def _checkpointed(forward: Forward, config: SpeedSettings, compiled: bool) -> tu
     return forward, line
 
 
-def _wide(model: VLMConfig) -> tuple[str, ...]:
-    """What fp8 leaves alone: the head, first and last blocks, and the eye's first layer, whose
-    inputs (3 x 14 x 14, say) are seldom a multiple of 16."""
+def _fp8_skips(model: VLMConfig) -> tuple[str, ...]:
+    """Linears that stay out of fp8: the head, first and last blocks, and the patch embedding, whose
+    inputs (such as 3 x 14 x 14) are seldom a multiple of 16."""
     first_and_last = ("lm_head", "blocks.0", "blocks.-1")
     return (*first_and_last, "patch_embed") if model.vision is not None else first_and_last
 
@@ -229,11 +224,9 @@ def _policy(name: str) -> str | tuple[str, ...]:
 
 
 def is_compiled(config: SpeedSettings, device: torch.device) -> bool:
-    """Whether torch.compile is used: what --compile says, else on a GPU where launching from Python
-    costs time, or where it saves work. fp8 rounds an input once for all its products. A block that
-    is recomputed leaves out what no gradient needs, its last product above all: of a 1.5B decoder
-    at 16,384 tokens 28 products of 0.66 ms on an H200, where a checkpointed step took 372 ms eager
-    (the bench) and some 350 compiled (12 steps in a row, right afterwards)."""
+    """Whether torch.compile is used: ``--compile``, or on a GPU without a CUDA graph or where it
+    saves work. With fp8 it rounds an input once for all its products. Of a recomputed block it
+    leaves out what no gradient needs, above all the last product."""
     if config.compile is not None:
         return config.compile
     saves = config.use_fp8 or config.use_gradient_checkpointing
@@ -241,8 +234,8 @@ def is_compiled(config: SpeedSettings, device: torch.device) -> bool:
 
 
 def is_graphed(config: SpeedSettings, device: torch.device) -> bool:
-    """Whether gradients become a CUDA graph: on a GPU, unless --cuda_graph says otherwise. Raises
-    UserError where they are to and cannot."""
+    """Whether gradients are a CUDA graph: on a GPU, unless --cuda_graph or offloading forbids it.
+    Raises UserError if --cuda_graph asks for one that cannot be recorded."""
     offloading = config.use_gradient_checkpointing and config.checkpoint_policy == "offload"
     if config.cuda_graph and (offloading or device.type != "cuda"):
         why = "--checkpoint_policy=offload cannot be recorded" if offloading else "needs a GPU"
@@ -251,7 +244,7 @@ def is_graphed(config: SpeedSettings, device: torch.device) -> bool:
 
 
 def _attentions(model: VLMConfig, bounds: Bounds) -> dict[str, dict[str, Any]]:
-    """What decides which kernel computes each attention of a model."""
+    """For each attention of a model the fields that choose its kernel."""
     text, vision = model.text, model.vision
     known: dict[str, dict[str, Any]] = {
         "text": {
@@ -270,13 +263,13 @@ def _attentions(model: VLMConfig, bounds: Bounds) -> dict[str, dict[str, Any]]:
 
 
 def _operations(model: VLMConfig) -> tuple[str, ...]:
-    """The fused kernels that a step of a model can use, as `report_backends` takes them."""
+    """The fused kernels that a model's step can use, for ``report_backends``."""
     norms = ("rms_norm", "layer_norm") if model.vision is not None else ("rms_norm",)
     return (*norms, "swiglu", "rope")
 
 
 def choose_backends(config: SpeedSettings, device: torch.device) -> dict[str, str]:
-    """The kernels that flags turn off, as ``kernels.override`` takes them."""
+    """The plain backends that flags ask for, for ``kernels.override``."""
     chosen = {}
     if not config.use_flash_attn and device.type == "cuda":
         chosen["attention"] = "plain"
@@ -287,7 +280,7 @@ def choose_backends(config: SpeedSettings, device: torch.device) -> dict[str, st
 
 
 def choose_device(config: RunSettings) -> torch.device:
-    """The GPU if there is one, unless told otherwise. Raises UserError for one that is missing."""
+    """``--device``; by default the GPU if there is one. Raises UserError if it is missing."""
     have = torch.cuda.is_available()
     if config.device == "cuda" and not have:
         raise UserError("--device cuda: PyTorch sees no GPU here; use --device cpu or auto")
@@ -295,7 +288,7 @@ def choose_device(config: RunSettings) -> torch.device:
 
 
 def compute_dtype(config: SpeedSettings, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of matmuls, and the reason."""
+    """The dtype of matrix products, and the reason."""
     if config.dtype != "auto":
         named = {"bf16": torch.bfloat16, "fp32": torch.float32}
         return named[config.dtype], f"--dtype {config.dtype}"
@@ -309,5 +302,5 @@ def compute_dtype(config: SpeedSettings, device: torch.device) -> tuple[torch.dt
     return torch.float32, "the CPU has no bf16 instructions"
 
 
-def _short(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]

@@ -1,4 +1,4 @@
-"""The config of a training run: its parts, command lines and files that say them, checks."""
+"""The config of a training run: command lines, files and checks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from runners.training.settings import (
     SpeedSettings,
 )
 
-LONGEST_NAME = 200  # bytes: file systems take 255, and others are made of it
+LONGEST_NAME = 200  # bytes: file systems take 255, and suffixes are added
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class TrainConfig:
 
     @classmethod
     def of(cls, **flags: Any) -> TrainConfig:
-        """The config of some flags, by their names; the others have their defaults."""
+        """The config with some flags, by name; the others have their defaults."""
         return cls().changed(**flags)
 
     def changed(self, **flags: Any) -> TrainConfig:
-        """The same config with other values of some flags. Raises TypeError for unknown ones."""
+        """This config with other values of some flags. Raises TypeError for unknown ones."""
         return with_fields(self, flags)
 
 
@@ -61,23 +61,30 @@ PARTS = {
     "optim": fields_of(OptimSettings),
     "speed": fields_of(SpeedSettings),
 }
-# What may differ between a run and its continuation: it changes no number of the training.
-FREE_FIELDS = {f.name for f in dataclasses.fields(RunSettings)} - {"seed", "device", "keep"} | {
-    "init_from", "merge", "workers", "data_changed"
-}  # fmt: skip
-# What may differ as long as no step that is done would have had another rate (resume.py).
+# Flags that change no number of the training: a continuation may change them.
+FREE_FIELDS = {f.name for f in dataclasses.fields(RunSettings)} - {"seed", "device", "keep"}
+FREE_FIELDS |= {"init_from", "merge", "workers", "data_changed"}
+# Flags that a continuation may change if no finished step would have had another rate (resume.py)
 OF_THE_SCHEDULE = frozenset(("steps", "ends"))
-# What one command does, and not what its run is: never taken over from a run that is there.
+# Flags of one command, never taken over from an earlier run
 OF_ONE_COMMAND = ("name", "resume", "config", "stop_at", "max_minutes", "data_changed")
 CONFIG = "config.json"  # of a run's folder
 
-# What --help shows first.
+# Flags that --help shows first
 MOST_USED = (
-    "data", "preset", "name", "steps", "lr", "device_batch_size", "sequence_len", "resume",
-    "init_from", "device",
-)  # fmt: skip
+    "data",
+    "preset",
+    "name",
+    "steps",
+    "lr",
+    "device_batch_size",
+    "sequence_len",
+    "resume",
+    "init_from",
+    "device",
+)
 
-# Where a GPU computes, the defaults are these: a 25M model, harder scenes, all kinds of questions.
+# Defaults on a GPU: a 25M model, harder scenes, all kinds of questions
 ON_GPU: dict[str, Any] = {
     "preset": "mini",
     "kinds": ("colour", "shape", "count", "where", "left_right", "caption"),
@@ -98,11 +105,10 @@ ON_GPU: dict[str, Any] = {
 
 
 def parse_config(argv: Sequence[str] | None = None, *, gpu: bool = False) -> TrainConfig:
-    """The command line as a checked config. Raises UsageError, one sentence, for a bad one.
+    """The command line as a checked config. Raises UsageError.
 
-    ``--resume FOLDER`` and ``--config`` of a run take its flags as defaults. Otherwise gpu: whether
-    there is one; unless --device says otherwise, defaults are then those of ON_GPU, and the flags
-    of a ``--config`` file of one's own stand above them.
+    The defaults are the flags of the run that ``--resume`` or ``--config`` names. Otherwise they
+    are ON_GPU's if ``gpu`` and not ``--device cpu``, updated by a ``--config`` file.
     """
     words = given(TrainConfig, argv)
     defaults = TrainConfig.of(**ON_GPU) if gpu and words.get("device") != ["cpu"] else TrainConfig()
@@ -129,13 +135,13 @@ def parse_config(argv: Sequence[str] | None = None, *, gpu: bool = False) -> Tra
 
 
 def resumes_folder(config: TrainConfig) -> bool:
-    """Whether a run is continued that is named by its folder."""
+    """Whether ``--resume`` names a folder."""
     return config.run.resume not in (None, "auto")
 
 
 def named_config(words: Mapping[str, Sequence[str]]) -> Path | None:
-    """The file that a command line (as :func:`cli.given` gives it) takes defaults from: of
-    ``--config`` a .toml or .json file, of it or ``--resume`` the config.json of a run."""
+    """The file with the defaults of a command line (:func:`cli.given`): the config.json of the run
+    that ``--resume`` or ``--config`` names, or a .toml or .json file. Raises UsageError."""
     for flag in ("resume", "config"):
         for word in words.get(flag, ()):
             if word.lower() in (*cli.NONE, "auto"):
@@ -154,15 +160,13 @@ def named_config(words: Mapping[str, Sequence[str]]) -> Path | None:
 
 
 def is_saved(path: Path) -> bool:
-    """Whether a config is a run's own, or one that somebody wrote."""
+    """Whether a config file is a run's own."""
     return path.suffix == ".json" and "train" in read_object(path).values
 
 
 def read_flags(path: Path) -> dict[str, Any]:
-    """The flags in a .toml or .json file: by their names, in tables of parts or in none.
-
-    For example ``lr = 1e-3``, or below ``[optim]``. Raises UsageError naming what is wrong.
-    """
+    """The flags in a .toml or .json file, at its top or in a part's table (``[optim]``). Raises
+    UsageError naming what is wrong."""
     if path.suffix == ".json":
         values = read_object(path).values
     else:
@@ -190,7 +194,7 @@ def read_flags(path: Path) -> dict[str, Any]:
 
 
 def flattened(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags by name, of a file that may hold them by parts; lists become tuples."""
+    """Flags by name, from a dict with or without parts; lists become tuples."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         inner = value if name in PARTS and isinstance(value, dict) else {name: value}
@@ -199,12 +203,12 @@ def flattened(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """The flags that a run's config.json holds. Raises UserError naming what is damaged in it."""
+    """The flags in a run's config.json. Raises UserError naming what is damaged."""
     return saved_flags(read_object(path).object("train"))
 
 
 def saved_flags(fields: Fields) -> TrainConfig:
-    """Flags that a file of a run holds. Raises UserError naming the file and the field."""
+    """The flags in a file of a run. Raises UserError naming the file and the field."""
     try:
         config = from_dict(fields.values)
         check(config)
@@ -214,9 +218,13 @@ def saved_flags(fields: Fields) -> TrainConfig:
 
 
 def check(config: TrainConfig) -> None:
-    """Raises UsageError naming the flag for a value that cannot be meant."""
+    """Raises UsageError naming a flag whose value makes no sense, alone or beside others."""
     cli.check(config)
-    if "" in (config.data.data, config.run.runs_dir, *config.data.val_data):  # a variable not set
+    if "" in (
+        config.data.data,
+        config.run.runs_dir,
+        *config.data.val_data,
+    ):  # unset in a shell
         raise UsageError("--data, --val_data or --runs_dir is empty: leave it out, or name one")
     if config.data.data == "shapes" and (config.data.val_data or config.data.turns == "single"):
         flag = "--val_data" if config.data.val_data else "--turns=single"
@@ -232,7 +240,7 @@ def check(config: TrainConfig) -> None:
     lr_scales(config.optim)
     fused = config.optim.optimizer == "adamw" and config.optim.use_fused_adamw
     if config.speed.state_dtype == "bf16" and not fused:
-        # the others round to the nearest, and small steps would be lost without a word
+        # the others round to the nearest and would silently lose small steps
         raise UsageError("--state_dtype bf16 needs --optimizer adamw with --use_fused_adamw=1")
     ends, steps = config.optim.ends, config.optim.steps
     if list(ends) != sorted({end for end in ends if end < steps}):
@@ -242,7 +250,7 @@ def check(config: TrainConfig) -> None:
 
 
 def check_adapters(config: TrainConfig) -> None:
-    """Raises UsageError for flags of adapters and rounding that do not go together."""
+    """Raises UsageError for contradictory flags of adapters and quantisation."""
     if config.model.quantize is not None and config.model.fake_quant:
         raise UsageError("--fake_quant trains the weights that --quantize freezes: give one")
     if config.model.lora_rank and config.model.init_from is None:
@@ -258,7 +266,7 @@ def check_adapters(config: TrainConfig) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raises UsageError for what is not the name of a folder inside of another."""
+    """Raises UsageError unless ``name`` can be the name of a folder."""
     if not name or name in (".", "..") or set(name) & set("/\\") or name.startswith("-"):
         problem = "must be the name of a folder, not a path or a flag"
     elif not name.isprintable() or len(os.fsencode(name)) > LONGEST_NAME:
@@ -269,7 +277,7 @@ def check_name(name: str) -> None:
 
 
 def folder_name(text: str) -> str:
-    """What may be part of a folder's name of what a file is called.
+    """A file's name with the characters that a folder's name may have.
 
     >>> folder_name("*"), folder_name("../my data"), folder_name("")
     ('data', 'my-data', 'data')
@@ -278,14 +286,14 @@ def folder_name(text: str) -> str:
 
 
 def check_preset(name: str) -> None:
-    """Raises UsageError with the nearest name for a preset that there is not."""
+    """Raises UsageError with the closest name for an unknown preset."""
     if name not in PRESETS:
         hint = nearest(name, list(PRESETS))
         raise UsageError(f"no preset {name!r}{hint} (presets: {', '.join(PRESETS)})")
 
 
 def lr_scales(config: OptimSettings) -> dict[str, float]:
-    """``--lr_scale`` as path pattern -> factor. Raises UsageError for one that is neither."""
+    """``--lr_scale`` as path pattern -> factor. Raises UsageError for a malformed one."""
     scales = {}
     for entry in config.lr_scale:
         pattern, equals, word = entry.rpartition("=")
@@ -319,7 +327,7 @@ def model_config(config: ModelSettings) -> VLMConfig:
 
 
 def differing_fields(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """Where a config differs from the run it is to continue, as ``--flag old -> new``."""
+    """Flags in which a continuation must not differ but does, as ``--flag old -> new``."""
     then, now = flags_of(old), flags_of(new)
     names = [name for name in now if name not in FREE_FIELDS | OF_THE_SCHEDULE]
     return [f"--{n} {_plain(then[n])} -> {_plain(now[n])}" for n in names if then[n] != now[n]]
@@ -332,7 +340,7 @@ def flags_of(config: TrainConfig, names: Iterable[str] | None = None) -> dict[st
 
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:
-    """For JSON: a dict of each part, tuples as lists."""
+    """A dict of each part for JSON, with tuples as lists."""
     return {
         part: {name: _plain(value) for name, value in values.items()}
         for part, values in dataclasses.asdict(config).items()
@@ -340,8 +348,8 @@ def as_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
-    """The inverse of :func:`as_dict`, also of a dict without parts, as runs had it before there
-    were any; fields it does not know are those of another version."""
+    """The inverse of :func:`as_dict`; also reads the flat dict of older runs. Unknown fields, of
+    other versions, are ignored."""
     known = fields_of(TrainConfig)
     flags = {name: value for name, value in flattened(values).items() if name in known}
     return TrainConfig.of(**flags)

@@ -1,4 +1,4 @@
-"""What a run comes from: command, code, versions and machine, for whoever wants to run it again."""
+"""The origin of a run: command, commit, versions and machine, so that it can be repeated."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-# Distributions that numbers may depend on, where they are installed
+# Distributions that may change a run's numbers
 PACKAGES = (
-    "torch", "triton", "numpy", "pillow", "tokenizers", "safetensors", "flash-attn", "flash-attn-4",
-    "quack-kernels", "nvidia-cutlass-dsl", "bitsandbytes",
-)  # fmt: skip
+    "torch triton numpy pillow tokenizers safetensors flash-attn flash-attn-4 quack-kernels "
+    "nvidia-cutlass-dsl bitsandbytes"
+)
 UNKNOWN = "unknown"
 
 
 def origin(command: str | None, after: int, device: torch.device) -> dict[str, Any]:
-    """A record for a run's config.json, JSON: how one command began or continued it.
+    """How one command began or continued a run, for its config.json.
 
-    command: as it was given, quoted; None where training was called from Python. after: the steps
-    that were done before.
+    command: the quoted command line; None if training was called from Python. after: the steps
+    done before.
     """
     commit, changed = revision(ROOT)
     return {
@@ -42,8 +42,8 @@ def origin(command: str | None, after: int, device: torch.device) -> dict[str, A
 @functools.cache
 def revision(root: Path) -> tuple[str, bool | None]:
     """The commit of the code in ``root`` and whether its Python files differ from it; ``unknown``
-    and None where it is not a checkout of its own, or git is missing."""
-    if not (root / ".git").exists():  # installed, perhaps inside of another checkout
+    and None without git or a checkout."""
+    if not (root / ".git").exists():  # installed, perhaps inside another checkout
         return UNKNOWN, None
     try:
         commit = _git(root, "rev-parse", "HEAD").strip()
@@ -59,9 +59,9 @@ def _git(root: Path, *args: str) -> str:
 
 @functools.cache
 def versions() -> dict[str, str | None]:
-    """Versions of Python, the driver, CUDA, and the libraries that numbers may depend on."""
+    """Versions of Python, the driver, CUDA and the libraries in PACKAGES."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in PACKAGES.split():
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -75,7 +75,7 @@ def versions() -> dict[str, str | None]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What computes: on a CPU sums depend on its instructions and on the number of threads."""
+    """The device. On a CPU sums depend on its instructions and the number of threads."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name = torch.cuda.get_device_name(device)

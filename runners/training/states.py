@@ -1,9 +1,9 @@
-"""The states of a run: all that a resume needs, as ``state/STEP/`` of the run's folder.
+"""The states of a run, which it resumes from: ``state/STEP/`` in the run's folder.
 
 A state holds params and optimizer moments (state.safetensors) and the rest (state.json), each with
-a checksum. It is written as ``STEP.part``, flushed to the disk and renamed, so that a half-written
-one is never taken for whole; older ones go afterwards. Nothing else in ``state/`` is ever touched:
-a state is a real folder of at least eight digits with a state.json in it, links are not followed.
+a checksum. It is written as ``STEP.part``, flushed to the disk and renamed, so that a partial state
+is never taken for a whole one; then older ones are removed. A state is a real folder named by at
+least eight digits, with a state.json: nothing else in ``state/`` is touched, and no link followed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that the rest of a run depends on, after ``step`` steps."""
+    """Everything that a run needs to continue after ``step`` steps."""
 
     step: int
     params: Tree
@@ -53,34 +53,34 @@ class TrainState:
     loader: dict[str, Any]  # Loader.state_dict(), JSON
     best: float | None  # lowest validation loss so far
     rng: dict[str, Tensor]  # step.rng_state()
-    tokens: int = 0  # trained on so far
-    seconds: float = 0.0  # that the run has taken so far, all its commands together
+    tokens: int = 0  # trained on by all commands of the run
+    seconds: float = 0.0  # of all commands of the run
 
 
-# -- which there are --------------------------------------------------------------------------
+# -- finding ----------------------------------------------------------------------------------
 
 
 def is_state(path: Path) -> bool:
-    """Whether this is a state's folder, whole or damaged."""
+    """Whether ``path`` is a state's folder, whole or damaged."""
     named = path.parent.name == STATES and _NAME.fullmatch(path.name)
     return bool(named) and not path.is_symlink() and (path / RECORD).is_file()
 
 
 def run_folder(path: Path) -> Path:
-    """The folder of the run that a state belongs to; other paths as they are."""
+    """The folder of the run that a state belongs to; other paths unchanged."""
     return path.parent.parent if path.parent.name == STATES else path
 
 
 def find_states(folder: Path) -> list[Path]:
-    """The states in a run's folder, of the fewest steps first."""
+    """The states in a run's folder, oldest first."""
     found = [p for p in (folder / STATES).glob("*") if is_state(p)]
     return sorted(found, key=lambda p: int(p.name))
 
 
 def newest_state(folder: Path) -> Path | None:
-    """The newest state that is whole, or None if there is no state.
+    """The newest undamaged state, or None if there is no state.
 
-    Damaged ones are named by a warning and passed over. Raises UserError if all are damaged.
+    A warning names each damaged one. Raises UserError if all are damaged.
     """
     found = find_states(folder)
     for path in reversed(found):
@@ -99,7 +99,7 @@ def newest_state(folder: Path) -> Path | None:
 
 
 def check_state(path: Path) -> None:
-    """Raises UserError naming the file in which a state is damaged."""
+    """Raises UserError naming the damaged file of a state."""
     read_record(path)
     with explained(), ExitStack() as stack:
         open_leaves(locate(path / TENSORS), stack, verify=True)
@@ -109,12 +109,12 @@ def check_state(path: Path) -> None:
 
 
 def save_state(folder: Path, state: TrainState, config: TrainConfig) -> Path:
-    """Writes ``state/STEP`` whole or not at all. Raises UserError."""
+    """Writes ``state/STEP`` atomically. Raises UserError."""
     target = folder / STATES / f"{state.step:08d}"
     part = target.with_name(target.name + PART)
     with explained(f"cannot write {target}"):
         make_folder(target.parent)
-        if is_state(target):  # damaged, or of another continuation: the run began at one before it
+        if is_state(target):  # damaged, or of an abandoned continuation
             drop_state(target)
         _remove(part)
         part.mkdir()
@@ -132,7 +132,7 @@ def save_state(folder: Path, state: TrainState, config: TrainConfig) -> Path:
                 "loader": state.loader,
                 "config": as_dict(config),
             }
-            record = json.loads(json.dumps(record))  # its keys as they will be read
+            record = json.loads(json.dumps(record))  # keys become strings, as they will be read
             write_text(part / RECORD, json.dumps(record | {CHECKSUM: _checksum(record)}))
             rename(part, target)
         except BaseException:
@@ -142,14 +142,14 @@ def save_state(folder: Path, state: TrainState, config: TrainConfig) -> Path:
 
 
 def keep_states(folder: Path, steps: Collection[int]) -> None:
-    """Removes all states but those of some steps."""
+    """Removes all states except those of ``steps``."""
     for path in find_states(folder):
         if int(path.name) not in steps:
             drop_state(path)
 
 
 def drop_state(path: Path) -> None:
-    """Removes a state: first its name, so that a half-removed one is never taken for whole."""
+    """Removes a state. Renames it first, so that a partial state is never taken for a whole one."""
     part = path.with_name(path.name + PART)
     with explained(f"cannot remove {path}"):
         _remove(part)
@@ -159,21 +159,21 @@ def drop_state(path: Path) -> None:
 
 
 def sweep_states(folder: Path) -> None:
-    """Removes what killed processes left of states half written or half removed."""
+    """Removes partial states that killed processes left."""
     for path in (folder / STATES).glob(f"*{PART}"):
         if _NAME.fullmatch(path.name.removesuffix(PART)):
             _remove(path)
 
 
 def _remove(path: Path) -> None:
-    """Removes a state's own files, and its folder if nothing else is in it."""
+    """Removes a state's own files, and its folder if it is then empty."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.is_dir():
         for file in path.iterdir():
             if _FILES.fullmatch(file.name):
                 file.unlink()
-        with contextlib.suppress(OSError):  # somebody has put something there
+        with contextlib.suppress(OSError):  # it holds other files
             path.rmdir()
 
 
@@ -181,7 +181,7 @@ def _remove(path: Path) -> None:
 
 
 def load_state(path: Path, like: Tree, config: TrainConfig, device: torch.device) -> TrainState:
-    """Reads a state. Raises UserError if it is damaged, or of a run with another config."""
+    """Reads a state. Raises UserError if it is damaged or belongs to another config."""
     record, step, old = read_record(path)
     continued(old, config, step, path)
     with explained():
@@ -190,13 +190,19 @@ def load_state(path: Path, like: Tree, config: TrainConfig, device: torch.device
     moments = flatten(tree.get("moments", {}))
     rng = {name: leaf.cpu() for name, leaf in tree["rng"].items()}
     return TrainState(
-        step, tree["params"], moments, record.get("loader", dict), record.find("best", float), rng,
-        record.find("tokens", int) or 0, record.find("seconds", float) or 0.0,
-    )  # fmt: skip
+        step=step,
+        params=tree["params"],
+        moments=moments,
+        loader=record.get("loader", dict),
+        best=record.find("best", float),
+        rng=rng,
+        tokens=record.find("tokens", int) or 0,
+        seconds=record.find("seconds", float) or 0.0,
+    )
 
 
 def load_weights_of(path: Path, like: Tree, device: torch.device) -> Tree:
-    """The params of a state. Raises UserError if it is damaged, ValueError if they differ."""
+    """The params of a state. Raises UserError if it is damaged, ValueError if shapes differ."""
     read_record(path)
     params: Tree = load_params(path / TENSORS, device=device)["params"]
     same_shapes(params, like, path)
@@ -214,8 +220,7 @@ def same_shapes(params: Tree, like: Tree, path: Path) -> None:
 
 
 def read_record(path: Path) -> tuple[Fields, int, TrainConfig]:
-    """A state's state.json, the step it stands for and the flags it was made under. Raises
-    UserError naming what is damaged."""
+    """A state's state.json, its step and its config. Raises UserError naming what is damaged."""
     record = read_object(path / RECORD)
     version = record.get("version", int)
     if version != VERSION:
