@@ -1,4 +1,4 @@
-"""What the model holds: pytrees of params, how they start, and how they lie on disk."""
+"""Parameter pytrees: initialization, formats of weights, and safetensors files."""
 
 from params import paths, tree
 from params.formats import is_scale

@@ -1,9 +1,8 @@
-"""Files written whole or not at all, on the disk before anything older goes, with a checksum.
+"""Atomic, durable writes of files, and safetensors files with a checksum.
 
-A file is written beside its name as ``NAME.part``, flushed to the disk (fsync) and renamed; the
-folder that holds it is flushed too. So a process killed at any moment, and a machine that loses its
-power, leave the old file or the new one. A killed process leaves at most a ``NAME.part``, which the
-next writer of that name replaces.
+A file is written as ``NAME.part``, flushed to the disk (fsync) and renamed; its folder is flushed
+too. A killed process or a power cut therefore leaves the old file or the new one, and at most a
+``NAME.part``, which the next write replaces.
 """
 
 from __future__ import annotations
@@ -21,35 +20,34 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-# Metadata: CRC-32 of the file's bytes, in 8 hex digits, with zeros where it stands itself. It finds
-# every error of up to 32 bits in a row, at the speed of a fast disk; SHA-256 takes 4 times as long.
+# Metadata: CRC-32 of the file, computed with zeros in place of its own 8 hex digits.
+# SHA-256 takes 4 times as long.
 CHECKSUM = "nanovision.crc32"
 ZEROS = "0" * 8
 PART = ".part"
 _MARK = f'"{CHECKSUM}":"'.encode()
 _CHUNK = 2**24  # bytes written, or read, at once
-# https://huggingface.co/docs/safetensors: the format's names of the types
-_NAMES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-    "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "float8_e8m0fnu": "F8_E8M0", "float4_e2m1fn_x2": "F4",
-}  # fmt: skip
-_DTYPES = {getattr(torch, name): said for name, said in _NAMES.items() if hasattr(torch, name)}
+# https://huggingface.co/docs/safetensors: torch's dtype:the format's name of it
+_NAMES = """
+float64:F64 float32:F32 float16:F16 bfloat16:BF16 int64:I64 int32:I32 int16:I16 int8:I8
+uint64:U64 uint32:U32 uint16:U16 uint8:U8 bool:BOOL complex64:C64
+float8_e4m3fn:F8_E4M3 float8_e5m2:F8_E5M2 float8_e4m3fnuz:F8_E4M3FNUZ float8_e5m2fnuz:F8_E5M2FNUZ
+float8_e8m0fnu:F8_E8M0 float4_e2m1fn_x2:F4
+"""
+_PAIRS = [pair.split(":") for pair in _NAMES.split()]
+_DTYPES = {getattr(torch, ours): theirs for ours, theirs in _PAIRS if hasattr(torch, ours)}
 
 
 # -- files and folders ------------------------------------------------------------------------
 
 
 def sync(path: Path) -> None:
-    """Flushes a file or a folder to the disk: else a power cut can leave a name without content."""
+    """Flushes a file or folder to the disk; a power cut may empty a file that is not flushed."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     except OSError as error:
-        # Some network file systems flush no folders: there a rename is as safe as they make it.
+        # some network file systems cannot flush folders
         if error.errno != errno.EINVAL or not path.is_dir():
             raise
     finally:
@@ -57,7 +55,7 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it, on the disk."""
+    """Makes a folder and its parents, and flushes them to the disk."""
     new = [p for p in (path, *path.absolute().parents) if not p.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in new:
@@ -66,7 +64,7 @@ def make_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A file to be filled, which takes the place of ``path`` at the end, or leaves it untouched."""
+    """A new file that replaces ``path`` on exit; on an error ``path`` is untouched."""
     part = path.with_name(path.name + PART)
     try:
         with fresh(part) as file:
@@ -79,13 +77,13 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8, whole or not at all."""
+    """Replaces a file by a UTF-8 text, atomically."""
     with writing(path) as file:
         file.write(text.encode())
 
 
 def fresh(path: Path) -> BinaryIO:
-    """A new file. A link that has its name is removed, never followed."""
+    """A new file. An existing link of its name is removed, not followed."""
     path.unlink(missing_ok=True)
     return path.open("xb")
 
@@ -96,7 +94,7 @@ def flush(file: BinaryIO) -> None:
 
 
 def rename(old: Path, new: Path) -> None:
-    """Gives a file or folder that is on the disk its name there."""
+    """Renames a flushed file or folder, and flushes the rename."""
     old.replace(new)
     sync(new.parent)
 
@@ -107,11 +105,12 @@ def rename(old: Path, new: Path) -> None:
 def write_tensors(
     file: BinaryIO, leaves: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file with its checksum; leaves go through host memory one by one.
+    """Writes a safetensors file with its checksum; leaves are copied to the host one at a time.
 
     Raises ValueError for a dtype that the format lacks.
     """
-    order = sorted(leaves, key=lambda name: (-leaves[name].element_size(), name))  # all aligned
+    # largest elements first: every leaf is aligned
+    order = sorted(leaves, key=lambda name: (-leaves[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": {**metadata, CHECKSUM: ZEROS}}
     end = 0
     for name in order:
@@ -120,7 +119,7 @@ def write_tensors(
             raise ValueError(f"safetensors has no dtype for {leaf.dtype} ({name}): cast it")
         start, end = end, end + leaf.numel() * leaf.element_size()
         dtype, shape = _DTYPES[leaf.dtype], list(leaf.shape)
-        if dtype == "F4":  # PyTorch counts pairs
+        if dtype == "F4":  # PyTorch's element is a pair
             shape[-1] *= 2
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     words = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -152,10 +151,7 @@ def _hex(checksum: int) -> bytes:
 
 
 def check_files(files: Sequence[Path]) -> None:
-    """Raises ValueError naming the file whose bytes are not those that were written.
-
-    Files without a checksum, as other libraries write them, pass.
-    """
+    """Raises ValueError for a file that does not match its checksum; files without one pass."""
     with ThreadPoolExecutor(min(8, max(1, len(files))), "checksum") as pool:
         for file, whole in zip(files, pool.map(_is_whole, files), strict=True):
             if not whole:

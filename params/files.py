@@ -1,9 +1,10 @@
-"""Safetensors files and their indices, in the layout of Hugging Face, replaced whole or not at all.
+"""Safetensors checkpoints in the layout of Hugging Face, replaced atomically.
 
-One file ``NAME.safetensors``, or shards beside ``NAME.safetensors.index.json``, which maps each
-leaf to its shard (https://huggingface.co/docs/safetensors). A single file is renamed into place;
-shards come under names that nothing refers to until their index is renamed into place. So whoever
-reads, or resumes after a crash at any moment, finds the old checkpoint or the new one.
+A checkpoint is one file ``NAME.safetensors``, or shards beside ``NAME.safetensors.index.json``,
+which maps each leaf to its shard (https://huggingface.co/docs/safetensors). A single file is
+renamed into place. Shards get names that the old index does not use, and take effect when the new
+index is renamed into place. A reader, or a run resumed after a crash, therefore finds either the
+old checkpoint or the new one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 
 def check_room(target: Path, needed: int) -> None:
-    """Raises OSError if ``target``, of so many bytes, does not fit where it is to be."""
+    """Raises OSError if the disk of ``target`` has less than ``needed`` bytes free."""
     there = next(p for p in target.absolute().parents if p.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"{there} is not a folder")
@@ -42,10 +43,10 @@ def check_room(target: Path, needed: int) -> None:
 def replace_files(
     target: Path, shards: Sequence[Mapping[str, Tensor]], metadata: Mapping[str, str]
 ) -> Path:
-    """Writes ``target``, or several shards and its index, for whatever checkpoint is there now.
+    """Writes ``target``, or several shards and its index, in place of any checkpoint there.
 
-    Returns the file that was renamed into place; on any error the old checkpoint is untouched and
-    nothing is left beside it.
+    Returns the file that was renamed into place. On any error the old checkpoint is untouched and
+    no other file remains.
     """
     index = target.with_name(target.name + INDEX)
     old = set(_read_index(index)[0].values()) if index.exists() else set()
@@ -82,13 +83,13 @@ def _index(
 
 
 def _shard_names(stem: str, n: int, taken: set[str]) -> list[str]:
-    """Hugging Face's names, or the same after ``b`` if the checkpoint that is there uses those."""
+    """Hugging Face's names, or the same with a ``b`` if the present checkpoint uses those."""
     names = [f"{stem}-{i:05d}-of-{n:05d}{SUFFIX}" for i in range(1, n + 1)]
     return names if taken.isdisjoint(names) else [f"{stem}b{name[len(stem) :]}" for name in names]
 
 
 def locate(path: Path) -> Path:
-    """The file or index that a path stands for."""
+    """The file or index at a path, which may be its folder."""
     if not path.is_dir():
         index = path.with_name(path.name + INDEX)
         return index if index.exists() and not path.exists() else path
@@ -96,7 +97,7 @@ def locate(path: Path) -> Path:
         if (path / name).exists():
             return path / name
     files = sorted(path.glob(f"*{SUFFIX}"))
-    # Shards without an index are what a killed save leaves in a new folder: never a model.
+    # a killed save leaves shards without an index in a new folder: they are no model
     shards = [p for p in files if SHARD.search(p.name)]
     found = sorted(path.glob(f"*{SUFFIX}{INDEX}")) or [p for p in files if p not in shards]
     if not found and shards:
@@ -114,9 +115,9 @@ def locate(path: Path) -> Path:
 def open_leaves(
     found: Path, stack: ExitStack, *, verify: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``(leaf name -> open file that holds it, metadata)``; the stack closes the files.
+    """``(leaf name -> open file, metadata)``; the stack closes the files.
 
-    verify: compares each file with its checksum, which reads all of it.
+    verify: compare each file with its checksum, which reads all of it.
     """
     if not found.is_file():
         raise FileNotFoundError(f"there is no file {found}")
@@ -159,7 +160,7 @@ def _open_file(file: Path) -> Any:
 
 
 def _read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """``(leaf name -> shard's file name, metadata)``; shards lie beside their index only."""
+    """``(leaf name -> file name of its shard, metadata)``; shards must lie beside their index."""
     try:
         record = json.loads(index.read_text())
         weight_map, metadata = dict(record["weight_map"]), dict(record.get("metadata") or {})
@@ -174,7 +175,7 @@ def _read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 @contextmanager
 def named_errors(what: str) -> Iterator[None]:
-    """Errors of the disk, naming the file."""
+    """Prefixes errors of the disk with ``what``."""
     try:
         yield
     except SafetensorError as error:

@@ -1,13 +1,11 @@
-"""Formats of weights, and the names of all leaves that transforms put beside a weight.
+"""Quantised formats of weights, and the names of all leaves that transforms put beside a weight.
 
-In a format, a leaf ``weight [..., O, I]`` is replaced by the format's own leaves and by an empty
-``weight_dtype [0]``, whose dtype is the weight's. Low-rank adapters lie beside a weight of any
-format. Beside a weight of another name ``w`` (experts ``[E, O, I]``) they are ``w_int8``,
-``w_lora_a`` and so on.
+A format replaces a leaf ``weight [..., O, I]`` by its own leaves and an empty ``weight_dtype [0]``,
+whose dtype is the weight's. Low-rank adapters lie beside a weight of any format. A weight named
+``w`` (experts ``[E, O, I]``) has ``w_int8``, ``w_lora_a`` and so on.
 
-Only this module knows these names: what reads files, counts bytes, casts, trains, adapts or wraps
-foreign modules asks it. A new format is an entry in :data:`FORMATS`, and a transform that calls
-``transforms.quantize_int8.quantize`` with the format and the product that its linears compute.
+Only this module knows these names. A new format is an entry in :data:`FORMATS` and a transform
+that calls ``transforms.quantize_int8.quantize`` with the format and the product of its linears.
 """
 
 from __future__ import annotations
@@ -23,20 +21,20 @@ from torch import Tensor
 from params.int8 import dequantize_weight, quantize_weight
 from params.tree import Tree
 
-DTYPE = "weight_dtype"  # no elements: it says by its dtype what the weight's was
+DTYPE = "weight_dtype"  # an empty tensor that has the weight's dtype
 ADAPTERS = ("lora_a", "lora_b")
 
 
 @dataclass(frozen=True)
 class Format:
-    """A way to hold a weight ``w [..., O, I]`` in fewer bits.
+    """A quantised format of a weight ``w [..., O, I]``.
 
-    name: what users call it.
-    leaves: names in a site's params, ``weight_...``: the codes, their scales, whatever else.
+    name: its public name.
+    leaves: names in a site's params, ``weight_...``; the first are the codes, then the scales.
     quantize: ``w`` -> a tensor for each of ``leaves``. Each keeps all dims of w but the last.
-    dequantize: ``(*tensors, dtype) -> w`` in that dtype; of some rows of each, these rows of w.
+    dequantize: ``(*tensors, dtype) -> w`` in that dtype; also for a selection of rows.
     nbytes: shape of w -> bytes of its leaves.
-    packed: how many neighbours in a row of w share one code.
+    packed: number of neighbours in a row of w that share one code.
     """
 
     name: str
@@ -52,12 +50,12 @@ class Format:
         return self.leaves[0]
 
     def store(self, weight: Tensor) -> dict[str, Tensor]:
-        """What stands in place of the weight, by name."""
+        """The leaves that replace the weight, by name."""
         stored = dict(zip(self.leaves, self.quantize(weight), strict=True))
         return {**stored, DTYPE: weight.new_empty(0)}
 
     def tensors(self, p: Tree) -> tuple[Tensor, ...]:
-        """The leaves of a site's params. Raises KeyError if they are not there."""
+        """The leaves of the format in a site's params. Raises KeyError if they are missing."""
         if self.codes not in p:
             raise KeyError(
                 f"this site holds a float weight but the forward expects {self.name}: "
@@ -66,7 +64,7 @@ class Format:
         return tuple(p[name] for name in self.leaves)
 
     def load(self, p: Tree, dtype: torch.dtype) -> Tensor:
-        """The weight of a site's params, dense."""
+        """The dequantised weight of a site's params."""
         return self.dequantize(*self.tensors(p), dtype)
 
     def shape(self, codes: Tensor) -> tuple[int, ...]:
@@ -88,8 +86,7 @@ FORMATS = {format.name: format for format in (INT8,)}
 
 
 def shape_of(p: Tree) -> tuple[int, ...]:
-    """Shape of the weight in a site's params, whatever its format. Raises KeyError if there is
-    none."""
+    """Shape of the weight in a site's params, in any format. Raises KeyError without a weight."""
     for format in FORMATS.values():
         if format.codes in p:
             return format.shape(p[format.codes])
@@ -97,12 +94,11 @@ def shape_of(p: Tree) -> tuple[int, ...]:
 
 
 def dtype_of(p: Tree) -> torch.dtype:
-    """Dtype of the weight in a site's params; of a quantised one, what it was. Raises KeyError if
-    there is none."""
+    """Dtype of the weight in a site's params, before quantisation. Raises KeyError without one."""
     if DTYPE in p:
         return p[DTYPE].dtype
     for format in FORMATS.values():
-        if format.codes in p:  # params of an older version, without a weight_dtype
+        if format.codes in p:  # params saved by an older version have no weight_dtype
             return p[format.leaves[1]].dtype
     return p["weight"].dtype
 
@@ -111,13 +107,13 @@ def dtype_of(p: Tree) -> torch.dtype:
 
 
 def added() -> tuple[str, ...]:
-    """Names, in a site's params, of all that transforms put beside a weight or in its place."""
+    """Names in a site's params that transforms put beside a weight or in its place."""
     leaves = [name for format in FORMATS.values() for name in format.leaves]
     return (*dict.fromkeys(leaves), DTYPE, *ADAPTERS)
 
 
 def beside(weight: str, name: str) -> str:
-    """Path of the leaf ``name``, one of :func:`added`, that goes with the weight at this path.
+    """Path of the leaf ``name``, one of :func:`added`, that belongs to the weight at this path.
 
     >>> beside("mlp.down.weight", "weight_int8"), beside("experts.down_proj", "weight_int8")
     ('mlp.down.weight_int8', 'experts.down_proj_int8')
@@ -128,13 +124,13 @@ def beside(weight: str, name: str) -> str:
 
 
 def held_at(flat: Mapping[str, Any], weight: str) -> dict[str, Any]:
-    """What a flat tree holds of the weight at this path, by the names in a site's params."""
+    """The leaves of the weight at this path in a flat tree, by their names in a site's params."""
     paths = {"weight": weight, **{name: beside(weight, name) for name in added()}}
     return {name: flat[path] for name, path in paths.items() if path in flat}
 
 
 def part_of(path: str, paths: Container[str]) -> tuple[Format, str] | None:
-    """The format that the leaf at ``path`` belongs to, and its name there; None if to none.
+    """The format that the leaf at ``path`` belongs to, and its name there; None for other leaves.
 
     >>> path = "mlp.up.weight_scale"
     >>> part_of(path, {path, "mlp.up.weight_int8"})[1], part_of(path, {path})
@@ -149,15 +145,16 @@ def part_of(path: str, paths: Container[str]) -> tuple[Format, str] | None:
 
 
 def is_scale(path: str, paths: Container[str]) -> bool:
-    """Whether the leaf at ``path`` goes with a quantised weight's codes, as a scale or mark: never
-    trained or counted, and a scale never cast."""
+    """Whether the leaf at ``path`` is the scale or dtype mark of a quantised weight.
+
+    Both are never trained and are no parameters; a scale is never cast.
+    """
     found = part_of(path, paths)
     return found is not None and found[1] != found[0].codes
 
 
 def is_mark(path: str, paths: Container[str]) -> bool:
-    """Whether the leaf at ``path`` says by its dtype what a quantised weight's was. It has no
-    elements, and is cast as the weight would be."""
+    """Whether the leaf at ``path`` is a ``weight_dtype``, which is cast as the weight would be."""
     found = part_of(path, paths)
     return found is not None and found[1] == DTYPE
 
@@ -167,5 +164,5 @@ def _suffix(name: str) -> str:
 
 
 def is_adapter(path: str) -> bool:
-    """Whether the leaf at ``path`` is half of an adapter."""
+    """Whether the leaf at ``path`` is a matrix of a low-rank adapter."""
     return path.endswith(ADAPTERS)

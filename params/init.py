@@ -1,4 +1,4 @@
-"""Initial params of a config. Each leaf has a random stream of its own."""
+"""Initial params of a config. Each leaf has its own random stream."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from params.tree import Tree, map_with_path
 
 
 class HasParamSpec(Protocol):
-    """A config: whatever says which parameters it needs."""
+    """A config that declares its parameters."""
 
     def param_spec(self) -> dict[str, Any]:
         """Nested dict of Leaf."""
@@ -27,15 +27,15 @@ def init_params(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tree:
-    """Fresh params: a nested dict of tensors shaped and drawn as ``config.param_spec()`` says.
+    """New params: a nested dict of tensors with the shapes and inits of ``config.param_spec()``.
 
-    A leaf's values follow from ``(seed, its path)`` alone: adding, dropping or reordering others
-    does not change it, nor does the global generator. They are drawn in fp32 on ``device`` (CPU and
-    CUDA draw different numbers) and then cast, so bf16 params are the fp32 ones rounded. On
-    ``device="meta"`` only shapes exist. Raises ValueError if ``dtype`` is not floating-point.
+    A leaf's values depend on ``(seed, path)`` alone, not on other leaves or the global generator.
+    They are drawn in fp32 on ``device`` (CPU and CUDA draw different numbers) and then cast, so
+    bf16 params are the rounded fp32 ones. On ``device="meta"`` leaves have shapes only.
+    Raises ValueError if ``dtype`` is not floating-point.
     """
     if not dtype.is_floating_point:
-        raise ValueError(f"params start out floating-point: dtype cannot be {dtype}")
+        raise ValueError(f"initial params are floating-point: dtype cannot be {dtype}")
     device = torch.device(device)
 
     def make(path: str, leaf: Leaf) -> Tensor:
@@ -50,10 +50,6 @@ def init_params(
 
 
 def leaf_seed(seed: int, path: str) -> int:
-    """63 bits that follow from the run's seed and the leaf's name.
-
-    A hash that is the same everywhere (``hash()`` is salted per process) and too wide for two
-    leaves of a model to meet by chance, as they would with 32 bits.
-    """
+    """A 63-bit seed for a leaf. ``hash()`` is salted per process, and 32 bits would collide."""
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -1,4 +1,4 @@
-"""Params on disk: trees of tensors to safetensors files and back. Nothing is ever unpickled."""
+"""Saves and loads params as safetensors files. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from params.formats import is_scale
 from params.tree import Tree, flatten, leaf_bytes, ties, unflatten
 
 TIED = "nanovision.tied"  # metadata: JSON object, path of a tied leaf -> path it is stored under
-RESERVED = ("format", "total_size", TIED, CHECKSUM)  # metadata that is ours, not the user's
+RESERVED = ("format", "total_size", TIED, CHECKSUM)  # keys of metadata that users may not set
 SHOWN = 4  # leaves of a kind that an error message lists
 
 StrPath = str | os.PathLike[str]
@@ -31,17 +31,22 @@ def save_params(
     metadata: Mapping[str, str] | None = None,
     max_shard_bytes: int = 4 * 2**30,
 ) -> Path:
-    """Writes params; returns the file that names them: ``path``, or its index if there are shards.
+    """Writes params, and returns the file written: ``path``, or its index if there are shards.
 
-    path: ``NAME.safetensors``, or an existing folder (``model.safetensors`` in it). More than
-    ``max_shard_bytes`` become ``NAME-00001-of-0000n.safetensors`` and
-    ``NAME.safetensors.index.json``; ``load_params`` takes the same path. A checkpoint that is there
-    is replaced, whole or not at all, and is on the disk when this returns, with a checksum a file.
-    Every dtype that safetensors has for PyTorch's is kept bit for bit; leaves that share all their
-    memory are stored once and come back shared.
+    An existing checkpoint is replaced atomically. Files have checksums and are flushed to the disk
+    before this returns. Dtypes are kept bit for bit. Leaves that share all their memory are stored
+    once and are loaded as one tensor.
 
-    Raises ValueError for a path, metadata or leaves that cannot be saved, OSError if there is no
-    room (looked up before anything is written) or no right to write.
+    Args:
+        params: nested dict of tensors.
+        path: ``NAME.safetensors``, or an existing folder, which gets ``model.safetensors``.
+            ``load_params`` takes the same path.
+        metadata: strings for :func:`load_metadata`.
+        max_shard_bytes: larger params become ``NAME-00001-of-0000n.safetensors`` and
+            ``NAME.safetensors.index.json``.
+
+    Raises ValueError for a path, metadata or leaves that cannot be saved; OSError if there is too
+    little room, before anything is written, or no permission.
     """
     target = Path(path) / NAME if Path(path).is_dir() else Path(path)
     if target.suffix != SUFFIX:
@@ -72,18 +77,22 @@ def load_params(
 ) -> Tree:
     """Reads params: a nested dict of tensors on ``device``, cast to ``dtype`` if one is given.
 
-    path: a safetensors file, an index of shards, or the folder of either. Files are memory-mapped
-    and read tensor by tensor, so no second copy of the model exists on the way; the tensors own
-    their memory, the file may change afterwards. dtype: of the floating-point leaves, except the
-    scales of quantised weights. like: a tree of tensors (meta will do) or of ``Leaf``: its paths
-    and shapes must be those of the file, which is checked before anything is read. verify: compare
-    each file with the checksum that ``save_params`` wrote into it, which reads it once more.
+    Files are memory-mapped and read tensor by tensor, without a second copy of the model. The
+    tensors own their memory, so the file may change afterwards.
 
-    Raises FileNotFoundError for a missing file or shard, ValueError for a truncated, damaged or
-    foreign file and for params that differ from ``like``.
+    Args:
+        path: a safetensors file, an index of shards, or the folder of either.
+        dtype: of the floating-point leaves, except the scales of quantised weights.
+        device: of all tensors.
+        like: a tree of tensors (on any device, meta too) or of ``Leaf``. The file must have its
+            paths and shapes, which is checked before tensors are read.
+        verify: compare each file with its checksum, which reads it once more.
+
+    Raises FileNotFoundError for a missing file or shard; ValueError for a truncated or damaged
+    file, one that is not safetensors, and params that differ from ``like``.
     """
     if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"params are read as floating-point numbers: dtype cannot be {dtype}")
+        raise ValueError(f"params are loaded as floating-point numbers: dtype cannot be {dtype}")
     found = locate(Path(path))
     with ExitStack() as stack:
         where, metadata = open_leaves(found, stack, verify=verify)
@@ -101,7 +110,7 @@ def load_params(
 
 
 def load_metadata(path: StrPath) -> dict[str, str]:
-    """The metadata that ``save_params`` was given. Raises as :func:`load_params` does."""
+    """The metadata passed to ``save_params``. Raises as :func:`load_params` does."""
     with ExitStack() as stack:
         metadata = open_leaves(locate(Path(path)), stack)[1]
     return {k: v for k, v in metadata.items() if k not in RESERVED and isinstance(v, str)}
@@ -117,7 +126,7 @@ def _checked(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _split(leaves: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    """Consecutive leaves, as many to a shard as fit; at least one."""
+    """Shards of consecutive leaves, each as large as fits but of one leaf at least."""
     shards: list[dict[str, Tensor]] = [{}]
     room = limit
     for name, leaf in leaves.items():
@@ -142,7 +151,7 @@ def _read_ties(found: Path, metadata: dict[str, Any], where: Mapping[str, Any]) 
 def _tree(found: Path, flat: Mapping[str, Tensor]) -> Tree:
     try:
         tree = unflatten(flat)
-        flatten(tree)  # which refuses names that no tree of ours can have
+        flatten(tree)  # raises for invalid names
     except ValueError as error:
         raise ValueError(f"{found} holds no tree of params: {error}") from error
     return tree

@@ -1,7 +1,7 @@
-"""Dotted paths and the patterns that name them.
+"""Dotted paths, and patterns that match them.
 
-A path is the name of a leaf or of a site: ``text.blocks.3.mlp.down.weight``. A pattern is a run of
-segments, each an fnmatch pattern, and names every path in which such a run occurs anywhere:
+A path names a leaf or a site: ``text.blocks.3.mlp.down.weight``. A pattern is a sequence of
+segments, each an fnmatch pattern. It matches every path that contains such a sequence anywhere:
 ``vision``, ``blocks.0``, ``mlp.*``, ``attn.[qk].weight``. A negative segment counts from the end
 of a list of layers: ``blocks.-1`` is the last block.
 """
@@ -18,11 +18,11 @@ LISTED = 12  # paths that an error message shows
 
 
 def matches(pattern: str, path: str, aliases: Mapping[int, str] | None = None) -> bool:
-    """Whether ``pattern`` names ``path``.
+    """Whether ``pattern`` matches ``path``.
 
-    aliases: segment index -> how that segment reads when counted from the end (``{2: "-1"}``), as
-    :func:`segment_aliases` or :func:`alias_table` gives it. Only segments of the pattern that start
-    with a minus are held against it, so that ``[!0]`` never means the first layer.
+    aliases: segment index -> that segment counted from the end (``{2: "-1"}``), from
+    :func:`segment_aliases` or :func:`alias_table`. Only pattern segments that start with a minus
+    are compared with it, so ``[!0]`` never means the first layer.
 
     >>> matches("mlp.*", "text.blocks.3.mlp.down.weight"), matches("mlp.*", "text.blocks.3.mlp")
     (True, False)
@@ -42,9 +42,9 @@ def _fits(want: str, have: tuple[str, str | None]) -> bool:
 
 
 def segment_aliases(tree: Mapping[str, Any], path: str) -> dict[int, str]:
-    """Segment index -> negative spelling, for one path of a tree of params.
+    """Segment index -> negative index, for one path of a tree of params.
 
-    Lists are the branches whose keys are exactly ``"0" ... "n-1"``.
+    A list is a branch whose keys are exactly ``"0" ... "n-1"``.
 
     >>> segment_aliases({"blocks": {"0": {"w": 1}, "1": {"w": 2}}}, "blocks.1.w")
     {1: '-1'}
@@ -58,7 +58,7 @@ def segment_aliases(tree: Mapping[str, Any], path: str) -> dict[int, str]:
 
 
 def alias_table(paths: Iterable[str]) -> dict[str, dict[int, str]]:
-    """:func:`segment_aliases` of every path, the tree being the one that the paths spell out."""
+    """:func:`segment_aliases` of every path, in the tree that the paths span."""
     split = {path: path.split(".") for path in paths}
     children: dict[tuple[str, ...], set[str]] = {}
     for segments in split.values():
@@ -76,9 +76,9 @@ def alias_table(paths: Iterable[str]) -> dict[str, dict[int, str]]:
 def select_paths(
     patterns: Sequence[str] | str, paths: Iterable[str], *, what: str = "params"
 ) -> list[str]:
-    """The paths that any of the patterns names, in their own order.
+    """The paths that any of the patterns matches, in the order of ``paths``.
 
-    Raises ValueError, listing what there is, if one of the patterns names nothing.
+    Raises ValueError, listing the paths, if a pattern matches none.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     aliases = alias_table(paths := list(paths))
@@ -92,7 +92,7 @@ def select_paths(
 
 
 def no_match(pattern: str, paths: Iterable[str], *, what: str = "params") -> ValueError:
-    """The error to raise when a pattern names nothing: the nearest pattern and what there is."""
+    """The error for a pattern without a match: it suggests the nearest and lists the paths."""
     paths = list(paths)
     near = difflib.get_close_matches(pattern, _runs(pattern.split("."), paths), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
@@ -103,7 +103,7 @@ def no_match(pattern: str, paths: Iterable[str], *, what: str = "params") -> Val
 
 
 def _runs(wanted: Sequence[str], paths: Iterable[str]) -> list[str]:
-    """Every run of as many segments as ``wanted``; its wildcards are taken over."""
+    """Every run of ``len(wanted)`` segments, with the wildcards of ``wanted`` in their places."""
     keep = {i for i, s in enumerate(wanted) if any(c in s for c in "*?[")}
     runs: dict[str, None] = {}
     for path in paths:

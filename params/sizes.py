@@ -1,4 +1,4 @@
-"""How big a model is, and how big it would be in other formats."""
+"""The size of a model, in its own and in other formats."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from params.formats import INT8, part_of
 from params.tree import flatten, leaf_bytes, ties
 
-MB = 1e6  # bytes: SI, as disks and networks are sold; 2**20 bytes would be a MiB
+MB = 1e6  # bytes
 
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of a tree of params, in MB of 10^6 bytes. ``dict(size)`` and ``size["mb_now"]`` work.
+    """Sizes of a tree of params, in MB (10^6 bytes). ``dict(size)`` and ``size["mb_now"]`` work.
 
-    compression_ratio: bytes in fp16 (or bf16) / bytes now; 1 for a bf16 model, about 2 for int8.
+    compression_ratio: bytes in fp16 divided by bytes now; 1 for a bf16 model, about 2 for int8.
     """
 
     parameters: int
@@ -48,14 +48,13 @@ class Size:
 
 
 def estimate_size(params: Mapping[str, Any]) -> Size:
-    """The size of a tree of params; tensors on the meta device will do.
+    """The size of a tree of params, which may be on the meta device.
 
-    Parameters are the elements of floating-point leaves and of quantised weights, not their scales.
-    ``mb_now`` is everything, as it lies in memory. ``mb_fp32`` and ``mb_fp16`` hold every parameter
-    in that format. ``mb_int8`` is what quantising every
-    matrix would take: a byte an element and an fp32 scale per output channel (row), the rest in
-    fp16. Leaves that are no parameters (integers) are in all four; memory that several leaves
-    share counts once.
+    Parameters are the elements of floating-point leaves and of quantised weights, without their
+    scales. ``mb_now`` counts all leaves in their present dtypes. ``mb_fp32`` and ``mb_fp16`` hold
+    every parameter in that dtype. ``mb_int8`` holds every matrix in one byte per element and an
+    fp32 scale per row, all other parameters in fp16. Integer leaves are in all four sizes. Memory
+    shared by several leaves counts once.
 
     >>> import torch
     >>> print(estimate_size({"weight": torch.zeros(1000, 1000)}))
@@ -70,11 +69,11 @@ def estimate_size(params: Mapping[str, Any]) -> Size:
         now += here
         format, name = part_of(path, flat) or (None, "")
         if format is not None and name != format.codes:
-            continue  # gone in a float format, and counted with its weight in int8
+            continue  # a scale: absent in float formats, counted with its weight in int8
         if format is None and not leaf.is_floating_point():
             fp32, fp16, int8 = fp32 + here, fp16 + here, int8 + here
             continue
-        rows = leaf.flatten(1) if leaf.ndim > 1 else leaf  # of a convolution: a filter each
+        rows = leaf.flatten(1) if leaf.ndim > 1 else leaf  # a convolution has a scale per filter
         shape = rows.shape if format is None else format.shape(leaf)
         count = math.prod(shape)
         parameters += count

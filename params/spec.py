@@ -1,4 +1,4 @@
-"""What a parameter is before it exists: its shape and how it starts."""
+"""Declarations of parameters: shape and initial distribution."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from params.tree import flatten
 
 INITS = ("normal", "zeros", "ones")
-Spec = dict[str, Any]  # str -> Spec | Leaf: the shape of a tree of params
+Spec = dict[str, Any]  # str -> Spec | Leaf
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor to be: drawn from N(0, std^2), or constant.
+    """A declared tensor, drawn from N(0, std^2) or constant.
 
     Raises ValueError for an unknown ``init``, a negative ``std`` or a negative dimension.
     """

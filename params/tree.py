@@ -1,9 +1,9 @@
-"""Pytrees of params: nested dicts with str keys and tensors (or anything but dicts) as leaves.
+"""Pytrees of params: nested dicts with str keys; leaves are tensors, or anything but dicts.
 
-A leaf's dotted path is its name in a safetensors file. Keys hold no dots; layers of a list are
-keyed ``"0"``, ``"1"``, ... The order of keys never matters. Empty dicts hold nothing and are
-dropped by whatever goes through the flat form. All functions return new dicts around the same
-leaves, and trace under ``torch.compile`` (those that take patterns excepted: fnmatch does not).
+A leaf's dotted path is its name in a safetensors file. Keys contain no dots; the layers of a list
+are keyed ``"0"``, ``"1"``, ... The order of keys never matters, and flattening drops empty dicts.
+All functions return new dicts around the same leaves. All but those that take patterns trace under
+``torch.compile``.
 """
 
 from __future__ import annotations
@@ -85,17 +85,17 @@ def _map(
 
 
 def select(tree: Mapping[str, Any], patterns: Sequence[str] | str) -> Tree:
-    """The part of a tree that path patterns name. Raises ValueError if one names nothing."""
+    """The leaves that path patterns match. Raises ValueError if a pattern matches nothing."""
     return partition(tree, patterns)[0]
 
 
 def partition(tree: Mapping[str, Any], patterns: Sequence[str] | str) -> tuple[Tree, Tree]:
-    """``(selected, rest)``; branches left without leaves are dropped. :func:`merge` is the inverse.
+    """``(selected, rest)``, without empty branches. :func:`merge` is the inverse.
 
     >>> partition({"vision": {"w": 1}, "text": {"w": 2, "b": 3}}, ["vision", "text.b"])
     ({'vision': {'w': 1}, 'text': {'b': 3}}, {'text': {'w': 2}})
 
-    Raises ValueError if a pattern names nothing.
+    Raises ValueError if a pattern matches nothing.
     """
     flat = flatten(tree)
     chosen = set(select_paths(patterns, flat))
@@ -104,7 +104,7 @@ def partition(tree: Mapping[str, Any], patterns: Sequence[str] | str) -> tuple[T
 
 
 def merge(*trees: Mapping[str, Any]) -> Tree:
-    """One tree with the leaves of all. Raises ValueError if two hold a leaf at the same path."""
+    """One tree with the leaves of all. Raises ValueError if two have a leaf at the same path."""
     flat: dict[str, Any] = {}
     for tree in trees:
         part = flatten(tree)
@@ -116,12 +116,12 @@ def merge(*trees: Mapping[str, Any]) -> Tree:
 
 
 def count(tree: Mapping[str, Any]) -> int:
-    """Elements in all leaves. ``sizes.estimate_size`` counts parameters: no scales, ties once."""
+    """Elements of all leaves. ``sizes.estimate_size`` skips scales and counts ties once."""
     return sum(leaf.numel() for leaf in flatten(tree).values())
 
 
 def num_bytes(tree: Mapping[str, Any]) -> int:
-    """Bytes of all leaves, each counted for itself."""
+    """Bytes of all leaves; shared memory counts once per leaf."""
     return sum(map(leaf_bytes, flatten(tree).values()))
 
 
@@ -131,10 +131,7 @@ def leaf_bytes(leaf: Tensor) -> int:
 
 
 def ties(tree: Mapping[str, Any]) -> dict[str, str]:
-    """Paths whose leaf is, byte for byte, the memory of another -> that other path.
-
-    The path that comes first in alphabetical order is the one referred to.
-    """
+    """Paths whose leaf has the same memory as an alphabetically earlier one -> that path."""
     first: dict[Any, str] = {}
     tied = {}
     for path, leaf in sorted(flatten(tree).items()):

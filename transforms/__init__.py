@@ -1,4 +1,4 @@
-"""What can be done to a forward: functions from Forward to Forward, one file each."""
+"""Transforms: functions from Forward to Forward, one per file."""
 
 from transforms.accumulate import accumulate, accumulate_grads
 from transforms.checkpoint import checkpoint, rematerialize

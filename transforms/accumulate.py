@@ -1,4 +1,4 @@
-"""Gradient accumulation: several batches as if they were one, at the memory of one."""
+"""Gradient accumulation: one step over several batches, with the memory of one."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ GradFn = Callable[[Tree, Any], tuple[Tensor, Tree]]
 def accumulate(loss_fn: Loss, microbatches: int) -> Loss:
     """``(params, batches) -> loss``: the mean over the labelled tokens of all microbatches.
 
-    batches: a sequence of ``microbatches`` batches, or one dict whose tensors have them along a
-    leading axis (``stack_examples``). Each weighs as many as its labels that are not -100, so the
-    loss and its gradient are those of one batch of all their tokens, however the labels are spread.
+    ``batches`` is a sequence of ``microbatches`` batches, or one dict whose tensors stack them
+    along a leading axis (``stack_examples``). Each microbatch is weighted by its number of labels
+    other than -100, so the loss and its gradient are those of one batch with all the tokens.
 
-    Under autograd each microbatch's gradient is computed as its loss is, and its activations are
-    gone before the next begins; the gradient's sum is fp32 at least. Under ``torch.func`` and
-    ``torch.compile`` a microbatch is computed again in the backward pass instead. Works around
-    ``torch.compile(loss_fn)``. Raises ValueError if the number of batches is not ``microbatches``.
+    Under autograd, the forward computes each microbatch's gradient and frees its activations before
+    the next one; gradients are summed in fp32 or wider. Under ``torch.func`` and ``torch.compile``,
+    microbatches are recomputed in the backward pass. ``loss_fn`` may be compiled. Raises ValueError
+    if the number of batches is not ``microbatches``.
     """
     if microbatches < 1:
         raise ValueError(f"microbatches must be 1 or more, not {microbatches}")
@@ -65,35 +65,36 @@ class Accumulated(NamedTuple):
     """Loss and gradients of several batches."""
 
     loss: Tensor  # fp32 scalar: the mean over the labelled tokens of all batches
-    losses: list[Tensor]  # of each batch
+    losses: list[Tensor]  # one per batch
     grads: dict[str, Tensor]  # by path
 
 
 def accumulate_grads(
     grad_fn: GradFn, params: Tree, batches: Sequence[Any], device: torch.device | None = None
 ) -> Accumulated:
-    """Gradients of several batches as those of one: :func:`accumulate` for a training loop.
+    """Accumulated gradients for a training loop: :func:`accumulate` outside of ``grad_fn``.
 
-    grad_fn is called once a batch, so it may be compiled or recorded as a CUDA graph, which
-    ``accumulate`` inside of it cannot be: results may be overwritten by its next call. The sum is
-    fp32; the gradients of a single batch are returned as they are.
+    ``grad_fn`` is called once per batch, so it may be compiled or a CUDA graph whose next call
+    overwrites its results. Gradients are summed in fp32; those of a single batch are returned as
+    they are.
 
     Args:
-        grad_fn: ``(params, batch) -> (loss, grads)``, as of :func:`value_and_grad`.
-        batches: on the CPU, where counting their labels waits for nothing.
-        device: where grad_fn wants them; each is copied when its turn comes. Default: the CPU.
+        grad_fn: ``(params, batch) -> (loss, grads)``, as from :func:`value_and_grad`.
+        params: nested dict of tensors.
+        batches: on the CPU, where their labels are counted without waiting for a GPU.
+        device: of the batches that grad_fn gets; each is copied just before its call. Default: CPU.
     """
     shares = token_shares(batches)
     losses: list[Tensor] = []
     total: dict[str, Tensor] = {}
     for batch, share in zip(batches, shares.tolist(), strict=True):
         loss, tree = grad_fn(params, batch if device is None else to_device(batch, device))
-        losses.append(loss.clone())  # a CUDA graph writes the next one in its place
+        losses.append(loss.clone())  # a CUDA graph overwrites it in the next call
         grads = flatten(tree)
         if len(batches) == 1:
             return Accumulated(loss, losses, grads)
         if not total:
-            # fp32: in bf16 the eighth batch would add three bits to the sum
+            # fp32: a bf16 sum would lose most bits of the later batches
             total = {p: torch.zeros_like(g, dtype=torch.float32) for p, g in grads.items()}
         torch._foreach_add_(list(total.values()), [grads[p] for p in total], alpha=share)
     each = torch.stack(losses)
@@ -101,20 +102,20 @@ def accumulate_grads(
 
 
 def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """A CPU batch on the device, without waiting for the copy."""
+    """A CPU batch on the device; the copy is asynchronous."""
     if device.type == "cpu":
         return dict(batch)
     return {name: t.pin_memory().to(device, non_blocking=True) for name, t in batch.items()}
 
 
 def token_shares(batches: Sequence[Any]) -> Tensor:
-    """``[len(batches)]`` fp32, on their device: the share of all labelled tokens in each."""
+    """``[len(batches)]`` fp32, on their device: each batch's share of all labelled tokens."""
     counts = labelled_tokens(batches).float()
     return counts / counts.sum().clamp(min=1)
 
 
 def labelled_tokens(batches: Sequence[Any]) -> Tensor:
-    """``[len(batches)]`` int64, on their device: how many labels of each count in its loss."""
+    """``[len(batches)]`` int64, on their device: the number of labelled tokens of each batch."""
     counts = [(batch["labels"] != IGNORE).sum() for batch in batches]
     return torch.stack(counts) if counts else torch.zeros(0, dtype=torch.int64)
 
@@ -125,7 +126,7 @@ def _summed(loss_fn: Loss, params: Tree, batches: Sequence[Any], shares: Tensor)
 
 
 class _Accumulated(torch.autograd.Function):
-    """(part, count, *leaves) -> the sum of ``part(leaves, i)``, its gradient ready beforehand."""
+    """(part, count, *leaves) -> the sum of ``part(leaves, i)``; forward computes the gradient."""
 
     @staticmethod
     def forward(ctx: Any, part: Any, count: int, *leaves: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ class _Accumulated(torch.autograd.Function):
                 total = [g if count == 1 else g.to(_wide(g.dtype), copy=True) for g in grads]
             else:
                 torch._foreach_add_(total, list(grads))
-        # plain results, no part of a graph: save_for_backward is for the inputs
+        # gradients are outside of any graph: save_for_backward is for inputs
         ctx.grads = {i: g.to(leaves[i].dtype) for i, g in zip(wanted, total, strict=True)}
         ctx.save_for_backward(*leaves)
         return torch.stack(losses).sum()
@@ -156,7 +157,7 @@ class _Accumulated(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         grads: Mapping[int, Tensor] = ctx.grads
         leaves = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: a gradient that can be differentiated again
+        if torch.is_grad_enabled():  # create_graph: the gradient is differentiated again
             loss = torch.stack([ctx.part(leaves, k) for k in range(ctx.count)]).sum()
             wanted = list(grads)
             found = torch.autograd.grad(

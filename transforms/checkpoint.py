@@ -1,12 +1,11 @@
-"""Activation checkpointing as a rule on blocks: keep a block's inputs, recompute its inside.
+"""Activation checkpointing: keeps a block's inputs, and recomputes the block in backward.
 
-"Training Deep Nets with Sublinear Memory Cost", https://arxiv.org/abs/1604.06174. What a policy
-keeps of the inside: "Reducing Activation Recomputation in Large Transformer Models",
+"Training Deep Nets with Sublinear Memory Cost", https://arxiv.org/abs/1604.06174. Policies that
+keep more: "Reducing Activation Recomputation in Large Transformer Models",
 https://arxiv.org/abs/2205.05198.
 
-Two mechanisms, one meaning. Under plain autograd and ``torch.compile``,
-``torch.utils.checkpoint`` (non-reentrant), whose tags the compiler's partitioner honours. Under
-``torch.func`` transforms a functional one of our own (``transforms.recompute``).
+Plain autograd and ``torch.compile`` use the non-reentrant ``torch.utils.checkpoint``, whose tags
+the compiler's partitioner honours. ``torch.func`` transforms use ``transforms.recompute``.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from transforms.recompute import functional, unchanging
 
 Policy = str | Sequence[str] | Keep
 
-# PyTorch's operations of the kinds that kernels register theirs with (`kind_of`).
+# PyTorch's operations; the library's own are registered with their kind (`kind_of`)
 MATMULS = {"aten.mm", "aten.addmm", "aten._int_mm", "aten._scaled_mm"}
 ATTENTIONS = {
     "aten._scaled_dot_product_flash_attention",
@@ -48,12 +47,13 @@ ATTENTIONS = {
 
 
 def _is_matmul(name: str) -> bool:
-    """A product with a weight. Plain attention's are batched (bmm), and would keep [H, T, T]."""
+    """A product with a weight. Batched ones (bmm) are plain attention's: they would keep
+    ``[H, T, T]``."""
     return name in MATMULS or kind_of(name) == "matmul"
 
 
 def _is_attention(name: str) -> bool:
-    """Flash attention: its outputs and statistics are slow to compute and small to keep."""
+    """Flash attention: slow to recompute, with small outputs and statistics."""
     return name in ATTENTIONS or kind_of(name) == "attention"
 
 
@@ -118,8 +118,8 @@ def checkpoint(
 
 
 def _computed_again(forward: Forward, chosen: Callable[[SiteInfo], bool]) -> Forward:
-    """Lets the MLPs of recomputed blocks keep nothing of their own where they are compiled: their
-    backward may then compute gate and up again without a cost, and some rows at a time."""
+    """Compiled MLPs of recomputed blocks save no intermediates: their backward may recompute gate
+    and up for some rows at a time, at no cost."""
     blocks = tuple(f"{site.path}." for site in forward.select(("block",), chosen))
 
     def mlps(site: SiteInfo) -> bool:
@@ -134,7 +134,7 @@ def _computed_again(forward: Forward, chosen: Callable[[SiteInfo], bool]) -> For
 
 
 def keeper(policy: Policy) -> Keep | None:
-    """Whether an operation's outputs are kept, by its name; None if none is.
+    """A policy as a function of an operation's name: whether to keep its outputs. None: keep none.
 
     >>> keeper(("dots", "attention"))("aten.mm"), keeper("attention")("aten.mm"), keeper("nothing")
     (True, False, None)
@@ -153,16 +153,15 @@ def keeper(policy: Policy) -> Keep | None:
 
 @contextmanager
 def naming_what_differs() -> Iterator[None]:
-    """Around a backward pass: PyTorch says that a block computed other tensors when it was run
-    again; this says what that may come from."""
+    """Wraps a backward pass, and explains PyTorch's error for a block whose second run differs."""
     try:
         yield
     except CheckpointError as error:
         raise RuntimeError(
-            "a block that checkpoint runs again in backward computes something else there: a "
-            "module in it keeps a state from call to call, such as a cache (Hugging Face: "
-            "use_cache=False, in call= or in the config). Switch that off, or leave checkpoint "
-            f"out ({str(error).splitlines()[0]})"
+            "a block that checkpoint recomputes in backward gives other tensors there: a module in "
+            "it keeps a state from call to call, such as a cache (Hugging Face: use_cache=False, "
+            "in call= or in the config). Switch the state off, or leave checkpoint out "
+            f"({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -173,16 +172,19 @@ def rematerialize(
     to_the_end: bool = False,
     name: str = "a function",
 ) -> Callable[..., Any]:
-    """``f`` with the same value and gradients, which keeps its arguments and forgets the rest.
+    """``f`` with the same value and gradients, but only its arguments are kept for backward.
 
-    policy: as in :func:`checkpoint`. Every tensor that is to be differentiated must be an argument
-    (in any nesting of dicts, lists and tuples), not captured by closure. Random numbers drawn
-    inside are drawn again. name: what errors call ``f``.
+    Every differentiated tensor must be an argument (in any nesting of dicts, lists and tuples), not
+    captured by closure. The second run draws the same random numbers.
 
-    to_the_end: under eager autograd ``f`` is run again as a whole, not only up to the last tensor
-    that backward needs. PyTorch ends it there by an exception; if it is thrown where an autograd
-    Function keeps an output of its own, as that of a native block's MLP does, then a cycle is left,
-    and all that the block made lives on until the garbage collector comes by.
+    Args:
+        f: any function of tensors.
+        policy: as in :func:`checkpoint`.
+        to_the_end: under eager autograd, run all of ``f`` again. Otherwise PyTorch stops by an
+            exception after the last tensor that backward needs. Inside an autograd Function that
+            keeps its own output (a native block's MLP) the exception leaves a reference cycle,
+            which holds the block's tensors until the next garbage collection.
+        name: of ``f``, in errors.
     """
     keep = keeper(policy)
     offload = policy == "offload"
@@ -197,12 +199,12 @@ def rematerialize(
             )
         if offload and (compiling or functorch):
             raise RuntimeError(
-                "policy='offload' is for eager autograd: saved tensors are moved by hooks, which "
+                "policy='offload' is for eager autograd: hooks move saved tensors, which "
                 f"{'torch.compile' if compiling else 'torch.func'} does not take; "
                 "use policy='nothing'"
             )
         if functorch and nested_forward_mode():
-            return f(*args, **kwargs)  # forward mode keeps nothing: there is nothing to save
+            return f(*args, **kwargs)  # forward mode keeps no activations
         if functorch:
             return functional(f, keep, name)(*args, **kwargs)
         if offload:

@@ -1,4 +1,4 @@
-"""torch.compile as a transform: of the whole, or one compiled block for all layers."""
+"""torch.compile as a transform: of the whole forward, or of its blocks."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from transforms.legal import check_legal
 def compile(
     forward: Forward, *, blocks: bool = False, fullgraph: bool = True, **options: Any
 ) -> Forward:
-    """The forward through ``torch.compile``, with all that is applied before and after.
+    """Compiles the forward with all its transforms, applied before or after this one.
 
-    blocks: compile blocks only, each with all its rules, and blocks that are alike once: a model of
-        28 layers compiles as fast as one of one, and what lies outside of blocks (embedding, head,
-        loss) runs as it is. Native blocks are alike if nothing but params tells them apart; those
-        of ``from_module`` are compiled one by one. Raises ValueError if there are no blocks.
+    Take gradients outside: ``value_and_grad(compile(loss_fn))``.
 
-    ``options`` are torch.compile's (``dynamic``, ``mode``, ``backend``). Gradients are taken
-    outside: ``value_and_grad(compile(loss_fn))``. Inside of ``torch.func.grad`` and its like it
-    raises RuntimeError: torch would drop the backwards of custom kernels without a word there.
+    Args:
+        forward: any Forward.
+        blocks: compile only the blocks, with all their rules. Native blocks that differ in params
+            only share one program, so 28 layers compile as fast as one; those of ``from_module``
+            are compiled one by one. Code outside of blocks (embedding, head, loss) runs eagerly.
+        fullgraph: as in torch.compile.
+        options: of torch.compile (``dynamic``, ``mode``, ``backend``).
+
+    Raises ValueError if ``blocks`` is set and there are none; at the call, RuntimeError inside of
+    ``torch.func`` transforms, where torch would silently ignore the backwards of custom kernels.
     """
     check_legal(forward, "compile")
     if blocks and not forward.select(("block",)):
@@ -49,11 +53,10 @@ def compile(
 
 
 def _with_own_cache(call: Callable[..., Any]) -> Callable[..., Any]:
-    """``call`` with code that nobody else has, for that is what Dynamo keeps its programs by.
+    """``call`` with its own code object, which is Dynamo's key for compiled programs.
 
-    With code in common, two forwards that differ in a checkpoint policy alone would share a program
-    (the policy of the first: nothing guards it), and each compiled one would count towards the
-    limit of recompilations of the others.
+    With a common code object, two forwards that differ only in a checkpoint policy would share the
+    first one's program (no guard covers the policy), and their recompilations would count together.
     """
 
     def through(*args: Any) -> Any:

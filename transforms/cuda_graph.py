@@ -1,4 +1,4 @@
-"""A function on the GPU as one CUDA graph: recorded once, then started by one call."""
+"""Records a function as a CUDA graph, and replays it by one launch."""
 
 from __future__ import annotations
 
@@ -16,31 +16,28 @@ from params.tree import Tree
 
 Result = TypeVar("Result")
 WARM_UP = 2  # calls: kernels compile in the first, and some choose an algorithm in the second
-SHAPES = 4  # graphs of one function: each holds the memory of a whole call
+SHAPES = 4  # graphs per function: each holds the memory of a whole call
 
 
 def cuda_graph(function: Callable[[Tree, Any], Result]) -> Callable[[Tree, Any], Result]:
-    """The same function ``(params, batch) -> tensors``, as a CUDA graph from its third call on.
+    """A function ``(params, batch) -> tensors`` that runs as a CUDA graph from its third call on.
 
-    Launching some 2,000 kernels from Python takes 140 to 230 ms, whatever a GPU makes of them; a
-    graph takes none of it. One H200, the `small` preset's decoder, 16,384 tokens: a training step
-    of 176 ms eager, 138 ms compiled as a whole, 53 ms as one graph, its optimizer included. (This
-    function around the gradients alone was timed at 1.5B only: 291 ms, as eager and as compiled,
-    because there the GPU needs longer than Python.)
+    A graph saves the launches from Python, 140 to 230 ms for the 2,000 kernels of a training step.
+    https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/
 
-    Put it around the gradients: ``cuda_graph(value_and_grad(loss_fn))``. A graph reads and writes
-    fixed addresses, so
+    Wrap the gradients: ``cuda_graph(value_and_grad(loss_fn))``. A graph reads and writes fixed
+    addresses, so
 
-    - params must be the same tensors in every call, changed in place (as optimizers do); a batch is
-      copied to where the first one lay, and other shapes are recorded anew, 4 times at most;
-    - **what it returns is overwritten by the next call**: clone what has to last;
-    - its memory stays taken, as much as one call needs at its worst moment;
-    - numbers that Python computes are constants of the recording. Randomness must come from the
-      batch (``seed``), as dropout's does here; a function that reads a value off the GPU
+    - params must be the same tensors in every call, updated in place. Batches are copied into the
+      graph's own tensors. Each new set of shapes is recorded once more, for 4 sets at most;
+    - **the next call overwrites the results**: clone those to keep;
+    - the peak memory of one call stays allocated;
+    - numbers computed by Python are constants of the recording. Randomness must come from the
+      batch (``seed``), as dropout's does here. A function that reads a value from the GPU
       (``.item()``) cannot be recorded, and raises.
 
-    On a CPU there is nothing to record: raises ValueError for params that are not on a GPU, or not
-    the same ones as before. https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/
+    Raises ValueError if params are not on a GPU or not the same tensors as before, and for a fifth
+    set of shapes.
     """
     recorded: dict[Any, _Recording] = {}
     calls = Counter[Any]()
@@ -82,8 +79,8 @@ def cuda_graph(function: Callable[[Tree, Any], Result]) -> Callable[[Tree, Any],
 @dataclass(frozen=True)
 class _Recording:
     graph: torch.cuda.CUDAGraph
-    batch: list[Any]  # where it reads a batch from
-    where: tuple[int, ...]  # the addresses of the params
+    batch: list[Any]  # the tensors that it reads
+    where: tuple[int, ...]  # addresses of the params
     results: list[Any]
     spec: TreeSpec
 
@@ -99,13 +96,13 @@ def _record(
     batch = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     graph = torch.cuda.CUDAGraph()
     try:
-        # thread_local: a loader that pins memory meanwhile, in a thread of its own, does no harm
+        # thread_local: a loader's thread may pin memory meanwhile
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             out = function(params, tree_unflatten(batch, spec))
     except RuntimeError as error:
         error.add_note(
-            "cuda_graph: while recording. A graph must not wait for the GPU (.item(), a shape that "
-            "depends on values), nor allocate by other means than PyTorch"
+            "cuda_graph: while recording. The function must not wait for the GPU (.item(), a shape "
+            "that depends on values), nor allocate memory outside of PyTorch"
         )
         raise
     results, shape = tree_flatten(out)
@@ -114,7 +111,7 @@ def _record(
 
 @contextmanager
 def _alongside(stream: torch.cuda.Stream) -> Iterator[None]:
-    """On another stream, in order with everything before and after it."""
+    """Runs on another stream, synchronized with the current one before and after."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         yield

@@ -1,4 +1,4 @@
-"""Float8 matrix products while training: "FP8 Formats for Deep Learning", arXiv 2209.05433."""
+"""Float8 training: "FP8 Formats for Deep Learning", https://arxiv.org/abs/2209.05433."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from transforms.legal import check_legal
 
 
 def fp8(forward: Forward, *, skip: Sequence[str] | None = None, scaling: str = "tensor") -> Forward:
-    """The three matrix products of linears, forward and backward, in float8; the rest as it is.
+    """Computes the three matrix products of linears, forward and backward, in float8.
 
-    The numbers are those of :func:`kernels.fp8_linear`: x and weight in e4m3, the gradient of the
-    output in e5m2, scales made at every call, so that the forward stays pure. Params, their
-    gradients and their paths do not change. Embeddings, the head, and matrices that foreign code
-    reads itself (kind ``weight`` in ``explain``) are never converted. Adapters of ``lora`` are
-    outside, in their own dtype; under ``mixed_precision`` the rounded weight is the cast one,
-    whichever was applied first.
+    x and weight are rounded to e4m3, the output's gradient to e5m2 (:func:`kernels.fp8_linear`).
+    Scales are computed at every call, so the forward stays pure. Params, their paths and their
+    gradients' dtypes do not change. Embeddings, the head, and matrices that a foreign module's own
+    code reads (kind ``weight`` in ``explain``) are not converted. Adapters of ``lora`` stay in
+    their own dtype. Under ``mixed_precision``, in either order, the cast weight is rounded.
 
-    skip: path patterns of linears that stay; by default those of the first and the last block of
-    every tower of three or more, whose rounding costs most. scaling: "tensor" or "row", as in the
-    kernel.
+    Args:
+        forward: any Forward.
+        skip: path patterns of linears to leave out. Default: the first and the last block of every
+            tower of three or more, where rounding costs most.
+        scaling: "tensor" or "row", as in :func:`kernels.fp8_linear`.
 
-    Raises ValueError if a pattern names nothing, if nothing is left to convert, or, in ``prepare``
-    and at the call, for a weight ``[O, I]`` whose O or I 16 does not divide: skip it.
+    Raises ValueError if a pattern matches nothing or nothing is left to convert; in ``prepare``
+    and at the call, for a weight ``[O, I]`` with O or I not a multiple of 16.
     """
     check_legal(forward, "fp8")
     if scaling not in SCALINGS:
@@ -69,7 +70,7 @@ def fp8(forward: Forward, *, skip: Sequence[str] | None = None, scaling: str = "
 
 
 def _ends(forward: Forward) -> tuple[str, ...]:
-    """What paths in the first and the last block of every list of blocks begin with."""
+    """Path prefixes of the first and the last block of every tower of three or more."""
     towers: dict[str, list[str]] = {}
     for site in forward.select(("block",)):
         towers.setdefault(site.path.rpartition(".")[0], []).append(f"{site.path}.")
@@ -82,5 +83,5 @@ def _check_shape(path: str, weight: Tensor) -> None:
     if any(size % 16 for size in weight.shape):
         raise ValueError(
             f"fp8: {path}.weight is {list(weight.shape)}, and float8 products need multiples of "
-            f"16: skip=({path!r}, ...) leaves it as it is"
+            f"16: skip=({path!r}, ...) leaves it out"
         )

@@ -1,4 +1,4 @@
-"""Norms, gated MLPs, attention and rotary positions of a foreign module, on our kernels."""
+"""Replaces norms, gated MLPs, attention and rotary embeddings of a foreign module by kernels."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ GLUS: dict[str | None, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def fuse_kernels(forward: Forward, *, skip: Sequence[str] = ()) -> Forward:
-    """The same numbers, up to rounding, with one kernel for a norm, for ``act(gate) * up`` and for
-    rotary positions, and ``kernels.attention`` in place of ``F.scaled_dot_product_attention``.
+    """Runs norms, ``act(gate) * up``, rotary embeddings and attention on the kernels here.
 
-    It goes inside whatever else is done at those sites, applied before or after. A call of
-    attention with a mask, dropout, or other lengths of queries than of keys stays torch's, as does
-    a call of rotary positions whose tables are differentiated or turn a part of a head. The
-    forwards of ``core.vlm`` call the kernels anyway: theirs is returned with the step on record.
+    The numbers are the same up to rounding. The kernels are innermost at their sites, in any order
+    of transforms. An attention call with a mask, with dropout, or with different lengths of
+    queries and keys still goes to ``F.scaled_dot_product_attention``; a rotary call whose tables
+    are differentiated or rotate only part of a head, to the module's own function. Native forwards
+    call the kernels anyway, and are returned with this transform on record.
 
-    skip: path patterns of sites to leave alone. A norm or glu of unknown form is left alone too,
-    with a warning that names it. Raises ValueError if a pattern names nothing, or if a foreign
-    module has no norm, glu or attention.
+    skip: path patterns of sites to leave out. A norm or glu of unknown form is left out with a
+    warning that names it. Raises ValueError if a pattern matches nothing, or a foreign module has
+    no norm, glu, attention or rope.
     """
     check_legal(forward, "fuse_kernels")
     skipped = set(forward.select(FUSED, tuple(skip)))
@@ -64,7 +64,7 @@ def fuse_kernels(forward: Forward, *, skip: Sequence[str] = ()) -> Forward:
 
 
 def _replacements(sites: Sequence[SiteInfo]) -> dict[tuple[str, str], Callable[..., Any]]:
-    """What to call at each site that has a kernel."""
+    """The function to call at each site that has a kernel."""
     table: dict[tuple[str, str], Callable[..., Any]] = {}
     for site in sites:
         key = (site.kind, site.path)
@@ -72,7 +72,7 @@ def _replacements(sites: Sequence[SiteInfo]) -> dict[tuple[str, str], Callable[.
             table[key] = partial(_glu, GLUS[site.activation])
         if site.kind in CALLS:
             table[key] = CALLS[site.kind]
-        # layers that share a weight have one path: fused if they are alike in all else
+        # layers that share a weight have one path: fused only if their norms agree
         alike = {s.norm for s in sites if (s.kind, s.path) == key} == {site.norm}
         if site.norm is not None and alike:
             table[key] = partial(_norm, site.norm)
@@ -86,14 +86,14 @@ def _glu(kernel: Callable[[Tensor, Tensor], Tensor], p: Tree, gate: Tensor, up: 
 def _attention(
     f: Callable[..., Tensor], p: Tree, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]
 ) -> Tensor:
-    """q ``[B, H, T, Dh]``, k and v ``[B, Hk, T, Dh]``; ``f`` is the call as the module makes it."""
+    """q ``[B, H, T, Dh]``, k and v ``[B, Hk, T, Dh]``; ``f`` is the module's own call."""
     masked = options.get("attn_mask") is not None or options.get("dropout_p", 0.0) > 0
     grouped = q.ndim == 4 and q.shape[1] != k.shape[1]
     alike = q.ndim == 4 and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
     if masked or not alike or k.shape != v.shape:
         return f(p, q, k, v, options)
     if not q.dtype == k.dtype == v.dtype or (grouped and not options.get("enable_gqa")):
-        return f(p, q, k, v, options)  # torch says what is wrong with it
+        return f(p, q, k, v, options)  # torch raises the error
     rows, length = q.shape[0], q.shape[2]
     starts = torch.arange(rows + 1, dtype=torch.int32, device=q.device) * length
     packed_q, packed_k, packed_v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
@@ -134,7 +134,7 @@ def _rope(
 
 
 def _moves(x: Tensor) -> bool:
-    """Whether a derivative of x may be asked for, of which the kernel has none."""
+    """Whether x may be differentiated, for which the kernel has no derivative."""
     if x.requires_grad or torch.compiler.is_compiling():
         return x.requires_grad
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None

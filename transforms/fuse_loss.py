@@ -1,4 +1,4 @@
-"""From logits to loss: fused with the output head, or from dense logits."""
+"""Cross-entropy as the end of a forward: fused with the output head, or from dense logits."""
 
 from __future__ import annotations
 
@@ -23,21 +23,27 @@ def fuse_loss(
     """``(params, batch) -> fp32 scalar``: cross-entropy computed together with the output head.
 
     Equals ``F.cross_entropy(logits.float(), batch["labels"])``, the mean over labelled tokens (0
-    with zero gradients if there is none), but logits ``[N, V]`` never exist. z_loss adds
-    ``z_loss * logsumexp(logits) ** 2`` per token (PaLM, https://arxiv.org/abs/2204.02311, section
-    5). Raises ValueError if the forward has no head site.
+    with zero gradients if no token is labelled), without logits ``[N, V]`` in memory.
 
-    accumulate: what the unembedding's gradient is summed in over pieces of the batch. "bf16", for
-    bf16 weights alone: rounded once a piece, for ``V * D * 4`` bytes less
-    (`kernels.linear_cross_entropy` has the errors).
+    Args:
+        forward: with an output head.
+        z_loss: adds ``z_loss * logsumexp(logits) ** 2`` per token (PaLM,
+            https://arxiv.org/abs/2204.02311, section 5).
+        label_smoothing: as in ``F.cross_entropy``.
+        accumulate: dtype in which the unembedding's gradient is summed over chunks of the batch.
+            "bf16", for bf16 weights only, rounds once per chunk and saves ``V * D * 4`` bytes.
+
+    Raises ValueError if the forward has no head site, or ends in a loss already.
     """
     finish = partial(_fused, z_loss=z_loss, smoothing=label_smoothing, accumulate=accumulate)
     return _with_loss(forward, "fuse_loss", finish)
 
 
 def unfused_loss(forward: Forward, *, z_loss: float = 0.0, label_smoothing: float = 0.0) -> Forward:
-    """The same loss from dense logits ``[N, V]``: the yardstick for :func:`fuse_loss`, and for
-    modules that do to their logits what no fused loss can follow."""
+    """The loss of :func:`fuse_loss` from dense logits ``[N, V]``.
+
+    It serves as a reference, and for modules whose operations on logits cannot be fused.
+    """
     finish = partial(_unfused, z_loss=z_loss, smoothing=label_smoothing)
     return _with_loss(forward, "unfused_loss", finish, dense=True)
 
@@ -57,7 +63,7 @@ def _logits(out: Any) -> Logits:
     if not isinstance(out, Logits):
         raise TypeError(
             f"the forward returned {type(out).__name__}, not lazy Logits: the model changes its "
-            "logits after the head, so that a loss cannot be fused with it: use unfused_loss"
+            "logits after the head, so a loss cannot be fused with it: use unfused_loss"
         )
     return out
 

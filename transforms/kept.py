@@ -1,8 +1,8 @@
-"""Selective checkpointing: outputs that a policy keeps are recorded, and replayed in backward.
+"""Selective checkpointing: the outputs that a policy keeps are recorded, and replayed in backward.
 
-An output that the function changes in place later (``clamp_`` of a product) is copied before the
-change, so that the replay gives the original. The selective contexts of ``torch.utils.checkpoint``
-raise for some of these changes and miss others, behind ``_unsafe_view``.
+An output that the function later changes in place (``clamp_`` of a product) is copied before the
+change, so that the replay returns the original. The selective contexts of
+``torch.utils.checkpoint`` raise for some of these changes and miss others, behind ``_unsafe_view``.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Keep = Callable[[str], bool]
 
 
 def operation(func: Any) -> str:
-    """What policies call an operation: ``aten.mm``, ``nanovision.flash_attention``."""
+    """An operation's name in policies: ``aten.mm``, ``nanovision.flash_attention``."""
     return str(func.overloadpacket)
 
 
 @dataclass
 class Output:
-    """An operation's output; ``changed``: the function changed it in place afterwards."""
+    """An operation's output; ``changed``: the function later changed it in place."""
 
     operation: str
     value: Any
@@ -35,7 +35,7 @@ class Output:
 
 @dataclass
 class Kept:
-    """Outputs in the order of the calls; None where one was replayed and dropped."""
+    """Outputs in the order of the calls; None for one that was replayed and dropped."""
 
     outputs: list[Output | None] = field(default_factory=list)
 
@@ -66,14 +66,14 @@ class RecordOutputs(TorchDispatchMode):
             self.kept.before_change(_written(func, args, kwargs or {}))
         out = func(*args, **(kwargs or {}))
         if self.keep(operation(func)):
-            # detached: a new tensor object, as code that counts references to the output expects
+            # detached: a new tensor object, for code that counts references to the output
             own = pytree.tree_map_only(Tensor, torch.Tensor.detach, out)
             self.kept.outputs.append(Output(operation(func), own))
         return out
 
 
 class ReplayOutputs(TorchDispatchMode):
-    """Returns recorded outputs instead of computing them; ``drop``: each output once."""
+    """Returns recorded outputs instead of computing them; ``drop``: frees each once returned."""
 
     def __init__(self, keep: Keep, kept: Kept, *, drop: bool = False) -> None:
         super().__init__()
@@ -92,25 +92,25 @@ class ReplayOutputs(TorchDispatchMode):
         output = self.kept.outputs[self.count] if self.count < len(self.kept.outputs) else None
         if output is None and self.count < len(self.kept.outputs):
             raise RuntimeError(
-                "a second backward through a block that a checkpoint policy keeps outputs of: the "
-                "first has dropped them; use policy='nothing', or call the forward again"
+                "a second backward through a block whose outputs a checkpoint policy keeps: the "
+                "first backward freed them; use policy='nothing', or call the forward again"
             )
         if output is None or output.operation != name:
             recorded = None if output is None else output.operation
             raise RuntimeError(
-                f"a checkpointed function called {name} where it had called {recorded} before: "
-                "it must do the same each time"
+                f"a checkpointed function called {name} where its first run called {recorded}: "
+                "it must run the same operations each time"
             )
         if self.drop:
             self.kept.outputs[self.count] = None
         self.count += 1
-        # it will be changed in place again, and may be replayed again
-        alone = torch.clone if output.changed and not self.drop else torch.Tensor.detach
-        return pytree.tree_map_only(Tensor, alone, output.value)
+        # the function will change it in place again, and another replay needs the original
+        own = torch.clone if output.changed and not self.drop else torch.Tensor.detach
+        return pytree.tree_map_only(Tensor, own, output.value)
 
 
 def contexts(keep: Keep) -> tuple[RecordOutputs, ReplayOutputs]:
-    """For ``torch.utils.checkpoint(..., context_fn=)`` in eager mode."""
+    """The ``context_fn`` of ``torch.utils.checkpoint`` in eager mode."""
     kept = Kept()
     return RecordOutputs(keep, kept), ReplayOutputs(keep, kept, drop=True)
 

@@ -1,4 +1,4 @@
-"""Which transforms do not go together: one closed list. All else composes in any order."""
+"""The pairs of transforms that raise. All others compose in any order."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ ILLEGAL: dict[tuple[str, str], str] = {
         "which is neither what trains nor what quantize_int8 gives: choose one"
     ),
     ("mixed_precision", "mixed_precision"): "it would cast twice",
-    ("lora", "lora"): "there are adapters already: merge_lora first",
+    ("lora", "lora"): "it has adapters already: merge_lora first",
     ("compile", "compile"): "it is compiled already",
 }
 
 
 def check_legal(forward: Forward, name: str) -> None:
-    """Raises ValueError with the reason if ``name`` may not be applied to this forward."""
+    """Raises ValueError if ``name`` may not be applied to this forward, with the reason."""
     for other in forward.applied:
         reason = ILLEGAL.get((other, name)) or ILLEGAL.get((name, other))
         if reason:

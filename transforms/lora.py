@@ -1,4 +1,4 @@
-"""Low-rank adapters beside frozen linears: "LoRA", https://arxiv.org/abs/2106.09685."""
+"""Low-rank adapters of frozen linears: "LoRA", https://arxiv.org/abs/2106.09685."""
 
 from __future__ import annotations
 
@@ -26,22 +26,30 @@ def lora(
     alpha: float | None = None,
     select: Sequence[str] | None = None,
 ) -> Forward:
-    """Linears with an adapter: ``y + (alpha / rank) * (x @ A.T) @ B.T``; ``prepare`` makes A and B.
+    """Adds an adapter to linears: ``y + (alpha / rank) * (x @ A.T) @ B.T``.
 
-    Beside ``weight [O, I]`` come ``lora_a [rank, I]``, normal with variance 1 / I, and
-    ``lora_b [O, rank]``, zeros, so that at first nothing changes; fp32 at least.
-    ``value_and_grad`` and ``trainable`` then train the adapters alone. They lie outside whatever
-    rounds the weight or x (``quantize_int8``: QLoRA-style, https://arxiv.org/abs/2305.14314;
-    ``fake_quant``), in any order, and are never quantised.
+    ``prepare`` puts ``lora_a [rank, I]``, normal with variance 1 / I, and ``lora_b [O, rank]``,
+    zeros, beside ``weight [O, I]``. Both are fp32 or wider. ``value_and_grad`` and ``trainable``
+    then train the adapters only. Adapters are never quantised: combined with ``quantize_int8``
+    (QLoRA-style, https://arxiv.org/abs/2305.14314) or ``fake_quant``, in either order, they add to
+    the output of the rounded linear.
 
-    A matrix ``w`` that foreign code reads itself becomes ``w + (alpha / rank) * B @ A``, where that
-    code runs: experts ``[E, O, I]`` with an adapter each, from ``w_lora_a [E, rank, I]`` and
-    ``w_lora_b [E, O, rank]``.
+    A matrix ``w`` that a foreign module's own code reads becomes ``w + (alpha / rank) * B @ A``.
+    Experts ``[E, O, I]`` have one each: ``w_lora_a [E, rank, I]`` and ``w_lora_b [E, O, rank]``.
 
-    alpha: default rank, a factor of 1. select: path patterns of linears (``attn.[qv]``,
-    ``text.blocks``) and of such matrices; default: all linears, and
-    matrices of two dims that no embed or head shares. Raises
-    ValueError if rank is not positive or a pattern names none.
+    Args:
+        forward: any Forward.
+        rank: inner dim of the adapters.
+        alpha: default rank, a factor of 1.
+        select: path patterns of linears (``attn.[qv]``, ``text.blocks``) and matrices. Default:
+            all linears, and the two-dimensional matrices that no embed or head shares.
+
+    Raises ValueError if rank is not positive, or a pattern matches nothing.
+
+    Example::
+
+        forward = lora(vlm(config), rank=16, select=["attn.[qv]"])
+        params = forward.prepare(params)
     """
     if rank < 1:
         raise ValueError(f"rank must be 1 or more, not {rank}")
@@ -106,7 +114,7 @@ def _fresh(flat: dict[str, Tensor], site: SiteInfo, rank: int, seed: int) -> dic
         *lead, outs, inner = shape_of(p)
     except KeyError:
         raise ValueError(f"params have no leaf {site.weight} to adapt") from None
-    if site.transposed and "weight" in p:  # a quantised one lies as the site shows it
+    if site.transposed and "weight" in p:  # a quantised weight is [O, I] already
         outs, inner = inner, outs
     device = next(iter(p.values())).device
     at_a, at_b = (site.beside(name) for name in ADAPTERS)
@@ -120,7 +128,7 @@ def _fresh(flat: dict[str, Tensor], site: SiteInfo, rank: int, seed: int) -> dic
 
 
 def _by_default(forward: Forward) -> Callable[[SiteInfo], bool]:
-    """Linears; and matrices of two dims, save those of an embed or head, which is not adapted."""
+    """Linears, and two-dimensional matrices that no embed or head shares: it would not adapt."""
     others = {site.weight for site in forward.sites if site.kind in ("embed", "head")}
 
     def chosen(site: SiteInfo) -> bool:
@@ -133,11 +141,11 @@ def _by_default(forward: Forward) -> Callable[[SiteInfo], bool]:
 def merge_lora(
     forward: Forward, params: Tree, *, alpha: float | None = None, dtype: torch.dtype | None = None
 ) -> Tree:
-    """Params for the forward without ``lora``: adapters added into their weights, in fp32.
+    """Params for the forward without ``lora``: adapters are added to their weights, in fp32.
 
-    alpha: what ``lora`` was given. dtype: of the weights that change; default: their own. Raises
-    ValueError for adapters beside a quantised weight, which cannot take them, and beside one that
-    an embed or the head shares, which the adapters do not change.
+    alpha: as passed to ``lora``. dtype: of the merged weights; default: their own. Raises
+    ValueError for an adapter of a quantised weight, and of a weight that an embed or the head
+    shares, whose output the adapter does not change.
     """
     flat = flatten(params)
     others = {s.weight: s for s in forward.sites if s.kind in ("embed", "head")}

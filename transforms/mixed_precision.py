@@ -1,4 +1,4 @@
-"""Low-precision compute over high-precision params: a cast where each matrix is used."""
+"""Mixed precision: matrices are cast where they are used; params keep their dtype."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ from transforms.legal import check_legal
 
 
 def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Forward:
-    """Matmuls and activations in ``dtype``, params, gradients and reductions as they are.
+    """Computes matmuls and activations in ``dtype``; params, gradients and reductions keep theirs.
 
-    Matrices are cast where they are used, so their gradients arrive in the params' own dtype.
-    Vectors stay: norms compute in fp32 anyway, and a bias takes the dtype of its matmul. The loss
-    is fp32 (Micikevicius et al. 2017, https://arxiv.org/abs/1710.03740).
+    Matrices are cast where they are used, so their gradients have the params' dtype. Vectors are
+    not cast: norms compute in fp32, and a bias takes the dtype of its matmul. The loss is fp32
+    (Micikevicius et al. 2017, https://arxiv.org/abs/1710.03740).
 
-    In a module of someone else's, norms answer in the dtype that they were given, and what its own
-    code computes between sites runs under ``torch.autocast``: products in ``dtype``, whatever they
-    are given; a weight that is computed from others (``torch.nn.utils.parametrize``) is computed in
-    their dtype. A dtype of more than 16 bits is wider, not lower: there all params, buffers and the
-    batch's floating-point tensors are cast. Raises RuntimeError where tensors of two dtypes still
-    meet in that code.
+    In a foreign module, norms return the dtype of their input, and the code between sites runs
+    under ``torch.autocast``. A weight computed from other leaves (``torch.nn.utils.parametrize``)
+    is computed in their dtype. For a ``dtype`` of more than 16 bits, all params, buffers and
+    floating-point tensors of the batch are cast instead. Raises RuntimeError where tensors of two
+    dtypes still meet in that code.
     """
     check_legal(forward, "mixed_precision")
     foreign = any(site.foreign for site in forward.sites)
@@ -58,13 +57,13 @@ def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Fo
             owner = full.rpartition(".")[0]
             if full in read or owner in computed:
                 return False
-            # a table's mark: its rows come in that dtype
+            # rows of a quantised embedding have the dtype of its mark
             return leaf.endswith(DTYPE) or owner not in layers
 
         def run(p: Tree, *args: Any) -> Any:
             if path in read or not args:
                 return f(p)
-            # float weights bring x to their dtype; int8 ones take it as it comes
+            # a float weight casts x to its dtype, an int8 one does not
             x, *rest = args
             x = x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
             return f(_cast(p, dtype, others), x, *rest)
@@ -85,9 +84,11 @@ def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Fo
     forward = forward.with_rule(Rule("gather", at_gather, name=name, stage="gather"))
     if foreign:
         for kind in sorted(kinds & {*WEIGHTED, "norm"} - {"weight"}):
-            # outside of all: whatever computes at a site has its dtypes from its arguments
-            forward = forward.with_rule(Rule(kind, _by_itself, None, "no autocast", "outside"))
-        if "attention" in kinds:  # as autocast does it, which does not see it under vmap
+            # outermost: at a site, dtypes follow from the arguments
+            forward = forward.with_rule(
+                Rule(kind, _without_autocast, None, "no autocast", "outside")
+            )
+        if "attention" in kinds:  # as autocast would, which misses it under vmap
             forward = forward.with_rule(
                 Rule("attention", _attends_in(dtype), None, name, "outside")
             )
@@ -96,12 +97,12 @@ def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Fo
 
 
 def cast_matrices(params: Tree, dtype: torch.dtype) -> Tree:
-    """What :func:`mixed_precision` casts at every call, cast once, for the bare forward: the same
-    numbers. A training loop differentiates with respect to these, and updates what they are cast
-    from. A leaf that is of this dtype already is taken as it is.
+    """Params with every matrix cast to ``dtype``, once instead of at every call.
 
-    That is for the forwards of ``core.vlm``. In a module of someone else's, two dtypes meet in code
-    that takes one only: keep ``mixed_precision`` there, which casts no leaf that is cast already.
+    A native forward without :func:`mixed_precision` computes the same numbers from them. A training
+    loop differentiates with respect to these, and updates the originals. Leaves of ``dtype`` are
+    returned as they are. A foreign module needs ``mixed_precision`` nevertheless, for the dtypes of
+    its own code.
     """
     flat = flatten(params)
 
@@ -115,8 +116,7 @@ def cast_matrices(params: Tree, dtype: torch.dtype) -> Tree:
 
 
 def _cast(p: Tree, dtype: torch.dtype, chosen: Callable[[str], bool] = lambda leaf: True) -> Tree:
-    """Matrices, and what lies beside one: the bias of a layer that is no site, which takes one
-    dtype only."""
+    """Casts matrices and their siblings: the bias of a layer outside of all sites must match."""
     flat = flatten(p)
     matrices = {path.rpartition(".")[0] for path, leaf in flat.items() if leaf.ndim >= 2}
 
@@ -130,7 +130,7 @@ def _cast(p: Tree, dtype: torch.dtype, chosen: Callable[[str], bool] = lambda le
     return map_with_path(one, p)
 
 
-# -- modules of someone else's -------------------------------------------------------------------
+# -- foreign modules ------------------------------------------------------------------------------
 
 
 Run = Callable[[Tree, Any], Any]
@@ -138,7 +138,7 @@ Build = Callable[[Site], Run]
 
 
 def _around(forward: Forward, build: Callable[[Forward], Build]) -> Forward:
-    """The forward with another ``build``, made of its own, in whichever mode its layers are."""
+    """The forward with ``build(forward)`` as its ``build``, also once its module is remade."""
     remade = forward.module.remade
     again = None if remade is None else lambda change: _around(remade(change), build)
     return replace(forward, build=build(forward), module=replace(forward.module, remade=again))
@@ -155,7 +155,7 @@ def _wide(forward: Forward, dtype: torch.dtype) -> Forward:
 
     def build(forward: Forward) -> Build:
         module = forward.module
-        assert module.remade is not None  # every forward of from_module's has it
+        assert module.remade is not None  # set by from_module
         return partial(_widened, module.remade(widen).build, wide, module.aux)
 
     wrapped = _around(forward, build)
@@ -175,19 +175,19 @@ def _widened(build: Build, wide: Callable[[Any], Any], aux: bool, site: Site) ->
         out = run(map_with_path(cast, params), torch.utils._pytree.tree_map(wide, batch))
         if not aux:
             return out
-        out, buffers = out  # these in the dtypes that params hold them in
+        out, buffers = out  # cast back to the dtypes in params
         return out, map_with_path(lambda at, leaf: leaf.to(flat.get(at, leaf).dtype), buffers)
 
     return call
 
 
 def _owners(forward: Forward) -> frozenset[str]:
-    """Modules whose leaves their weight is computed from, in the leaves' own dtype."""
+    """Modules whose weight is computed from their leaves, in the leaves' dtype."""
     return frozenset(s.weight.rpartition(".")[0] for s in forward.sites if s.computed)
 
 
 def _loose(forward: Forward) -> Callable[[str], bool]:
-    """Whether a leaf lies in no site: no gather meets it."""
+    """Whether a leaf lies outside of all sites, so that no ``gather`` rule sees it."""
     places = tuple({f"{site.path}." for site in forward.sites if site.outermost})
     computed = _owners(forward)
     return lambda path: not path.startswith(places) and path.rpartition(".")[0] not in computed
@@ -208,8 +208,8 @@ def _autocast(build: Build, dtype: torch.dtype, loose: Callable[[str], bool], si
             said = error.__cause__ or error  # torch's own words
             raise RuntimeError(
                 f"mixed_precision: the module's own code, {place_of(error)}, brings tensors of two "
-                f"dtypes together, where torch.autocast casts none ({said}). Cast there in the "
-                f"module, or use the module itself in one dtype: from_module(module.to({dtype}))"
+                f"dtypes together, and torch.autocast does not cast there ({said}). Cast in the "
+                f"module, or use the module in one dtype: from_module(module.to({dtype}))"
             ) from error
 
     return call
@@ -229,8 +229,8 @@ def _attends_in(dtype: torch.dtype) -> Callable[..., Callable[..., Tensor]]:
     return wrap
 
 
-def _by_itself(f: Callable[..., Any], path: str) -> Callable[..., Any]:
-    """A site outside of autocast: its rules and kernels say themselves what is wide."""
+def _without_autocast(f: Callable[..., Any], path: str) -> Callable[..., Any]:
+    """A site without autocast: its rules and kernels choose their dtypes."""
 
     def run(p: Tree, x: Tensor) -> Any:
         with torch.autocast(x.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""Weight-only int8, one scale per output channel; and the same rounding while training (QAT)."""
+"""int8 weights with one scale per output channel, and quantisation-aware training for them."""
 
 from __future__ import annotations
 
@@ -27,18 +27,22 @@ ACTIVATIONS = (None, "dynamic")
 def quantize_int8(
     forward: Forward, *, skip: Sequence[str] | None = None, activations: str | None = None
 ) -> Forward:
-    """Linears, embeddings and the head on int8 weights; ``prepare`` makes them.
+    """Runs linears, embeddings and the head on int8 weights, which ``prepare`` makes.
 
-    A leaf ``weight [O, I]`` becomes ``weight_int8 [O, I]`` and ``weight_scale [O, 1]`` fp32,
-    symmetric per output channel (a transposed site's ``weight [I, O]`` is turned first), and the
-    empty ``weight_dtype``, which keeps the dtype that rows of a table come in. So does a matrix
-    that foreign code reads itself, experts ``[E, O, I]`` too, with a scale per row of its last dim;
-    it is made whole again, in its own dtype, where that code runs. Weights
-    are frozen; gradients flow to inputs, biases and whatever else is trained (QLoRA-style). skip:
-    path patterns (``lm_head``, ``vision``, ``blocks.0``, ``blocks.-1``), default the head, if there
-    is one; a tied head that is skipped keeps the embedding too. activations: None, or "dynamic" for
-    int8 x int8 matmuls with a scale per row of the input. Raises ValueError if a pattern names
-    nothing.
+    ``weight [O, I]`` becomes ``weight_int8 [O, I]``, ``weight_scale [O, 1]`` in fp32, symmetric per
+    output channel, and the empty ``weight_dtype``, whose dtype is the weight's. The ``[I, O]``
+    weight of a transposed site is transposed first. A matrix that a foreign module's own code reads
+    (also experts ``[E, O, I]``) is stored likewise, and dequantised where that code runs. Quantised
+    weights are frozen; gradients flow to inputs, biases and adapters (QLoRA-style).
+
+    Args:
+        forward: any Forward.
+        skip: path patterns of sites to leave out (``lm_head``, ``vision``, ``blocks.0``,
+            ``blocks.-1``). Default: the head, if there is one. Skipping a tied head keeps the
+            embedding too.
+        activations: None, or "dynamic" for int8 x int8 matmuls with a scale per row of the input.
+
+    Raises ValueError if a pattern matches nothing, or nothing is left to quantise.
     """
     check_legal(forward, "quantize_int8")
     product = partial(kernels.int8_linear, activations=activations)
@@ -49,9 +53,9 @@ def quantize_int8(
 def quantize(
     forward: Forward, paths: frozenset[str], format: Format, product: Callable[..., Tensor]
 ) -> Forward:
-    """The weights at these paths in a format; ``prepare`` makes them.
+    """Runs the weights at these paths in a format; ``prepare`` makes its leaves.
 
-    product: ``(x, *leaves of the format, bias) -> y``.
+    product: ``(x, *leaves, bias) -> y``.
     """
     turned = {site.weight for site in forward.sites if site.transposed}
 
@@ -72,10 +76,11 @@ def quantize(
 def fake_quant(
     forward: Forward, *, skip: Sequence[str] | None = None, activations: str | None = None
 ) -> Forward:
-    """Quantisation-aware training: the numbers ``quantize_int8`` will give, on float weights.
+    """Quantisation-aware training: float weights, rounded as :func:`quantize_int8` rounds them.
 
-    Same arguments as :func:`quantize_int8`. Weights (and inputs, under "dynamic") are rounded in
-    the forward pass; the gradient passes straight through (https://arxiv.org/abs/1308.3432).
+    Weights (and inputs, with "dynamic") are rounded in the forward pass; gradients pass straight
+    through the rounding (https://arxiv.org/abs/1308.3432). Arguments and errors are those of
+    :func:`quantize_int8`.
     """
     check_legal(forward, "fake_quant")
     paths = targets(forward, skip, activations)
@@ -87,7 +92,7 @@ def fake_quant(
 def targets(
     forward: Forward, skip: Sequence[str] | None, activations: str | None
 ) -> frozenset[str]:
-    """Paths of the leaves to quantise: none that a skipped site uses, such as a tied head's."""
+    """Paths of the weights to quantise, without those that a skipped site (a tied head) uses."""
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations is None or 'dynamic', not {activations!r}")
     if skip is None:
@@ -130,11 +135,11 @@ def _wraps(format: Format, product: Callable[..., Tensor]) -> dict[str, Any]:
         return project
 
     def embed(f: Callable[..., Any], path: str) -> Callable[..., Any]:
-        def look_up(p: Tree, ids: Tensor) -> Tensor:
+        def gather(p: Tree, ids: Tensor) -> Tensor:
             rows = (leaf[ids] for leaf in format.tensors(p))
             return format.dequantize(*rows, dtype_of(p))
 
-        return look_up
+        return gather
 
     def head(f: Callable[..., Any], path: str) -> Callable[..., Any]:
         def lazy(p: Tree, x: Tensor) -> Logits:
@@ -143,10 +148,10 @@ def _wraps(format: Format, product: Callable[..., Tensor]) -> dict[str, Any]:
         return lazy
 
     def read(f: Callable[..., Any], path: str) -> Callable[..., Any]:
-        def whole(p: Tree) -> Tensor:
+        def dequantized(p: Tree) -> Tensor:
             return format.load(p, dtype_of(p))
 
-        return whole
+        return dequantized
 
     return {"linear": linear, "embed": embed, "head": head, "weight": read}
 
@@ -180,7 +185,7 @@ def straight_through(w: Tensor) -> Tensor:
     return _rounded(w)
 
 
-def _there_and_back(w: Tensor) -> Tensor:
+def _round_trip(w: Tensor) -> Tensor:
     q, scale = quantize_weight(w.flatten(0, -2))
     return dequantize_weight(q, scale, w.dtype).view_as(w)
 
@@ -188,7 +193,7 @@ def _there_and_back(w: Tensor) -> Tensor:
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(w: Tensor) -> Tensor:
-        return _there_and_back(w)
+        return _round_trip(w)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -207,11 +212,11 @@ class _StraightThrough(torch.autograd.Function):
         return _rounded(w.movedim(in_dims[0], 0)), 0
 
 
-# Without allow_in_graph, compile(func.grad(f)) silently differentiates the rounding (gradient 0)
-# instead of calling backward.
+# Without allow_in_graph, compile(func.grad(f)) silently differentiates the rounding itself
+# (gradient 0).
 @allow_in_graph
 def _rounded(w: Tensor) -> Tensor:
     check_hidden()
-    if nested_forward_mode():  # where a Function's jvp would drop the outer tangent
-        return _there_and_back(w.detach()) + (w - w.detach())
+    if nested_forward_mode():  # here a Function's jvp would drop the outer tangent
+        return _round_trip(w.detach()) + (w - w.detach())
     return _StraightThrough.apply(w)

@@ -1,4 +1,4 @@
-"""Gradients of a pytree, at the memory of plain autograd."""
+"""Gradients of a pytree, with the memory of plain autograd."""
 
 from __future__ import annotations
 
@@ -19,18 +19,26 @@ Loss = Callable[[Tree, Any], Tensor]
 def value_and_grad(
     loss_fn: Loss, select: Sequence[str] | None = None
 ) -> Callable[[Tree, Any], tuple[Any, Tree]]:
-    """``(params, batch) -> (loss, grads)``; grads is the nested dict of what learns.
+    """``(params, batch) -> (loss, grads)``; ``grads`` is the nested dict of the trained leaves.
 
-    select: path patterns of what learns; default: the adapters where there are any (``lora``), else
-    every floating-point or complex leaf save the scales of quantised weights. If loss_fn is a
-    Forward, never what it holds as constant (``forward.constant``: parameters of a foreign module
-    that did not require gradients, and its buffers). The rest is left alone and absent from
-    ``grads``; a leaf the loss does not depend on gets zeros. A loss_fn that gives ``(loss,
-    buffers)``, as a Forward with ``aux`` does, makes it ``((loss, buffers), grads)``. Works around
-    ``torch.compile(loss_fn)``, not inside of ``torch.func`` transforms, where it raises
-    RuntimeError. Unlike ``torch.func.grad`` it does not run with create_graph, which holds 2.8
-    times the memory (1,153 against 409 MB on a 16-layer MLP). Raises ValueError if a pattern names
-    nothing, or nothing that can learn, or the loss depends on nothing that learns.
+    Frozen leaves are absent from ``grads``; a trained leaf on which the loss does not depend gets
+    zeros. Unlike ``torch.func.grad``, the backward runs without create_graph, which holds 2.8 times
+    the memory.
+
+    Args:
+        loss_fn: ``(params, batch) -> loss``, or ``-> (loss, buffers)`` (a Forward with ``aux``),
+            for which the result is ``((loss, buffers), grads)``. It may be compiled.
+        select: path patterns of the leaves to train. Default: the adapters, if there are any
+            (``lora``), else every floating-point or complex leaf except the scales of quantised
+            weights. The constants of a Forward (``forward.constant``: a foreign module's buffers,
+            and its parameters that did not require gradients) are never trained.
+
+    Raises ValueError if a pattern matches nothing or no leaf that can be trained, or if the loss
+    depends on no trained leaf; RuntimeError inside of ``torch.func`` transforms.
+
+    Example::
+
+        loss, grads = value_and_grad(fuse_loss(forward), select=["projector"])(params, batch)
     """
 
     constant = loss_fn.constant if isinstance(loss_fn, Forward) else frozenset[str]()
@@ -38,9 +46,9 @@ def value_and_grad(
     def run(params: Tree, batch: Any) -> tuple[Any, Tree]:
         if torch._C._functorch.maybe_current_level() is not None:
             raise RuntimeError(
-                "value_and_grad is autograd's, and torch.func does not look into that: inside of "
-                "vmap, grad or jvp write torch.func.grad_and_value(loss_fn), which gives (grads, "
-                "loss); for gradients an example, vmap(grad_and_value(loss_fn), in_dims=(None, 0))"
+                "value_and_grad uses autograd, which torch.func does not differentiate: inside of "
+                "vmap, grad or jvp use torch.func.grad_and_value(loss_fn), which returns (grads, "
+                "loss); for per-example gradients, vmap(grad_and_value(loss_fn), in_dims=(None, 0))"
             )
         learning, frozen = trainable(params, select, constant)
         leaves = {path: leaf.detach().requires_grad_() for path, leaf in flatten(learning).items()}
@@ -48,8 +56,8 @@ def value_and_grad(
         loss, *aux = out if isinstance(out, tuple) else (out,)
         if not isinstance(loss, Tensor):
             raise TypeError(
-                f"the loss is a {type(loss).__name__}: wanted is one tensor, or a tuple of that "
-                "and of what is handed on (buffers)"
+                f"the loss is a {type(loss).__name__}: loss_fn must return one tensor, or a tuple "
+                "of one and the buffers"
             )
         if not loss.requires_grad:
             raise ValueError(
@@ -67,9 +75,9 @@ def value_and_grad(
 def trainable(
     params: Tree, select: Sequence[str] | None = None, constant: Collection[str] = ()
 ) -> tuple[Tree, Tree]:
-    """Params parted into what learns and what does not, as :func:`value_and_grad` does.
+    """``(trained, frozen)``: params split as :func:`value_and_grad` splits them.
 
-    constant: paths of leaves that do not (``forward.constant``).
+    constant: paths of leaves that are never trained (``forward.constant``).
     """
     if select is None:
         flat = flatten(params)
