@@ -72,23 +72,27 @@ def checkpoint(
     policy: Policy = "nothing",
     between: Policy | None = None,
 ) -> Forward:
-    """Recomputes every k-th block in the backward pass instead of keeping its activations.
+    """Recomputes blocks in the backward pass instead of keeping their activations.
 
-    The gradients are those of the bare forward, bit for bit where the kernels are deterministic:
-    under autograd, ``torch.func.grad / vjp / vmap / jvp``, nested, and ``torch.compile(loss)``.
+    Works under autograd, ``torch.func.grad / vjp / vmap / jvp``, nested, and
+    ``torch.compile(loss)``. Gradients equal those of the bare forward, bit for bit if the kernels
+    are deterministic.
 
-    policy: what is kept of a block beside its inputs. "nothing"; "dots", outputs of matrix products
-        with a weight; "attention", outputs and statistics of flash attention (attention that is
-        computed as plain arithmetic has none); several of these, ``("dots", "attention")``; or a
-        function of an operation's name (``aten.mm``) that says whether its outputs are kept.
-        "offload": nothing, and the inputs wait in pinned host memory (eager autograd on a GPU).
-    between: a policy for the blocks that ``every`` passes over; None: they keep all.
+    Args:
+        forward: with blocks.
+        every: recompute every k-th block.
+        policy: what to keep of a block beside its inputs: "nothing"; "dots", the outputs of matrix
+            products with a weight; "attention", the outputs and statistics of flash attention;
+            both, ``("dots", "attention")``; or a function of an operation's name (``aten.mm``) that
+            says whether to keep its outputs. "offload" keeps nothing, and moves the inputs to
+            pinned host memory (eager autograd on a GPU).
+        between: the policy of the other blocks; None: they keep everything.
 
-    Raises ValueError if ``every`` is not positive, the policy is unknown or the forward has no
-    blocks. Under ``torch.func``, and with "offload", a block's gradients pass by its arguments and
-    its result alone: a differentiated tensor that it captures by closure raises RuntimeError, as
-    does one that it hands on by an attribute or in a mutable argument. Autograd follows both. A
-    block that changes a tensor that it is given in place raises RuntimeError.
+    Raises ValueError if ``every`` is not positive, the policy is unknown, or the forward has no
+    blocks; RuntimeError for a block that changes a tensor argument in place. Under ``torch.func``
+    and with "offload", gradients pass only through a block's arguments and result: a differentiated
+    tensor that the block captures by closure, or hands on by an attribute or a mutable argument,
+    raises RuntimeError.
     """
     if every < 1:
         raise ValueError(f"every must be 1 or more, not {every}")
@@ -100,7 +104,7 @@ def checkpoint(
         return not index.isdigit() or int(index) % every == 0
 
     def with_policy(forward: Forward, policy: Policy, chosen: Callable[..., bool]) -> Forward:
-        # made here: a function made while torch.compile traces is refused by Dynamo (2.11)
+        # made here: Dynamo (2.11) refuses functions made while it traces
         keep = keeper(policy)
         ready: Policy = policy if keep is None else keep
 

@@ -1,9 +1,8 @@
-"""Activation checkpointing under ``torch.func``, where saved-tensor hooks are refused.
+"""Activation checkpointing under ``torch.func``, which refuses saved-tensor hooks.
 
-Made of *two* autograd Functions: the backward's work sits in the forward of the second, one
-functorch level down, so that the recomputation is itself not recorded (``torch.func.grad`` runs its
-backward with create_graph; a single Function saves nothing there: 16,640 KB against 16,432 without,
-two save 13,000 of them).
+``torch.func.grad`` runs its backward with create_graph. A single autograd Function would therefore
+record its recomputation and save no memory. With *two*, the forward of the second recomputes, one
+functorch level down, where nothing is recorded.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from transforms.kept import Keep, Kept, RecordOutputs, ReplayOutputs
 def functional(
     f: Callable[..., Any], keep: Keep | None = None, name: str = "a function"
 ) -> Callable[..., Any]:
-    """``f`` that keeps its arguments, and what operations that ``keep`` names gave, no more.
+    """``f`` that keeps only its arguments, and the outputs of operations that ``keep`` selects.
 
-    What is kept serves the first derivative; higher ones compute everything again. Only what ``f``
-    returns carries a gradient: a tensor that it hands on otherwise (by an attribute, or in a
-    mutable argument) raises RuntimeError where it is used; ``name`` is what the error calls ``f``.
+    Kept outputs serve the first derivative; higher ones recompute everything. Only the result of
+    ``f`` carries gradients: a tensor that ``f`` hands on by an attribute or a mutable argument
+    raises RuntimeError where it is used. ``name`` is that of ``f`` in errors.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -42,8 +41,8 @@ def functional(
         leaves, spec = pytree.tree_flatten((args, kwargs))
         where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        out_form: list[Any] = []  # what comes out, tensors left blank: the Function passes these
-        places: dict[int, int] = {}  # of tensors made inside -> which of the results they are
+        out_form: list[Any] = []  # leaves of the output without its tensors, and its treespec
+        places: dict[int, int] = {}  # id of a tensor made inside -> its index among the results
         moving = [_moves(leaves[i], memo.forward_mode) for i in where]
 
         def flat(*tensors: Tensor) -> tuple[Any, ...]:
@@ -53,25 +52,25 @@ def functional(
             given = pytree.tree_unflatten(full, spec)
             phase = memo.phase
             closed = _Closed(name, memo.forward_mode, itertools.compress(tensors, moving))
-            # no fused attention of torch's has tangents
+            # torch's fused attention has no forward-mode derivative
             plain = sdpa_kernel([SDPBackend.MATH]) if memo.forward_mode else nullcontext()
-            looked_at = tensors if phase == "recorded" else ()
-            with closed, memo.watching(), memo.autocast(), plain, _left_alone(looked_at, name):
+            checked = tensors if phase == "recorded" else ()
+            with closed, memo.watching(), memo.autocast(), plain, _unmodified(checked, name):
                 out, out_spec = pytree.tree_flatten(f(*given[0], **given[1]))
             out_form[:] = [[_BLANK if isinstance(o, Tensor) else o for o in out], out_spec]
             kept = [o for o in out if isinstance(o, Tensor)]
             places.update({id(o): i for i, o in enumerate(kept)} if phase == "recorded" else {})
             if phase == "recorded":
                 _carry_back((args, kwargs), given, dict(zip(map(id, full), leaves, strict=True)))
-            # A view: an input would be returned unwrapped by the Function, and a result that was
-            # handed on beside must be told from what the Function makes of it.
+            # views: the Function would return an input unwrapped, and a result that f also handed
+            # on must differ from the Function's own output
             results = tuple(o.view_as(o) for o in kept)
             if phase == "recorded" or (phase == "pushed" and memo.beside):
                 memo.beside = closed.forbid(except_for=tensors)
             return results
 
         if not any(moving):
-            return f(*args, **kwargs)  # nothing to save, and nothing to lose
+            return f(*args, **kwargs)
         results = _Checkpoint.apply(flat, memo, *(leaves[i] for i in where))
         _carry_back((args, kwargs), (args, kwargs), {at: results[i] for at, i in places.items()})
         given = iter(results)
@@ -82,10 +81,9 @@ def functional(
 
 
 def unchanging(f: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """``f`` that, when it is run again, finds dicts and lists as they were the first time.
+    """``f`` whose second run gets the dicts and lists as they were before the first.
 
-    Raises RuntimeError where it changes a tensor of its arguments in place: those are kept for the
-    second run and not copied.
+    Raises RuntimeError if ``f`` changes a tensor argument in place: tensors are kept uncopied.
     """
     before: list[Any] = []
 
@@ -96,7 +94,7 @@ def unchanging(f: Callable[..., Any], name: str) -> Callable[..., Any]:
         before.append(_copied((args, kwargs)))
         leaves = pytree.tree_leaves((args, kwargs)) if torch.is_grad_enabled() else ()
         given = [x for x in leaves if isinstance(x, Tensor)]
-        with _left_alone(given, name):
+        with _unmodified(given, name):
             return f(*args, **kwargs)
 
     return run
@@ -120,15 +118,16 @@ def _entries(value: Any) -> list[tuple[Any, Any]]:
 
 
 @contextmanager
-def _left_alone(tensors: Sequence[Tensor], name: str) -> Iterator[None]:
+def _unmodified(tensors: Sequence[Tensor], name: str) -> Iterator[None]:
+    """Raises RuntimeError if a tensor was changed in place."""
     versions = [*map(_version, tensors)]
     yield
     changed = [x for x, v in zip(tensors, versions, strict=True) if _version(x) != v]
     if changed:
         raise RuntimeError(
-            f"checkpoint: {name} changes a tensor {list(changed[0].shape)} that it is given in "
-            "place, and would be run again with the changed one. Have it make a new one, or leave "
-            "checkpoint out"
+            f"checkpoint: {name} changes a tensor {list(changed[0].shape)} of its arguments in "
+            "place, and would be recomputed from the changed one. Make it return a new tensor, or "
+            "leave checkpoint out"
         )
 
 
@@ -143,14 +142,14 @@ _Levels = torch._C._functorch.TransformType
 
 
 class _Closed(TorchFunctionMode):
-    """Watches that a function takes tensors from its arguments alone, and gives them back alone.
+    """Checks that differentiated tensors enter a function as arguments and leave it as results.
 
-    One level down a tensor that was captured is a constant, and so is, one level up, a tensor that
-    was made here and is no result: their gradients would be silent zeros. The first raises at its
-    use, the second is forbidden (:meth:`forbid`).
+    A captured tensor is a constant one functorch level down, as is, one level up, a tensor made
+    here that is no result: their gradients would be silent zeros. The first raises where it is
+    used, the second is turned into one that does (:meth:`forbid`).
 
-    forward_mode: levels of jvp. Of theirs, constants count too: from here nobody sees a tangent.
-    moving: the arguments that are differentiated; what is computed of them moves too.
+    forward_mode: levels of jvp. Any captured tensor of theirs raises: its tangent is not visible.
+    moving: the differentiated arguments, and all that is computed from them.
     """
 
     def __init__(self, name: str, forward_mode: frozenset[int], moving: Iterable[Tensor]) -> None:
@@ -158,7 +157,7 @@ class _Closed(TorchFunctionMode):
         self.name = name
         self.forward_mode = forward_mode
         self.moving = {id(x): weakref.ref(x) for x in moving}
-        self.constant = False  # within torch.no_grad()
+        self.constant = False  # inside torch.no_grad()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -170,10 +169,9 @@ class _Closed(TorchFunctionMode):
                 of in self.forward_mode or x.requires_grad
             ):
                 raise RuntimeError(
-                    f"checkpoint: {self.name} uses a tensor {list(x.shape)} that is differentiated "
-                    "and not among its arguments (it is captured by closure, or is of another "
-                    "block): its gradient would be lost. Make it an argument, or do without "
-                    "checkpoint"
+                    f"checkpoint: {self.name} uses a differentiated tensor {list(x.shape)} that is "
+                    "not among its arguments (captured by closure, or made in another block): its "
+                    "gradient would be lost. Make it an argument, or leave checkpoint out"
                 )
         out = func(*args, **(kwargs or {}))
         if func is torch._C._set_grad_enabled:
@@ -189,10 +187,9 @@ class _Closed(TorchFunctionMode):
         return ref is not None and ref() is x
 
     def forbid(self, except_for: Sequence[Tensor]) -> bool:
-        """Whatever moves and is still alive, results and arguments aside, raises at its next use.
+        """Makes every other differentiated tensor that is still alive raise at its next use.
 
-        Gives whether there is any. In the first run nothing is recorded, so that no graph keeps
-        tensors alive that nobody sees.
+        Returns whether there is one. The first run records no graph that would keep tensors alive.
         """
         spared = {id(x) for x in except_for}
         alive = [x for ref in self.moving.values() if (x := ref()) is not None]
@@ -203,7 +200,7 @@ class _Closed(TorchFunctionMode):
 
 
 class _Escaped(Tensor):
-    """A tensor that left a checkpointed function by a side door."""
+    """A tensor that left a checkpointed function otherwise than as its result."""
 
     __repr__ = object.__repr__  # type: ignore[assignment]
 
@@ -235,9 +232,9 @@ def _moves(x: Tensor, forward_mode: frozenset[int]) -> bool:
 
 
 def _carry_back(old: Any, new: Any, given: Mapping[int, Any]) -> None:
-    """What a function changed in the dicts and lists it was given, changed in the caller's too.
+    """Copies a function's changes of its dict and list arguments to the caller's.
 
-    pytrees come apart and together again as copies; given: the id of a leaf there -> the caller's.
+    Unflattened pytrees are copies. given: id of a leaf of a copy -> the caller's leaf.
     """
 
     if isinstance(old, tuple):
@@ -264,11 +261,10 @@ def _carry_back(old: Any, new: Any, given: Mapping[int, Any]) -> None:
 
 
 class _Memo:
-    """Of one run: the random state, to draw the same numbers again, the state of autocast, and what
-    ``keep`` names.
+    """One run's random state, autocast state and kept outputs.
 
-    phase: whether results are "recorded" or "replayed" now, or tangents "pushed".
-    beside: whether anything but the results left the function.
+    phase: whether results are being "recorded" or "replayed", or tangents "pushed".
+    beside: whether a tensor left the function otherwise than as a result.
     """
 
     def __init__(self, keep: Keep | None) -> None:
@@ -282,7 +278,7 @@ class _Memo:
         self.forward_mode = frozenset(i.level() for i in func_levels() if i.key() == _Levels.Jvp)
         self.phase: str | None = None
         self.beside = False
-        self.levels: Counter[Any] = Counter()  # functorch's, at the recording
+        self.levels: Counter[Any] = Counter()  # functorch's, while recording
         self.kept = Kept()
 
     @contextmanager
@@ -304,7 +300,7 @@ class _Memo:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """``torch.autocast`` as it was."""
+        """``torch.autocast`` as in the first run."""
         with ExitStack() as stack:
             for device, enabled, dtype in self.casts:
                 if enabled or torch.is_autocast_enabled(device):
@@ -314,9 +310,8 @@ class _Memo:
             yield
 
     def watching(self) -> Any:
-        """Around the function itself. What was kept is used only where the same operations come in
-        the same order, with no tangents among them: under the levels of the recording, and vjp's.
-        """
+        """Records or replays kept outputs. Operations come in the same order, without tangents,
+        only under the recording's levels and one of vjp; under others nothing is replayed."""
         if self.keep is None or self.phase in (None, "pushed"):
             return nullcontext()
         levels = Counter(i.key() for i in func_levels())
@@ -336,7 +331,7 @@ def _is_float(x: Tensor) -> bool:
 
 
 def _of(f: Callable[..., Any], flat: tuple[Any, ...], index: tuple[int, ...]) -> Callable[..., Any]:
-    """``f`` as a function of ``flat[index]`` alone, giving its floating-point outputs alone."""
+    """``f`` as a function of ``flat[index]``, returning its floating-point outputs."""
 
     def g(*chosen: Tensor) -> tuple[Any, ...]:
         full = list(flat)
@@ -369,8 +364,8 @@ def _pull_inside(
 ) -> tuple[Any, ...]:
     """:func:`_pull` as the gradient of an inner product, which stays inside its functorch level.
 
-    vjp's pull runs after its level has ended. When it is differentiated again, an inner Function
-    whose gradient is zero (a norm's, twice by its weight) then fails on a tensor of that level:
+    The pull of vjp runs after its level has ended. Differentiated again, an inner Function with a
+    zero gradient (a norm's, twice by its weight) then fails on a tensor of that level:
     "level.has_value() ... INTERNAL ASSERT FAILED" (torch 2.13). Keeps the graph: second order only.
     """
     g = _of(f, flat, index)
@@ -383,7 +378,7 @@ def _pull_inside(
 
 
 class _Checkpoint(torch.autograd.Function):
-    """Forward: ``f(*tensors)``. Backward: hands over to the second Function."""
+    """Forward: ``f(*tensors)``. Backward: calls the second Function."""
 
     @staticmethod
     def forward(f: Any, memo: Any, *flat: Any) -> Any:
@@ -412,7 +407,7 @@ class _Checkpoint(torch.autograd.Function):
         flat = ctx.saved_tensors
         index = tuple(i for i, t in enumerate(tangents) if t is not None)
         primals = tuple(unexpanded(flat[i]) for i in index)
-        if not any(ctx.is_float):  # what it gives, it hands on beside its result
+        if not any(ctx.is_float):
             return (None,) * len(ctx.is_float)
         with ctx.memo.again(), ctx.memo.during("pushed"):
             out = jvp(_of(ctx.f, flat, index), primals, tuple(tangents[i] for i in index))[1]
@@ -427,7 +422,7 @@ class _Checkpoint(torch.autograd.Function):
 
 
 class _Recompute(torch.autograd.Function):
-    """Forward: the recomputation and its vjp. Its own derivatives are those of that computation."""
+    """Forward: the recomputation and its vjp, which its own derivatives differentiate."""
 
     @staticmethod
     def forward(f: Any, memo: Any, index: Any, n: int, *flat_and_cotangents: Any) -> Any:

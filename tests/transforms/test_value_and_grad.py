@@ -133,7 +133,7 @@ def test_a_loss_that_nothing_learns_from_says_so() -> None:
         ValueError, match=r"none of the leaves that learn \(a, b\): they are frozen"
     ):
         value_and_grad(lambda p, b: p["a"].detach().sum())(params, None)
-    with pytest.raises(TypeError, match="the loss is a dict: wanted is one tensor"):
+    with pytest.raises(TypeError, match="the loss is a dict: loss_fn must return one tensor"):
         value_and_grad(lambda p, b: {"loss": p["a"].sum()})(params, None)  # type: ignore[arg-type]
     value, grads = value_and_grad(lambda p, b: (p["a"].sum(), b))(params, 3)  # type: ignore[arg-type]
     assert value == (2, 3)
