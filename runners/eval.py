@@ -1,20 +1,19 @@
-"""How often a trained model answers held-out questions exactly right.
+"""Measures the exact match of a trained model on held-out questions.
 
     python -m runners.eval --run runs/NAME
 
-Exact match is measured in one pass over the true answers ("teacher-forced"): an answer counts if
-every one of its tokens, and the ``<|end|>`` after them, is the likeliest at its place. That is the
-same as comparing with greedy decoding: as long as all choices so far were right, the decoder has
-seen exactly the true prefix, so its next choice is the one made here; at the first wrong one both
-have failed. (Two computations of one logit differ by rounding, so an exact tie may go either way.)
+Exact match is measured in one teacher-forced pass over the true answers: an answer counts if each
+of its tokens, and the ``<|end|>`` after them, is the most likely. This equals greedy decoding:
+while all tokens so far are right, the decoder has seen the true prefix and makes the same choice;
+at the first wrong token both have failed. (Rounding may decide exact ties either way.)
 
-Questions are asked as training asks them: each after the true turns before it, pictures where they
-stand, the very tokens of the training row (a run of ``--turns single`` was trained on each alone,
-and so it is asked). ``--ask alone`` puts each by itself, after its pictures.
+Questions are asked as in training: each after the true turns before it, with the tokens of the
+training row (a run with ``--turns single`` was trained on single questions). ``--ask alone`` asks
+each by itself, after its pictures.
 
-Beside it on the same line: the *blind* figure, the same model with all pictures made mid grey, and
-the *majority* figure, always giving the most frequent answer to each kind of question. A model that
-looks at the picture is far above both. Plain text is measured in nats a token and perplexity.
+Two baselines stand beside it: *blind*, the same model with all pictures grey, and *majority*, the
+most frequent answer to each kind of question. A model that uses the pictures is far above both.
+Plain text is measured in nats per token and perplexity.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Report:
-    """What a split gave: overall, and by kind of question; or the loss of plain text."""
+    """The result of a split: scores overall and by kind of question, or the loss of plain text."""
 
     split: str
     score: Score | None
@@ -122,10 +121,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Question:
-    """A turn of the model's, and the document that it lies in.
+    """A question, its answer and their document.
 
-    prompt: the conversation up to the question. Of ``document.labels``, ``start`` is the first that
-    is the answer's, at the ``<|assistant|>`` mark; ``end`` lies behind the last, its ``<|end|>``.
+    prompt: the conversation up to the question. ``document.labels[start:end]`` are the answer's,
+    from the ``<|assistant|>`` mark up to its ``<|end|>``.
     """
 
     prompt: Conversation
@@ -138,8 +137,8 @@ class Question:
 def questions(
     source: Source, encoder: Encoder, limit: int, *, ask: Ask = "trained"
 ) -> list[Question]:
-    """Up to ``limit`` questions of a source, from its start. Answers that do not fit a row, which
-    training does not see either, are passed over, with a warning."""
+    """The first questions of a source, at most ``limit``. Answers that do not fit a row, which
+    training does not see either, are skipped with a warning."""
     found: list[Question] = []
     beyond, most = 0, 1
     for conversation in readable(source):
@@ -164,7 +163,7 @@ def questions(
 
 
 def questions_of(conversation: Conversation, encoder: Encoder) -> list[Question]:
-    """Each turn of a conversation whose answer fits a row whole, as training sees it."""
+    """The questions of a conversation whose whole answer fits a row, as in training."""
     try:
         (document,) = encoder(conversation)
     except BadRecordError:
@@ -183,7 +182,7 @@ def questions_of(conversation: Conversation, encoder: Encoder) -> list[Question]
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A trained model, and how data is put before it."""
+    """A trained model with its encoder."""
 
     forward: Forward
     params: Tree  # matrices in the compute dtype
@@ -197,7 +196,7 @@ class Evaluator:
 
     @torch.no_grad()
     def exact(self, asked: Sequence[Question], *, blind: bool = False) -> list[bool]:
-        """Whether each answer is exactly what greedy decoding gives."""
+        """Whether greedy decoding gives exactly each answer."""
         documents = list(dict.fromkeys(question.document for question in asked))
         batches, places = batch_documents(documents, self._spec(documents))
         rights = []
@@ -256,7 +255,7 @@ def _score(results: Sequence[tuple[Question, bool, bool]]) -> Score:
 
 
 def open_evaluator(run: Run, device: torch.device) -> Evaluator:
-    """The best weights of a run. Raises UserError naming what is missing or does not fit."""
+    """A run with its best weights. Raises UserError naming what is missing or does not fit."""
     encoder = build_encoder(run.config.data, run.model, run_tokenizer(run))
     forward, params = open_params(run, compute_dtype(run.config.speed, device)[0], device)
     return Evaluator(forward, params, run.model, encoder, run.config.data.device_batch_size)
@@ -270,14 +269,14 @@ def evaluate(
     chat: bool,
     ask: Ask = "trained",
 ) -> list[Report]:
-    """A report of each split."""
+    """The reports of all splits."""
     if not chat:
         return [evaluator.text_report(name, source, limit) for name, source in splits.items()]
     return [evaluator.report(name, source, limit, ask=ask) for name, source in splits.items()]
 
 
 def held_out(run: Run, config: EvalConfig) -> Mapping[str, Source]:
-    """What a run is measured on: what it held out, or files."""
+    """The splits to measure: what the run held out, or files."""
     if not config.val_data:
         sources = open_sources(run.config, run.model)
         digests.check(run.folder, sources.digests, allowed=config.data_changed)

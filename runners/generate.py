@@ -1,4 +1,4 @@
-"""Lets a trained model speak.
+"""Generates a trained model's answer to a prompt.
 
 python -m runners.generate --run runs/NAME --image picture.png --prompt "What is this?"
 """
@@ -61,10 +61,10 @@ class GenerateConfig:
 
 
 def prompt_batch(encoder: Encoder, conversation: Conversation, chat: bool = True) -> Batch:
-    """A batch of exactly one document that ends where the model is to speak. CPU.
+    """A CPU batch of one document, which ends where the model continues.
 
-    chat: as a user's turn with the assistant's next; otherwise as plain text to continue.
-    Raises UserError if it is too long or has pictures that do not fit the model.
+    chat: the prompt is a user's turn, and the assistant's is next; otherwise it is plain text.
+    Raises UserError if it is too long or its pictures do not fit the model.
     """
     try:
         document = encoder.prompt(conversation) if chat else _plain(encoder, conversation)
@@ -72,9 +72,13 @@ def prompt_batch(encoder: Encoder, conversation: Conversation, chat: bool = True
         raise UserError(str(error)) from error
     images = encoder.images if document.patch_counts else None
     spec = PackSpec(
-        row_len=len(document.tokens), rows=1, max_docs=1, images=images,
-        max_images=len(document.patch_counts), max_patches=len(document.patches),
-    )  # fmt: skip
+        row_len=len(document.tokens),
+        rows=1,
+        max_docs=1,
+        images=images,
+        max_images=len(document.patch_counts),
+        max_patches=len(document.patches),
+    )
     return collate([[document]], spec)
 
 
@@ -86,7 +90,7 @@ def answer(
     max_tokens: int = 128,
     sampler: Sampler | None = None,
 ) -> Iterator[int]:
-    """The tokens of the model's answer to a conversation that ends with a user's turn."""
+    """The tokens of the answer to a conversation that ends with a user's turn."""
     tokenizer = evaluator.encoder.tokenizer
     return decode(
         evaluator.forward,
@@ -100,10 +104,10 @@ def answer(
 
 
 def pieces(tokens: Iterable[int], to_text: Callable[[list[int]], str]) -> Iterator[str]:
-    """The text of tokens piece by piece, as soon as its characters are whole.
+    """The text of tokens, piece by piece.
 
-    A character of several bytes may need several tokens; until they are all there it reads as
-    U+FFFD, and is held back.
+    A character of several bytes may need several tokens. Until it is complete it decodes to U+FFFD
+    and is held back.
     """
     so_far: list[int] = []
     said = ""
@@ -133,10 +137,8 @@ def run(argv: Sequence[str] | None = None) -> None:
         text = IMAGE * len(images) + text
     conversation = Conversation("the prompt", (Turn("user", text),), tuple(images))
     sampler = Sampler(config.temperature, config.top_k, config.top_p, config.seed)
-    tokens = answer(
-        evaluator, conversation,
-        chat=found.config.data.chat, max_tokens=config.max_tokens, sampler=sampler,
-    )  # fmt: skip
+    chat, limit = found.config.data.chat, config.max_tokens
+    tokens = answer(evaluator, conversation, chat=chat, max_tokens=limit, sampler=sampler)
     for piece in pieces(tokens, evaluator.encoder.tokenizer.decode):
         sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)
         sys.stdout.flush()
@@ -144,7 +146,7 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 
 def _plain(encoder: Encoder, conversation: Conversation) -> Document:
-    """The words alone, neither templated nor ended: for models of plain text."""
+    """The prompt without a template or an end mark, for models of plain text."""
     if conversation.images:
         raise UserError("--image: this run was trained on text alone")
     turn = Turn("text", conversation.turns[0].text, CONTINUED)

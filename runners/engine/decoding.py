@@ -1,4 +1,4 @@
-"""One token after the other: a plain KV cache as a rule on attention, and how tokens are chosen."""
+"""Decoding token by token: a KV cache as a rule on attention, and sampling."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from params.tree import Tree
 
 
 class KVCache:
-    """Keys and values of one document so far, for every layer of the decoder.
+    """The keys and values of one document, for each layer of the decoder.
 
-    Written by index into buffers of ``capacity`` positions; ``length`` of them are filled. The
-    forward that fills it is made by :func:`with_cache` and is not pure: one cache serves one
-    document, once.
+    Buffers of ``capacity`` positions, of which ``length`` are filled. The forward of
+    :func:`with_cache` fills them and is not pure: a cache serves one document, once.
     """
 
     def __init__(self, layers: int, capacity: int) -> None:
@@ -28,14 +27,11 @@ class KVCache:
         self._kept: list[tuple[Tensor, Tensor] | None] = [None] * layers
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds ``[n, Hk, Dh]`` of the newest tokens; gives all so far, ``[length + n, Hk, Dh]``."""
+        """Adds new ``[n, Hk, Dh]`` keys and values; returns all, ``[length + n, Hk, Dh]``."""
         buffers = self._kept[layer]
         if buffers is None:
-            buffers = (
-                k.new_empty(self.capacity, *k.shape[1:]),
-                v.new_empty(self.capacity, *v.shape[1:]),
-            )
-            self._kept[layer] = buffers
+            full = (self.capacity, *k.shape[1:])
+            buffers = self._kept[layer] = (k.new_empty(full), v.new_empty(full))
         end = self.length + len(k)
         if end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} positions, not {end}")
@@ -45,11 +41,11 @@ class KVCache:
 
 
 def with_cache(forward: Forward, config: VLMConfig, cache: KVCache) -> Forward:
-    """The same forward, over the newest tokens of a document whose others are in the cache.
+    """The forward over the newest tokens of a document, with its earlier tokens in the cache.
 
-    The first call takes the whole prompt, with its pictures; each further one takes the tokens
-    that followed, with their own ``positions``. Returns the logits of the last token, ``[1, V]``.
-    Raises ValueError for a forward that ends in a loss.
+    The first call takes the whole prompt, with its pictures; each further call takes the next
+    tokens, with their ``positions``. Returns the logits of the last token, ``[1, V]``. Raises
+    ValueError for a forward that ends in a loss.
     """
     if forward.finish is not None:
         raise ValueError(
@@ -77,7 +73,7 @@ def with_cache(forward: Forward, config: VLMConfig, cache: KVCache) -> Forward:
 
 def attend_last(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """Causal attention of a document's newest tokens: q ``[n, H, Dh]`` over k, v ``[t, Hk, Dh]``,
-    of which q's own are the last. window: keys seen, the token's own included."""
+    whose last n belong to q. window: how many keys a token sees, its own included."""
     n, t = len(q), len(k)
     gap = torch.arange(t - n, t, device=q.device)[:, None] - torch.arange(t, device=q.device)
     seen = (gap >= 0) if window is None else (gap >= 0) & (gap < window)
@@ -88,10 +84,10 @@ def attend_last(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Sampler:
-    """How the next token is chosen from its logits.
+    """Chooses the next token from its logits.
 
-    temperature 0: the likeliest. top_k: among the k likeliest (0: all). top_p: among the fewest
-    that hold this much probability (nucleus sampling, https://arxiv.org/abs/1904.09751).
+    temperature 0: the most likely token. top_k: sample from the k most likely (0: all). top_p:
+    sample from the fewest tokens with this much probability (https://arxiv.org/abs/1904.09751).
     """
 
     temperature: float = 0.0
@@ -112,9 +108,8 @@ class Sampler:
             scores, ids = scores[: self.top_k], ids[: self.top_k]
         probabilities = scores.softmax(0)
         before = probabilities.cumsum(0) - probabilities
-        probabilities = torch.where(
-            before < self.top_p, probabilities, 0.0
-        )  # never drops the first
+        # the first token always remains
+        probabilities = torch.where(before < self.top_p, probabilities, 0.0)
         return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
 
 

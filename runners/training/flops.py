@@ -1,4 +1,4 @@
-"""How much arithmetic a batch takes, and how much the device could do in the same time."""
+"""The FLOPs of a training step, and the peak FLOP/s of a device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from core import Batch, VLMConfig
 
 # Dense bf16 tensor-core peaks with fp32 accumulation, in FLOP/s, from the vendor's data sheets
-# (without sparsity). The first name that occurs in the device's own is taken.
+# (without sparsity). The first name that is part of the device's name counts.
 PEAKS = {
     "GB200": 2500e12,
     "B200": 2250e12,
@@ -39,10 +39,10 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s that the device can do in matmuls of ``dtype``, or None if unknown.
+    """Peak FLOP/s of a device in matrix products, or None if unknown.
 
-    GPUs: the data sheet's bf16 figure, whatever ``dtype`` is (using fp32 is a choice that MFU
-    should show). CPU: measured, 0.1 s.
+    GPU: the data sheet's bf16 figure for any ``dtype``, so that MFU shows the cost of fp32. CPU:
+    measured in ``dtype``, for 0.1 s.
     """
     if device.type == "cpu":
         return _measured(dtype)
@@ -52,7 +52,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 @lru_cache
 def _measured(dtype: torch.dtype, size: int = 768) -> float:
-    """The best of repeated ``[size, size]`` matmuls, 10 at least: the first compiles kernels."""
+    """The best of at least 10 ``[size, size]`` products: the first one compiles kernels."""
     a, b = torch.randn(2, size, size, generator=torch.Generator().manual_seed(0)).to(dtype)
     best, runs, until = float("inf"), 0, time.perf_counter() + 0.1
     while runs < 10 or time.perf_counter() < until:
@@ -64,7 +64,7 @@ def _measured(dtype: torch.dtype, size: int = 768) -> float:
 
 @dataclass(frozen=True)
 class Load:
-    """What really lies in a batch: lengths of documents (tokens) and of pictures (patches)."""
+    """The lengths of a batch's documents (tokens) and pictures (patches), without padding."""
 
     documents: Tensor
     pictures: Tensor
@@ -75,7 +75,7 @@ class Load:
 
 
 def measure_load(model: VLMConfig, batch: Batch, pad: int) -> Load:
-    """The load of a batch that still lies on the CPU; pad: the token that fills rows up."""
+    """The load of a CPU batch; pad: the padding token."""
     tokens, ends = batch["tokens"], batch["cu_seqlens"].long()
     lengths, starts = ends.diff(), ends[:-1]
     documents = lengths[(lengths > 0) & (tokens[starts.clamp(max=len(tokens) - 1)] != pad)]
@@ -94,11 +94,11 @@ def measure_load(model: VLMConfig, batch: Batch, pad: int) -> Load:
 def training_flops(
     model: VLMConfig, load: Load, learns: Iterable[str], *, adapters: bool = False
 ) -> float:
-    """Operations of one training step on a batch of this load, recomputation not counted.
+    """FLOPs of one training step on a batch of this load, without recomputation.
 
-    A frozen part costs less: its weights need no gradient (2/3), and where nothing before it
-    learns the gradient does not pass it either (1/3). learns: which of text, vision and
-    projector do. adapters: they alone do, beside weights that are frozen.
+    A frozen part costs less: its weights need no gradient (2/3), and if nothing before it is
+    trained, neither do its inputs (1/3). learns: the trained parts, of text, vision and projector.
+    adapters: only adapters are trained.
     """
     learns = set(learns)
     through = 2 / 3 if learns & {"vision", "projector"} else 1 / 3
@@ -112,7 +112,7 @@ def training_flops(
     return flops
 
 
-# Of every step again: 0.3 ms for `small`, 0.05 where they are remembered.
+# Cached, because each step asks for them: 0.05 ms instead of 0.3 for `small`.
 @lru_cache(1024)
 def _per_token(model: VLMConfig, context: int) -> float:
     return model.flops_per_token(context)
@@ -124,5 +124,5 @@ def _per_patch(model: VLMConfig, context: int) -> float:
 
 
 def _context(lengths: Tensor) -> float:
-    """Mean length of the segment that a position lies in."""
+    """The mean over positions of the length of their segment."""
     return float(lengths.double().square().sum() / lengths.sum().clamp(min=1))

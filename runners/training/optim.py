@@ -1,4 +1,4 @@
-"""Which optimizer, with which rates for which leaf; learning-rate schedules; clipping."""
+"""Learning-rate schedules, the choice of an optimizer with each leaf's rates, and clipping."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from runners.training.settings import OptimSettings
 
 
 def warmup(step: int, warmup_steps: int) -> float:
-    """1/w, 2/w, ... 1: step 0 already learns."""
+    """1/w, 2/w, ... 1: the rate of step 0 is not 0."""
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
 
 
 def cosine(step: int, *, steps: int, warmup_steps: int, final: float = 0.0) -> float:
-    """Warm-up, then half a cosine towards ``final``, where the step after the last would be.
+    """Warm-up, then half a cosine that reaches ``final`` one step after the last.
 
     SGDR without restarts, https://arxiv.org/abs/1608.03983.
 
@@ -55,8 +55,8 @@ def wsd(
     """Warm-up, stable, then ``1 - sqrt`` over the last ``decay`` share of the steps.
 
     MiniCPM, https://arxiv.org/abs/2404.06395; the decay's shape is from
-    https://arxiv.org/abs/2405.18392. ends: earlier steps before which it fell as well, to rise
-    again after them (WSD-S, https://arxiv.org/abs/2410.05192); the share is of the steps between.
+    https://arxiv.org/abs/2405.18392. ends: earlier steps before which the rate also decays and
+    then rises again (WSD-S, https://arxiv.org/abs/2410.05192); the share is of the steps between.
 
     >>> [round(wsd(s, steps=7, warmup_steps=2, decay=0.43), 2) for s in range(7)]
     [0.5, 1.0, 1.0, 1.0, 0.5, 0.29, 0.13]
@@ -71,7 +71,7 @@ def wsd(
 
 
 def learning_rate(config: OptimSettings, step: int) -> float:
-    """The rate of a step, counted from 0."""
+    """The learning rate of a step, counted from 0."""
     steps, warm, final = config.steps, config.warmup_steps, config.final_lr
     if config.schedule == "cosine":
         return config.lr * cosine(step, steps=steps, warmup_steps=warm, final=final)
@@ -86,9 +86,9 @@ def learning_rate(config: OptimSettings, step: int) -> float:
 def build_optimizer(
     params: Mapping[str, Tensor], copies: Mapping[str, Tensor], config: OptimSettings, seed: int = 0
 ) -> Optimizer:
-    """The optimizer that a config asks for, over ``{path: tensor}``; copies: bf16 twins of some.
+    """The optimizer of a config, over ``{path: tensor}``; copies: bf16 copies of some.
 
-    Raises UserError where it cannot be had.
+    Raises UserError if it is not available.
     """
     rates = choose_rates(params, config)
     betas = {"beta1": config.beta1, "beta2": config.beta2}
@@ -106,14 +106,14 @@ def build_optimizer(
 
     if config.optimizer == "adamw":
         return adamw(params)
-    turned = {path: leaf for path, leaf in params.items() if is_turned(path, leaf)}
-    rest = {path: leaf for path, leaf in params.items() if path not in turned}
-    return Muon(turned, copies, rates, adamw(rest), momentum=config.momentum)
+    matrices = {path: leaf for path, leaf in params.items() if uses_muon(path, leaf)}
+    rest = {path: leaf for path, leaf in params.items() if path not in matrices}
+    return Muon(matrices, copies, rates, adamw(rest), momentum=config.momentum)
 
 
 def choose_rates(params: Mapping[str, Tensor], config: OptimSettings) -> dict[str, Rates]:
-    """Of every leaf, by the path patterns of ``--no_decay`` and ``--lr_scale``. Raises UserError
-    for a pattern that names no leaf, and is none of the default ones."""
+    """The rates of each leaf, by the path patterns of ``--no_decay`` and ``--lr_scale``. Raises
+    UserError for a pattern, other than a default one, that names no leaf."""
     scales: dict[str, float] = {}
     with explained("--lr_scale"):
         for pattern, factor in lr_scales(config).items():
@@ -132,18 +132,17 @@ FEATURES = ("text.blocks", "vision.blocks", "projector")
 TABLES = ("positions", "queries")
 
 
-def is_turned(path: str, leaf: Tensor) -> bool:
-    """Whether Muon is for this leaf: a matrix that maps features to features. Tables, the head and
-    the first layer of the eye are not."""
+def uses_muon(path: str, leaf: Tensor) -> bool:
+    """Whether Muon trains this leaf: a matrix that maps features to features. Tables, the head and
+    the patch embedding are not."""
     inside = any(matches(pattern, path) for pattern in FEATURES)
     return leaf.ndim == 2 and inside and not any(matches(pattern, path) for pattern in TABLES)
 
 
 def clipping(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Tensor | None]:
-    """``(norm, factor)``: the gradient's norm, and what brings it down to ``max_norm`` (0: None).
-
-    fp32 scalars on the gradients' device: nothing waits for them
-    (https://arxiv.org/abs/1211.5063).
+    """``(norm, factor)``: the gradient's norm, and the factor that limits it to ``max_norm`` (None
+    if that is 0), https://arxiv.org/abs/1211.5063. fp32 scalars on the gradients' device, so that
+    the host does not wait.
     """
     norm = grad_norm(grads)
     return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else None

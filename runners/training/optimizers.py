@@ -1,8 +1,8 @@
-"""What changes params: AdamW in one kernel or in a loop, AdamW with moments of 8 bits, Muon.
+"""Optimizers: AdamW in one kernel or in a loop, AdamW with 8-bit moments, Muon.
 
-An optimizer holds the params it changes in place (by path), and bf16 copies of them, where compute
-needs copies: it keeps those equal to the params. Each step takes gradients by path, of any floating
-dtype, and a factor for all of them on the device (the clipping), so that nothing waits for it.
+An optimizer updates params in place, and the bf16 copies that compute needs. A step takes gradients
+by path, of any floating dtype, and their common factor from clipping, which stays on the device so
+that the host does not wait.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ Leaves = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Rates:
-    """What differs from leaf to leaf: the decoupled weight decay, and the factor of the rate."""
+    """A leaf's decoupled weight decay and the factor of its learning rate."""
 
     decay: float
     scale: float = 1.0
 
 
 class Optimizer(Protocol):
-    """What a training loop asks of one."""
+    """The interface of an optimizer."""
 
     def step(self, grads: Leaves, *, number: int, lr: float, factor: Tensor | None) -> None:
         """Step ``number``, counted from 1; ``factor``: 0-dim fp32, multiplies the gradients."""
 
     def state(self) -> dict[str, Tensor]:
-        """All that it remembers, by name: ``{"exp_avg.text.embed.weight": tensor, ...}``."""
+        """Its tensors by name: ``{"exp_avg.text.embed.weight": tensor, ...}``."""
 
     def load(self, state: Leaves) -> None:
         """The inverse of :meth:`state`. Raises ValueError naming what is missing."""
@@ -46,8 +46,8 @@ class Optimizer(Protocol):
 class AdamW:
     """AdamW (https://arxiv.org/abs/1711.05101) through ``kernels.adamw_``.
 
-    The moments are of their param's dtype. Params and moments of bf16 are rounded stochastically,
-    by a hash of seed, step, leaf and place.
+    Moments have their param's dtype. bf16 params and moments are rounded stochastically, by a hash
+    of seed, step, leaf and index.
     """
 
     def __init__(
@@ -99,11 +99,10 @@ class AdamW:
 class Muon:
     """Muon for matrices, another optimizer for the rest.
 
-    A matrix moves along the nearest semi-orthogonal matrix to its momentum (Nesterov's), found by
-    five Newton-Schulz steps (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/). The
-    step's length is that of an AdamW step: its root mean square is 0.2 times the rate
-    (https://arxiv.org/abs/2502.16982, section 2.2). Matrices of one shape are stacked, so that
-    a step is a few batched products.
+    A matrix's update is the semi-orthogonal matrix closest to its Nesterov momentum, from five
+    Newton-Schulz steps (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/). Its root
+    mean square is 0.2 times the rate, as an AdamW step's (https://arxiv.org/abs/2502.16982, section
+    2.2). Matrices of one shape are stacked, so that a step is a few batched products.
     """
 
     def __init__(
@@ -122,17 +121,15 @@ class Muon:
 
     def step(self, grads: Leaves, *, number: int, lr: float, factor: Tensor | None) -> None:
         for paths in self.stacks:
-            self._turn(paths, grads, lr, factor)
+            self._update(paths, grads, lr, factor)
         rest = {path: grad for path, grad in grads.items() if path not in self.matrices}
         if rest:
             self.rest.step(rest, number=number, lr=lr, factor=factor)
 
-    def _turn(self, paths: Sequence[str], grads: Leaves, lr: float, factor: Tensor | None) -> None:
-        """Moves matrices of one stack.
-
-        The floor for a decoder of 1.31e9 entries in matrices (28 layers of 1,536, MLP of 8,960) on
-        an H200: 44.5 TFLOP at 670 TFLOP/s, 66 ms, and 24 bytes an entry at 4,300 GB/s, 7.3 ms.
-        """
+    def _update(
+        self, paths: Sequence[str], grads: Leaves, lr: float, factor: Tensor | None
+    ) -> None:
+        """Updates the matrices of one stack."""
         stack = gather_momenta(
             [self.moments["momentum"][path] for path in paths],
             [grads[path] for path in paths],
@@ -158,12 +155,12 @@ class Muon:
         self.rest.load(state)
 
 
-STACK = 2**28  # entries: 0.5 GB in bf16, and three times that while it is turned
+STACK = 2**28  # elements: 0.5 GB in bf16, and three times that during Newton-Schulz
 
 
 def stacks_of(matrices: Leaves, copies: Container[str] = ()) -> list[list[str]]:
-    """Paths of matrices of one shape together, with copies or without, as many as ``STACK``
-    admits."""
+    """Paths of matrices grouped by shape, and by whether they have copies; at most ``STACK``
+    elements in a group."""
     alike: dict[tuple[torch.Size, bool], list[str]] = {}
     for path, matrix in matrices.items():
         alike.setdefault((matrix.shape, path in copies), []).append(path)
@@ -175,14 +172,13 @@ def stacks_of(matrices: Leaves, copies: Container[str] = ()) -> list[list[str]]:
 
 
 def newton_schulz(g: Tensor, eps: float = 1e-7) -> Tensor:
-    """Singular values of ``g [n, A, B]`` to about 1 (0.7 to 1.2), singular vectors as they are.
+    """Brings the singular values of ``g [n, A, B]`` to about 1 (0.7 to 1.2), with the same singular
+    vectors.
 
-    Five steps of the quintic iteration x -> a x + (b x x' + c (x x')^2) x, in g's dtype; the
-    coefficients are the source's, for the steepest start at 0. With s the short side and l the long
-    one a step takes s^2 (4 l + 2 s) FLOPs a matrix: the polynomial is [s, s], multiplied from the
-    side that is short, so that no transposed copy of x is ever made. baddbmm copies x before it
-    adds to it, 4 bytes an entry; with ``a`` on the polynomial's diagonal it would not, but rounded
-    to bf16 that leaks large singular values into small ones, which grow: updates are off by 2%.
+    Five steps of the quintic iteration x -> a x + (b x x' + c (x x')^2) x, in g's dtype, with the
+    source's coefficients. The polynomial is [s, s], with s the shorter side, and multiplies x from
+    that side, so that x is never transposed. ``a`` must not move to the polynomial's diagonal:
+    rounded to bf16 it mixes large singular values into small ones, and updates are off by 2%.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[-2] > g.shape[-1]
@@ -196,7 +192,7 @@ def newton_schulz(g: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 class TorchAdamW:
-    """AdamW by PyTorch's loop over the leaves, one operation after the other: the baseline."""
+    """AdamW by PyTorch's loop over the leaves: the baseline."""
 
     def __init__(
         self,
@@ -251,10 +247,8 @@ class TorchAdamW:
 
 
 class AdamW8bit(TorchAdamW):
-    """AdamW with moments of 8 bits, in blocks (https://arxiv.org/abs/2110.02861), by bitsandbytes.
-
-    Leaves of fewer than 4,096 entries keep moments of 32 bits, as that library has it.
-    """
+    """AdamW with blockwise 8-bit moments (https://arxiv.org/abs/2110.02861), by bitsandbytes, which
+    keeps 32-bit moments for leaves of fewer than 4,096 elements."""
 
     def _build(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> Any:
         return _bitsandbytes()(groups, betas=betas)
@@ -279,10 +273,10 @@ def _bitsandbytes() -> Any:
 
 
 def adamw8bit_problem(device: torch.device) -> str | None:
-    """Why bitsandbytes cannot be used on a device, as a clause, or None. Tried once a process."""
+    """Why bitsandbytes cannot be used on a device, as a clause, or None. Tried once per process."""
 
     def prove() -> None:
-        """Two steps of one block of 8-bit moments, against fp64."""
+        """Compares two steps with one block of 8-bit moments to fp64."""
         generator = torch.Generator().manual_seed(0)
         start, *grads = torch.randn(3, 64, 64, generator=generator, dtype=torch.float32)
         moved = [start.clone().to(device), start.double()]
@@ -293,7 +287,7 @@ def adamw8bit_problem(device: torch.device) -> str | None:
                 leaf.grad = grad.to(leaf)
                 optimizer.step()
         mine, exact = (leaf.detach().cpu().double() - start.double() for leaf in moved)
-        # codes of 8 bits lie up to 1/16 of their value apart
+        # 8-bit codes are up to 1/16 of their value apart
         check_close("what two steps change", mine, exact, 1 / 16)
 
     return import_problem("bitsandbytes", "install bitsandbytes") or proof_problem(
@@ -307,7 +301,7 @@ def named(moments: Mapping[str, Leaves]) -> dict[str, Tensor]:
 
 
 def restore(moments: Mapping[str, Leaves], state: Leaves) -> None:
-    """Takes over what :func:`named` gave. Raises ValueError naming the first that is missing."""
+    """Copies ``state`` into moments. Raises ValueError naming the first missing tensor."""
     for name, leaf in named(moments).items():
         if name not in state:
             raise ValueError(f"the optimizer state lacks {name}")

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: a trace to look at, and a table of it."""
+"""Profiles training steps: a trace and a table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from params.disk import write_text
 
-SKIPPED, RECORDED = 5, 3  # steps: the first ones compile, and fill allocator and queues
+SKIPPED, RECORDED = 5, 3  # steps; the first ones compile and fill the allocator
 
 
 class Profiler:
@@ -23,7 +23,7 @@ class Profiler:
         self.profile = profile(activities=watched)
 
     def after_step(self) -> str | None:
-        """To be called after every step; once, when all is written, says where."""
+        """Call after every step. Returns a line once, when the files are written."""
         self.seen += 1
         if self.seen == SKIPPED:
             self._wait()

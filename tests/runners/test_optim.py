@@ -22,8 +22,8 @@ from runners.training.optim import (
     choose_rates,
     clipping,
     cosine,
-    is_turned,
     learning_rate,
+    uses_muon,
     wsd,
 )
 from runners.training.optimizers import Muon, Optimizer, Rates, newton_schulz, stacks_of
@@ -200,7 +200,7 @@ def test_moments_come_back_and_go_on_as_before(name: str) -> None:
 
 def test_muon_takes_matrices_of_features_alone() -> None:
     params = init_params(preset("tiny"), device="meta")
-    turned = {path for path, leaf in flatten(params).items() if is_turned(path, leaf)}
+    turned = {path for path, leaf in flatten(params).items() if uses_muon(path, leaf)}
     assert "text.blocks.0.mlp.up.weight" in turned
     assert "vision.blocks.1.attn.q.weight" in turned
     assert any(path.startswith("projector.") for path in turned)
