@@ -65,16 +65,16 @@ class EvalConfig:
     run: str
     """Folder of the run, such as runs/shapes-tiny."""
     split: tuple[str, ...] = ()
-    """Held-out splits: val, and for shapes unseen. Default: all there are."""
+    """Held-out splits: val, and unseen for shapes. Default: all."""
     examples: Annotated[int, Range(1, 2**40)] = 512
-    """Questions a split, at most."""
+    """Most questions of a split."""
     val_data: tuple[str, ...] = ()
-    """Files to ask about, in place of what the run held out."""
+    """Files to measure on instead of the run's held-out data."""
     image_root: str | None = None
     """Folder of the pictures of --val_data. Default: the file's own."""
     data_changed: bool = False
-    """Measure although the data is not what the run began with: what is held out of it now may have
-    been trained on."""
+    """Measure although the data has changed since the run began: what is held out now may have been
+    trained on."""
     ask: Ask | None = None
     """trained: each question after the true turns before it, as in training; alone: by itself,
     after its pictures. Default: the run's own --ask."""

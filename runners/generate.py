@@ -38,24 +38,24 @@ from transforms.accumulate import to_device
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Streams a trained model's answer to a prompt, about pictures or not."""
+    """Streams a trained model's answer to a prompt, with or without pictures."""
 
     run: str
     """Folder of the run, such as runs/shapes-tiny."""
     prompt: str
     """What to ask, as the first turn of a conversation; or to continue (text models)."""
     image: tuple[str, ...] = ()
-    """Picture files, put in front of the prompt, or where it says <image>."""
+    """Picture files, placed before the prompt, or at each <image> in it."""
     max_tokens: Annotated[int, Range(1, 2**24)] = 128
-    """Tokens of the answer, at most."""
+    """Most tokens in the answer."""
     temperature: Annotated[float, Range(0)] = 0.0
-    """0: always the likeliest token; 1: as the model believes."""
+    """0: always the most likely token; 1: the model's own distribution."""
     top_k: Annotated[int, Range(0, 2**24)] = 0
-    """Choose among the k likeliest; 0: all."""
+    """Sample from the k most likely tokens; 0: all."""
     top_p: Annotated[float, Range(high=1, above=0)] = 1.0
-    """Choose among the fewest that hold this much probability."""
+    """Sample from the fewest tokens with this much probability."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
-    """Of the random choices."""
+    """Seed of the sampling."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
 

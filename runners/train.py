@@ -23,7 +23,7 @@ import kernels
 from params import count, num_bytes, unflatten
 from params.disk import write_text
 from runners.data.sources import digests
-from runners.data.types import BadRecordError, alone, literal, spread, without_pictures
+from runners.data.types import BadRecordError, Source, alone, literal, spread, without_pictures
 from runners.eval import Evaluator, Report, evaluate, questions_of
 from runners.generate import answer
 from runners.shell.cli import INTERRUPTED, guarded
@@ -35,6 +35,7 @@ from runners.training.loop import Training, interruptible
 from runners.training.metrics import Display, Metrics, check_wandb, read_metrics, warned
 from runners.training.provenance import origin
 from runners.training.resume import continued
+from runners.training.settings import OptimSettings, RunSettings
 from runners.training.setup import Job, build_encoder, prepare
 from runners.training.states import read_record
 from runners.training.step import Learner
@@ -74,7 +75,7 @@ def train(
             learner.restore(job.state)
         begin = origin(command, learner.step, job.device)
         if job.state is None:
-            base = base_digest(config)
+            base = base_digest(config.model)
             create_folder(folder, config, job.model, job.data.tokenizer, begin, base)
         else:
             record_start(folder, config, begin)
@@ -126,22 +127,21 @@ def describe(job: Job, learner: Learner, folder: Path) -> list[str]:
         f"{spec.rows} rows of {spec.row_len} tokens{pictures}",
         job.data.sources.summary,
         *job.composed.report,
-        f"Using {optimizer_line(job)}, {job.config.optim.schedule} schedule",
+        f"Using {optimizer_name(job.config.optim, job.device)}, "
+        f"{job.config.optim.schedule} schedule",
     ]
 
 
-def optimizer_line(job: Job) -> str:
-    """The optimizer, in words."""
-    config = job.config
-    if config.optim.optimizer == "adamw8bit":
+def optimizer_name(config: OptimSettings, device: torch.device) -> str:
+    """The optimizer and its kernel, in words."""
+    if config.optimizer == "adamw8bit":
         return "AdamW with moments of 8 bits (bitsandbytes)"
-    kernel = kernels.choose("adamw", str(job.device))
-    adamw = f"fused AdamW ({kernel})"
-    if not config.optim.use_fused_adamw:
-        adamw = "AdamW in a loop over the leaves (torch.optim)"
-    if config.optim.optimizer == "adamw":
+    adamw = "AdamW in a loop over the leaves (torch.optim)"
+    if config.use_fused_adamw:
+        adamw = f"fused AdamW ({kernels.choose('adamw', str(device))})"
+    if config.optimizer == "adamw":
         return adamw
-    muon = kernels.choose("muon", str(job.device))
+    muon = kernels.choose("muon", str(device))
     return f"Muon for matrices ({muon} beside its products), {adamw} for the rest"
 
 
@@ -151,7 +151,7 @@ def finish(job: Job, folder: Path) -> list[str]:
         draw_loss(folder / "loss.png", read_metrics(folder))
     if job.config.model.merge:
         save_merged(folder, job.config, job.model)
-    params = trained_params(folder, job.config, job.params, job.device)
+    params = trained_params(folder, job.params, job.device)
     evaluator = Evaluator(
         job.composed.forward,
         cast_matrices(params, job.composed.matrices),
@@ -167,7 +167,7 @@ def finish(job: Job, folder: Path) -> list[str]:
         with warned("eval.json"):
             write_text(folder / "eval.json", text)
     if config.samples and chat and splits:
-        samples = sample(evaluator, job)
+        samples = sample(evaluator, splits["val"], config)
         with warned("samples.png"):
             draw_samples(folder / "samples.png", samples)
     written = sorted(
@@ -176,15 +176,15 @@ def finish(job: Job, folder: Path) -> list[str]:
     return [*(line for r in reports for line in r.lines()), f"In {folder}: {', '.join(written)}"]
 
 
-def sample(evaluator: Evaluator, job: Job) -> list[Sample]:
+def sample(evaluator: Evaluator, source: Source, config: RunSettings) -> list[Sample]:
     """Held-out questions about different pictures, with the model's answers."""
-    source, encoder, samples = job.data.sources.held_out["val"], evaluator.encoder, []
-    for number, index in enumerate(spread(len(source), job.config.run.samples)):
+    encoder, samples = evaluator.encoder, []
+    for number, index in enumerate(spread(len(source), config.samples)):
         try:
             shown = source[index]
         except BadRecordError:
             continue
-        single = alone(shown) if job.config.run.ask == "alone" else [shown]
+        single = alone(shown) if config.ask == "alone" else [shown]
         asked = [question for one in single for question in questions_of(one, encoder)]
         if not asked:
             continue

@@ -13,7 +13,7 @@ from params.tree import Tree
 from runners.training.optim import build_optimizer, clipping, learning_rate
 from runners.training.settings import OptimSettings
 from runners.training.states import TrainState
-from runners.training.weights import kept_params
+from runners.training.weights import split_params
 from transforms import accumulate_grads, cast_matrices, trainable
 from transforms.accumulate import GradFn, labelled_tokens, to_device
 
@@ -48,7 +48,7 @@ class Learner:
         self.learning = dict(sorted(flatten(trainable(params, select)[0]).items()))
         working = flatten(self.working)
         copies = {p: working[p] for p, leaf in self.learning.items() if working[p] is not leaf}
-        self.kept = kept_params(params)
+        self.kept, _ = split_params(params)
         self.optimizer = build_optimizer(self.learning, copies, config, seed)
         self.config, self.seed = config, seed
         self.step = 0

@@ -26,6 +26,7 @@ from runners.shell.jsonfile import read_object
 from runners.training.checkpoints import MODEL, Run, find_weights, load_weights, open_run
 from runners.training.compose import adapted, compute_dtype, matrix_dtype
 from runners.training.config import CONFIG, TrainConfig, as_dict
+from runners.training.settings import ModelSettings
 from runners.training.states import TENSORS, TrainState, is_state, load_state, run_folder
 from transforms import cast_matrices, merge_lora, trainable
 
@@ -41,7 +42,7 @@ def build_params(
     if not config.model.lora_rank:
         like, frozen = init_params(model, device="meta"), Tree()
     else:
-        check_base(run_folder(state_path), config)
+        check_base(run_folder(state_path), config.model)
         like, frozen = trainable(start_params(config, model, device))
     state = load_state(state_path, like, config, device)
     return merge(state.params, frozen), state
@@ -83,17 +84,15 @@ def load_base(path: str, model: VLMConfig, device: torch.device) -> Tree:
     return map_with_path(lambda _, leaf: leaf.float(), params)
 
 
-def kept_params(params: Tree) -> Tree:
-    """The part of a run's params that it saves: its adapters if it has any, otherwise all."""
-    return trainable(params)[0] if any(map(is_adapter, flatten(params))) else params
+def split_params(params: Tree) -> tuple[Tree, Tree]:
+    """The params that a run saves, and the others: its adapters and their base, or all and none."""
+    return trainable(params) if any(map(is_adapter, flatten(params))) else (params, Tree())
 
 
-def trained_params(path: Path, config: TrainConfig, whole: Tree, device: torch.device) -> Tree:
+def trained_params(path: Path, whole: Tree, device: torch.device) -> Tree:
     """The best weights of a run, or those of a state, with the frozen ones of ``whole``."""
-    if not config.model.lora_rank:
-        return load_weights(path, whole, device)
-    learning, frozen = trainable(whole)
-    return merge(load_weights(path, learning, device), frozen)
+    kept, frozen = split_params(whole)
+    return merge(load_weights(path, kept, device), frozen)
 
 
 def open_params(run: Run, dtype: torch.dtype, device: torch.device) -> tuple[Forward, Tree]:
@@ -102,22 +101,22 @@ def open_params(run: Run, dtype: torch.dtype, device: torch.device) -> tuple[For
     forward = adapted(run.config, run.model, dtype)
     matrices = matrix_dtype(run.config, dtype)
     if run.config.model.lora_rank:
-        check_base(run.folder, run.config)
+        check_base(run.folder, run.config.model)
         whole = start_params(run.config, run.model, device)
     else:
         whole = init_params(run.model, device="meta")
-    return forward, cast_matrices(trained_params(run.folder, run.config, whole, device), matrices)
+    return forward, cast_matrices(trained_params(run.folder, whole, device), matrices)
 
 
 # -- the base of adapters ---------------------------------------------------------------------
 
 
-def base_digest(config: TrainConfig) -> str | None:
+def base_digest(config: ModelSettings) -> str | None:
     """The digest of the base weights of a run with adapters; None for other runs. Raises
     UserError."""
-    if not config.model.lora_rank or config.model.init_from is None:
+    if not config.lora_rank or config.init_from is None:
         return None
-    found = find_weights(Path(config.model.init_from))
+    found = find_weights(Path(config.init_from))
     with explained("--init_from"):
         file = locate(found / TENSORS if is_state(found) else found)
         if file.suffix == ".safetensors":
@@ -126,11 +125,11 @@ def base_digest(config: TrainConfig) -> str | None:
         return digest_of(*(file_digest(file.with_name(name)) for name in sorted({*shards}))).hex()
 
 
-def check_base(folder: Path, config: TrainConfig) -> None:
+def check_base(folder: Path, config: ModelSettings) -> None:
     """Raises UserError if the base of a run's adapters is missing or has other weights."""
     if read_object(folder / CONFIG).get("base", str) != base_digest(config):
         raise UserError(
-            f"{config.model.init_from} holds other weights than those that the adapters of "
+            f"{config.init_from} holds other weights than those that the adapters of "
             f"{folder} were trained beside: restore it from a copy, or train the adapters again"
         )
 
