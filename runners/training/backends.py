@@ -1,4 +1,4 @@
-"""What a run says at start-up about the kernels it will use."""
+"""The lines at the start of a run about its kernels."""
 
 from __future__ import annotations
 
@@ -30,19 +30,18 @@ def report_backends(
     fused_kernels: bool = True,
     compiling: bool = False,
 ) -> list[str]:
-    """The backends that a run with these settings uses, one line an optimisation, with the reason
-    where it is off.
+    """The backends that a run uses: one line per optimisation, with the reason if it is off.
 
-    Nothing runs: a library that fails its proof later is warned of then.
+    No kernel runs here. If a library fails its proof later, a warning says so.
 
     Args:
         device: where the model runs.
         dtype: of attention's inputs.
         attentions: for each of the model's attentions, by name, the known fields of
-            `AttentionCall` (head_dim, group, max_seqlen, length). Those that get the same backend
-            share a line.
+            `AttentionCall` (head_dim, group, max_seqlen, length). Attentions with the same
+            backend share a line.
         operations: which of rms_norm, layer_norm, swiglu and rope the model has.
-        fused_loss, flash_attention, fused_kernels: what the user asked for.
+        fused_loss, flash_attention, fused_kernels: the user's flags.
 
     >>> text = {"text": {"head_dim": 64}}
     >>> off = {"flash_attention": False, "fused_kernels": False}

@@ -36,10 +36,8 @@ def check_memory(config: TrainConfig, model: VLMConfig, device: torch.device) ->
             f"--device_batch_size {config.data.device_batch_size} rows of --sequence_len "
             f"{config.data.sequence_len} are {tokens:,} tokens, more than can be counted in 32 bits"
         )
-    passed = 2 * tokens * model.text.dim
-    if not (
-        config.speed.use_gradient_checkpointing and config.speed.checkpoint_policy == "offload"
-    ):
+    speed, passed = config.speed, 2 * tokens * model.text.dim
+    if not (speed.use_gradient_checkpointing and speed.checkpoint_policy == "offload"):
         passed *= model.text.layers  # checkpointed or not, each block's input is kept
     if config.data.data == "shapes" and model.vision is not None:
         picture = model.image_tokens(model.vision.grid**2)
@@ -55,8 +53,9 @@ def check_memory(config: TrainConfig, model: VLMConfig, device: torch.device) ->
         (held, f"{params:,} parameters (--preset, --override)"),
         (passed, f"{tokens:,} tokens at once (--device_batch_size, --sequence_len)"),
     )
+    place = "GPU" if device.type == "cuda" else "machine"
     raise UserError(
-        f"{flags} take at least {_gib(most)} GiB, and this {_name(device)} has {_gib(have)} GiB: "
+        f"{flags} take at least {_gib(most)} GiB, and this {place} has {_gib(have)} GiB: "
         "choose a smaller run"
     )
 
@@ -82,7 +81,3 @@ def _number(path: Path) -> int | None:
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:,.1f}"
-
-
-def _name(device: torch.device) -> str:
-    return "GPU" if device.type == "cuda" else "machine"

@@ -111,9 +111,8 @@ def compose(
         report.append("Using a CUDA graph: gradients are recorded in the third step")
     elif device.type == "cuda":
         off = config.speed.cuda_graph is False
-        report.append(
-            f"CUDA graph off: {'--cuda_graph=0' if off else 'offloading cannot be recorded'}"
-        )
+        why = "--cuda_graph=0" if off else "offloading cannot be recorded"
+        report.append(f"CUDA graph off: {why}")
     backends = choose_backends(config.speed, device)
     with kernels.override(**backends):
         report += report_backends(

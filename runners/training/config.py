@@ -124,7 +124,7 @@ def parse_config(argv: Sequence[str] | None = None, *, gpu: bool = False) -> Tra
         TrainConfig, argv, prog="python -m runners.train", defaults=defaults, first=MOST_USED
     )
     check(config)
-    if resumes_folder(config):
+    if config.run.resume not in (None, "auto"):
         was, now = flags_of(defaults), flags_of(config)
         for name in ("name", "config", "init_from", "runs_dir"):
             if now[name] != was[name]:
@@ -132,11 +132,6 @@ def parse_config(argv: Sequence[str] | None = None, *, gpu: bool = False) -> Tra
                     f"--{name} does nothing beside --resume {config.run.resume}: leave it out"
                 )
     return config
-
-
-def resumes_folder(config: TrainConfig) -> bool:
-    """Whether ``--resume`` names a folder."""
-    return config.run.resume not in (None, "auto")
 
 
 def named_config(words: Mapping[str, Sequence[str]]) -> Path | None:
