@@ -30,10 +30,10 @@ from kernels.runtime.operators import LIBRARY, operator
 # make them contiguous. `cu` is None for a dense batch: q, k, v are then [B, T, heads, Dh].
 
 
-class _How(NamedTuple):
-    """What is asked for beside the tensors."""
+class Options(NamedTuple):
+    """A call's options: those of `attention`."""
 
-    longest: int
+    max_seqlen: int
     causal: bool
     window: int | None
     scale: float
@@ -46,114 +46,107 @@ class _How(NamedTuple):
         return reach, 0 if self.causal else reach
 
 
-def _flash_attn_4_options(cu: Tensor | None, how: _How) -> dict[str, Any]:
-    left, right = (None, None) if how.window is None else how.sides
+class Saved(NamedTuple):
+    """A forward's tensors, which its backward takes beside the gradient of out."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    cu: Tensor | None
+
+
+def _flash_attn_4_options(cu: Tensor | None, options: Options) -> dict[str, Any]:
+    left, right = (None, None) if options.window is None else options.sides
     return {
         "cu_seqlens_q": cu,
         "cu_seqlens_k": cu,
-        "max_seqlen_q": how.longest,
-        "max_seqlen_k": how.longest,
-        "softmax_scale": how.scale,
-        "causal": how.causal and how.window is None,  # with both, it forgets one
+        "max_seqlen_q": options.max_seqlen,
+        "max_seqlen_k": options.max_seqlen,
+        "softmax_scale": options.scale,
+        "causal": options.causal and options.window is None,  # given both, it ignores one
         "window_size_left": left,
         "window_size_right": right,
     }
 
 
 def _flash_attn_4_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, how: _How
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
-    # one level under its autograd Function of 33 arguments, which has no vmap and no setup_context
+    # below its autograd Function of 33 arguments, which has neither vmap nor setup_context
     forward = _function("flash_attn.cute.interface", "_flash_attn_fwd")
     with torch.cuda.device_of(q):  # it launches on the current device
-        out, lse, *_ = forward(q, k, v, **_flash_attn_4_options(cu, how), return_lse=True)
+        out, lse, *_ = forward(q, k, v, **_flash_attn_4_options(cu, options), return_lse=True)
     return out, lse
 
 
-def _flash_attn_4_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu: Tensor | None,
-    how: _How,
-) -> tuple[Tensor, ...]:
+def _flash_attn_4_backward(grad: Tensor, saved: Saved, options: Options) -> tuple[Tensor, ...]:
+    q, k, v, out, lse, cu = saved
     backward = _function("flash_attn.cute.interface", "_flash_attn_bwd")
-    options = _flash_attn_4_options(cu, how)
+    named = _flash_attn_4_options(cu, options) | {"deterministic": options.deterministic}
     with torch.cuda.device_of(q):
-        dq, dk, dv, *_ = backward(
-            q, k, v, out, grad, lse, **options, deterministic=how.deterministic
-        )
+        dq, dk, dv, *_ = backward(q, k, v, out, grad, lse, **named)
     return dq, dk, dv
 
 
+def _flash_attn_2_options(options: Options) -> dict[str, Any]:
+    left, right = options.sides
+    return {
+        "dropout_p": 0.0,
+        "softmax_scale": options.scale,
+        "causal": options.causal,
+        "window_size_left": left,
+        "window_size_right": right,
+    }
+
+
 def _flash_attn_2_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, how: _How
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
-    left, right = how.sides
     forward = _function("flash_attn.flash_attn_interface", "_flash_attn_varlen_forward")
-    out, lse, *_ = forward(
-        q, k, v, cu, cu, how.longest, how.longest,
-        dropout_p=0.0, softmax_scale=how.scale, causal=how.causal,
-        window_size_left=left, window_size_right=right,
-    )  # fmt: skip
+    most = options.max_seqlen
+    out, lse, *_ = forward(q, k, v, cu, cu, most, most, **_flash_attn_2_options(options))
     return out, lse
 
 
-def _flash_attn_2_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu: Tensor | None,
-    how: _How,
-) -> tuple[Tensor, ...]:
-    left, right = how.sides
+def _flash_attn_2_backward(grad: Tensor, saved: Saved, options: Options) -> tuple[Tensor, ...]:
+    q, k, v, out, lse, cu = saved
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     backward = _function("flash_attn.flash_attn_interface", "_flash_attn_varlen_backward")
-    backward(
-        grad, q, k, v, out, lse, *grads, cu, cu, how.longest, how.longest,
-        dropout_p=0.0, softmax_scale=how.scale, causal=how.causal,
-        window_size_left=left, window_size_right=right,
-        softcap=0.0, alibi_slopes=None, deterministic=how.deterministic,
-    )  # fmt: skip
+    named = _flash_attn_2_options(options) | {"softcap": 0.0, "alibi_slopes": None}
+    bounds = (cu, cu, options.max_seqlen, options.max_seqlen)
+    named["deterministic"] = options.deterministic
+    backward(grad, q, k, v, out, lse, *grads, *bounds, **named)
     return grads
 
 
+def _torch_options(options: Options) -> dict[str, Any]:
+    left, right = options.sides
+    return {"scale": options.scale, "window_size_left": left, "window_size_right": right}
+
+
 def _torch_flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, how: _How
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     # what torch.nn.attention.varlen calls; it shares key heads in every torch from 2.10 on
-    left, right = how.sides
+    bounds = (cu, cu, options.max_seqlen, options.max_seqlen)
+    x = (_rows(q), _rows(k), _rows(v))
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        _rows(q), _rows(k), _rows(v), cu, cu, how.longest, how.longest, 0.0, how.causal, False,
-        scale=how.scale, window_size_left=left, window_size_right=right,
-    )  # fmt: skip
+        *x, *bounds, 0.0, options.causal, False, **_torch_options(options)
+    )
     return out, lse
 
 
-def _torch_flash_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu: Tensor | None,
-    how: _How,
-) -> tuple[Tensor, ...]:
-    # torch looks itself at whether to be deterministic
-    left, right = how.sides
-    no_dropout = torch.empty(2, dtype=torch.uint64, device=q.device)  # never read
+def _torch_flash_backward(grad: Tensor, saved: Saved, options: Options) -> tuple[Tensor, ...]:
+    # torch itself reads whether to be deterministic
+    q, k, v, out, lse, cu = saved
+    x = (_rows(q), _rows(k), _rows(v), out, lse)
+    bounds = (cu, cu, options.max_seqlen, options.max_seqlen)
+    unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # dropout's seed and offset
     return torch.ops.aten._flash_attention_backward(
-        grad, _rows(q), _rows(k), _rows(v), out, lse, cu, cu, how.longest, how.longest, 0.0,
-        how.causal, no_dropout, no_dropout[:0],
-        scale=how.scale, window_size_left=left, window_size_right=right,
-    )  # fmt: skip
+        grad, *x, *bounds, 0.0, options.causal, unused, unused[:0], **_torch_options(options)
+    )
 
 
 # Statistics are [B, H, T] or [B, H, T, 1], by torch's version; backward wants what forward gave.
@@ -161,58 +154,42 @@ _cudnn_statistics = {"ndim": 4}
 
 
 def _cudnn_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, how: _How
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     q, k, v = (_rows(x).transpose(1, 2) for x in (q, k, v))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, how.causal, False, scale=how.scale
+        q, k, v, None, True, 0.0, options.causal, False, scale=options.scale
     )
     _cudnn_statistics["ndim"] = lse.ndim
     return out.transpose(1, 2), lse.reshape(q.shape[:3])
 
 
-def _cudnn_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu: Tensor | None,
-    how: _How,
-) -> tuple[Tensor, ...]:
-    grad, q, k, v, out = (_rows(x).transpose(1, 2) for x in (grad, q, k, v, out))
-    if _cudnn_statistics["ndim"] == 4:
-        lse = lse[..., None]
-    no_dropout = torch.empty((), dtype=torch.int64, device=q.device)  # never read
+def _cudnn_backward(grad: Tensor, saved: Saved, options: Options) -> tuple[Tensor, ...]:
+    x = [_rows(x).transpose(1, 2) for x in (grad, *saved[:4])]
+    lse = saved.lse[..., None] if _cudnn_statistics["ndim"] == 4 else saved.lse
+    unused = torch.empty((), dtype=torch.int64, device=grad.device)  # dropout's seed and offset
+    most = options.max_seqlen
+    rest = (unused, unused, None, None, None, most, most, 0.0, options.causal)
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        grad, q, k, v, out, lse, no_dropout, no_dropout, None, None, None,
-        how.longest, how.longest, 0.0, how.causal, scale=how.scale,
-    )  # fmt: skip
+        *x, lse, *rest, scale=options.scale
+    )
     return tuple(x.transpose(1, 2) for x in grads)
 
 
+def _triton_options(options: Options) -> dict[str, Any]:
+    return {"causal": options.causal, "window": options.window, "scale": options.scale}
+
+
 def _triton_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, how: _How
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, options: Options
 ) -> tuple[Tensor, Tensor]:
-    return attention_triton.flash_forward(
-        q, k, v, cu, causal=how.causal, window=how.window, scale=how.scale
-    )
+    return attention_triton.flash_forward(q, k, v, cu, **_triton_options(options))
 
 
-def _triton_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu: Tensor,
-    how: _How,
-) -> tuple[Tensor, ...]:
-    return attention_triton.flash_backward(
-        grad, q, k, v, out, lse, cu, causal=how.causal, window=how.window, scale=how.scale
-    )
+def _triton_backward(grad: Tensor, saved: Saved, options: Options) -> tuple[Tensor, ...]:
+    q, k, v, out, lse, cu = saved
+    assert cu is not None
+    return attention_triton.flash_backward(grad, q, k, v, out, lse, cu, **_triton_options(options))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -273,7 +250,7 @@ def flash_forward(
         raise RuntimeError(f"attention backend {backend} cannot count so many examples' entries")
     forward = _LIBRARIES[backend][0]
     (x, y, z), cu = _arranged((q, k, v), cu_seqlens, backend, length)
-    out, lse = forward(x, y, z, cu, _How(length or longest, causal, window, scale))
+    out, lse = forward(x, y, z, cu, Options(length or longest, causal, window, scale))
     return _packed(out), lse.contiguous()
 
 
@@ -298,8 +275,8 @@ def flash_backward(
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     backward = _LIBRARIES[backend][1]
     (g, x, y, z, o), cu = _arranged((grad.contiguous(), q, k, v, out), cu_seqlens, backend, length)
-    how = _How(length or longest, causal, window, scale, deterministic)
-    dq, dk, dv = backward(g, x, y, z, o, lse, cu, how)
+    options = Options(length or longest, causal, window, scale, deterministic)
+    dq, dk, dv = backward(g, Saved(x, y, z, o, lse, cu), options)
     return _packed(dq), _packed(dk), _packed(dv)
 
 

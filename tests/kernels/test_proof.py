@@ -181,14 +181,13 @@ def plain(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, how: Any) -> tuple
         causal=how.causal,
         window=how.window,
         scale=how.scale,
-        length=how.longest if dense else None,
+        length=how.max_seqlen if dense else None,
     ).to(q.dtype)
     return out.view(q.shape), torch.zeros(())
 
 
-def plain_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu: Any, how: Any
-) -> tuple[Tensor, ...]:
+def plain_backward(grad: Tensor, saved: attention_flash.Saved, how: Any) -> tuple[Tensor, ...]:
+    q, k, v, _, _, cu = saved
     xs = [x.double().requires_grad_() for x in (q, k, v)]
     y = plain(xs[0], xs[1], xs[2], cu, how)[0]
     return tuple(g.to(q.dtype) for g in torch.autograd.grad(y, xs, grad.double()))
@@ -234,7 +233,7 @@ def test_gradients_that_are_0_are_right_to_fp32(kind: Any, monkeypatch: pytest.M
     """A document of one token: q's gradient is a difference of two equal sums of Dh products."""
 
     def backward(*args: Any) -> tuple[Tensor, ...]:
-        q, k = args[1:3]
+        q, k = args[1][:2]
         dq, dk, dv = plain_backward(*args)
         slip = torch.finfo(torch.float32).eps * q.shape[-1] ** 0.5
         return dq + (slip * k).to(dq).repeat_interleave(q.shape[-2] // k.shape[-2], -2), dk, dv
