@@ -6,8 +6,8 @@ field              shape, dtype     meaning
 tokens             [N] int64        N tokens, documents one after the other
 labels             [N] int64        the next token of the same document; -100: no loss here
 positions          [N] int64        restart at 0 with each document
-cu_seqlens         [S+1] int32      where documents start and end; what lies behind the last one is
-                                    a document of its own, then the unused tail repeats N
+cu_seqlens         [S+1] int32      where documents start and end; padding is one more document,
+                                    and the unused tail repeats N
 patches            [P, 3*p*p]       uint8 pixels (3 p p), or floats scaled to [-1, 1]
 patch_positions    [P, 2] int64     row and column of the patch in its picture
 image_cu_seqlens   [M+1] int32      as cu_seqlens, in patches; the unused tail repeats P
@@ -15,8 +15,8 @@ image_slots        [K] int64        which of the N tokens image token k replaces
 seed               [] int64         optional: drives all randomness (dropout); absent: none
 =================  ===============  ==============================================================
 
-The four image fields come together or not at all. What lies in unused slots never matters. Patches
-come cell by cell (merge x merge patches, row-major inside the cell), cells row-major.
+The four image fields come together or not at all. Unused slots may hold anything. Patches are
+stored cell by cell (merge x merge patches, row-major inside the cell), cells row-major.
 """
 
 from __future__ import annotations
@@ -51,11 +51,8 @@ def patchify(image: Tensor, patch_size: int, merge: int) -> tuple[Tensor, Tensor
             f"(patch_size {patch_size} x merge {merge}), not {list(image.shape)}: resize it first"
         )
     order = "(r i) (c j) -> (r c i j)"
-    patches = rearrange(
-        image,
-        "ch (r i y) (c j x) -> (r c i j) (ch y x)",
-        i=merge, j=merge, y=patch_size, x=patch_size,
-    )  # fmt: skip
+    cut = "ch (r i y) (c j x) -> (r c i j) (ch y x)"
+    patches = rearrange(image, cut, i=merge, j=merge, y=patch_size, x=patch_size)
     rows, cols = torch.meshgrid(
         torch.arange(height // patch_size), torch.arange(width // patch_size), indexing="ij"
     )
@@ -72,13 +69,20 @@ def make_batch(
     image_token: int | None = None,
     seed: int | None = None,
 ) -> Batch:
-    """One packed batch from equally long rows, each a document of its own.
+    """A packed batch of equally long rows, each a document.
 
-    tokens ``[B, T]`` int64; labels ``[B, T]``, already shifted, default: the next token of the row
-    (none where that is ``image_token``); images: pictures ``[3, H, W]`` uint8 (or floats in
-    [-1, 1]), in the order in which their runs of ``image_token`` appear in ``tokens``; config: says
-    how pictures are cut, needed only with them. Raises ValueError if pictures and placeholders do
-    not match.
+    Args:
+        tokens: ``[B, T]`` int64.
+        labels: ``[B, T]``, already shifted. Default: the row's next token, or -100 where that is
+            ``image_token``.
+        config: how pictures are cut; needed only with them.
+        images: pictures ``[3, H, W]``, uint8 or floats in [-1, 1], in the order of their runs of
+            ``image_token`` in ``tokens``.
+        image_token: the placeholder of an image token.
+        seed: drives dropout.
+
+    Raises:
+        ValueError: pictures and placeholders do not match.
 
     >>> batch = make_batch(torch.tensor([[5, 6, 7], [8, 9, 5]]))
     >>> batch["labels"].tolist(), batch["cu_seqlens"].tolist()
@@ -149,9 +153,9 @@ def stack_examples(examples: Sequence[Batch]) -> Batch:
 
 
 def check_batch(batch: dict[str, Any], config: VLMConfig) -> None:
-    """Raises ValueError, naming the field, if a batch does not fit the config or itself.
+    """Raises ValueError, naming the field, for a batch that does not fit the config or itself.
 
-    Reads values, so it waits for the device: for the first batch of a run and for tests.
+    It reads values, so it waits for the device: call it on a run's first batch and in tests.
     """
     check_fields(batch)
     if missing := [name for name in TEXT_FIELDS if name not in batch]:
@@ -192,7 +196,7 @@ def check_batch(batch: dict[str, Any], config: VLMConfig) -> None:
 
 
 def _check_slots(slots: Tensor, batch: dict[str, Any], config: VLMConfig) -> None:
-    """Each picture's tokens lie in one document, all or none of them, in the pictures' order."""
+    """Each picture's tokens lie in one document, all or none, in the pictures' order."""
     assert config.vision is not None
     assert config.projector is not None
     used = slots < batch["tokens"].shape[0]
@@ -220,7 +224,7 @@ def _check_slots(slots: Tensor, batch: dict[str, Any], config: VLMConfig) -> Non
 
 
 def check_fields(batch: Mapping[str, Any]) -> None:
-    """Raises ValueError if a batch has a field that no model reads, a misspelt one for example."""
+    """Raises ValueError for a field that no model reads, such as a misspelt one."""
     if strange := [name for name in batch if name not in FIELDS]:
         near = difflib.get_close_matches(strange[0], FIELDS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -1,4 +1,4 @@
-"""What a forward consists of and what rules do to it, in words."""
+"""A forward's sites and rules in words."""
 
 from __future__ import annotations
 
@@ -43,9 +43,8 @@ def table(
 
 
 def open_groups(sites: Sequence[SiteInfo], rules: Sequence[Rule]) -> list[str]:
-    """The groups that rules open, one line each kind: ``mlp (28 blocks): open for fp8 (linear)``.
-
-    A group whose rules leave it fused is not listed."""
+    """The groups that rules open, a line each: ``mlp: open for fp8 (linear) (28 times)``. Fused
+    groups are not listed."""
     found: Counter[str] = Counter()
     for site in sites:
         if site.kind == "group" and (state := _state(site, sites, rules)) != "fused":
@@ -54,7 +53,7 @@ def open_groups(sites: Sequence[SiteInfo], rules: Sequence[Rule]) -> list[str]:
 
 
 def _state(group: SiteInfo, sites: Sequence[SiteInfo], rules: Sequence[Rule]) -> str:
-    """Whether a group is fused, or which rules open it and at what."""
+    """Whether a group is fused, or which rules open it, and at which kinds of member."""
     members = [s for s in sites if (s.kind, s.path) in group.members]
     opening: dict[str, list[str]] = {}
     partly: dict[str, None] = {}
@@ -71,7 +70,7 @@ def _state(group: SiteInfo, sites: Sequence[SiteInfo], rules: Sequence[Rule]) ->
 
 
 def _grouped(lines: Sequence[str]) -> list[str]:
-    """Lines that differ in numbers of layers alone, as one with their count."""
+    """Joins lines that differ in a layer's number alone, with their count."""
     counts = Counter(re.sub(r"(?<=\.)\d+(?=[. ])|^\d+(?=[. ])", "*", line) for line in lines)
     rows = [line if n == 1 else f"{line} ({n} times)" for line, n in counts.items()]
     return ["no sites:", *(f"  {row}" for row in rows)] if rows else []

@@ -81,9 +81,8 @@ class Field:
 
 def describe(field: Field) -> str:
     """The kind of value that a field takes, in words."""
-    words: dict[type, str] = {
-        int: "a whole number", float: "a number", bool: "true or false", str: "text"
-    }  # fmt: skip
+    words: dict[type, str] = {int: "a whole number", float: "a number"}
+    words |= {bool: "true or false", str: "text"}
     return words.get(field.kind, f"a value of type {field.kind.__name__}")
 
 

@@ -1,4 +1,4 @@
-"""What is known of each site: its kind, its path, and what it computes.
+"""The kinds of site, and what is known of each site.
 
 ==========  ==================================================  =============================
 kind        function                                            site's path
@@ -15,8 +15,8 @@ weight      ``f(p) -> tensor``                                  of the weight it
 group       ``f({}, *tensors) -> tensors``                      ``text.blocks.3.mlp``
 ==========  ==================================================  =============================
 
-``p`` is a dict of the site's own params. A group is several neighbouring sites, its *members*,
-computed by one function where no rule stands between them (``core.model.groups``).
+``p`` is a dict of the site's own params. A group computes several neighbouring sites, its
+*members*, by one function unless a rule opens it (``core.model.groups``).
 
 In a foreign module (``from_module``) attention is ``f({}, q, k, v, options) -> o``:
 ``F.scaled_dot_product_attention`` with its keyword arguments in a dict; rope is ``f({}, q, k, cos,
@@ -59,20 +59,20 @@ class NormForm:
 class SiteInfo:
     """One call of the model that rules can reach: its kind, its path, whether it is outermost.
 
-    key: of a native block, all that its function depends on beside params and tensors. Blocks with
-    equal keys compute the same function, rules aside; None is like no other block.
+    key: of a native block, everything its function depends on beside params and tensors. Blocks of
+        equal key and rules compute the same function; a block of key None equals no other.
     members: of a group, the ``(kind, path)`` of the sites it computes.
 
     ``from_module`` fills in the rest for a ``foreign`` module.
     transposed: the leaf ``weight`` of a linear is ``[I, O]``; the site shows it as ``[O, I]``.
-    norm: what a norm computes; None if that is not known.
-    scale: what the rows of an embed are multiplied with, after the site; None is 1.
-    scale_cast: whether that number is cast to the rows' dtype first.
+    norm: a norm's formula; None if unknown.
+    scale: a factor on the rows of an embed, after the site; None is 1. scale_cast: the factor is
+        cast to the rows' dtype first.
     activation: of a glu: "silu", "gelu", "gelu_tanh", or None for any other.
-    leaf: path of the leaf that holds the weight, if that is not ``{path}.weight``.
-    shape, dtype: of the weight, as it was in the module.
-    computed: whether the weight that model code uses is computed from this leaf and others
-    (``torch.nn.utils.parametrize``).
+    leaf: path of the leaf that holds the weight, if not ``{path}.weight``.
+    shape, dtype: the weight's, in the module.
+    computed: model code uses a weight that is computed from this leaf and others
+        (``torch.nn.utils.parametrize``).
     """
 
     kind: str

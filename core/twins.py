@@ -1,4 +1,4 @@
-"""Blocks that compute the same function of params and tensors, so that one compiled serves all."""
+"""Blocks that compute the same function, so that one compiled block serves all of them."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def twins(sites: Sequence[SiteInfo], table: Table) -> dict[str, str]:
 def once_for_all_alike(
     around: Callable[[Fn], Fn], sites: Sequence[SiteInfo], table: Table
 ) -> Callable[[Fn, str], Fn]:
-    """A wrap that calls ``around`` on the first of several blocks that are alike, and takes what
-    that gives for all of them: params and tensors are arguments, so they compute the same."""
+    """A wrap that calls ``around`` once for equal blocks: params and tensors are arguments, so one
+    result serves all."""
     same = twins(sites, table)
     made: dict[str, Fn] = {}
 

@@ -1,14 +1,13 @@
-"""Groups: neighbouring sites as one function, which rules open only as far as they must.
+"""Groups: neighbouring sites computed by one fused function, unless a rule opens them.
 
-The numbers are those of the sites one after the other. What a fused function saves is memory: it
-keeps nothing of an activation that is cheap to make again, and its consumer's backward makes it
-again in passing.
+The numbers are those of the sites one after the other. The fused function saves memory: it keeps no
+activation that is cheap to recompute, and the backward of its consumer recomputes it in passing.
 
 A group is a site of kind ``group`` that declares its members. Its function asks ``site.open``
-whether a member has to be called, and ``site.in_group`` what rules make of a linear that has not.
-To add one (for decoding: norm, q, k, v, rotary positions and the write to a cache; attention, o and
-the residual): write the plain body, call it under ``site("group", ...)``, and take the fused kernel
-where every member is closed.
+whether a rule has to be called at a member, and ``site.in_group`` for the params of a linear whose
+rules need no call. To add a group (for decoding: norm, q, k, v, rotary embedding and the write to a
+cache; attention, o and the residual), write the plain body, call it under ``site("group", ...)``,
+and take the fused kernel where no member is open.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from params.tree import Tree
 def attention_in(
     site: Site, norm: str, p: Tree, linears: Mapping[str, Tree], x: Tensor, *, eps: float
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The group ``attn_in``: RMS norm, then q, k and v of it. Arguments as :func:`norm_linears`."""
+    """The group ``attn_in``: RMS norm, then q, k and v. Arguments as of :func:`norm_linears`."""
 
     def run(_: Tree, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         return norm_linears(site, norm, p, linears, x, eps=eps)
@@ -47,12 +46,12 @@ def norm_mlp(
     *,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The group ``mlp``: x + residual, RMS norm, then a gated MLP: x ``[N, D]`` -> ``[N, D]``, and
-    the sum.
+    """The group ``mlp``: x + residual, RMS norm, gated MLP: x ``[N, D]`` -> the same, and the sum.
 
-    norm, mlp: where the sites are; p: the norm's params; leaves: gate's, up's and down's. Fused, it
-    keeps what gate and up gave, and its last backward writes gradients over them. A rule at the
-    group may call it with ``keep=False``: it then computes them again in backward.
+    Fused, it keeps the outputs of gate and up, and its last backward writes gradients over them. A
+    rule at the group may call it with ``keep=False``, which recomputes them in backward.
+
+    norm, mlp: paths of the sites; p: the norm's params; leaves: those of gate, up and down.
     """
     linears = {f"{mlp}.{name}": leaves[name] for name in ("gate", "up", "down")}
     members = (("norm", norm), ("glu", mlp), *(("linear", at) for at in linears))
@@ -80,12 +79,13 @@ def norm_linears(
     *,
     eps: float,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """x + residual, RMS norm, then several linears of the result: x ``[N, D]`` -> ``[N, O]`` each,
-    and the sum (x itself if there is no residual), from which the residual stream is to go on.
+    """x + residual, RMS norm, then several linears: x ``[N, D]`` -> ``[N, O]`` each, and the sum
+    (x itself without a residual), which continues the residual stream.
 
-    norm, and the keys of linears: where the sites are; p: the norm's params. The fused function
-    keeps the sum alone, not the normed one, and its backward adds the branches' gradients. Adapters
-    are linears of the same normed input.
+    The fused function keeps the sum, not its norm, and its backward adds the branches' gradients.
+    Adapters are further linears of the same norm.
+
+    norm, keys of linears: paths of the sites; p: the norm's params.
     """
     if residual is not None and residual.dtype != x.dtype:
         x, residual = x + residual, None  # in the wider dtype
@@ -110,9 +110,9 @@ def norm_linears(
 
 
 def glu_linear(site: Site, glu: str, down: str, p: Tree, gate: Tensor, up: Tensor) -> Tensor:
-    """SwiGLU, then a linear of the result: gate, up ``[N, F]`` -> ``[N, D]``.
+    """SwiGLU, then a linear: gate, up ``[N, F]`` -> ``[N, D]``. Fused, it keeps gate and up alone.
 
-    glu, down: where the sites are; p: the linear's params. Fused, it keeps gate and up alone.
+    glu, down: paths of the sites; p: the linear's params.
     """
     if site.open("glu", glu) or site.open("linear", down):
         return site("linear", linear, p, site("glu", swiglu, {}, gate, up, at=glu), at=down)

@@ -1,6 +1,6 @@
 """The functions that sites call: linear, embed, norms, glu, head; and dropout as a pure function.
 
-Each takes its own params first, a dict, so that a rule sees exactly what the site owns.
+The first argument is a dict of the site's own params, so that a rule sees exactly those.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from params.tree import Tree
 
 
 def weight_of(p: Tree) -> Tensor:
-    """The dense weight of a site; a quantised one without its rule is an error, not a guess."""
+    """A site's dense weight. Raises KeyError for a quantised one whose rule is missing."""
     if "weight" not in p:
         raise KeyError(
             f"this site has leaves {sorted(p)} but no 'weight': the params were prepared by a "
@@ -31,7 +31,7 @@ def weight_of(p: Tree) -> Tensor:
 
 
 def dense_weight(p: Tree, dtype: torch.dtype) -> Tensor:
-    """The weight in the dtype it will be multiplied in."""
+    """The weight in the dtype of its product."""
     return weight_of(p).to(dtype)
 
 
@@ -56,7 +56,7 @@ def rms_norm(p: Tree, x: Tensor, *, eps: float) -> Tensor:
 def rope(
     p: Tree, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rows: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Turns q ``[N, H, Dh]`` and k ``[N, Hk, Dh]`` by rows of the tables ``[T, Dh/2]``.
+    """Rotary embedding of q ``[N, H, Dh]`` and k ``[N, Hk, Dh]`` by rows of tables ``[T, Dh/2]``.
 
     Where p has ``q_norm`` and ``k_norm``, each head is RMS-normed first (QK-norm: Qwen3, Gemma-3).
     """
@@ -78,18 +78,19 @@ def swiglu(p: Tree, gate: Tensor, up: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Logits:
-    """Logits that have not been computed: ``softcap(scale * (hidden @ weight.T + bias))``.
+    """Lazy logits: ``softcap(scale * (hidden @ weight.T + bias))``, not yet computed.
 
-    hidden: ``[..., D]``; unembed: the head's params (``weight [V, D]``, optional ``bias [V]``);
-    project: how params and hidden become raw logits, and weight_from: how params and a dtype become
-    the weight ``[V, D]`` (a quantised head brings its own two);
-    scale: multiplies the raw logits; softcap c: ``c * tanh(logits / c)`` afterwards (Gemma-2);
+    hidden: ``[..., D]``.
+    unembed: the head's params (``weight [V, D]``, optional ``bias [V]``).
+    project: ``(params, hidden) -> raw logits``; weight_from: ``(params, dtype) -> weight [V, D]``.
+        A quantised head brings its own two.
+    scale: multiplies the raw logits; softcap c: then ``c * tanh(logits / c)`` (Gemma-2).
     shift ``[V]``: added to the raw logits beside the bias (BART's ``final_logits_bias``).
 
-    What modules do to logits after their head, and a fused loss can follow, is served: products and
-    quotients with a number, one tanh, a vector ``[V]`` added or subtracted; an index, a reshape or
-    a transposition of the leading dims; ``contiguous``, ``clone``, and casts to a wider dtype, for
-    a loss computes in fp32. Anything else raises TypeError, which names it.
+    Operations that modules apply after their head, and that a fused loss can follow, stay lazy:
+    products and quotients with a number, one tanh, a vector ``[V]`` added or subtracted, indexing,
+    reshaping or transposing the leading dims, ``contiguous``, ``clone``, casts to a wider dtype.
+    Any other raises TypeError, which names it.
     """
 
     hidden: Tensor
@@ -114,7 +115,7 @@ class Logits:
         return self.weight_from(self.unembed, self.hidden.dtype)
 
     def bias(self) -> Tensor | None:
-        """All that is added to the products ``[V]``."""
+        """Bias and shift ``[V]``, or None."""
         bias = self.unembed.get("bias")
         if self.shift is None or bias is None:
             return bias if self.shift is None else self.shift
@@ -205,7 +206,7 @@ class Logits:
             if i is not Ellipsis
         )
         if dots[0] < len(index) - 1 if dots else taken == self.ndim:
-            # the last one chooses from the vocabulary
+            # the last index selects from the vocabulary
             last, whole = index[-1], range(self.vocabulary)
             if not isinstance(last, slice) or whole[last] != whole:
                 raise _unserved("a choice from the vocabulary")
@@ -256,13 +257,13 @@ class Logits:
     clone = contiguous
 
     def float(self) -> Logits:
-        """The same: a loss computes in fp32."""
+        """The same: the loss computes in fp32."""
         return self
 
     double = float
 
     def to(self, *args: Any, **kwargs: Any) -> Logits:
-        """The same, for the device they are on and a dtype no narrower than theirs."""
+        """The same, if the device is theirs and the dtype no narrower."""
         for x in (*args, *kwargs.values()):
             if isinstance(x, Tensor | Logits):
                 self.to(x.dtype).to(x.device)
@@ -296,7 +297,7 @@ class Logits:
         raise _unserved(name)
 
     def at(self, rows: Tensor) -> Logits:
-        """The same for some rows of ``hidden [N, D]``."""
+        """The logits of some rows of ``hidden [N, D]``."""
         return replace(self, hidden=self.hidden[rows])
 
 
@@ -331,13 +332,13 @@ def head(p: Tree, x: Tensor, *, softcap: float | None = None) -> Logits:
 
 
 def dropout(x: Tensor, rate: float, seed: Tensor | None, salt: int | Tensor) -> Tensor:
-    """Inverted dropout whose mask is a hash of (seed, salt, position): no RNG state is touched.
+    """Inverted dropout. The mask is a hash of (seed, salt, position): no RNG state is touched.
 
-    Being a pure function of its arguments, it needs no bookkeeping to be recomputed under a
-    checkpoint, mapped by ``vmap`` or compiled. x: any shape, under 2**32 elements; seed: integer
-    scalar tensor, or None for no dropout; salt: a number, or an integer scalar tensor, that tells
-    apart the calls that share a seed.
-    The mixing is ``kernels.runtime.hashing.lowbias32``.
+    As a pure function of its arguments it can be recomputed, mapped by ``vmap`` and compiled.
+
+    x: any shape, under 2**32 elements; seed: integer scalar tensor, or None for no dropout; salt: a
+    number or integer scalar tensor, different for each call with this seed. The hash is
+    ``kernels.runtime.hashing.lowbias32``.
     """
     if rate == 0.0 or seed is None:
         return x

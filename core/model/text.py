@@ -19,9 +19,8 @@ from core.model.groups import attention_in, norm_mlp
 from core.model.layers import Logits, dropout, embed, head, linear, rms_norm, rope
 from params.tree import Tree
 
-Context = dict[
-    str, Tensor
-]  # what every block needs beside x: cos, sin, rows, cu_seqlens, maybe seed
+# What every block takes beside x: cos, sin, rows, cu_seqlens, and with dropout seed and salt.
+Context = dict[str, Tensor]
 
 
 def rope_angles(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -97,13 +96,13 @@ def decode(
 ) -> Logits:
     """The decoder's body and head: embeddings x ``[N, D]`` -> lazy logits ``[N, V]``."""
     cos, sin = rope_angles(positions, config.head_size, config.rope_theta)
-    rows = torch.arange(len(x), device=x.device)  # of cos and sin, made for these very positions
+    rows = torch.arange(len(x), device=x.device)  # of cos and sin, which are in the order of x
     ctx = {"cos": cos, "sin": sin, "rows": rows, "cu_seqlens": cu_seqlens}
     if seed is not None:
         ctx["seed"] = seed
     for layer in range(config.layers):
         name = f"blocks.{layer}"
-        # what differs from layer to layer is a tensor, so that one compiled block serves all
+        # what differs between layers is a tensor, so that one compiled block serves all
         if seed is not None and config.dropout:
             ctx = ctx | {"salt": torch.full((), 2 * layer, device=x.device)}
         window = config.window_of(layer)
