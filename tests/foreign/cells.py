@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 COLUMNS: dict[str, tuple[Callable[[Bench], None], str]] = {
-    "same": (columns.same, "the bare forward is the module which is left as it was"),
+    "same": (columns.same, "the bare forward equals the module, which is unchanged"),
     "vg": (columns.gradients, "`value_and_grad` of the bare forward"),
     "train": (columns.train, "in training mode, also under `checkpoint`"),
     "pad": (columns.padded, "rows padded at the right and at the left, with `attention_mask`"),
@@ -43,9 +43,9 @@ COLUMNS: dict[str, tuple[Callable[[Bench], None], str]] = {
     "int8": (columns.int8, "`quantize_int8`"),
     "int8b": (columns.int8_of_bf16, "`quantize_int8` of a bf16 model"),
     "fake": (columns.fake, "`fake_quant`"),
-    "lora": (columns.low_rank, "`lora`, its adapters away from zero"),
+    "lora": (columns.low_rank, "`lora` with nonzero adapters"),
     "qlora": (columns.qlora, "`lora(quantize_int8(forward))`"),
-    "fp8": (columns.float8, "`fp8` of all linears whose sizes 16 divides"),
+    "fp8": (columns.float8, "`fp8` of all linears with sizes that are multiples of 16"),
     "acc": (columns.accumulated, "`accumulate` over batches with different numbers of labels"),
     "long": (chains.long, "kernels, checkpoint, fake_quant, lora and the fused loss at once"),
     "ord": (chains.orders, "the same in three other orders"),

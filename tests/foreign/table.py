@@ -1,6 +1,6 @@
 """The matrix as a page: ``python -m tests.foreign.table docs/foreign-modules.md``.
 
-Hours on one core; ``--only mixtral`` takes the families whose name has that in it.
+Takes hours on one core; ``--only mixtral`` selects families by a part of their name.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from tests.foreign.families import REGISTRY, Family
 
 GROUPS = ("text", "experts", "recurrent", "encoders", "vision", "multimodal", "plain")
 LEGEND = {
-    "R": "right: output, loss and gradients are those of the bare module under plain autograd",
+    "R": "right: output, loss and gradients equal those of the bare module under plain autograd",
     "c": "refused by an error that names the module, the weight or the argument, and the remedy",
-    "b": "the bare module itself fails there (under that driver, in that dtype, in that mode)",
-    "-": "nothing to do there: no labels, no attention mask, no second implementation, ...",
+    "b": "the bare module itself fails (under that driver, in that dtype, in that mode)",
+    "-": "not applicable: no labels, no attention mask, no second implementation, ...",
     "W": "**wrong**",
     "U": "**an unclear error**",
 }
@@ -38,20 +38,19 @@ def families() -> dict[str, Family]:
 
 
 def page(rows: dict[str, dict[str, Cell]]) -> str:
-    """Markdown: what was run, the counts, the legend, a table a group, what is refused and why."""
+    """Markdown: what was run, the counts, the legend, a table per group, and the errors."""
     counts = Counter(cell.glyph for cells in rows.values() for cell in cells.values())
     total = sum(counts.values())
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")
     )
     lines = [
-        "# Modules of other people",
+        "# Foreign modules",
         "",
-        "What `from_module` and the transforms do to model families that are not this library's,",
-        "on tiny random configs and a CPU. Made by `python -m tests.foreign.table`",
-        f"({datetime.date.today()}, Python {platform.python_version()}, {versions}); each row is",
-        "also",
-        "a test, `python -m pytest -m slow tests/foreign -k mixtral`.",
+        "`from_module` and the transforms on model families of other libraries, with tiny random",
+        "configs, on a CPU. `python -m tests.foreign.table` wrote this page",
+        f"({datetime.date.today()}, Python {platform.python_version()}, {versions}). Each row is",
+        "also a test: `python -m pytest -m slow tests/foreign -k mixtral`.",
         "",
         f"{len(rows)} families, {total} cells: "
         + ", ".join(f"{counts[g]} {g}" for g in LEGEND if counts[g] or g in "WU")
