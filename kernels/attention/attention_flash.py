@@ -30,7 +30,7 @@ from kernels.runtime.operators import LIBRARY, operator
 # make them contiguous. `cu` is None for a dense batch: q, k, v are then [B, T, heads, Dh].
 
 
-class Options(NamedTuple):
+class FlashOptions(NamedTuple):
     """A call's options: those of `attention`."""
 
     max_seqlen: int
@@ -57,7 +57,7 @@ class Saved(NamedTuple):
     cu: Tensor | None
 
 
-def _flash_attn_4_options(cu: Tensor | None, options: Options) -> dict[str, Any]:
+def _flash_attn_4_options(cu: Tensor | None, options: FlashOptions) -> dict[str, Any]:
     left, right = (None, None) if options.window is None else options.sides
     return {
         "cu_seqlens_q": cu,
@@ -72,7 +72,7 @@ def _flash_attn_4_options(cu: Tensor | None, options: Options) -> dict[str, Any]
 
 
 def _flash_attn_4_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, options: Options
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, options: FlashOptions
 ) -> tuple[Tensor, Tensor]:
     # below its autograd Function of 33 arguments, which has neither vmap nor setup_context
     forward = _function("flash_attn.cute.interface", "_flash_attn_fwd")
@@ -81,7 +81,7 @@ def _flash_attn_4_forward(
     return out, lse
 
 
-def _flash_attn_4_backward(grad: Tensor, saved: Saved, options: Options) -> tuple[Tensor, ...]:
+def _flash_attn_4_backward(grad: Tensor, saved: Saved, options: FlashOptions) -> tuple[Tensor, ...]:
     q, k, v, out, lse, cu = saved
     backward = _function("flash_attn.cute.interface", "_flash_attn_bwd")
     named = _flash_attn_4_options(cu, options) | {"deterministic": options.deterministic}
@@ -90,7 +90,7 @@ def _flash_attn_4_backward(grad: Tensor, saved: Saved, options: Options) -> tupl
     return dq, dk, dv
 
 
-def _flash_attn_2_options(options: Options) -> dict[str, Any]:
+def _flash_attn_2_options(options: FlashOptions) -> dict[str, Any]:
     left, right = options.sides
     return {
         "dropout_p": 0.0,
@@ -102,7 +102,7 @@ def _flash_attn_2_options(options: Options) -> dict[str, Any]:
 
 
 def _flash_attn_2_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, options: Options
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, options: FlashOptions
 ) -> tuple[Tensor, Tensor]:
     forward = _function("flash_attn.flash_attn_interface", "_flash_attn_varlen_forward")
     most = options.max_seqlen
@@ -110,7 +110,7 @@ def _flash_attn_2_forward(
     return out, lse
 
 
-def _flash_attn_2_backward(grad: Tensor, saved: Saved, options: Options) -> tuple[Tensor, ...]:
+def _flash_attn_2_backward(grad: Tensor, saved: Saved, options: FlashOptions) -> tuple[Tensor, ...]:
     q, k, v, out, lse, cu = saved
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     backward = _function("flash_attn.flash_attn_interface", "_flash_attn_varlen_backward")
@@ -121,13 +121,13 @@ def _flash_attn_2_backward(grad: Tensor, saved: Saved, options: Options) -> tupl
     return grads
 
 
-def _torch_options(options: Options) -> dict[str, Any]:
+def _torch_options(options: FlashOptions) -> dict[str, Any]:
     left, right = options.sides
     return {"scale": options.scale, "window_size_left": left, "window_size_right": right}
 
 
 def _torch_flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, options: Options
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, options: FlashOptions
 ) -> tuple[Tensor, Tensor]:
     # what torch.nn.attention.varlen calls; it shares key heads in every torch from 2.10 on
     bounds = (cu, cu, options.max_seqlen, options.max_seqlen)
@@ -138,7 +138,7 @@ def _torch_flash_forward(
     return out, lse
 
 
-def _torch_flash_backward(grad: Tensor, saved: Saved, options: Options) -> tuple[Tensor, ...]:
+def _torch_flash_backward(grad: Tensor, saved: Saved, options: FlashOptions) -> tuple[Tensor, ...]:
     # torch itself reads whether to be deterministic
     q, k, v, out, lse, cu = saved
     x = (_rows(q), _rows(k), _rows(v), out, lse)
@@ -154,7 +154,7 @@ _cudnn_statistics = {"ndim": 4}
 
 
 def _cudnn_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, options: Options
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, options: FlashOptions
 ) -> tuple[Tensor, Tensor]:
     q, k, v = (_rows(x).transpose(1, 2) for x in (q, k, v))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -164,7 +164,7 @@ def _cudnn_forward(
     return out.transpose(1, 2), lse.reshape(q.shape[:3])
 
 
-def _cudnn_backward(grad: Tensor, saved: Saved, options: Options) -> tuple[Tensor, ...]:
+def _cudnn_backward(grad: Tensor, saved: Saved, options: FlashOptions) -> tuple[Tensor, ...]:
     x = [_rows(x).transpose(1, 2) for x in (grad, *saved[:4])]
     lse = saved.lse[..., None] if _cudnn_statistics["ndim"] == 4 else saved.lse
     unused = torch.empty((), dtype=torch.int64, device=grad.device)  # dropout's seed and offset
@@ -176,17 +176,17 @@ def _cudnn_backward(grad: Tensor, saved: Saved, options: Options) -> tuple[Tenso
     return tuple(x.transpose(1, 2) for x in grads)
 
 
-def _triton_options(options: Options) -> dict[str, Any]:
+def _triton_options(options: FlashOptions) -> dict[str, Any]:
     return {"causal": options.causal, "window": options.window, "scale": options.scale}
 
 
 def _triton_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, options: Options
+    q: Tensor, k: Tensor, v: Tensor, cu: Tensor, options: FlashOptions
 ) -> tuple[Tensor, Tensor]:
     return attention_triton.flash_forward(q, k, v, cu, **_triton_options(options))
 
 
-def _triton_backward(grad: Tensor, saved: Saved, options: Options) -> tuple[Tensor, ...]:
+def _triton_backward(grad: Tensor, saved: Saved, options: FlashOptions) -> tuple[Tensor, ...]:
     q, k, v, out, lse, cu = saved
     assert cu is not None
     return attention_triton.flash_backward(grad, q, k, v, out, lse, cu, **_triton_options(options))
@@ -250,7 +250,7 @@ def flash_forward(
         raise RuntimeError(f"attention backend {backend} cannot count so many examples' entries")
     forward = _LIBRARIES[backend][0]
     (x, y, z), cu = _arranged((q, k, v), cu_seqlens, backend, length)
-    out, lse = forward(x, y, z, cu, Options(length or longest, causal, window, scale))
+    out, lse = forward(x, y, z, cu, FlashOptions(length or longest, causal, window, scale))
     return _packed(out), lse.contiguous()
 
 
@@ -275,7 +275,7 @@ def flash_backward(
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     backward = _LIBRARIES[backend][1]
     (g, x, y, z, o), cu = _arranged((grad.contiguous(), q, k, v, out), cu_seqlens, backend, length)
-    options = Options(length or longest, causal, window, scale, deterministic)
+    options = FlashOptions(length or longest, causal, window, scale, deterministic)
     dq, dk, dv = backward(g, Saved(x, y, z, o, lse, cu), options)
     return _packed(dq), _packed(dk), _packed(dv)
 
