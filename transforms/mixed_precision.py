@@ -78,7 +78,7 @@ def mixed_precision(forward: Forward, dtype: torch.dtype = torch.bfloat16) -> Fo
         rule = Rule(kind, at_site, name=name, stage="cast", in_group=in_group)
         forward = forward.with_rule(rule)
     if any(s.foreign and s.kind in WEIGHTED and not s.computed for s in forward.sites):
-        # outermost: what model code reads itself is of this dtype, whatever is done to it before
+        # outermost: model code reads this dtype, after all other rules
         rule = Rule("weight", at_read, lambda site: not site.computed, name, "outside")
         forward = forward.with_rule(rule)
     forward = forward.with_rule(Rule("gather", at_gather, name=name, stage="gather"))

@@ -257,7 +257,7 @@ def _carry_back(old: Any, new: Any, given: Mapping[int, Any]) -> None:
             old[:] = changed.values()
 
 
-# -- what is kept -----------------------------------------------------------------------------
+# -- kept outputs and random state -------------------------------------------------------------
 
 
 class _Memo:

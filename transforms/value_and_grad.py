@@ -105,7 +105,7 @@ def trainable(
 
 def _dtypes(flat: dict[str, Tensor]) -> str:
     names = sorted({str(leaf.dtype).removeprefix("torch.") for leaf in flat.values()})
-    return f"they are {', '.join(names)}" if names else "there is none"
+    return f"they are {', '.join(names)}" if names else "params are empty"
 
 
 def _can_learn(path: str, flat: dict[str, Tensor], constant: Collection[str]) -> bool:
