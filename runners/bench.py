@@ -6,7 +6,6 @@ python -m runners.bench train                # whole training steps, from plain 
     --pictures 1 --lengths 0.7               #     and the whole model, a picture in each document
     --data FILE.json --only graph padded     #     and packed against padded on documents of yours
 python -m runners.bench lengths              # whole steps on rows of 2,048 to 131,072 tokens
-python -m runners.bench components           # attention, MLP, norms, loss, optimizer: each alone
 python -m runners.bench memory               # fp32, bf16, int8: what a step holds, what fits
 python -m runners.bench kernels --peers      # every kernel beside torch and other libraries
 python -m runners.bench foreign              # Hugging Face's Qwen2 through from_module, Liger
@@ -21,7 +20,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from runners.benchmarks.components import ComponentsConfig, run_components
 from runners.benchmarks.foreign import ForeignConfig
 from runners.benchmarks.kernels import KernelsConfig, run_kernels
 from runners.benchmarks.ladders import CheckpointingConfig, LengthsConfig, MemoryConfig
@@ -40,7 +38,6 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(TrainBenchConfig, run_step_bench),
     "lengths": Command(LengthsConfig, run_step_bench),
-    "components": Command(ComponentsConfig, run_components),
     "memory": Command(MemoryConfig, run_step_bench),
     "kernels": Command(KernelsConfig, run_kernels),
     "foreign": Command(ForeignConfig, run_step_bench),

@@ -90,7 +90,6 @@ class CudaClock:
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._stream = torch.cuda.Stream()
-        self._spoilt: list[torch.cuda.CUDAGraph] = []
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -99,48 +98,23 @@ class CudaClock:
             yield
 
     def capture(self, run: Run) -> Run:
-        self._check_asynchronous(run)
-        self.free()
-        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        problem: BaseException | None = None
-        collecting = gc.isenabled()
-        gc.disable()  # what it frees during a capture, it frees in the midst of someone's call
-        graph.capture_begin(pool=pool)
-        try:
-            run()
-        except Exception as error:
-            problem = error
-        finally:
-            if collecting:
-                gc.enable()
-        try:
-            graph.capture_end()
-        except RuntimeError as error:
-            problem = problem or error
-            self._abandon(graph, pool)
-        if problem is not None:
-            raise NotCapturableError(first_line(problem)) from problem
-        graph.replay()
         self.settle()
-        return partial(_replay, graph, run)
-
-    def _check_asynchronous(self, run: Run) -> None:
-        """A call that waits for the device would spoil a capture: found out beforehand."""
-        self.settle()
-        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("error")  # a call that waits would spoil a capture
         try:
             run()
         except RuntimeError as error:
             raise NotCapturableError(f"it waits for the device: {first_line(error)}") from error
         finally:
             torch.cuda.set_sync_debug_mode("default")
-
-    def _abandon(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
-        """Ends what a failed `capture_end` leaves begun (torch 2.11): the allocator would take
-        every later allocation for part of a capture, and refuse to free its cache."""
-        self._spoilt.append(graph)  # allocators keep a pointer to it
-        torch._C._cuda_endAllocateToPool(self.device.index, pool)
-        torch._C._cuda_releasePool(self.device.index, pool)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                run()
+        except RuntimeError as error:
+            raise NotCapturableError(first_line(error)) from error
+        graph.replay()
+        self.settle()
+        return partial(_replay, graph, run)
 
     def sample(self, run: Run, before: Run | None, count: int) -> list[float]:
         events = []

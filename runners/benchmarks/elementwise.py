@@ -177,7 +177,7 @@ def relu2(n: int, dim: int) -> Case:
 # Rotary embedding
 
 
-def _rotate_half(x: Tensor) -> Tensor:
+def rotate_half(x: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     return torch.cat((-b, a), -1)
 
@@ -216,7 +216,7 @@ def rope(
     def eager(i: Inputs) -> tuple[Tensor, ...]:
         c, s = (table[:, None] for table in tables(i))
         prepared = norms(plain_rms_norm)(i)
-        return tuple((x * c + _rotate_half(x) * s).to(x.dtype) for x in prepared)
+        return tuple((x * c + rotate_half(x) * s).to(x.dtype) for x in prepared)
 
     def fused() -> Forward:
         function, options = ours("rope", *weights), {"eps": EPS} if normed else {}

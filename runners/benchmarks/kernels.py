@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from runners.benchmarks import attention, elementwise, int8, losses, optimizers
+from runners.benchmarks import attention, elementwise, int8, layers, losses, optimizers
 from runners.benchmarks.clock import (
     Ceiling,
     Clock,
@@ -75,6 +75,7 @@ def all_cases() -> list[Case]:
         *losses.cases(),
         *elementwise.cases(),
         *attention.cases(),
+        *layers.cases(),
         *int8.cases(),
         *optimizers.cases(),
     ]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,7 +65,6 @@ class Provider:
     direct: the forward returns its results with their gradients; else those are asked for.
     graph: may be captured as a CUDA graph.
     charted: has a bar in the picture.
-    backends: what `kernels.override` is given around each call.
     """
 
     name: str
@@ -75,7 +74,6 @@ class Provider:
     direct: bool = False
     graph: bool = True
     charted: bool = True
-    backends: Mapping[str, str] = field(default_factory=dict)
 
 
 def simple(name: str, forward: Forward, **options: Any) -> Provider:
@@ -140,16 +138,15 @@ def timed(
     """
 
     def call(inputs: Inputs) -> tuple[Tensor, ...]:
-        with kernels.override(**provider.backends):
-            if provider.direct:
-                return tensors(forward(inputs))
-            with torch.set_grad_enabled(bool(wrt)):
-                outs = tensors(forward(inputs))
-            if not wrt:
-                return outs
-            grads = torch.autograd.grad(
-                outs, [inputs[name] for name in wrt], [inputs[name] for name in seeds] or None
-            )
-            return (*(out.detach() for out in outs), *grads)
+        if provider.direct:
+            return tensors(forward(inputs))
+        with torch.set_grad_enabled(bool(wrt)):
+            outs = tensors(forward(inputs))
+        if not wrt:
+            return outs
+        grads = torch.autograd.grad(
+            outs, [inputs[name] for name in wrt], [inputs[name] for name in seeds] or None
+        )
+        return (*(out.detach() for out in outs), *grads)
 
     return call

@@ -22,6 +22,7 @@ from runners.benchmarks import (
     elementwise,
     harness,
     int8,
+    layers,
     losses,
     optimizers,
     providers,
@@ -36,7 +37,7 @@ from runners.benchmarks.clock import (
     Run,
     measure_ceilings,
 )
-from runners.benchmarks.harness import Case, Row, Settings, measure
+from runners.benchmarks.harness import Case, Row, Settings, difference, measure
 from runners.benchmarks.kernels import (
     Cases,
     KernelsConfig,
@@ -47,7 +48,7 @@ from runners.benchmarks.kernels import (
     missing,
     page_of,
 )
-from runners.benchmarks.providers import Inputs, MissingError, Provider, simple
+from runners.benchmarks.providers import Inputs, MissingError, Provider, simple, timed
 from runners.benchmarks.report import Bar, Panel, draw
 from runners.shell.cli import UsageError
 from runners.shell.errors import UserError
@@ -521,6 +522,22 @@ def test_a_step_without_a_promised_kernel_fails(
         trace.trace(config, TrainConfig(), "command", Console(file=io.StringIO()))
     assert closed
     assert len((tmp_path / "trace.jsonl").read_text().splitlines()) == len(seen)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [layers.attention_layer(2, 16, 256), layers.mlp_layer(32, 64, 96)],
+    ids=lambda case: case.kernel,
+)
+def test_a_layer_s_providers_compute_the_same(case: Case) -> None:
+    inputs = case.inputs(torch.device("cpu"), torch.Generator().manual_seed(0))
+    plain, ours = (
+        timed(provider, provider.build([inputs]), case.wrt, case.seeds)(inputs)
+        for provider in (case.providers[0], case.providers[2])
+    )
+    assert len(plain) == 1 + len(case.wrt)
+    # bf16 rounds to 2^-9, and a layer is a handful of roundings deep
+    assert difference(ours, plain) < 8 * 2**-9
 
 
 # On a GPU
