@@ -237,7 +237,9 @@ def read_curves(runs: Path, tokens: float) -> Iterator[tuple[str, Curve]]:
             say(f"{folder.name} has not ended: left out")
             continue
         config = open_run(folder).config
-        batch = config.sequence_len * config.device_batch_size * config.grad_accum_steps
+        batch = (
+            config.data.sequence_len * config.data.device_batch_size * config.optim.grad_accum_steps
+        )
         rows = [row for row in read_metrics(folder) if "val_loss" in row]
         yield folder.name, [(float(r["step"]) * batch, float(r["val_loss"])) for r in rows]  # type: ignore[arg-type]
 
