@@ -1,4 +1,4 @@
-"""What happened on the way from records to rows, and what the answers of a source are."""
+"""Counts of a loader, and statistics of a source's answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from runners.shell.errors import UserError
 
 logger = logging.getLogger(__name__)
 _REPORT_AT = 10_000  # documents
-MAX_BAD = 0.01  # of the records: more are damaged data, not accidents
+MAX_BAD = 0.01  # of the records; a larger share means damaged data
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Stats:
 
     @property
     def fill(self) -> float:
-        """The part of the rows' room that holds tokens of documents."""
+        """The share of the rows that holds tokens of documents."""
         return self.tokens / self.room if self.room else 0.0
 
     def line(self) -> str:
@@ -59,7 +59,7 @@ class Stats:
             self.report()
 
     def report(self) -> None:
-        """Log the line of packing; loaders do after 10,000 documents and after a full pass."""
+        """Logs the packing line; loaders call it after 10,000 documents and after a full pass."""
         logger.info(self.line())
 
     def add_document(self, document: Document) -> None:
@@ -75,8 +75,8 @@ class Stats:
                 )
 
     def skip(self, error: BadRecordError, records: int) -> None:
-        """Count a record that cannot be used; raises UserError if over 1% of `records`, and more
-        than one, are bad."""
+        """Counts an unusable record. Raises UserError if over 1% of `records`, and more than one,
+        are bad."""
         count = self.skipped[error.reason] = self.skipped.get(error.reason, 0) + 1
         if _worth_saying(count):
             logger.warning("Skipped %d records so far (%s): %s.", count, error.reason, error)
@@ -88,7 +88,7 @@ class Stats:
             )
 
     def check_epoch(self, records: int) -> None:
-        """Raises UserError where a whole epoch gave nothing (it would go on for ever)."""
+        """Raises UserError if a whole epoch gave no document: the loader would never end."""
         if not self.good:
             reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(self.skipped.items()))
             raise UserError(
@@ -97,20 +97,20 @@ class Stats:
             )
 
     def end_epoch(self, records: int) -> None:
-        """Check the epoch that ends, and count the next one from zero."""
+        """Checks the epoch that ends, and resets the counts of the next."""
         self.check_epoch(records)
         self.bad = self.good = 0
 
 
 def _worth_saying(count: int) -> bool:
-    """1, 10, 100, ...: every problem is seen, none floods the log."""
+    """1, 10, 100, ...: every problem is logged, and none floods the log."""
     return str(count).strip("0") == "1"
 
 
 def readable(source: Source, limit: int | None = None) -> Iterator[Conversation]:
-    """All items of a source (or `limit`, evenly spread) but those that cannot be read.
+    """The readable items of a source, or of `limit` evenly spaced ones.
 
-    Those are counted and warned of; raises UserError if they are over 1%.
+    The others are logged. Raises UserError if they are over 1%.
     """
     chosen = spread(len(source), limit or len(source))
     stats = Stats()
@@ -124,9 +124,9 @@ def readable(source: Source, limit: int | None = None) -> Iterator[Conversation]
 
 
 def answers_by_kind(source: Source, limit: int = 2000) -> dict[str, Counter[str]]:
-    """How often each answer is right, by kind of question, over up to `limit` items spread evenly.
+    """How often each answer occurs, by kind of question, over up to `limit` evenly spaced items.
 
-    The share of the most frequent answer is what a model scores that never looks.
+    The share of the most frequent answer is the score of a model that ignores the pictures.
     """
     counts: dict[str, Counter[str]] = {}
     for index in spread(len(source), limit):

@@ -1,4 +1,4 @@
-"""What flows through the data room: conversations in, documents out."""
+"""The types of the data packages: sources give conversations, encoders turn them to documents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PICTURE_LINE = re.compile(rf"\n?{_PICTURE.pattern}\n?")
 
 
 class Turn(NamedTuple):
-    """One side speaking. `role` is "user", "assistant" or "text" (plain text to learn whole)."""
+    """One turn. role: "user", "assistant" or "text" (plain text, learnt whole)."""
 
     role: str
     text: str
@@ -37,7 +37,7 @@ class Conversation:
 
 
 class Cost(NamedTuple):
-    """What a document takes of a row."""
+    """A document's share of a row's budget."""
 
     tokens: int
     images: int
@@ -46,7 +46,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """What is packed: everything the model is given of one conversation, as numpy arrays.
+    """A conversation as the model takes it, in numpy arrays: the unit of packing.
 
     tokens, labels: int64 [L]; labels are shifted already (labels[i] follows tokens[i]).
     slots: int64 [k], where among the tokens each image token lies.
@@ -63,7 +63,7 @@ class Document:
     patch_counts: tuple[int, ...] = ()
     truncated: int = 0  # tokens cut off to fit the row
 
-    @cached_property  # asked for by each row that is chosen while it waits: 256 times
+    @cached_property  # read for each row that is chosen while the document waits
     def cost(self) -> Cost:
         return Cost(len(self.tokens), len(self.patch_counts), len(self.patches))
 
@@ -76,14 +76,14 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Conversation: ...
 
     def turns(self, index: int) -> tuple[Turn, ...]:
-        """The item's words, without the cost of its pictures."""
+        """The item's turns, without reading its pictures."""
         ...
 
 
 class BadRecordError(Exception):
-    """A record that cannot be used; the loader skips it, and counts it under `reason`.
+    """An unusable record. The loader skips it and counts it under `reason`.
 
-    `fatal`: over 1% of such records end the run (damaged data); others are only counted.
+    fatal: more than 1% of such records end the run (damaged data); others are only counted.
     """
 
     def __init__(self, reason: str, message: str, *, fatal: bool = True) -> None:
@@ -93,7 +93,7 @@ class BadRecordError(Exception):
     def __str__(self) -> str:
         return self.message
 
-    def __reduce__(self) -> tuple[object, ...]:  # it crosses from the workers to the loader
+    def __reduce__(self) -> tuple[object, ...]:  # workers send it to the loader
         return _bad_record, (self.reason, self.message, self.fatal)
 
 
@@ -107,7 +107,7 @@ Result = list[Document] | BadRecordError
 
 
 class Together:
-    """Several sources as one, one after the other."""
+    """The concatenation of several sources."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = tuple(sources)
@@ -130,7 +130,7 @@ class Together:
 
 
 def num_pictures(text: str) -> int:
-    """How many `<image>` marks a user's text has; those after a backslash are words."""
+    """The number of `<image>` marks in a user's text; after a backslash it is a word."""
     return len(_PICTURE.findall(text))
 
 
@@ -161,7 +161,7 @@ def questions_and_answers(turns: tuple[Turn, ...]) -> Iterator[tuple[Turn, Turn]
 
 
 def prompts(conversation: Conversation) -> list[Conversation]:
-    """What stands before each answer: the turns up to its question, and their pictures."""
+    """The prompt of each answer: the turns up to its question, with their pictures."""
     found, shown = [], 0
     for number, turn in enumerate(conversation.turns):
         shown += num_pictures(turn.text) if turn.role == "user" else 0
@@ -172,8 +172,8 @@ def prompts(conversation: Conversation) -> list[Conversation]:
 
 
 def alone(conversation: Conversation) -> list[Conversation]:
-    """Every question of a conversation on its own: its pictures where they stand, and in front of
-    it those of the turns before. It sees neither the other questions nor their answers."""
+    """Each question of a conversation by itself, without other questions and answers. Pictures of
+    earlier turns come before it."""
     singles = []
     answers = [turn for turn in conversation.turns if turn.role == "assistant"]
     for number, (before, answer) in enumerate(zip(prompts(conversation), answers, strict=True)):
@@ -185,5 +185,5 @@ def alone(conversation: Conversation) -> list[Conversation]:
 
 
 def spread(length: int, limit: int) -> range:
-    """At most `limit` of the numbers below `length`, evenly spread."""
+    """At most `limit` evenly spaced numbers below `length`."""
     return range(0, length, max(1, -(-length // limit)))

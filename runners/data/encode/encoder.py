@@ -32,10 +32,10 @@ from runners.shell.errors import UserError
 class Encoder:
     """Callable: Conversation -> list of Documents of at most `max_tokens` tokens.
 
-    Long plain text gives several documents and loses nothing; a long conversation is cut at the
-    row's end (`Document.truncated` says by how much), pictures that no longer fit going whole.
-    Raises BadRecordError where nothing of an answer is left, and where pictures and `<image>` marks
-    or image tokens are not equally many. `augment` changes pictures of calls that give a `seed`.
+    Long plain text gives several documents. A long conversation is cut at the row's end
+    (`Document.truncated` counts the lost tokens); a picture that does not fit goes as a whole.
+    `augment` acts on pictures if the call gives a `seed`. Raises BadRecordError if no answer is
+    left, or if the numbers of pictures and `<image>` marks or image tokens differ.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class Encoder:
         return [self._document(conversation.id, tokens[s], labels[s], patches) for s in pieces]
 
     def prompt(self, conversation: Conversation) -> Document:
-        """The document up to where the model is to answer: what `generate` starts from.
+        """The document up to the model's answer, from which `generate` starts.
 
-        Turns end with the user's; raises BadRecordError where they do not fit `max_tokens`.
+        The last turn is the user's. Raises BadRecordError if the turns do not fit `max_tokens`.
         """
         tokens, _, patches = self._tokens(conversation, None)
         tokens = np.append(tokens, self.tokenizer.assistant)
@@ -119,7 +119,7 @@ class Encoder:
                 add(tok.encode(turn.text) + [tok.end] * (turn.kind != CONTINUED), True)
             else:
                 raise UserError(f"Record {conversation.id!r} has a turn of role {turn.role!r}.")
-        # What the pictures give is all there may be: one more would take the next document's.
+        # one more would take the next document's image tokens
         given = sum(self.images.tokens(len(p)) for p, _ in pictures) if self.images else 0
         if tokens.count(tok.image) != given:
             raise BadRecordError(
@@ -153,7 +153,7 @@ class Encoder:
         length, image = len(tokens), self.tokenizer.image
         kept = tokens[: self.max_tokens]
         if length > self.max_tokens and pictures:
-            # Image tokens still inside; a picture cut in two goes with all that follows it.
+            # a picture that is cut in two goes with everything behind it
             inside, whole = int((kept == image).sum()), 0
             assert self.images is not None
             for i, (patches, _) in enumerate(pictures):
@@ -185,6 +185,6 @@ class Encoder:
 
 
 def item_seed(seed: int, epoch: int, index: int) -> int:
-    """The seed of one item's augmentation: the same whoever encodes it, and whenever."""
+    """The seed of one item's augmentation, whichever worker encodes it."""
     key = f"{seed}/{epoch}/{index}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")

@@ -20,9 +20,9 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from runners.data.encode.pixels import orientation_of, to_rgb, without_metadata
 from runners.data.types import BadRecordError
 
-# A closed list: Pillow also knows formats whose decoders start other programs (EPS).
+# a closed list: some of Pillow's decoders start other programs (EPS)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-MAX_PIXELS = 50_000_000  # 150 MB decoded; more is taken for a decompression bomb
+MAX_PIXELS = 50_000_000  # 150 MB decoded; more counts as a decompression bomb
 MAX_TOGETHER = 100_000_000  # of all pictures of a record
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -127,10 +127,10 @@ class Augment:
 def decode(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Read a picture file into uint8 [H, W, 3], upright, transparency on white.
 
-    Of an animation the first picture. 16 bits whose values end below 4,096 are taken for 12 bits,
-    below 256 for 8. Metadata that cannot be read is passed over.
-    Raises BadRecordError where the file is missing, damaged, too large, or of a format not in
-    `FORMATS`, and where its numbers have no white (32 bits or floats that are no fractions).
+    An animation gives its first picture. Values of 16 bits that are all below 4,096 count as 12
+    bits, below 256 as 8. Unreadable metadata is ignored. Raises BadRecordError for a missing,
+    damaged or too large file, a format not in `FORMATS`, and values without a white level (32 bits,
+    or floats beyond 0 to 1).
     """
     with _guarded(path):
         _check_file(path)
@@ -141,7 +141,7 @@ def decode(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
                 return _decoded(file, max_pixels)
         except (BadRecordError, Image.DecompressionBombError):
             raise
-        except Exception:  # Pillow reads metadata when it opens a file, and some stop it
+        except Exception:  # Pillow reads metadata on opening, and fails on some
             with path.open("rb") as file:
                 bare, exif = without_metadata(file.read())
             if bare is None:

@@ -1,9 +1,8 @@
-"""A tokenizer.json parted in two: what text may become, and control tokens that it never becomes.
+"""Splits a tokenizer.json into text tokens and control tokens, which no text is encoded to.
 
-`tokenizers` lets text become any entry of the vocabulary, and every added token that is not marked
-`special`; it gives new tokens ids that count the vocabulary, so that they collide with others where
-ids have gaps. So neither is left to it: control tokens get ids here, and text is encoded by a copy
-that has never heard of them.
+`tokenizers` encodes text to any entry of the vocabulary, and to added tokens that are not marked
+`special`; it numbers new tokens by the size of the vocabulary, which collides with others if ids
+have gaps. So control tokens get their ids here, and a copy without them encodes text.
 """
 
 from __future__ import annotations

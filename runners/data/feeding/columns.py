@@ -1,7 +1,6 @@
-"""Documents from a worker to the packer: the arrays of many laid end to end, cut again there.
+"""Sends documents from workers to the packer: the arrays of many are joined, and cut again there.
 
-A document with a picture of 128 pixels, pickled by itself, cost its receiver 37 us where memory is
-cheap and 180 us where page faults are dear; as a part of five joined arrays it costs 5 to 12 us.
+Receiving a document as a part of five joined arrays takes a tenth of the time of unpickling it.
 """
 
 from __future__ import annotations

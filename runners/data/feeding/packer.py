@@ -1,7 +1,6 @@
 """The packer: a process of its own that turns workers' documents into finished batches.
 
-In the trainer's process it shared the interpreter with the training loop, and gave 0.4 to 0.6
-million tokens a second of small pictures, whatever the number of workers.
+In the trainer's own process it would share the interpreter with the training loop.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def serve(link: Link) -> None:
 
 
 class _Forward(logging.Handler):
-    """What is logged here is logged by the trainer, whose handlers the user knows."""
+    """Sends log records to the trainer, which has the user's handlers."""
 
     def __init__(self, link: Link) -> None:
         super().__init__()

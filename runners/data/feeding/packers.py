@@ -31,8 +31,8 @@ class Packer:
         # Also runs at exit, and when the owner forgets.
         self.close = weakref.finalize(self, process.close, [self._process], group=True)
         level = logging.getLogger("runners").getEffectiveLevel()
-        # Now, so that the workers start while the caller has other things to do; in a thread,
-        # because a socket takes only so much before the other end reads, and it is still importing.
+        # sent now, so that workers start beside the caller's own work; in a thread, since the other
+        # end is still importing and a socket's buffer is small
         told = (stream, state, job, workers, prefetch, level)
         self._sender = threading.Thread(target=self._tell, args=(told,), daemon=True)
         self._sender.start()

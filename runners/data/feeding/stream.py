@@ -1,4 +1,4 @@
-"""The stream: which documents share which row of which batch, and a state after each batch."""
+"""The stream of batches: the order of items, their packing, and a state after each batch."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Waiting = tuple[tuple[int, int, int], Document]  # (epoch, item, piece) and what
 
 @dataclass(frozen=True)
 class Stream:
-    """The order of items and how they are packed; arguments as those of `Loader`.
+    """The order of items and their packing; arguments as of `Loader`.
 
-    records: how many items the source has. data: what stands for what is in them.
+    records: number of items in the source. data: a digest of them.
     """
 
     records: int
@@ -101,7 +101,7 @@ class Stream:
     def _take(
         self, epoch: int, index: int, result: Result, waiting: list[Waiting], stats: Stats
     ) -> None:
-        """Put what an item gives among the waiting, or count why it gives nothing."""
+        """Adds an item's documents to the waiting ones, or counts why it has none."""
         for piece, document in enumerate(() if isinstance(result, BadRecordError) else result):
             if not self.spec.fits(document.cost):
                 most = self.spec.budget(())
@@ -121,7 +121,7 @@ class Stream:
     def _restore(
         self, saved: list[tuple[int, int, int]], results: Iterable[tuple[Request, Result]]
     ) -> list[Waiting]:
-        """The documents that waited when the state was saved, made again."""
+        """Makes the documents that were waiting when the state was saved."""
         made: dict[Request, list[Document]] = {}
         for request, result in results:
             if isinstance(result, BadRecordError):

@@ -26,20 +26,20 @@ BLOCKS = 512  # of results in use: 122 for batches of 580 documents, 8 rows of 4
 def feed_here(
     source: Source, encode: Encode, seed: int | None, requests: Iterable[Request]
 ) -> Iterator[tuple[Request, Result]]:
-    """Encode in this process, one item when it is asked for."""
+    """Encodes in this process, one item at a time."""
     for request in requests:
         yield request, encode_item(source, encode, seed, *request)
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def check_workers(count: int) -> None:
-    """Raises UserError for more workers than could ever help: each is a process of its own."""
+    """Raises UserError for more workers, each a process, than the cores can use."""
     if count > (most := MOST * cores()):
         raise UserError(
             f"{count} workers are too many: {most} are {MOST} for each of the {cores()} cores that "
@@ -48,7 +48,7 @@ def check_workers(count: int) -> None:
 
 
 def pickled_job(source: Source, encode: Encode, seed: int | None) -> bytes:
-    """What workers are to do. Source and encoder must be importable from modules."""
+    """The workers' job, pickled. Source and encoder must be importable from modules."""
     if "__main__" in (type(source).__module__, type(encode).__module__):
         raise UserError(
             "Data workers cannot import what the started script itself defines: move the "
@@ -60,7 +60,7 @@ def pickled_job(source: Source, encode: Encode, seed: int | None) -> bytes:
 class Workers:
     """`count` processes that encode items after a pickled job. Close them when done.
 
-    owner: whom the results are for; where its other end closes, waiting for them raises Gone.
+    owner: the link to the receiver of the results; once it closes, waiting for them raises Gone.
     """
 
     def __init__(self, count: int, job: bytes, owner: Link | None = None) -> None:
@@ -79,7 +79,7 @@ class Workers:
             wait = select.poll()
             wait.register(self._processes[-1].link, select.POLLIN)
             if owner is not None:
-                wait.register(owner, 0)  # only that it hung up
+                wait.register(owner, 0)  # only for its hanging up
             self._waits.append(wait)
         for worker in range(count):
             self._send(worker, job)
@@ -105,7 +105,7 @@ class Workers:
         try:
             self._processes[worker].link.send(message)
         except Gone:
-            self._receive(worker)  # what it had to say before it ended
+            self._receive(worker)  # reports what it said before it ended
             raise
 
     def _receive(self, worker: int) -> list[Result]:

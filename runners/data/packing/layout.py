@@ -38,9 +38,9 @@ def batch_shapes(spec: PackSpec) -> Shapes:
 
 
 def lay_out(rows: Rows, spec: PackSpec, batch: Arrays) -> None:
-    """Lay rows of documents out as one batch, over whatever the arrays of `batch_shapes` hold.
+    """Writes rows of documents as one batch into the arrays of `batch_shapes`.
 
-    Raises ValueError where a row or the batch is over its budget, UserError for a token outside the
+    Raises ValueError for a row or batch over its budget, UserError for a token outside of the
     vocabulary.
     """
     n, total = spec.row_len, spec.rows * spec.row_len
@@ -87,9 +87,8 @@ def _lay_out_images(
     np.concatenate([places[:0], *(d.patch_positions for d in documents)], out=places[:used])
     patches[used:] = 0
     places[used:] = 0
-    # Unused patches are shared out among the unused pictures: as one picture they would cost
-    # attention more than all real ones (a tenth of 38,000 patches squared, against 600 x 64 x 64).
-    # Where all real pictures are of one size, so are these: attention can lay them side by side.
+    # Unused patches are spread over the unused pictures: as one picture they could cost attention
+    # more than all real ones. Where all pictures have one size, so do these, for a dense batch.
     unused = num_images - len(counts)
     step = -(-(num_patches - used) // unused)
     step += -step % spec.images.merge**2

@@ -1,17 +1,13 @@
-"""Which documents share a row: best fit, found exactly.
+"""Packing: which documents share a row.
 
 Rows hold `row_len` tokens. From a window of waiting documents each row takes the oldest, and with
-it the set that leaves the fewest tokens unused (minimum bin slack: Gupta and Ho 1999). Sums of
-lengths that can be reached are the bits of a Python integer, so one document costs one shift
-and one "or" (2 to 20 us each, window 256). Among equally full rows the one with the oldest
-documents is taken: rows stay close to a random sample of the stream and nobody waits for ever.
-Measured with this window: 100% full for conversations of 40 to 250 tokens in rows of 2,048, 99.0%
-for log-normal lengths of mean 900 and sigma 0.5 (best-fit decreasing over all 20,000: 99.2%).
+it the set that leaves the fewest tokens unused (minimum bin slack: Gupta and Ho 1999). The sums of
+lengths that can be reached are the bits of a Python integer, so that a document costs one shift and
+one "or". Among equally full rows the one with the oldest documents is taken: rows stay close to a
+random sample of the stream, and no document waits for ever.
 
-Only a batch's shape is static, so room for pictures is a batch's too, and its rows share it. With 8
-rows of documents of one picture (256 tokens) and about as much text, room for 1.02 times the mean
-need is 97% full, and rows are to 99.7%; a room for each row, a tenth more than its mean need and
-rounded up, was 80% full, and a vision tower computes all of it.
+Only a batch's shape is static. So the room for pictures belongs to a batch, and its rows share it:
+room for each row would be larger, and a vision tower computes all of it.
 """
 
 from __future__ import annotations
@@ -29,7 +25,7 @@ WINDOW = 256
 
 
 class Budget(NamedTuple):
-    """The most that a row may take."""
+    """The limits of a row."""
 
     tokens: int
     documents: int
@@ -98,21 +94,20 @@ class PackSpec:
         )
 
     def fits(self, cost: Cost) -> bool:
-        """Whether a document could have the first row of a batch to itself."""
+        """Whether a document fits into the first row of a batch alone."""
         return self._most.holds(cost)
 
-    @cached_property  # asked for by every document
+    @cached_property  # read for every document
     def _most(self) -> Budget:
         return self.budget(())
 
 
 def choose_row(costs: Sequence[Cost], budget: Budget) -> list[int]:
-    """The indices (ascending) of those waiting that make the next row: the oldest that fits its
-    budget, and with it those that leave the fewest tokens; none if none fits.
+    """Indices (ascending) of the waiting documents for the next row: the oldest that fits, and the
+    set that leaves the fewest tokens beside it. Empty if none fits.
 
-    Where the fullest row would break a budget of documents or pictures, the largest that still
-    fit are taken one after the other instead. What passes `PackSpec.fits` waits for the first row
-    of the next batch at most.
+    If that set breaks a budget of documents or pictures, the largest that fit are taken instead,
+    one after the other. A document that `PackSpec.fits` waits for the next batch at most.
     """
     first = next((i for i, cost in enumerate(costs) if budget.holds(cost)), None)
     if first is None:
@@ -138,7 +133,7 @@ def choose_row(costs: Sequence[Cost], budget: Budget) -> list[int]:
 
 def _largest_first(costs: Sequence[Cost], first: int, budget: Budget) -> list[int]:
     chosen = [first]
-    # Numbers of their own: of small pictures every row is chosen here, 256 looks each.
+    # plain numbers: with small pictures every row is chosen here
     tokens, documents, images, patches = _minus(budget, costs[first])
     for i in sorted(range(first + 1, len(costs)), key=lambda i: (-costs[i].tokens, i)):
         needs = costs[i]

@@ -1,4 +1,4 @@
-"""What a run's data was when it began, and whether it still is: data.json in the run's folder."""
+"""Digests of a run's data (data.json in its folder), and whether the data has changed."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from runners.shell.errors import UserError
 logger = logging.getLogger(__name__)
 TOKENIZER = "tokenizer.json"
 DATA = "data.json"
-SPLIT = 1  # how records are held out; raised where others would be
+SPLIT = 1  # version of the rule for holding records out
 
 
 @dataclass(frozen=True)
 class Digest:
-    """What stands for one source: a file's content, its pictures', or the seed of drawn scenes.
+    """The digest of one source: of a file, of its pictures, or of the seed of drawn scenes.
 
-    each: of pictures, four bytes in hexadecimal for every one of ``names``, so that the one which
-    changed can be named.
+    each: of pictures, four bytes in hexadecimal for each of ``names``, so that the first changed
+    one can be named.
     """
 
     flag: str
@@ -41,7 +41,7 @@ class Digest:
         return fields | ({"each": self.each} if self.each else {})
 
     def difference(self, old: dict[str, str]) -> str:
-        """What has become of the source, in words; empty where it is the same."""
+        """How the source differs, in words; empty if it does not."""
         if old["digest"] == self.digest:
             return ""
         if not self.each:
@@ -62,13 +62,13 @@ def save(folder: Path, sources: Sequence[Digest]) -> None:
 
 
 def together(flag: str, sources: Sequence[Digest]) -> str:
-    """What stands for all that a flag names, its pictures included."""
+    """One digest of everything that a flag names, pictures included."""
     return digest_of(*(s.digest for s in sources if s.flag.startswith(flag))).hex()
 
 
 def check(folder: Path, sources: Sequence[Digest], *, allowed: bool) -> None:
-    """Raises UserError naming the data that is not what it was when a run began; warns of it where
-    that is allowed, by ``--data_changed=1``."""
+    """Raises UserError, naming the data that has changed since the run began; with
+    ``--data_changed=1`` (allowed) it warns."""
     if not (changes := _changes(folder, [*sources, _tokenizer(folder)])):
         return
     said = f"The data of {folder} is not what it was: {'; '.join(changes)}."
@@ -85,7 +85,7 @@ def _changes(folder: Path, now: Sequence[Digest]) -> list[str]:
     path = folder / DATA
     if not path.is_file():
         if all(source.flag == "--tokenizer" or source.path == "shapes" for source in now):
-            return []  # scenes are drawn as they always were
+            return []  # scenes are drawn as before
         return [
             f"it has no {DATA}, so it is of a version that held records out by their first answer, "
             "and what it held out is not known"

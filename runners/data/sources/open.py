@@ -1,4 +1,4 @@
-"""Which data a run trains on, and what is held out of it."""
+"""The data of a run, and the part that is held out."""
 
 from __future__ import annotations
 
@@ -28,14 +28,13 @@ class Sources:
 
     train: Source
     held_out: Mapping[str, Source]
-    ordered: bool = False  # the train items come in an order of their own: do not shuffle them
+    ordered: bool = False  # the items' order matters: the loader does not shuffle them
     summary: str = NOTHING  # what is held out, in a line
     digests: tuple[Digest, ...] = ()  # of each file, for the run's data.json
 
 
 def open_sources(config: TrainConfig, model: VLMConfig) -> Sources:
-    """The data that ``--data`` and ``--val_data`` name. Raises UserError where it cannot be
-    read."""
+    """The data of ``--data`` and ``--val_data``. Raises UserError if it cannot be read."""
     data = config.data
     if data.chat:
         asked = _how_asked(data, config.run.ask)
@@ -46,7 +45,7 @@ def open_sources(config: TrainConfig, model: VLMConfig) -> Sources:
 
 
 def open_files(data: DataSettings) -> Source:
-    """What ``--val_data`` names alone. Raises UserError where it cannot be read."""
+    """The data of ``--val_data`` alone. Raises UserError if it cannot be read."""
     return _together(_apart(data)) if data.chat else _texts_apart(data)
 
 

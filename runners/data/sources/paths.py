@@ -1,4 +1,4 @@
-"""A folder of data that its records cannot lead out of."""
+"""A data folder that confines the paths in its records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class DataFolder:
         if not os.path.isdir(root):
             raise UserError(f"The image folder {root} does not exist: give the folder of pictures.")
         self.root = os.path.realpath(root)
-        self._resolved: dict[str, str] = {}  # folders; following links costs several system calls
+        self._resolved: dict[str, str] = {}  # of folders, since following links costs system calls
 
     def file(self, name: str) -> Path:
         """The regular file `name` below the folder.

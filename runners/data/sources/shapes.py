@@ -121,10 +121,10 @@ class Shapes:
         return Conversation(f"{self.split}-{index}", turns, (self._draw(scene, rng),))
 
     def _imagine(self, index: int) -> tuple[Scene, tuple[Turn, ...], random.Random]:
-        """The scene, what is asked of it, and the generator that draws it."""
+        """The scene, its questions, and the generator that draws it."""
         if not 0 <= index < self.length:
             raise IndexError(index)
-        for attempt in itertools.count():  # a scene that leaves nothing to ask is drawn anew
+        for attempt in itertools.count():  # a scene without questions is drawn again
             key = f"{self.seed}/{self.split}/{index}/{attempt}".encode()
             rng = random.Random(hashlib.blake2b(key, digest_size=8).digest())
             scene = self._place(rng, self._most(index))
@@ -133,7 +133,7 @@ class Shapes:
         raise AssertionError("unreachable")
 
     def _most(self, index: int) -> int:
-        """Objects that item `index` may have at most."""
+        """The maximal number of objects of item `index`."""
         if index >= self.ramp:
             return self.max_objects
         return 1 + index * self.max_objects // self.ramp
@@ -166,10 +166,10 @@ class Shapes:
         return rng.choice(free or [pair for pair in self.pairs if pair not in used] or self.pairs)
 
     def _ask(self, scene: Scene, rng: random.Random) -> tuple[Turn, ...]:
-        """Questions no answer of which follows from an earlier turn: each thing is singled out
-        once. (Asked freely, "Where is the red circle?" gives away "Which shape is red?", and a
-        model learns to read the conversation instead of the picture: after 57,000 questions it
-        was still at chance on shapes.) The caption, which tells all, comes last, or alone.
+        """Questions whose answers do not follow from earlier turns: each thing is singled out once.
+
+        Else "Where is the red circle?" gives away "Which shape is red?", and a model learns to read
+        the conversation instead of the picture. The caption, which tells everything, comes last.
         """
         asked = self.questions
         if "caption" in self.kinds:

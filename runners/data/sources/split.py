@@ -1,4 +1,4 @@
-"""Which records are held out: a seeded choice of whole groups, the same wherever they stand."""
+"""The held-out records: a seeded choice of whole groups that does not depend on their order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TOGETHER = 256  # files a thread takes at once
 
 
 def digest_of(*parts: bytes | str | int) -> bytes:
-    """16 bytes that stand for some values, in their order.
+    """A digest of 16 bytes of some values, in their order.
 
     >>> digest_of("ab", "c") == digest_of("a", "bc")
     False
@@ -27,13 +27,13 @@ def digest_of(*parts: bytes | str | int) -> bytes:
 
 
 def file_digest(path: Path) -> bytes:
-    """16 bytes that stand for all of a file's. Raises OSError."""
+    """A digest of 16 bytes of a whole file. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
 
 
 def groups_of(keys: Sequence[Iterable[Hashable]]) -> list[list[int]]:
-    """Numbers of the items that share a key, directly or through others, in groups.
+    """Groups of items (their indices) that share a key, directly or through others.
 
     >>> groups_of([["a"], ["b"], ["a", "c"], ["c"]])
     [[0, 2, 3], [1]]
@@ -58,7 +58,7 @@ def groups_of(keys: Sequence[Iterable[Hashable]]) -> list[list[int]]:
 
 
 def unique(names: Sequence[bytes]) -> list[bytes]:
-    """Names made distinct: equal ones are told apart by how many came before."""
+    """Makes names distinct by the number of equal ones before them."""
     seen: Counter[bytes] = Counter()
     distinct = []
     for name in names:
@@ -68,8 +68,8 @@ def unique(names: Sequence[bytes]) -> list[bytes]:
 
 
 def shuffled(names: Sequence[bytes], seed: int) -> list[int]:
-    """Numbers of the items in an order that follows from seed and names alone: items that are added
-    or moved change the order of no others."""
+    """Indices of the items in an order that depends on seed and names alone: adding or moving items
+    does not change the order of the others."""
     prefix = str(seed).encode()
     ranks = [digest_of(prefix, name) for name in names]
     return sorted(range(len(names)), key=ranks.__getitem__)
@@ -78,11 +78,10 @@ def shuffled(names: Sequence[bytes], seed: int) -> list[int]:
 def hold_out(
     names: Sequence[bytes], weights: Sequence[int], fraction: float, seed: int
 ) -> list[int]:
-    """Numbers of the groups that are held out, in the order of `shuffled`.
+    """Indices of the held-out groups, in the order of `shuffled`.
 
-    Together they weigh `fraction` of the whole, or miss it by at most half of the lightest group
-    that is left. Where there are two groups or more, neither side is empty; of fewer none is held
-    out.
+    Their weight is `fraction` of the whole, up to half of the lightest remaining group. With two
+    groups or more neither side is empty; with fewer none is held out.
     """
     order = shuffled(names, seed)
     target, taken, total = fraction * sum(weights), [], 0
@@ -101,14 +100,13 @@ def hold_out(
 
 
 def fingerprints(paths: Sequence[Path]) -> list[bytes | OSError]:
-    """What tells files apart: 16 bytes of each one's size and content, whatever its name; or why
-    it cannot be read.
+    """A digest of 16 bytes of each file's size and content; or the error of reading it.
 
-    Of a file over 64 KiB three pieces of 16 KiB are read, so that a million pictures take minutes
-    and not hours; a compressed picture that changes is another from there on.
+    Of a file over 64 KiB three pieces of 16 KiB are read, so that a million pictures take minutes,
+    not hours: a compressed picture differs everywhere behind its first change.
     """
     pieces = [paths[i : i + _TOGETHER] for i in range(0, len(paths), _TOGETHER)]
-    with ThreadPoolExecutor(8) as pool:  # a network's disk answers many at once
+    with ThreadPoolExecutor(8) as pool:  # network disks serve many requests at once
         found = list(pool.map(lambda piece: [_fingerprint(path) for path in piece], pieces))
     return [fingerprint for piece in found for fingerprint in piece]
 

@@ -15,7 +15,7 @@ from runners.data.types import CONTINUED, Conversation, Turn
 from runners.shell.errors import UserError
 
 _BLANK_LINE = re.compile(rb"\r?\n[ \t]*\r?\n\s*")
-MAX_BYTES = 1 << 16  # of a part: what is tokenised at once
+MAX_BYTES = 1 << 16  # of a part, which is tokenised at once
 
 
 class Part(NamedTuple):
@@ -35,8 +35,8 @@ class TextFiles:
         documents: "file" (each file is one) or "paragraph" (blank lines part them).
         split, fraction, seed: "val" holds out documents with `fraction` of the bytes, drawn at
             random from `seed`, and "train" has the others; equal documents are on one side.
-    Only places are kept in memory. Documents over 64 KiB are items of several parts; the
-    encoder cuts parts into rows. Nothing is lost.
+    Only offsets are kept in memory. Documents over 64 KiB are several items; the encoder cuts items
+    into rows. Nothing is lost.
     Raises UserError for missing, empty or undecodable files.
     """
 
@@ -70,16 +70,16 @@ class TextFiles:
             self._choose(self, val if split == "val" else train)
 
     def parted(self, fraction: float, seed: int = 0) -> tuple[TextFiles, TextFiles]:
-        """The splits "train" and "val" of a source that has all documents, read only once."""
+        """The splits "train" and "val" of a source with all documents, without reading it again."""
         train, val = self._sides(fraction, seed)
         return self._choose(copy.copy(self), train), self._choose(copy.copy(self), val)
 
     def shuffle(self, seed: int = 0) -> None:
-        """Put the documents into the order in which they would be held out."""
+        """Puts the documents into the order in which they are held out."""
         self._choose(self, shuffled(unique(self.digests), seed))
 
     def contents(self) -> dict[str, bytes]:
-        """What stands for the text of each file."""
+        """A digest of each file's text."""
         found: dict[str, list[bytes | int]] = {}
         for document, digest in zip(self.documents, self.digests, strict=True):
             name = str(self.files[document[0].file])
@@ -98,7 +98,7 @@ class TextFiles:
         return other
 
     def _sides(self, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-        """Numbers of the documents trained on, and of those held out, these in random order."""
+        """Indices of the training documents, and of the held-out ones, these in random order."""
         if not 0 < fraction < 1:
             raise UserError(f"fraction={fraction} of the text is not between 0 and 1.")
         groups = groups_of([[digest] for digest in self.digests])
@@ -170,7 +170,7 @@ def _documents(path: Path, documents: str) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _parts(file: int, start: int, end: int, text: bytes) -> Iterator[Part]:
-    """Cut a document where it is too long: after a line or word, else between two characters."""
+    """Cuts a long document: after a line or word, else between two characters."""
     at = 0
     while len(text) - at > MAX_BYTES:
         limit = at + MAX_BYTES

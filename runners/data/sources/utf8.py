@@ -1,4 +1,4 @@
-"""Bytes of files to text: UTF-8, and one sentence for whatever is not."""
+"""Decodes files as UTF-8, with one-sentence errors."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _OTHERS = {
 
 
 def decoded(path: Path, data: bytes, start: int = 0) -> str:
-    """The text of a file's bytes from `start` on. Raises UserError unless it is UTF-8 without NUL:
-    in UTF-16 every other byte of an English text is one."""
+    """The text of a file's bytes from `start` on. Raises UserError unless it is UTF-8 without NUL
+    bytes, of which UTF-16 has many."""
     if not start:
         for mark, name in _OTHERS.items():
             if data.startswith(mark):
