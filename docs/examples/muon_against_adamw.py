@@ -142,14 +142,28 @@ def train(args: argparse.Namespace, optimizer: str, lr: float, end: float | None
         return False
     vocabulary = load_tokenizer(args.work / "tokenizer.json").vocab_size
     flags = {
-        "name": name, "runs_dir": runs, "resume": "auto", "stage": "pretrain",
-        "data": args.work / "text", "tokenizer": args.work / "tokenizer.json",
-        "preset": args.preset, "optimizer": optimizer, "lr": lr, "steps": steps,
-        "sequence_len": args.sequence_len, "device_batch_size": args.rows,
-        "warmup_steps": max(1, steps // 20), "beta2": 0.95, "keep": "last",
-        "val_every": max(1, steps // args.points), "save_every": steps, "eval_examples": 0,
-        "samples": 0, "tensorboard": 0, "seed": args.seed,
-    }  # fmt: skip
+        "name": name,
+        "runs_dir": runs,
+        "resume": "auto",
+        "stage": "pretrain",
+        "data": args.work / "text",
+        "tokenizer": args.work / "tokenizer.json",
+        "preset": args.preset,
+        "optimizer": optimizer,
+        "lr": lr,
+        "steps": steps,
+        "sequence_len": args.sequence_len,
+        "device_batch_size": args.rows,
+        "warmup_steps": max(1, steps // 20),
+        "beta2": 0.95,
+        "keep": "last",
+        "val_every": max(1, steps // args.points),
+        "save_every": steps,
+        "eval_examples": 0,
+        "samples": 0,
+        "tensorboard": 0,
+        "seed": args.seed,
+    }
     command = [
         sys.executable,
         "-u",
@@ -258,8 +272,14 @@ def draw(path: Path, curves: dict[str, Curve]) -> None:
     axes = figure.subplots()
     for name, curve in curves.items():
         style = "-" if name.startswith("muon") else "--"
-        axes.plot([t / 1e6 for t, _ in curve], [v for _, v in curve], style, marker="o",
-                  markersize=3, label=name.rpartition("-")[0])  # fmt: skip
+        axes.plot(
+            [t / 1e6 for t, _ in curve],
+            [v for _, v in curve],
+            style,
+            marker="o",
+            markersize=3,
+            label=name.rpartition("-")[0],
+        )
     axes.set_xlabel("million tokens")
     axes.set_ylabel("validation loss (nats a token)")
     axes.grid(alpha=0.3)

@@ -29,11 +29,20 @@ def cases() -> list[Case]:
         {"shape": "1 x 16384, heads 16/16, D=128", "lengths": [n], "heads": (16, 16)},
         {"shape": "8 x 2048, heads 12/2, D=128", "lengths": [2048] * 8, "heads": (12, 2)},
         {"shape": "41 ragged documents, heads 12/2, D=128", "lengths": ragged, "heads": (12, 2)},
-        {"shape": "1 x 16384, window 256, heads 12/2, D=128", "lengths": [n], "heads": (12, 2),
-         "window": 256},
-        {"shape": "64 x 256 not causal, heads 16/16, D=64", "lengths": [256] * 64,
-         "heads": (16, 16), "dim": 64, "causal": False},
-    ]  # fmt: skip
+        {
+            "shape": "1 x 16384, window 256, heads 12/2, D=128",
+            "lengths": [n],
+            "heads": (12, 2),
+            "window": 256,
+        },
+        {
+            "shape": "64 x 256 not causal, heads 16/16, D=64",
+            "lengths": [256] * 64,
+            "heads": (16, 16),
+            "dim": 64,
+            "causal": False,
+        },
+    ]
     return [attention(**shape, training=training) for shape in shapes for training in (False, True)]
 
 
@@ -109,10 +118,16 @@ def attention(
     )
     work = 2.0 * dim * scores * (7 if training else 2)
     return Case(
-        "attention", shape, work, "bf16", inputs, providers,
-        wrt=("q", "k", "v") if training else (), seeds=("do",) if training else (),
+        "attention",
+        shape,
+        work,
+        "bf16",
+        inputs,
+        providers,
+        wrt=("q", "k", "v") if training else (),
+        seeds=("do",) if training else (),
         reference="torch varlen",
-    )  # fmt: skip
+    )
 
 
 def _by(backend: str, forward: Forward) -> Any:
@@ -173,11 +188,16 @@ def _flash(longest: int, causal: bool, window: int | None) -> Forward:
 
     def forward(i: Inputs) -> Any:
         out = flash_attn_varlen_func(
-            i["q"], i["k"], i["v"],
-            cu_seqlens_q=i["cu"], cu_seqlens_k=i["cu"],
-            max_seqlen_q=longest, max_seqlen_k=longest,
-            causal=causal and window is None, window_size=sides,
-        )  # fmt: skip
+            i["q"],
+            i["k"],
+            i["v"],
+            cu_seqlens_q=i["cu"],
+            cu_seqlens_k=i["cu"],
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            causal=causal and window is None,
+            window_size=sides,
+        )
         return out[0] if isinstance(out, tuple) else out
 
     return forward

@@ -46,16 +46,29 @@ def _normal(shape: tuple[int, ...], wrt: Sequence[str], *others: str, weights: i
 
 
 def _case(
-    kernel: str, shape: str, elements: float, inputs: Any, providers: Sequence[Provider],
-    wrt: Sequence[str], seeds: Sequence[str], overwritten: Sequence[str] | None = None,
-) -> Case:  # fmt: skip
+    kernel: str,
+    shape: str,
+    elements: float,
+    inputs: Any,
+    providers: Sequence[Provider],
+    wrt: Sequence[str],
+    seeds: Sequence[str],
+    overwritten: Sequence[str] | None = None,
+) -> Case:
     """elements: read or written at the least. overwritten: what Liger's gradients take the places
     of; else all that is no weight."""
     restore = overwritten or tuple(n for n in (*wrt, *seeds) if not n.endswith("weight"))
     return Case(
-        kernel, shape, float(elements * BF16), "copy", inputs, tuple(providers), tuple(wrt),
-        tuple(seeds), tuple(restore),
-    )  # fmt: skip
+        kernel,
+        shape,
+        float(elements * BF16),
+        "copy",
+        inputs,
+        tuple(providers),
+        tuple(wrt),
+        tuple(seeds),
+        tuple(restore),
+    )
 
 
 def peer(name: str, make: Callable[[], Forward]) -> Provider:
@@ -200,10 +213,13 @@ def rope(
         angle = torch.arange(length, device=device)[:, None] * frequency
         positions = torch.arange(n, device=device) % length
         return made | {
-            "cos": angle.cos(), "sin": angle.sin(), "positions": positions,
+            "cos": angle.cos(),
+            "sin": angle.sin(),
+            "positions": positions,
             # the tables as other libraries want them: a row a token, both halves
-            "cos_rows": angle.cos()[positions], "sin_rows": angle.sin()[positions],
-        }  # fmt: skip
+            "cos_rows": angle.cos()[positions],
+            "sin_rows": angle.sin()[positions],
+        }
 
     def norms(norm: Callable[..., Tensor], **options: Any) -> Callable[[Inputs], Any]:
         if not normed:
@@ -261,7 +277,11 @@ def rope(
         peer("quack", by_quack),
     ]
     return _case(
-        "rope_qk_norm" if normed else "rope", f"N={n} heads {heads}/{key_heads} D={dim}",
-        (5 if normed else 4) * n * (heads + key_heads) * dim, inputs, providers,
-        ("q", "k", *weights), ("dq", "dk"),
-    )  # fmt: skip
+        "rope_qk_norm" if normed else "rope",
+        f"N={n} heads {heads}/{key_heads} D={dim}",
+        (5 if normed else 4) * n * (heads + key_heads) * dim,
+        inputs,
+        providers,
+        ("q", "k", *weights),
+        ("dq", "dk"),
+    )

@@ -62,11 +62,14 @@ WAYS: dict[str, Way] = {
     "loss": Way("fused loss", "fuse_loss(forward)", fuse_loss),
     "kernels": Way("+ fused kernels", "fuse_loss(fuse_kernels(forward))", _kernels),
     "graph": Way(
-        "+ CUDA graph", "cuda_graph(value_and_grad(fuse_loss(fuse_kernels(forward))))",
-        _kernels, graph=True,
+        "+ CUDA graph",
+        "cuda_graph(value_and_grad(fuse_loss(fuse_kernels(forward))))",
+        _kernels,
+        graph=True,
     ),
     "blocks": Way(
-        "fused, compiled by blocks", "compile(fuse_loss(fuse_kernels(forward)), blocks=True)",
+        "fused, compiled by blocks",
+        "compile(fuse_loss(fuse_kernels(forward)), blocks=True)",
         lambda forward: compile(_kernels(forward), blocks=True),
     ),
     "checkpoint": Way(
@@ -75,9 +78,10 @@ WAYS: dict[str, Way] = {
     "checkpoint_graph": Way(
         "fused, checkpointing, CUDA graph",
         "cuda_graph(value_and_grad(fuse_loss(checkpoint(fuse_kernels(forward)))))",
-        _checkpointed, graph=True,
+        _checkpointed,
+        graph=True,
     ),
-}  # fmt: skip
+}
 LIGER = ("hf_liger", "hf_liger_checkpoint")
 
 

@@ -149,9 +149,16 @@ def measure(
     for provider in case.providers:
         started = time.perf_counter()
         row = Row(
-            case.kernel, case.shape, case.mode, provider.name, provider.peer, provider.charted,
-            work=case.work, ceiling=case.ceiling, floor=case.floor(limits),
-        )  # fmt: skip
+            case.kernel,
+            case.shape,
+            case.mode,
+            provider.name,
+            provider.peer,
+            provider.charted,
+            work=case.work,
+            ceiling=case.ceiling,
+            floor=case.floor(limits),
+        )
         rows.append(row)
         with failing(row):
             one, results = _prepare(case, provider, clock, settings, inputs, before, row, truth)

@@ -43,11 +43,16 @@ def _inputs(m: int, k: int, n: int) -> Any:
 
 def _case(m: int, k: int, n: int, dynamic: bool, providers: Sequence[Provider]) -> Case:
     return Case(
-        "int8_linear", f"M={m} K={k} N={n}", float(2 * m * k * n if dynamic else k * n),
-        "int8" if dynamic else "copy", _inputs(m, k, n), tuple(providers),
-        sets=4 if dynamic else WEIGHTS, reference="bf16 matmul",
+        "int8_linear",
+        f"M={m} K={k} N={n}",
+        float(2 * m * k * n if dynamic else k * n),
+        "int8" if dynamic else "copy",
+        _inputs(m, k, n),
+        tuple(providers),
+        sets=4 if dynamic else WEIGHTS,
+        reference="bf16 matmul",
         direction="dynamic" if dynamic else "weight-only",
-    )  # fmt: skip
+    )
 
 
 def _providers(dynamic: bool) -> list[Provider]:

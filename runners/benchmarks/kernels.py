@@ -30,8 +30,17 @@ from runners.shell.cli import UsageError
 from runners.shell.errors import UserError
 
 HEADERS = (
-    "shape", "provider", "ms", "p20 - p80", "rate", "of ceiling", "speed", "peak MiB", "error", "by"
-)  # fmt: skip
+    "shape",
+    "provider",
+    "ms",
+    "p20 - p80",
+    "rate",
+    "of ceiling",
+    "speed",
+    "peak MiB",
+    "error",
+    "by",
+)
 LEGEND = (
     "ms: median of one call. rate: the bytes or operations that the case needs at the least, over "
     "the time. of ceiling: the least time by what the device reached in this run, as a share of "
@@ -162,9 +171,12 @@ def as_record(row: Row) -> dict[str, Any]:
     known: dict[str, Any] = asdict(row) | {"unit": UNITS[row.ceiling]}
     if row.samples:
         known |= {
-            "ms": row.ms, "p20": row.quantile(0.2), "p80": row.quantile(0.8),
-            "rate": row.rate, "share": row.share,
-        }  # fmt: skip
+            "ms": row.ms,
+            "p20": row.quantile(0.2),
+            "p80": row.quantile(0.8),
+            "rate": row.rate,
+            "share": row.share,
+        }
     return known | {"version": version(PEERS[row.peer][1]) if row.peer else None}
 
 

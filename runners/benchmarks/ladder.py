@@ -61,10 +61,17 @@ def ladder(rows: int, ragged: bool, graphs: bool = True) -> tuple[Rung, ...]:
 def climb(rows: int, graphs: bool) -> list[Rung]:
     """The rungs that stand on one another."""
     baseline = {
-        "dtype": "fp32", "compile": False, "compile_scope": "whole", "cuda_graph": False,
-        "use_flash_attn": False, "use_fused_kernels": False, "use_fused_loss": False,
-        "use_fused_adamw": False, "device_batch_size": 1, "packed": False,
-    }  # fmt: skip
+        "dtype": "fp32",
+        "compile": False,
+        "compile_scope": "whole",
+        "cuda_graph": False,
+        "use_flash_attn": False,
+        "use_fused_kernels": False,
+        "use_fused_loss": False,
+        "use_fused_adamw": False,
+        "device_batch_size": 1,
+        "packed": False,
+    }
     steps: list[tuple[str, str, str, dict[str, Any]]] = [
         ("baseline", "baseline: fp32, nothing fused", "baseline", baseline),
         ("bf16", "+ bf16 compute", "phase 1", {"dtype": "bf16"}),
@@ -76,9 +83,13 @@ def climb(rows: int, graphs: bool) -> list[Rung]:
         ("kernels", "+ fused kernels", "phase 2", {"use_fused_kernels": True}),
         ("loss", "+ fused loss", "phase 3", {"use_fused_loss": True}),
         ("blocks", "+ compile by blocks", "phase 3", {"compile_scope": "blocks"}),
-        ("graph", "+ CUDA graph instead of compiling", "phase 3",
-         {"cuda_graph": True, "compile": False}),
-    ]  # fmt: skip
+        (
+            "graph",
+            "+ CUDA graph instead of compiling",
+            "phase 3",
+            {"cuda_graph": True, "compile": False},
+        ),
+    ]
     if not graphs:
         steps.pop()
     below = [None, *(key for key, *_ in steps[:-1])]
@@ -93,28 +104,45 @@ def leaves(top: str, graphs: bool) -> list[Rung]:
     compiled = {"compile": True} if graphs else {}  # as the trainer chooses for them
     recompute = {"use_gradient_checkpointing": True, **compiled}
     half = {
-        "checkpoint_every": 4, "checkpoint_policy": "attention",
+        "checkpoint_every": 4,
+        "checkpoint_policy": "attention",
         "checkpoint_between": "dots+attention",
-    }  # fmt: skip
+    }
     return [
         # what packing gives where all else is as fast
         Rung("padded", "one document a row, padded", "phase 3", top, {"packed": False}),
         Rung("eager", "eager", "phase 3", top, {"cuda_graph" if graphs else "compile": False}),
         Rung("checkpoint", "checkpointing", "phase 3", top, recompute),
-        Rung("checkpoint_attention", "checkpointing, attention kept", "phase 3", "checkpoint",
-             {"checkpoint_policy": "attention"}),
-        Rung("checkpoint_dots", "checkpointing, dots and attention kept", "phase 3", "checkpoint",
-             {"checkpoint_policy": "dots+attention"}),
-        Rung("checkpoint_half", "checkpointing, half of the activations", "phase 3", "checkpoint",
-             half),
+        Rung(
+            "checkpoint_attention",
+            "checkpointing, attention kept",
+            "phase 3",
+            "checkpoint",
+            {"checkpoint_policy": "attention"},
+        ),
+        Rung(
+            "checkpoint_dots",
+            "checkpointing, dots and attention kept",
+            "phase 3",
+            "checkpoint",
+            {"checkpoint_policy": "dots+attention"},
+        ),
+        Rung(
+            "checkpoint_half",
+            "checkpointing, half of the activations",
+            "phase 3",
+            "checkpoint",
+            half,
+        ),
         Rung("bf16_states", "bf16 states", "phase 3", top, {"state_dtype": "bf16"}),
         Rung("bf16_checkpoint", "bf16 states, checkpointing", "phase 3", "bf16_states", recompute),
         Rung("fp8", "fp8, compiled by blocks", "phase 3", top, {"use_fp8": True, **compiled}),
         Rung("fp8_bf16", "fp8, bf16 states", "phase 3", "fp8", {"state_dtype": "bf16"}),
         Rung("muon", "Muon", "beyond", top, {"optimizer": "muon"}),
-        Rung("adamw8bit", "AdamW with moments of 8 bits", "beyond", top,
-             {"optimizer": "adamw8bit"}),
-    ]  # fmt: skip
+        Rung(
+            "adamw8bit", "AdamW with moments of 8 bits", "beyond", top, {"optimizer": "adamw8bit"}
+        ),
+    ]
 
 
 def without_packing(rungs: Sequence[Rung]) -> tuple[Rung, ...]:

@@ -57,9 +57,15 @@ def cross_entropy(n: int, vocab: int) -> Case:
         in_place,
     )
     return Case(
-        "cross_entropy", f"N={n} V={vocab}", 3.0 * n * vocab * 2, "copy", inputs, providers,
-        wrt=("logits",), restore=("logits",),
-    )  # fmt: skip
+        "cross_entropy",
+        f"N={n} V={vocab}",
+        3.0 * n * vocab * 2,
+        "copy",
+        inputs,
+        providers,
+        wrt=("logits",),
+        restore=("logits",),
+    )
 
 
 class _Given(torch.autograd.Function):
@@ -99,9 +105,10 @@ def linear_cross_entropy(n: int, dim: int, vocab: int) -> Case:
         hidden = torch.randn(n, dim, dtype=torch.bfloat16, **kind)
         unembed = torch.randn(vocab, dim, dtype=torch.bfloat16, **kind) * dim**-0.5
         return {
-            "hidden": hidden.requires_grad_(), "unembed": unembed.requires_grad_(),
+            "hidden": hidden.requires_grad_(),
+            "unembed": unembed.requires_grad_(),
             "labels": torch.randint(vocab, (n,), **kind),
-        }  # fmt: skip
+        }
 
     def eager(i: Inputs) -> Tensor:
         return F.cross_entropy((i["hidden"] @ i["unembed"].t()).float(), i["labels"])
@@ -131,6 +138,11 @@ def linear_cross_entropy(n: int, dim: int, vocab: int) -> Case:
         peer("quack", quack),
     )
     return Case(
-        "linear_cross_entropy", f"N={n} D={dim} V={vocab}", 6.0 * n * dim * vocab, "bf16", inputs,
-        providers, wrt=("hidden", "unembed"),
-    )  # fmt: skip
+        "linear_cross_entropy",
+        f"N={n} D={dim} V={vocab}",
+        6.0 * n * dim * vocab,
+        "bf16",
+        inputs,
+        providers,
+        wrt=("hidden", "unembed"),
+    )

@@ -36,9 +36,16 @@ def adamw(parameters: int, leaves: int) -> Case:
     )
     shape = f"{parameters:.0e} parameters".replace("e+0", "e")
     return Case(
-        "adamw", shape, float(BYTES) * parameters, "copy", inputs, providers, sets=1,
-        reference="torch foreach", direction="step",
-    )  # fmt: skip
+        "adamw",
+        shape,
+        float(BYTES) * parameters,
+        "copy",
+        inputs,
+        providers,
+        sets=1,
+        reference="torch foreach",
+        direction="step",
+    )
 
 
 def _ours(sets: Sequence[Inputs]) -> Forward:

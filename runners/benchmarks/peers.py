@@ -31,11 +31,13 @@ class Peer:
 
     def describe(self) -> str:
         how = "bf16 weights and states, Liger" if self.liger else "autocast bf16, fp32 weights"
-        return ", ".join((
-            f"Qwen2ForCausalLM, {how}, SDPA, fused torch AdamW",
-            *(["torch.compile"] if self.compiled else []),
-            *(["gradient checkpointing"] if self.checkpointing else []),
-        ))  # fmt: skip
+        return ", ".join(
+            (
+                f"Qwen2ForCausalLM, {how}, SDPA, fused torch AdamW",
+                *(["torch.compile"] if self.compiled else []),
+                *(["gradient checkpointing"] if self.checkpointing else []),
+            )
+        )
 
 
 def _both(key: str, label: str, **options: bool) -> dict[str, Peer]:
@@ -107,12 +109,17 @@ def entries(
     """Rows of a table; those that compile take their steps in one round."""
     return [
         Entry(
-            key, PEERS[key].label, "peers", PEERS[key].describe(),
-            partial(training, PEERS[key], model, rows, device), rows.numel(), flops,
+            key,
+            PEERS[key].label,
+            "peers",
+            PEERS[key].describe(),
+            partial(training, PEERS[key], model, rows, device),
+            rows.numel(),
+            flops,
             once=PEERS[key].compiled,
         )
         for key in keys
-    ]  # fmt: skip
+    ]
 
 
 @contextmanager

@@ -51,11 +51,14 @@ class Pictures:
         labels = np.append(tokens[1:], NO_LABEL)
         labels[: self.tokens - 1] = NO_LABEL  # what follows is a picture's token
         return Document(
-            "", tokens, labels, np.arange(self.tokens),
+            "",
+            tokens,
+            labels,
+            np.arange(self.tokens),
             np.concatenate([patches for patches, _ in cut]),
             np.concatenate([positions for _, positions in cut]),
             tuple(len(patches) for patches, _ in cut),
-        )  # fmt: skip
+        )
 
 
 def pictures_of(model: VLMConfig, count: int) -> Pictures | None:

@@ -22,8 +22,15 @@ from runners.benchmarks.records import Environment
 BAR = 0.2  # inches
 # Okabe and Ito's colours, which differ to colour-blind readers too.
 COLOURS = (
-    "#6b7280", "#56b4e9", "#009e73", "#e69f00", "#cc79a7", "#d55e00", "#f0e442", "#bdbdbd",
-)  # fmt: skip
+    "#6b7280",
+    "#56b4e9",
+    "#009e73",
+    "#e69f00",
+    "#cc79a7",
+    "#d55e00",
+    "#f0e442",
+    "#bdbdbd",
+)
 OURS = "#0072b2"
 
 
@@ -196,10 +203,14 @@ def _panel(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
         if bar.value is not None:
             axes.barh(y, bar.value, 0.8, color=colours[bar.group], edgecolor="black", lw=0.4)
         axes.text(
-            (bar.value or 0.0) + 0.01 * top, y, bar.text, fontsize=7, va="center",
+            (bar.value or 0.0) + 0.01 * top,
+            y,
+            bar.text,
+            fontsize=7,
+            va="center",
             color="black" if bar.value is not None else "#a00000",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
-        )  # fmt: skip
+        )
         places.append(y)
         y += 1
     axes.set_yticks(places, [bar.label for bar in panel.bars], fontsize=7)

@@ -105,9 +105,14 @@ class Measured:
     def of(entry: Entry) -> Measured:
         """With no figures yet."""
         return Measured(
-            entry.key, entry.label, entry.phase, entry.changed, entry.tokens, entry.operations,
+            entry.key,
+            entry.label,
+            entry.phase,
+            entry.changed,
+            entry.tokens,
+            entry.operations,
             entry.pictures,
-        )  # fmt: skip
+        )
 
     @property
     def ms(self) -> float:
@@ -381,11 +386,15 @@ def as_record(
     known: dict[str, Any] = dict(vars(row))
     if row.samples:
         known |= {
-            "ms": row.ms, "min": min(row.samples), "max": max(row.samples),
-            "tokens_per_second": row.tokens_per_second, "mfu": row.mfu(peak),
-            "pictures_per_second": row.pictures_per_second, "warm_steps": row.warm_steps,
+            "ms": row.ms,
+            "min": min(row.samples),
+            "max": max(row.samples),
+            "tokens_per_second": row.tokens_per_second,
+            "mfu": row.mfu(peak),
+            "pictures_per_second": row.pictures_per_second,
+            "warm_steps": row.warm_steps,
             "times_baseline": times(row, find(rows, table.baseline)),
-        }  # fmt: skip
+        }
     return known
 
 
@@ -436,9 +445,12 @@ def page_of(
         lines.append(Line(words, failed=not row.samples, ends=ends))
     absent = [f"- {row.label}: {row.status}: {row.reason}" for row in rows if not row.samples]
     closing = [
-        table.changes, "", *(f"- {row.label}: `{row.changed}`" for row in rows), "",
+        table.changes,
+        "",
+        *(f"- {row.label}: `{row.changed}`" for row in rows),
+        "",
         *(("Not measured:", "", *absent, "") if absent else ()),
-    ]  # fmt: skip
+    ]
     drawn = Table(table.title.lower(), ("phase", *table.headers), lines, words=2)
     panels = panels_of(table, rows)
     about = (f"{table.about}.", table.legend)

@@ -33,13 +33,27 @@ from runners.training.weights import build_params
 
 # What a config may change of without another program being traced.
 SAME_PROGRAM = {
-    "optimizer": "adamw", "use_fused_adamw": True, "state_dtype": "fp32", "device_batch_size": 1,
-}  # fmt: skip
+    "optimizer": "adamw",
+    "use_fused_adamw": True,
+    "state_dtype": "fp32",
+    "device_batch_size": 1,
+}
 PARTS = {"text", "vision", "projector"}
 RUNGS = Steps(
-    "train", "Training steps",
-    ("rung", "tok/s", "x baseline", "MFU", "ms", "min - max", "peak GiB", "first step s", "steps",
-     "loss"),
+    "train",
+    "Training steps",
+    (
+        "rung",
+        "tok/s",
+        "x baseline",
+        "MFU",
+        "ms",
+        "min - max",
+        "peak GiB",
+        "first step s",
+        "steps",
+        "loss",
+    ),
     "tok/s: real tokens over the median time of a whole step (forward, backward, clipping, "
     "optimizer), rounds over all rungs taking turns, everything of a rung freed before the next "
     "but its compiled programs; peers that compile take their steps in one round. With "
@@ -50,7 +64,7 @@ RUNGS = Steps(
     "caches; -: it runs the programs of a rung before it. steps: until one came within 5% of the "
     "median. loss: of the first step, from the same weights and tokens.",
     "What each rung changes of the one before, or of the one it branches off:",
-)  # fmt: skip
+)
 PICTURED = replace(
     RUNGS,
     headers=("rung", "tok/s", "pictures/s", *RUNGS.headers[2:]),
@@ -274,11 +288,16 @@ def entry_of(
     rung, key = plan.rung, key or plan.rung.key
     options = {name: changes.pop(name) for name in ("figures", "short") if name in changes}
     made = Entry(
-        key, rung.label, rung.phase, rung.flags(),
+        key,
+        rung.label,
+        rung.phase,
+        rung.flags(),
         partial(training, plan, documents, programs, **options),
-        documents.tokens, training_flops(programs.model, documents.load, PARTS), documents.shown,
+        documents.tokens,
+        training_flops(programs.model, documents.load, PARTS),
+        documents.shown,
         programs.shared(key, plan),
-    )  # fmt: skip
+    )
     return replace(made, **changes)
 
 

@@ -47,8 +47,11 @@ def test_rows_become_documents() -> None:
 def test_given_labels_are_taken_as_they_are() -> None:
     labels = torch.tensor([[-100, 3], [4, -100]])
     assert make_batch(torch.zeros(2, 2, dtype=torch.int64), labels)["labels"].tolist() == [
-        -100, 3, 4, -100,
-    ]  # fmt: skip
+        -100,
+        3,
+        4,
+        -100,
+    ]
 
 
 def test_pictures_take_their_placeholders_in_order(micro) -> None:

@@ -135,7 +135,7 @@ KINDS: dict[str, dict[str, int]] = {
     "llava": {**DECODER, "embed": 2, "block": 5, "norm": 13, "attention": 5, "linear": 34},
     # two of the stem, three of the body; the hooked linear is none, but its weight is
     "odd": {"embed": 1, "block": 5, "norm": 5, "attention": 2, "linear": 10, "glu": 1, "weight": 1},
-}  # fmt: skip
+}
 
 
 LANGUAGE = {"llama": "Llama", "qwen3": "Qwen3", "gemma2": "Gemma2", "gpt2": "GPT2", "phi3": "Phi3"}
@@ -153,9 +153,11 @@ def make(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     if name == "llava":
         ids[:, 1:5] = 39
         config = hf.LlavaConfig(
-            vision_config=hf.CLIPVisionConfig(**EYES), text_config=hf.LlamaConfig(**SIZES),
-            image_token_id=39, image_seq_length=4,
-        )  # fmt: skip
+            vision_config=hf.CLIPVisionConfig(**EYES),
+            text_config=hf.LlamaConfig(**SIZES),
+            image_token_id=39,
+            image_seq_length=4,
+        )
         model = hf.LlavaForConditionalGeneration(config)
         return model.eval(), {"input_ids": ids, "pixel_values": pixels}
     return language(LANGUAGE[name]), {"input_ids": ids}
@@ -406,20 +408,35 @@ def test_a_gated_mlp_is_told_by_what_it_does() -> None:
     hooked = Mlp(F.silu)
     hooked.b.register_forward_hook(lambda m, args, out: out + 1)
     cases: list[tuple[nn.Module, list[str | None]]] = [
-        (Mlp(F.silu), ["silu"]), (Mlp(F.silu, swap=True), ["silu"]), (Mlp(nn.GELU()), ["gelu"]),
-        (Mlp(tanh), ["gelu_tanh"]), (Mlp(own), [None]), (Mlp(F.relu), [None]),
-        (Mlp(F.silu, drop=0.3).eval(), ["silu"]), (Mlp(F.silu, drop=0.3), []),
-        (Sum(F.silu), []), (Residual(F.silu), []), (Softmax(F.silu), []), (Chain(F.silu), []),
-        (hooked, []), (Limited(inf, inf, inf), ["silu"]), (Half(F.silu), [None]),
-        *((Limited(*(limit if i == j else inf for j in range(3))), [None])
-          for i in range(3) for limit in (30.0, 6e4, 1e30)),
+        (Mlp(F.silu), ["silu"]),
+        (Mlp(F.silu, swap=True), ["silu"]),
+        (Mlp(nn.GELU()), ["gelu"]),
+        (Mlp(tanh), ["gelu_tanh"]),
+        (Mlp(own), [None]),
+        (Mlp(F.relu), [None]),
+        (Mlp(F.silu, drop=0.3).eval(), ["silu"]),
+        (Mlp(F.silu, drop=0.3), []),
+        (Sum(F.silu), []),
+        (Residual(F.silu), []),
+        (Softmax(F.silu), []),
+        (Chain(F.silu), []),
+        (hooked, []),
+        (Limited(inf, inf, inf), ["silu"]),
+        (Half(F.silu), [None]),
+        *(
+            (Limited(*(limit if i == j else inf for j in range(3))), [None])
+            for i in range(3)
+            for limit in (30.0, 6e4, 1e30)
+        ),
         (Mlp(lambda t: F.silu(t).clamp(min=-0.25)), [None]),
         (Mlp(lambda t: F.gelu(t, approximate="tanh").clamp(max=1e12)), [None]),
-    ]  # fmt: skip
+    ]
     why = {
-        Sum: "not compute act(gate)", Softmax: "not compute act(gate)", Residual: "not that of the",
+        Sum: "not compute act(gate)",
+        Softmax: "not compute act(gate)",
+        Residual: "not that of the",
         Chain: "does not call each of the first ones",
-    }  # fmt: skip
+    }
     x = torch.randn(3, 6)
     for module, want in cases:
         state = torch.get_rng_state()

@@ -42,9 +42,13 @@ from transforms import unfused_loss, value_and_grad
 SHARP = 256 * 4  # terms: as tests/conftest.py has it, of sums of up to 256
 SIZES = {"vocab_size": 61, "dim": 16, "layers": 3, "heads": 4, "kv_heads": 2, "mlp_dim": 24}
 HF_SIZES = {
-    "vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 24,
-}  # fmt: skip
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+}
 TEXT_NAMES = {
     r"text\.blocks\.": "model.layers.",
     r"text\.embed\.": "model.embed_tokens.",
@@ -229,12 +233,14 @@ def look(config: VisionConfig, params, images: list[Tensor]) -> list[Tensor]:
     sizes = [len(patches) for patches, _ in cut]
     places = [place for _, place in cut]
     out = vision_tower(
-        Site({}), config, params,
+        Site({}),
+        config,
+        params,
         patches=torch.cat([patches for patches, _ in cut]),
         positions=torch.cat(places),
         cu_seqlens=torch.tensor([0, *sizes]).cumsum(0).int(),
         valid=torch.ones(sum(sizes), dtype=torch.bool),
-    )  # fmt: skip
+    )
     grids = []
     for features, place in zip(out.split(sizes), places, strict=True):
         grid = out.new_zeros(*(place.amax(0) + 1).tolist(), config.dim)
@@ -251,12 +257,22 @@ def test_the_eye_is_siglips(rough, micro, assert_same, merge: int) -> None:
     transformers = pytest.importorskip("transformers")
     config = eye(merge)
     params = rough(VLMConfig(micro["text"].text, config, ProjectorConfig()))["vision"]
-    model = transformers.SiglipVisionModel(
-        transformers.SiglipVisionConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
-            image_size=24, patch_size=4, vision_use_head=False, attn_implementation="sdpa",
+    model = (
+        transformers.SiglipVisionModel(
+            transformers.SiglipVisionConfig(
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                image_size=24,
+                patch_size=4,
+                vision_use_head=False,
+                attn_implementation="sdpa",
+            )
         )
-    ).double().eval()  # fmt: skip
+        .double()
+        .eval()
+    )
     flat = {renamed(path, EYE_NAMES): leaf for path, leaf in flatten(params).items()}
     kernel = "embeddings.patch_embedding.weight"
     flat[kernel] = flat[kernel].unflatten(1, (3, 4, 4))
@@ -370,9 +386,14 @@ def test_resampler_is_perceivers(micro, rough, example, assert_same) -> None:
     batch["image_cu_seqlens"] = torch.tensor([0, len(patches)]).int()
     eye_params = params["vision"]
     features = vision_tower(
-        Site({}), config.vision, eye_params, patches, places,
-        batch["image_cu_seqlens"], torch.ones(len(patches), dtype=torch.bool),
-    )  # fmt: skip
+        Site({}),
+        config.vision,
+        eye_params,
+        patches,
+        places,
+        batch["image_cu_seqlens"],
+        torch.ones(len(patches), dtype=torch.bool),
+    )
 
     def norm(p, x):
         return F.layer_norm(x, (16,), p["weight"], p["bias"], config.vision.norm_eps)

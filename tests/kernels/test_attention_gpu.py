@@ -144,11 +144,17 @@ def parity(
         with kernels.override(attention=backend):
             got = outputs_and_gradients(
                 lambda q, k, v: attention(
-                    q, k, v, cu, causal=case.causal, window=case.window, length=case.length,
+                    q,
+                    k,
+                    v,
+                    cu,
+                    causal=case.causal,
+                    window=case.window,
+                    length=case.length,
                     max_seqlen=max(case.lengths),
                 ),
                 *tensors(case, head_dim, dtype),
-            )  # fmt: skip
+            )
     finally:
         backends.TESTED[backend] = tested
     shares = {}

@@ -25,10 +25,22 @@ OVERRIDE = (
 
 
 BASE = TrainConfig.of(
-    name="micro", override=OVERRIDE, device="cpu", dtype="fp32", sequence_len=96,
-    device_batch_size=2, steps=6, warmup_steps=2, log_every=1, val_every=0, val_batches=1,
-    eval_examples=0, samples=0, tensorboard=False, workers=0,
-)  # fmt: skip
+    name="micro",
+    override=OVERRIDE,
+    device="cpu",
+    dtype="fp32",
+    sequence_len=96,
+    device_batch_size=2,
+    steps=6,
+    warmup_steps=2,
+    log_every=1,
+    val_every=0,
+    val_batches=1,
+    eval_examples=0,
+    samples=0,
+    tensorboard=False,
+    workers=0,
+)
 
 
 @functools.cache
@@ -66,10 +78,15 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, not to be changed, that has learnt to count to one, and that answers are colours."""
     config = BASE.changed(
-        runs_dir=str(tmp_path_factory.mktemp("runs")), steps=40, lr=0.01,
-        kinds=("colour", "count"), max_objects=1, sequence_len=128, schedule="constant",
+        runs_dir=str(tmp_path_factory.mktemp("runs")),
+        steps=40,
+        lr=0.01,
+        kinds=("colour", "count"),
+        max_objects=1,
+        sequence_len=128,
+        schedule="constant",
         device_batch_size=4,
-    )  # fmt: skip
+    )
     folder = train(config, Display(1, console=Console(quiet=True)))
     assert folder is not None
     return folder

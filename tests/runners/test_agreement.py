@@ -28,9 +28,13 @@ Micro = Callable[..., TrainConfig]
 Quiet = Callable[[], Display]
 # the baseline of the ladder: nothing fused, everything fp32
 PLAIN: dict[str, Any] = {
-    "dtype": "fp32", "compile": False, "use_fused_loss": False, "use_flash_attn": False,
-    "use_fused_kernels": False, "use_fused_adamw": False,
-}  # fmt: skip
+    "dtype": "fp32",
+    "compile": False,
+    "use_fused_loss": False,
+    "use_flash_attn": False,
+    "use_fused_kernels": False,
+    "use_fused_adamw": False,
+}
 FAST: dict[str, Any] = {"dtype": "bf16"}
 
 
@@ -103,9 +107,17 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 BASE = TrainConfig.of(
-    device="cpu", steps=300, warmup_steps=30, log_every=1, val_every=0, val_batches=1,
-    eval_examples=0, samples=0, tensorboard=False, workers=0,
-)  # fmt: skip
+    device="cpu",
+    steps=300,
+    warmup_steps=30,
+    log_every=1,
+    val_every=0,
+    val_batches=1,
+    eval_examples=0,
+    samples=0,
+    tensorboard=False,
+    workers=0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +177,9 @@ def test_bf16_states_take_half_the_memory_and_are_saved_as_such(micro: Micro, qu
         assert leaf.dtype == wanted, path
         assert job.state.moments[f"exp_avg_sq.{path}"].dtype == wanted
     learner = Learner(job.params, job.config.optim, None, torch.bfloat16)
-    assert all(w is p for w, p in zip(
-        flatten(learner.working).values(), flatten(learner.params).values(), strict=True
-    ))  # fmt: skip
+    assert all(
+        w is p
+        for w, p in zip(
+            flatten(learner.working).values(), flatten(learner.params).values(), strict=True
+        )
+    )

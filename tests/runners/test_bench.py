@@ -69,9 +69,15 @@ def two(device: torch.device, generator: torch.Generator) -> Inputs:
 
 def case_of(*some: Provider, **changes: Any) -> Case:
     plain = Case(
-        "square", "8 x 4", 1e9, "copy", two,
-        (simple("torch eager", square), *some), wrt=("x",), seeds=("dy",),
-    )  # fmt: skip
+        "square",
+        "8 x 4",
+        1e9,
+        "copy",
+        two,
+        (simple("torch eager", square), *some),
+        wrt=("x",),
+        seeds=("dy",),
+    )
     return replace(plain, **changes)
 
 
@@ -139,9 +145,10 @@ def test_who_is_missing_or_raises_is_listed_and_the_others_go_on() -> None:
 
 def test_a_peer_that_is_not_installed_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     peers = {
-        "here": ("json", "json"), "gone": ("no_such_module", "no-such-package"),
+        "here": ("json", "json"),
+        "gone": ("no_such_module", "no-such-package"),
         "part": ("json.no_such_part", "no-such-part"),
-    }  # fmt: skip
+    }
     monkeypatch.setattr(providers, "PEERS", peers)
     rows = rows_of(case_of(*(simple(name, square, peer=name) for name in peers)))
     assert rows["here"].status == "ok"
@@ -273,8 +280,13 @@ def test_a_run_writes_table_lines_page_and_picture(tmp_path: Path, console: Cons
     assert bench(cases, CpuClock(), QUICK, tmp_path, "the command", console, tiny) == 0
     rows = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
     assert [row["provider"] for row in rows] == [
-        "torch eager", "ours", "absent", "raising", "torch eager", "ours | nan",
-    ]  # fmt: skip
+        "torch eager",
+        "ours",
+        "absent",
+        "raising",
+        "torch eager",
+        "ours | nan",
+    ]
     ours = rows[1]
     assert ours["samples"]
     assert ours["p20"] <= ours["ms"] <= ours["p80"]
@@ -448,9 +460,12 @@ def test_every_case_has_its_reference_first_or_early() -> None:
     ],
 )
 def test_the_command_says_what_is_wrong_in_a_sentence(
-    argv: list[str], code: int, words: str,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    argv: list[str],
+    code: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command_line.main(argv) == code
     said = capsys.readouterr().err
@@ -510,9 +525,10 @@ def test_a_step_without_a_promised_kernel_fails(
 ) -> None:
     closed = []
     job = SimpleNamespace(
-        composed=SimpleNamespace(report=REPORT), device=torch.device("cpu"),
+        composed=SimpleNamespace(report=REPORT),
+        device=torch.device("cpu"),
         data=SimpleNamespace(loader=SimpleNamespace(close=lambda: closed.append(True))),
-    )  # fmt: skip
+    )
     monkeypatch.setattr(trace, "prepare", lambda config: job)
     monkeypatch.setattr(trace, "profile_step", lambda job, warmup: None)
     seen = [trace.Seen(name, True, 1, 2.0) for name in STEP[:-2]]
@@ -625,9 +641,20 @@ def test_a_small_run_on_the_gpu(tmp_path: Path, console: Console) -> None:
 
 def test_the_page_is_markdown(tmp_path: Path) -> None:
     row = Row(
-        "a", "1", "forward", "X", None, True, timing="graph", samples=[1.0, 2.0, 3.0],
-        work=4e9, floor=1.0, peak_bytes=2**20, error=1e-3, speedup=2.0,
-    )  # fmt: skip
+        "a",
+        "1",
+        "forward",
+        "X",
+        None,
+        True,
+        timing="graph",
+        samples=[1.0, 2.0, 3.0],
+        work=4e9,
+        floor=1.0,
+        peak_bytes=2**20,
+        error=1e-3,
+        speedup=2.0,
+    )
     where = SimpleNamespace(date="2026-01-02T03:04", command="c", lines=lambda: ["Here."])
     page = page_of([row], [where], Cases())  # type: ignore[list-item]
     lines = page.markdown(False).splitlines()

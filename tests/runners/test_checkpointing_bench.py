@@ -18,9 +18,13 @@ from runners.shell.cli import UsageError
 from runners.shell.errors import UserError
 
 MICRO = (
-    "text.dim=32", "text.layers=4", "text.heads=4", "text.kv_heads=2", "text.mlp_dim=48",
+    "text.dim=32",
+    "text.layers=4",
+    "text.heads=4",
+    "text.kv_heads=2",
+    "text.mlp_dim=48",
     "text.vocab_size=128",
-)  # fmt: skip
+)
 SMALL = CheckpointingConfig(
     preset="tiny", override=MICRO, rows=1, length=16, by=("eager",), steps=1, rounds=1
 )

@@ -272,8 +272,12 @@ def test_a_run_that_saved_nothing_begins_again(micro: Micro) -> None:
     (folder / "mine.part").touch()
     assert claimed(auto) == (folder, None)
     assert {p.name for p in folder.iterdir()} == {
-        "tokenizer.json", "notes", "config.json", "state", "mine.part",
-    }  # fmt: skip
+        "tokenizer.json",
+        "notes",
+        "config.json",
+        "state",
+        "mine.part",
+    }
     (folder / "model.safetensors").touch()
     with pytest.raises(UserError, match="has weights but no state"):
         claimed(auto)

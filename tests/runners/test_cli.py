@@ -53,12 +53,18 @@ def test_the_flags_of_the_mission_parse() -> None:
 @pytest.mark.parametrize(
     ("spelling", "value"),
     [
-        ("--compile=1", True), ("--compile=true", True), ("--compile=Yes", True),
-        ("--compile", True), ("--compile 1", True), ("--compile=0", False),
-        ("--compile=no", False), ("--compile false", False), ("--no_compile", False),
+        ("--compile=1", True),
+        ("--compile=true", True),
+        ("--compile=Yes", True),
+        ("--compile", True),
+        ("--compile 1", True),
+        ("--compile=0", False),
+        ("--compile=no", False),
+        ("--compile false", False),
+        ("--no_compile", False),
         ("--no-compile", False),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("name", ["compile", "use_fused_loss", "wandb"])
 def test_booleans_take_every_spelling(spelling: str, value: bool, name: str) -> None:
     argv = spelling.replace("compile", name).split()

@@ -27,9 +27,27 @@ from runners.training.config import parse_config
 from runners.training.metrics import read_metrics
 
 ODD = (
-    None, True, -1, 0, 10**30, 1.5, 1e308, "", "x", "\x1b[31m", "\ud800", [], [1], {}, {"a": 1},
-    [[]], "none", 2**31, "../..", "\x00",
-)  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    10**30,
+    1.5,
+    1e308,
+    "",
+    "x",
+    "\x1b[31m",
+    "\ud800",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    [[]],
+    "none",
+    2**31,
+    "../..",
+    "\x00",
+)
 CPU = torch.device("cpu")
 
 
@@ -39,12 +57,24 @@ def broken_bytes(data: bytes, rng: random.Random) -> bytes:
     other = bytes([rng.randrange(256)])
     return rng.choice(
         (
-            b"", data[:place], data[:place] + other + data[place + 1 :], bytes(len(data)),
-            data[:place] + b"\xff\xfe" + data[place:], b"[" * 100_000, b'{"a":' * 100_000, b"[]\n",
-            b"null\n", b"NaN\n", b'{"step": 1e999}\n', b"\xef\xbb\xbf" + data, data + b"}",
-            data * 2, data[place:], data.decode(errors="replace").encode("utf-16"),
+            b"",
+            data[:place],
+            data[:place] + other + data[place + 1 :],
+            bytes(len(data)),
+            data[:place] + b"\xff\xfe" + data[place:],
+            b"[" * 100_000,
+            b'{"a":' * 100_000,
+            b"[]\n",
+            b"null\n",
+            b"NaN\n",
+            b'{"step": 1e999}\n',
+            b"\xef\xbb\xbf" + data,
+            data + b"}",
+            data * 2,
+            data[place:],
+            data.decode(errors="replace").encode("utf-16"),
         )
-    )  # fmt: skip
+    )
 
 
 def broken_json(value: Any, rng: random.Random) -> Any:
@@ -155,9 +185,12 @@ def main_lines() -> Iterator[tuple[str, Callable[[Path], int]]]:
 @pytest.mark.parametrize(("command", "main"), list(main_lines()))
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 def test_commands_end_in_a_line(
-    command: str, main: Callable[[Path], int], name: str, copied: Path,
+    command: str,
+    main: Callable[[Path], int],
+    name: str,
+    copied: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     (copied / name).write_bytes(b'{"a":' * 5000)
     assert main(copied) == 1
     out, err = capsys.readouterr()

@@ -30,10 +30,18 @@ from runners.training.flops import measure_load, training_flops
 from runners.training.setup import build_encoder
 
 MICRO = (
-    "text.dim=32", "text.layers=2", "text.heads=4", "text.kv_heads=2", "text.mlp_dim=48",
-    "vision.dim=32", "vision.layers=1", "vision.heads=2", "vision.mlp_dim=48",
-    "vision.image_size=16", "projector.hidden=32",
-)  # fmt: skip
+    "text.dim=32",
+    "text.layers=2",
+    "text.heads=4",
+    "text.kv_heads=2",
+    "text.mlp_dim=48",
+    "vision.dim=32",
+    "vision.layers=1",
+    "vision.heads=2",
+    "vision.mlp_dim=48",
+    "vision.image_size=16",
+    "projector.hidden=32",
+)
 NUMBER = 70
 
 
@@ -55,10 +63,18 @@ def config(tmp_path: Path) -> TrainBenchConfig:
         records.append({"id": str(i), **picture, "conversations": turns})
     (tmp_path / "clips.json").write_text(json.dumps(records))
     return TrainBenchConfig(
-        preset="tiny", override=MICRO, rows=3, length=96, steps=1, warmup=1, rounds=1, loaded=0.0,
-        data=str(tmp_path / "clips.json"), image_root=str(tmp_path / "pictures"),
+        preset="tiny",
+        override=MICRO,
+        rows=3,
+        length=96,
+        steps=1,
+        warmup=1,
+        rounds=1,
+        loaded=0.0,
+        data=str(tmp_path / "clips.json"),
+        image_root=str(tmp_path / "pictures"),
         out=str(tmp_path / "bench"),
-    )  # fmt: skip
+    )
 
 
 def tokenizer_of(config: TrainBenchConfig) -> ChatTokenizer:

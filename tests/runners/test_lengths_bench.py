@@ -25,9 +25,13 @@ from runners.training.config import parse_config
 from runners.training.flops import training_flops
 
 MICRO = (
-    "text.dim=32", "text.layers=2", "text.heads=4", "text.kv_heads=2", "text.mlp_dim=48",
+    "text.dim=32",
+    "text.layers=2",
+    "text.heads=4",
+    "text.kv_heads=2",
+    "text.mlp_dim=48",
     "text.vocab_size=128",
-)  # fmt: skip
+)
 SMALL = LengthsConfig(
     preset="tiny", override=MICRO, lengths=(16, 24, 64, 96), tokens=48, once=96, steps=2, warmup=1
 )
@@ -52,11 +56,17 @@ def lines_of(config: LengthsConfig) -> list[tuple[Entry, RungConfig, Documents]]
 def test_a_step_has_as_many_tokens_or_one_row() -> None:
     made = {documents.row_len: (e, p, documents) for e, p, documents in lines_of(LengthsConfig())}
     assert {n: len(line[2].rows) for n, line in made.items()} == {
-        2048: 8, 8192: 2, 32_768: 1, 131_072: 1,
-    }  # fmt: skip
+        2048: 8,
+        8192: 2,
+        32_768: 1,
+        131_072: 1,
+    }
     assert {n: line[0].phase for n, line in made.items()} == {
-        2048: "blocks", 8192: "blocks", 32_768: "checkpoint", 131_072: "checkpoint",
-    }  # fmt: skip
+        2048: "blocks",
+        8192: "blocks",
+        32_768: "checkpoint",
+        131_072: "checkpoint",
+    }
     for n, (entry, plan, documents) in made.items():
         config = plan.config
         assert config.speed.use_gradient_checkpointing == (n > 16_384)
@@ -69,14 +79,18 @@ def test_a_step_has_as_many_tokens_or_one_row() -> None:
 
 def test_policies_are_lines_where_they_matter() -> None:
     config = replace(
-        SMALL, lengths=(64,), only=("blocks", "checkpoint", "checkpoint_dots"),
+        SMALL,
+        lengths=(64,),
+        only=("blocks", "checkpoint", "checkpoint_dots"),
         checkpoint_policy=("nothing", "attention"),
-    )  # fmt: skip
+    )
     kept = {entry.phase: plan.config.speed.checkpoint_policy for entry, plan, _ in lines_of(config)}
     assert kept == {
-        "blocks": "nothing", "checkpoint": "nothing", "checkpoint (attention)": "attention",
+        "blocks": "nothing",
+        "checkpoint": "nothing",
+        "checkpoint (attention)": "attention",
         "checkpoint_dots": "dots+attention",
-    }  # fmt: skip
+    }
 
 
 def test_flags_are_the_trainer_s() -> None:
@@ -96,8 +110,11 @@ def test_every_length_is_a_line(tmp_path: Path, uncompiled: None, monkeypatch) -
     monkeypatch.setattr(ladders, "SHORT", 8)
     rows = measured(replace(SMALL, out=str(tmp_path)))
     assert [(row["key"], row["tokens"]) for row in rows] == [
-        ("blocks@16", 48), ("blocks@24", 48), ("checkpoint@64", 64), ("checkpoint@96", 96),
-    ]  # fmt: skip
+        ("blocks@16", 48),
+        ("blocks@24", 48),
+        ("checkpoint@64", 64),
+        ("checkpoint@96", 96),
+    ]
     # the row of 96 takes one step, after one on a short row that is not counted
     assert steps == [(48, 1)] * 6 + [(64, 1)] * 3 + [(8, 1), (96, 1)]
     assert [len(row["samples"]) for row in rows] == [2, 2, 2, 1]

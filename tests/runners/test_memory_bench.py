@@ -189,9 +189,9 @@ class Card:
 
 def search(card: Card, limits: tuple[float, ...], most: int, allowed: float) -> dict[str, str]:
     found = {}
-    trained_by("bf16", lambda trained: found.update(
-        longest_rows(trained, limits, most, lambda: allowed)
-    ))  # fmt: skip
+    trained_by(
+        "bf16", lambda trained: found.update(longest_rows(trained, limits, most, lambda: allowed))
+    )
     assert card.share == 1.0
     return found
 

@@ -25,14 +25,30 @@ from runners.training.config import model_config
 from runners.training.flops import measure_load, training_flops
 
 MICRO = (
-    "text.dim=32", "text.layers=2", "text.heads=4", "text.kv_heads=2", "text.mlp_dim=48",
-    "text.vocab_size=128", "vision.dim=32", "vision.layers=1", "vision.heads=2",
-    "vision.mlp_dim=48", "vision.image_size=16", "projector.hidden=32",
-)  # fmt: skip
+    "text.dim=32",
+    "text.layers=2",
+    "text.heads=4",
+    "text.kv_heads=2",
+    "text.mlp_dim=48",
+    "text.vocab_size=128",
+    "vision.dim=32",
+    "vision.layers=1",
+    "vision.heads=2",
+    "vision.mlp_dim=48",
+    "vision.image_size=16",
+    "projector.hidden=32",
+)
 SMALL = TrainBenchConfig(
-    preset="tiny", override=MICRO, rows=2, length=48, lengths=0.6, pictures=2, steps=1, warmup=1,
+    preset="tiny",
+    override=MICRO,
+    rows=2,
+    length=48,
+    lengths=0.6,
+    pictures=2,
+    steps=1,
+    warmup=1,
     rounds=1,
-)  # fmt: skip
+)
 MODEL = model_config(SMALL.start.model)  # a picture: 4 patches, 4 tokens
 
 
@@ -109,11 +125,9 @@ def test_rows_are_nearly_full_and_texts_as_long_as_pictures() -> None:
 def micro_model() -> VLMConfig:
     return VLMConfig(
         TextConfig(vocab_size=10, dim=4, layers=2, heads=2, kv_heads=1, mlp_dim=6),
-        VisionConfig(
-            dim=8, layers=3, heads=2, mlp_dim=12, patch_size=2, image_size=8, merge=2
-        ),
+        VisionConfig(dim=8, layers=3, heads=2, mlp_dim=12, patch_size=2, image_size=8, merge=2),
         ProjectorConfig(hidden=5),
-    )  # fmt: skip
+    )
 
 
 def test_operations_equal_a_count_by_hand() -> None:

@@ -46,10 +46,14 @@ def test_validation_does_not_depend_on_how_a_step_is_cut(
     for rows, times in ((8, 1), (4, 2), (2, 4), (1, 8)):
         job = prepare(
             micro(
-                data=str(tmp_path / "text.txt"), documents="paragraph", val_fraction=0.2,
-                val_batches=val_batches, device_batch_size=rows, grad_accum_steps=times,
+                data=str(tmp_path / "text.txt"),
+                documents="paragraph",
+                val_fraction=0.2,
+                val_batches=val_batches,
+                device_batch_size=rows,
+                grad_accum_steps=times,
             )
-        )  # fmt: skip
+        )
         assert {len(batch["tokens"]) for batch in job.data.validation} == {rows * 96}
         kinds = ("tokens", "labels", "positions")
         whole = [torch.cat([batch[kind] for batch in job.data.validation]) for kind in kinds]

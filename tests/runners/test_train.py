@@ -286,9 +286,14 @@ def test_text_leaves_the_eye_alone_and_is_measured_in_perplexity(
         "\n\n".join(f"The {i}th line says that {i} follows {i - 1}." for i in range(200))
     )
     config = micro(
-        data=str(text), documents="paragraph", stage="pretrain", weight_decay=0.5, steps=20,
-        lr=0.01, eval_examples=20,
-    )  # fmt: skip
+        data=str(text),
+        documents="paragraph",
+        stage="pretrain",
+        weight_decay=0.5,
+        steps=20,
+        lr=0.01,
+        eval_examples=20,
+    )
     folder = run(config, quiet())
     end = weights(folder)
     assert torch.equal(end["vision.norm.weight"], torch.ones(32))
@@ -314,9 +319,16 @@ def test_a_finished_run_has_all_its_files(
     drawn: list[Sample] = []
     monkeypatch.setattr(train_module, "draw_samples", lambda path, samples: drawn.extend(samples))
     config = micro(
-        steps=2, eval_examples=6, samples=3, tensorboard=True, val_every=1, questions=3,
-        max_objects=4, sequence_len=128, ask=ask,
-    )  # fmt: skip
+        steps=2,
+        eval_examples=6,
+        samples=3,
+        tensorboard=True,
+        val_every=1,
+        questions=3,
+        max_objects=4,
+        sequence_len=128,
+        ask=ask,
+    )
     shown: list[int] = []
     kept = train_module.answer
 
@@ -333,9 +345,16 @@ def test_a_finished_run_has_all_its_files(
     events = {name for name in names if name.startswith("events.out.tfevents")}
     assert events
     assert names - events == {
-        "config.json", "data.json", "tokenizer.json", "model.safetensors", "metrics.jsonl",
-        "eval.json", "loss.png", "samples.png", "state",
-    }  # fmt: skip
+        "config.json",
+        "data.json",
+        "tokenizer.json",
+        "model.safetensors",
+        "metrics.jsonl",
+        "eval.json",
+        "loss.png",
+        "samples.png",
+        "state",
+    }
     found = open_run(folder)
     assert found.config == config
     assert found.model.text.dim == 32

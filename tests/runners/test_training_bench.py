@@ -32,9 +32,15 @@ from runners.training.config import TrainConfig, flags_of
 from runners.training.flops import measure_load
 
 MICRO = (
-    "text.dim=32", "text.layers=2", "text.heads=4", "text.kv_heads=2", "text.mlp_dim=48",
-    "text.vocab_size=128", "text.qkv_bias=true", "text.qk_norm=false",
-)  # fmt: skip
+    "text.dim=32",
+    "text.layers=2",
+    "text.heads=4",
+    "text.kv_heads=2",
+    "text.mlp_dim=48",
+    "text.vocab_size=128",
+    "text.qkv_bias=true",
+    "text.qk_norm=false",
+)
 SMALL = TrainBenchConfig(
     preset="tiny", override=MICRO, rows=2, length=32, steps=2, warmup=1, rounds=2, loaded=0.0
 )
@@ -75,8 +81,12 @@ def test_rungs_differ_by_the_flags_they_name_and_by_nothing_else(ragged: bool) -
             assert differing == named, f"{rung.key} names what it does not change"
             assert (plan.packed != packed) == ("packed" in rung.changes)
             assert len(rung.changes) == 1 or rung.key in (
-                "graph", "checkpoint", "checkpoint_half", "bf16_checkpoint", "fp8",
-            )  # fmt: skip
+                "graph",
+                "checkpoint",
+                "checkpoint_half",
+                "bf16_checkpoint",
+                "fp8",
+            )
     assert ("packing" in made) == ("padded" in made) == ragged
     assert all(plan.packed or ragged for plan in made.values())
 
@@ -121,9 +131,13 @@ def test_rungs_share_programs_where_only_the_optimizer_differs() -> None:
     made = rung_configs(ladder(2, False, graphs=False), SMALL.start)
     shared = {key: programs.shared(key, plan) for key, plan in made.items()}
     assert {key: owner for key, owner in shared.items() if owner} == {
-        "adamw": "compile", "bf16_states": "blocks", "bf16_checkpoint": "checkpoint",
-        "fp8_bf16": "fp8", "muon": "blocks", "adamw8bit": "blocks",
-    }  # fmt: skip
+        "adamw": "compile",
+        "bf16_states": "blocks",
+        "bf16_checkpoint": "checkpoint",
+        "fp8_bf16": "fp8",
+        "muon": "blocks",
+        "adamw8bit": "blocks",
+    }
 
 
 # -- documents ------------------------------------------------------------------------------------

@@ -155,11 +155,16 @@ def native_vision() -> Subject:
 
 
 SMALL = {
-    "vocab_size": 61, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "attn_implementation": "eager",
+    "vocab_size": 61,
+    "hidden_size": 12,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "attn_implementation": "eager",
     "initializer_range": 0.2,
     "pad_token_id": None,  # a padding row has tangents, but no gradient
-}  # fmt: skip
+}
 
 
 def _language(name: str, **changes: Any) -> Subject:
@@ -183,9 +188,12 @@ def qwen3() -> Subject:
 
 def gemma2() -> Subject:
     return _language(
-        "Gemma2", head_dim=6, query_pre_attn_scalar=6, final_logit_softcapping=2.0,
+        "Gemma2",
+        head_dim=6,
+        query_pre_attn_scalar=6,
+        final_logit_softcapping=2.0,
         sliding_window=4,
-    )  # fmt: skip
+    )
 
 
 def gpt2() -> Subject:
@@ -198,12 +206,19 @@ def llava() -> Subject:
     torch.manual_seed(0)
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(
-            hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-            image_size=8, patch_size=4, attn_implementation="eager",
+            hidden_size=8,
+            intermediate_size=12,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
+            attn_implementation="eager",
         ),
         text_config=transformers.LlamaConfig(**SMALL),
-        image_token_index=60, vision_feature_layer=-1, attn_implementation="eager",
-    )  # fmt: skip
+        image_token_index=60,
+        vision_feature_layer=-1,
+        attn_implementation="eager",
+    )
     module = transformers.LlavaForConditionalGeneration(config).double().eval()
     forward, params = from_module(module)
     batches = []
@@ -227,10 +242,16 @@ def vit() -> Subject:
 
     torch.manual_seed(0)
     config = transformers.ViTConfig(
-        hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        image_size=8, patch_size=4, num_labels=7, attn_implementation="eager",
+        hidden_size=12,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        num_labels=7,
+        attn_implementation="eager",
         initializer_range=0.2,
-    )  # fmt: skip
+    )
     module = transformers.ViTForImageClassification(config).double().eval()
     forward, params = from_module(module, head="classifier")
     batches = []

@@ -228,8 +228,11 @@ def test_every_second_block(micro, rough, example, assert_same) -> None:
     forward = vlm(config).with_rule(Rule("block", wrap))
     _, grads = value_and_grad(fuse_loss(checkpoint(forward, every=2)))(params, batch)
     assert calls == {
-        "vision.blocks.0": 2, "vision.blocks.1": 1, "text.blocks.0": 2, "text.blocks.1": 1,
-    }  # fmt: skip
+        "vision.blocks.0": 2,
+        "vision.blocks.1": 1,
+        "text.blocks.0": 2,
+        "text.blocks.1": 1,
+    }
     assert_same(grads, value_and_grad(fuse_loss(vlm(config)))(params, batch)[1], 0)
 
 

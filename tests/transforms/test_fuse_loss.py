@@ -192,8 +192,9 @@ def test_labels_must_fit(micro, rough, example) -> None:
     config = micro["text"]
     params, batch = rough(config), example(config)
     with pytest.raises(ValueError, match="label 61 at position 2 is outside the vocabulary of 61"):
-        fuse_loss(vlm(config))(params, batch | {"labels": batch["labels"].index_fill(
-            0, torch.tensor(2), 61)})  # fmt: skip
+        fuse_loss(vlm(config))(
+            params, batch | {"labels": batch["labels"].index_fill(0, torch.tensor(2), 61)}
+        )
     with pytest.raises(ValueError, match=r"labels must have shape \[24\]"):
         fuse_loss(vlm(config))(params, batch | {"labels": batch["labels"][1:]})
 

@@ -57,6 +57,12 @@ def test_every_pair_is_legal_or_says_why_not(micro, a: str, b: str) -> None:
 def test_the_list_names_transforms_that_exist() -> None:
     assert set(itertools.chain(*ILLEGAL)) <= set(TRANSFORMS)
     assert {a for a, b in ILLEGAL if a == b} == {
-        "fuse_loss", "unfused_loss", "quantize_int8", "fake_quant", "mixed_precision", "lora",
-        "compile", "fp8",
-    }  # fmt: skip
+        "fuse_loss",
+        "unfused_loss",
+        "quantize_int8",
+        "fake_quant",
+        "mixed_precision",
+        "lora",
+        "compile",
+        "fp8",
+    }

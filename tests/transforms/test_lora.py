@@ -58,9 +58,11 @@ def test_adapters_follow_from_the_seed_and_the_path(subject) -> None:
     assert not torch.equal(a[path], other[path])
     assert not torch.equal(a[path], a["text.blocks.0.attn.q.lora_a"])
     assert {p for p in b if "lora" in p} == {
-        f"{s.path}.{half}" for s in bare.sites if s.kind == "linear" and s.path.endswith("attn.q")
+        f"{s.path}.{half}"
+        for s in bare.sites
+        if s.kind == "linear" and s.path.endswith("attn.q")
         for half in ("lora_a", "lora_b")
-    }  # fmt: skip
+    }
     spread = a["text.blocks.0.mlp.down.lora_a"].std() * 24**0.5
     assert 0.6 < spread < 1.4
 

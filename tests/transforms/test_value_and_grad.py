@@ -53,8 +53,11 @@ def test_select_takes_patterns_and_leaves_the_rest_out(micro, rough, example, as
         for path, g in got.items():
             assert_same(g, everything[path])
     assert set(flatten(value_and_grad(loss, ["projector"])(params, batch)[1])) == {
-        "projector.up.weight", "projector.up.bias", "projector.down.weight", "projector.down.bias",
-    }  # fmt: skip
+        "projector.up.weight",
+        "projector.up.bias",
+        "projector.down.weight",
+        "projector.down.bias",
+    }
 
 
 def test_frozen_parts_cost_no_backward(micro, rough, example) -> None:

@@ -194,11 +194,16 @@ def _shapes(data: DataSettings, model: VLMConfig, seed: int, asked: str) -> Sour
             "preset, or text"
         )
     shapes = partial(
-        Shapes, seed,
-        size=model.vision.image_size, kinds=data.kinds,
-        max_objects=data.max_objects, questions=data.questions, ramp=data.ramp,
-        colours=tuple(COLOURS)[: data.colours], shapes=SHAPES[: data.shapes],
-    )  # fmt: skip
+        Shapes,
+        seed,
+        size=model.vision.image_size,
+        kinds=data.kinds,
+        max_objects=data.max_objects,
+        questions=data.questions,
+        ramp=data.ramp,
+        colours=tuple(COLOURS)[: data.colours],
+        shapes=SHAPES[: data.shapes],
+    )
     held_out: dict[str, Source] = {name: shapes(split=name) for name in ("val", "unseen")}
     summary = (
         f"Held out: {len(held_out['val'])} new scenes (val), and {len(held_out['unseen'])} with "

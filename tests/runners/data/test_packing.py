@@ -114,9 +114,16 @@ def test_planned_budgets_are_tight_and_fill_shapes_rows(encoder: Encoder, images
 @pytest.mark.parametrize("images", [CELLS, QUERIES])
 def test_a_batch_holds_each_document_where_it_says(images: ImageSpec):
     spec = PackSpec(
-        row_len=40, rows=3, max_docs=6, max_images=12, max_patches=120, images=images,
-        pad_token=999, kept_images=2, kept_patches=24,
-    )  # fmt: skip
+        row_len=40,
+        rows=3,
+        max_docs=6,
+        max_images=12,
+        max_patches=120,
+        images=images,
+        pad_token=999,
+        kept_images=2,
+        kept_patches=24,
+    )
     rng = random.Random(2)
     documents = [document(n, rng.randint(12, 30), rng.randint(0, 2), images) for n in range(1, 26)]
     batches, places = batch_documents(documents, spec)
@@ -243,11 +250,16 @@ def test_planned_room_is_nearly_full_and_so_are_rows(sigma: float, rows: int):
     texts = (256 * np.exp(sigma * rng.normal(size=3000) - sigma**2 / 2)).clip(1, 1792).astype(int)
     documents = [
         Document(
-            "", np.zeros(256 + text, np.int64), np.zeros(0), np.zeros(0),
-            np.zeros((1024, 0), np.uint8), np.zeros(0), (1024,),
+            "",
+            np.zeros(256 + text, np.int64),
+            np.zeros(0),
+            np.zeros(0),
+            np.zeros((1024, 0), np.uint8),
+            np.zeros(0),
+            (1024,),
         )
         for text in texts
-    ]  # fmt: skip
+    ]
     spec = plan_spec(documents[:256], row_len=2048, rows=rows, images=images)
     spec = whole_pictures(spec)
     assert spec.max_patches == 1024 * spec.max_images

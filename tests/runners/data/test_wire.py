@@ -31,9 +31,11 @@ def lend(link: Link, value: int, shapes: Shapes) -> None:
 def test_things_and_arrays_come_over_as_they_were(ends: tuple[Link, Link]) -> None:
     ours, theirs = ends
     shapes: Shapes = {
-        "few": ((3,), "int64"), "none": ((0, 7), "uint8"), "odd": ((5, 3), "uint8"),
+        "few": ((3,), "int64"),
+        "none": ((0, 7), "uint8"),
+        "odd": ((5, 3), "uint8"),
         "many": ((300, 300), "int32"),
-    }  # fmt: skip
+    }
     loan = ours.lend(shapes)
     generator = np.random.default_rng(0)
     sent = {name: generator.integers(100, size=shape) for name, (shape, _) in shapes.items()}
