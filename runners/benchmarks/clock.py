@@ -20,36 +20,36 @@ Ceiling = Literal["copy", "bf16", "int8"]
 
 
 class NotCapturableError(Exception):
-    """Why a call cannot become a CUDA graph, in one line."""
+    """The reason why a call cannot be captured as a CUDA graph."""
 
 
 class DeviceLostError(Exception):
-    """The device answers nothing any more: an earlier kernel wrote where it must not."""
+    """The device does not respond: an earlier kernel wrote out of bounds."""
 
 
 class Clock(Protocol):
-    """How calls are run and timed on one device."""
+    """Runs and times calls on one device."""
 
     device: torch.device
 
     def session(self) -> AbstractContextManager[None]:
-        """Everything is run inside."""
+        """The context in which everything runs."""
 
     def capture(self, run: Run) -> Run:
-        """The same work with no launches from Python. Raises NotCapturableError."""
+        """The same work as a CUDA graph. Raises NotCapturableError."""
 
     def sample(self, run: Run, before: Run | None, count: int) -> list[float]:
-        """Milliseconds of each of ``count`` runs, ``before()`` outside of the time."""
+        """Milliseconds of each of ``count`` runs; ``before()`` is not timed."""
 
     def peak(self, run: Callable[[], int]) -> int | None:
-        """Bytes held at the worst moment of ``run`` above those before it, less what it returns:
-        the bytes of its results."""
+        """Peak bytes during ``run`` above those before it, less its results' bytes, which it
+        returns. None on a CPU."""
 
     def settle(self) -> None:
         """Waits for the device. Raises DeviceLostError."""
 
     def free(self) -> None:
-        """Gives cached memory back to the device."""
+        """Returns cached memory to the device."""
 
 
 class CpuClock:
@@ -84,8 +84,8 @@ class CpuClock:
 
 
 class CudaClock:
-    """Everything on one stream that is not the default one, so that graphs can be captured where
-    the warm-up ran: autograd remembers streams."""
+    """Runs everything on one side stream, so that graphs are captured on the stream of the warm-up:
+    autograd remembers streams."""
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -148,7 +148,7 @@ class CudaClock:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, cut to one line, with its type where it says nothing.
+    """The first line of an error's message, or its type if it has none.
 
     >>> first_line(ValueError("no such thing\\nat line 3"))
     'no such thing'
@@ -159,12 +159,12 @@ def first_line(error: BaseException) -> str:
 
 
 def _replay(graph: torch.cuda.CUDAGraph, captured: Run) -> None:
-    """`captured` is kept alive with its graph, which reads what it holds: a library's weights."""
+    """Keeps `captured` alive with its graph, which reads the tensors it holds."""
     graph.replay()
 
 
 def choose_clock(preset: str, name: str) -> Clock:
-    """The GPU's; a CPU's for presets that one can train. Raises UserError."""
+    """The GPU's clock, or a CPU's for small presets. Raises UserError."""
     if torch.cuda.is_available():
         return CudaClock()
     if VLMConfig(PRESETS[preset].text).num_params() > 2e8:
@@ -176,7 +176,7 @@ def choose_clock(preset: str, name: str) -> Clock:
 
 @contextmanager
 def quick_collection() -> Iterator[None]:
-    """What is imported stays: no need to look through it after every rung, at 0.2 s each."""
+    """Exempts imported objects from garbage collection, which runs after every row."""
     gc.collect()
     gc.freeze()
     try:
@@ -186,16 +186,16 @@ def quick_collection() -> Iterator[None]:
 
 
 def free(clock: Clock) -> None:
-    """Gives back what nobody holds any more, cycles of frames and errors included."""
+    """Frees unreferenced memory, in reference cycles of frames and errors too."""
     gc.collect()
     clock.free()
 
 
-# -- what the device reaches at its best ----------------------------------------------------------
+# -- the device's ceilings ------------------------------------------------------------------------
 
 
 def measured_ceilings(clock: Clock) -> dict[Ceiling, float]:
-    """Of this run; on a CPU with sizes that take no time."""
+    """The ceilings in this run; on a CPU at tiny sizes."""
     if clock.device.type == "cuda":
         return measure_ceilings(clock, loaded=0.5)
     return measure_ceilings(clock, copied=2**20, side=64, rounds=1)
@@ -204,12 +204,12 @@ def measured_ceilings(clock: Clock) -> dict[Ceiling, float]:
 def measure_ceilings(
     clock: Clock, *, copied: int = 2**32, side: int = 8192, rounds: int = 3, loaded: float = 0.0
 ) -> dict[Ceiling, float]:
-    """Bytes a second of a copy (read + written), bf16 FLOP/s and int8 OP/s of a square product.
+    """Bytes per second of a copy (read + written), bf16 FLOP/s and int8 OP/s of a square product.
 
-    Random data: on zeros a matmul draws less power and runs faster than any real one.
-    copied: bytes of the tensor that is copied; side: of the matrices. loaded: seconds of the same
-    work right before it is timed: a card that was idle starts at clocks that its power does not
-    allow for long.
+    The data is random: on zeros a product draws less power and runs faster.
+
+    copied: bytes of the copied tensor; side: of the matrices; loaded: seconds of the same work
+    before timing, since an idle card starts at clocks that its power limit does not sustain.
     """
     device = clock.device
     generator = torch.Generator(device).manual_seed(0)

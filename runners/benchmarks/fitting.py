@@ -15,7 +15,7 @@ from runners.benchmarks.steps import first_loss
 from runners.benchmarks.training import Trained
 from runners.training.compose import compose
 
-NEAR = 16  # an answer is short of what fits by this part of it at most
+NEAR = 16  # an answer is at most 1/16 short of what fits
 SMALLEST, GRID = 1024, 128  # tokens: the shortest row that is tried, and the search's grid
 
 
@@ -25,7 +25,7 @@ class TooSlowError(Exception):
 
 @contextmanager
 def limited(gib: float, device: torch.device) -> Iterator[None]:
-    """PyTorch gets so much of a GPU's memory at most; what is more is torch.OutOfMemoryError."""
+    """Limits PyTorch's share of a GPU's memory; beyond it is torch.OutOfMemoryError."""
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), device)
     try:

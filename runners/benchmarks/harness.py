@@ -1,7 +1,7 @@
-"""Measures the providers of a case beside each other.
+"""Measures the providers of a case in turns.
 
-All of them are made ready first (imported, compiled, warmed up, captured); then they take turns,
-round after round, so that a clock that drifts or a card that warms up hits all alike.
+All of them are prepared first (imported, compiled, warmed up, captured). Then they take turns in
+rounds, so that drifting clocks affect all alike.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from runners.benchmarks.clock import Ceiling, Clock, NotCapturableError, first_l
 from runners.benchmarks.providers import Inputs, Provider, failing, need, timed
 from runners.benchmarks.records import SCALE
 
-SPREAD = 2**30  # bytes of inputs that calls go through in turn: many times the L2 cache
+SPREAD = 2**30  # bytes of inputs used in turn: many times the L2 cache
 MOST_SETS = 16
-SHORTEST = 1.0  # ms that a sample lasts at least: an event costs 2 or 3 us
+SHORTEST = 1.0  # ms of a sample at least: an event costs 2 or 3 us
 MOST_SAMPLES = 40  # a provider and round
 WARMUPS = 3
 
@@ -32,17 +32,16 @@ WARMUPS = 3
 class Case:
     """One kernel at one size.
 
-    work: bytes (ceiling "copy") or operations that are needed at the least. Every provider is
-        held to this figure, whatever it does itself. 0: there is none to hold them to.
-    moved: bytes that are needed besides, where work is operations.
+    work: the least bytes (ceiling "copy") or operations, by which providers are judged. 0: none.
+    moved: the least bytes beside operations.
     inputs: makes one set of inputs on a device, from a generator there.
     wrt: inputs whose gradients are asked for; none: forward alone.
     seeds: inputs that are the outputs' gradients; none for a scalar loss.
-    restore: inputs that some provider overwrites; they are put back before every sample.
-    sets: sets of inputs used in turn; by their size if not given.
-    reference: the provider whose results the others are compared with, and its time. It stands
-        before those it is compared with, and overwrites nothing.
-    direction: what is done, if `wrt` does not say it.
+    restore: inputs that some provider overwrites; they are restored before every sample.
+    sets: the number of sets of inputs used in turn; by default by their size.
+    reference: the provider that the others' results and times are compared with. It comes before
+        them, and overwrites nothing.
+    direction: the table's words for what is done; by default from `wrt`.
     """
 
     kernel: str
@@ -77,7 +76,7 @@ class Settings:
 
 @dataclass
 class Row:
-    """A provider's figures for a case, or why there are none."""
+    """A provider's figures for a case, or the reason for their absence."""
 
     kernel: str
     shape: str
@@ -117,7 +116,7 @@ class Row:
 
 @dataclass
 class _Ready:
-    """A provider that can take its turn."""
+    """A prepared provider."""
 
     row: Row
     run: Callable[[], object]
@@ -132,8 +131,7 @@ def measure(
     settings: Settings,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """A row a provider, in their order. Raises DeviceLostError; nothing else that a provider does
-    ends it."""
+    """One row per provider, in order. Providers' errors become rows; DeviceLostError is raised."""
     inputs = _make_inputs(case, clock.device)
     kept = [{name: s[name].detach().clone() for name in case.restore} for s in inputs]
 
@@ -200,7 +198,7 @@ def _prepare(
     row: Row,
     truth: tuple[Tensor, ...] | None,
 ) -> tuple[_Ready, tuple[Tensor, ...]]:
-    """Builds, warms up, checks and captures a provider; fills in what is known of its row."""
+    """Builds, warms up, checks and captures a provider, and fills in its row."""
     if provider.peer is not None:
         need(provider.peer)
     forward = provider.build(inputs)

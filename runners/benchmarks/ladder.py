@@ -1,9 +1,8 @@
 """The rungs of `bench train`: training configs, each one flag away from the one before.
 
-The first is what a plain PyTorch program does, the last of the ladder what `runners.train` does by
-default; leaves branch off from there. Attention without a kernel holds a score for every pair of
-tokens of a batch, whichever documents they are of. Rungs without flash attention therefore compute
-one row at a time, so that nothing is computed for nothing; the step is the same.
+The first is a plain PyTorch program, the last of the ladder the default of `runners.train`; leaves
+branch off from there. Attention without a kernel computes a score for every pair of tokens of a
+batch, so rungs without flash attention compute one row at a time. The step is the same.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Rung:
     changes: Mapping[str, Any]
 
     def flags(self) -> str:
-        """As a command line has them; `packed` is no flag: the trainer always packs."""
+        """The changes as flags; `packed` is not one, since the trainer always packs."""
         rows = {True: "(packed rows)", False: "(one document a row, padded)"}
         return " ".join(
             rows[value] if name == "packed" else f"--{name}={_word(value)}"
@@ -43,7 +42,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class RungConfig:
-    """A rung with all that it inherits."""
+    """A rung's config, with everything it inherits."""
 
     rung: Rung
     config: TrainConfig
@@ -59,7 +58,7 @@ def ladder(rows: int, ragged: bool, graphs: bool = True) -> tuple[Rung, ...]:
 
 
 def climb(rows: int, graphs: bool) -> list[Rung]:
-    """The rungs that stand on one another."""
+    """The rungs of the ladder, each on the one before."""
     baseline = {
         "dtype": "fp32",
         "compile": False,
@@ -100,7 +99,7 @@ def climb(rows: int, graphs: bool) -> list[Rung]:
 
 
 def leaves(top: str, graphs: bool) -> list[Rung]:
-    """What branches off from the last rung of the ladder."""
+    """The rungs that branch off from the last one."""
     compiled = {"compile": True} if graphs else {}  # as the trainer chooses for them
     recompute = {"use_gradient_checkpointing": True, **compiled}
     half = {
@@ -146,8 +145,8 @@ def leaves(top: str, graphs: bool) -> list[Rung]:
 
 
 def without_packing(rungs: Sequence[Rung]) -> tuple[Rung, ...]:
-    """The rungs where every document fills a row: those that only change packing are none, and what
-    stood on them stands on what they stood on."""
+    """The rungs for documents that fill a row: those that only change packing are left out, and
+    their children move to their parents."""
     kept: list[Rung] = []
     gone: dict[str | None, str | None] = {}
     for rung in rungs:

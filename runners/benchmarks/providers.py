@@ -1,4 +1,4 @@
-"""Who is measured: our public functions, torch, and other people's libraries where installed."""
+"""The providers of a case: our public functions, torch, and other libraries where installed."""
 
 from __future__ import annotations
 
@@ -32,13 +32,12 @@ PEERS = {
 
 
 class MissingError(Exception):
-    """Why a provider is not there, in one line."""
+    """The reason for a provider's absence."""
 
 
 @contextmanager
 def failing(row: Any) -> Iterator[None]:
-    """What is raised becomes the row's status and reason; the others go on. Raises
-    DeviceLostError."""
+    """Turns an error into the row's status and reason. DeviceLostError is raised."""
     try:
         yield
     except DeviceLostError:
@@ -77,7 +76,7 @@ class Provider:
 
 
 def simple(name: str, forward: Forward, **options: Any) -> Provider:
-    """A provider that prepares nothing."""
+    """A provider without preparation."""
     return Provider(name, lambda sets: forward, **options)
 
 
@@ -124,7 +123,7 @@ def version(package: str) -> str | None:
 
 
 def tensors(out: Any) -> tuple[Tensor, ...]:
-    """What a forward returned, as a tuple."""
+    """A forward's output as a tuple."""
     return (out,) if isinstance(out, Tensor) else tuple(out)
 
 

@@ -1,4 +1,4 @@
-"""Where figures come from, and the lines of JSON that keep both."""
+"""The environment of a benchmark, and lines of JSON with it and the figures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CEILINGS = {
 
 @dataclass(frozen=True)
 class Environment:
-    """Where and how the figures came about."""
+    """The machine, the versions and the command of a benchmark."""
 
     date: str
     command: str
@@ -92,7 +92,7 @@ def _driver() -> str:
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]], where: Environment) -> None:
-    """A line of JSON for each record: what is known of it, and where it was measured."""
+    """Writes a line of JSON per record, with its environment."""
     lines = (
         json.dumps({key: _finite(value) for key, value in (dict(record) | vars(where)).items()})
         for record in records
@@ -101,5 +101,5 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]], where: Environ
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinity are not JSON."""
+    """NaN and infinity as strings: JSON has neither."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""What is written of a benchmark: a page of Markdown, a picture, tables in the terminal."""
+"""A benchmark's output: a page of Markdown, a picture, tables in the terminal."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ class Panel(NamedTuple):
 
 @dataclass(frozen=True)
 class Page:
-    """All that is written of a benchmark. name: of its files; about: paragraphs before the tables;
-    closing: lines after them."""
+    """The output of a benchmark. name: of its files; about: paragraphs before the tables; closing:
+    lines after them."""
 
     name: str
     title: str
@@ -138,12 +138,12 @@ class Page:
 
 
 def console() -> Console:
-    """As wide as the terminal, or as the tables where there is none."""
+    """As wide as the terminal, or as the tables if there is no terminal."""
     return Console() if sys.stdout.isatty() else Console(width=150)
 
 
 def teller(output: Console) -> Callable[[str], None]:
-    """Prints lines as they come, each behind the seconds since it was made."""
+    """A function that prints lines with the seconds since its creation."""
     started = time.perf_counter()
 
     def say(line: str) -> None:
@@ -154,7 +154,7 @@ def teller(output: Console) -> Callable[[str], None]:
 
 
 def draw(path: Path, title: str, panels: Sequence[Panel], columns: int = 3) -> bool:
-    """Writes a PNG, panels of bars in columns. False: there are no figures."""
+    """Writes a PNG with panels of bars in columns. False if there are no figures."""
     panels = [p for p in panels if any(bar.value is not None for bar in p.bars)]
     if not panels:
         return False

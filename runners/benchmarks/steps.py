@@ -1,4 +1,4 @@
-"""Tables of training steps, measured in turns: time, memory, warm-up; what fails is a result."""
+"""Tables of training steps, measured in turns: time, memory, warm-up. A failure is a result."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WITHIN = 1.05  # of the median: a step at full speed
 
 
 class Ready(NamedTuple):
-    """extra: more figures, by the headers of their columns, taken once the steps are timed."""
+    """A row's step. extra: more figures by column, computed after the steps are timed."""
 
     step: Step
     extra: Callable[[], dict[str, Any]] = dict
@@ -47,9 +47,8 @@ class Ready(NamedTuple):
 
 @dataclass(frozen=True)
 class StepPace:
-    """How often. warmup: steps of a round before those that are timed; 0: every step is timed.
-    loaded: seconds that they take at least, so that a card's clock has come down to what it can
-    keep."""
+    """The number of steps. warmup: untimed steps of a round; 0: every step is timed. loaded: the
+    least seconds of those, so that a card's clock has fallen to what it can sustain."""
 
     steps: int
     warmup: int
@@ -58,12 +57,13 @@ class StepPace:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row to measure. start: builds it, gives its step, and frees all of it at the end.
+    """A row to measure.
 
-    changed: what it changes, as the page says it. shared: the rung whose compiled programs it runs,
-    so that its warm-up is no figure. once: it would compile again in each round, and takes its
-    steps in the first alone. pace: its own, if it has one. shape: what is compiled for another
-    shape goes when this one begins.
+    start: builds it, gives its step, and frees it at the end.
+    changed: the settings that it changes, for the page.
+    shared: the row whose compiled programs it runs; its own warm-up is then not a figure.
+    once: it takes its steps in the first round alone, since it would compile again in each.
+    pace: its own pace. shape: programs compiled for another shape are dropped when it begins.
     """
 
     key: str
@@ -82,7 +82,7 @@ class Entry:
 
 @dataclass
 class Measured:
-    """An entry's figures. status: ok, missing, out of memory, error, or not begun."""
+    """The figures of an entry. status: ok, missing, out of memory, error, or not begun."""
 
     key: str
     label: str
@@ -128,7 +128,7 @@ class Measured:
 
     @property
     def warm_steps(self) -> int:
-        """How many steps it took to come within 5% of the median.
+        """The number of steps until one is within 5% of the median.
 
         >>> m = Measured("", "", "", "", 1, 1.0, samples=[10.0, 10.0], walls=[3.0, 0.02, 0.0104])
         >>> m.warm_steps
@@ -144,7 +144,7 @@ class Measured:
 
 
 def measure_round(entry: Entry, measured: Measured, clock: Clock, pace: StepPace) -> None:
-    """Builds an entry, takes its steps, and frees it. Fills in ``measured``, errors as well. Raises
+    """Builds an entry, takes its steps, frees it, and fills in ``measured``, errors too. Raises
     DeviceLostError."""
     if measured.status != "ok" or (entry.once and measured.samples):
         return
@@ -194,7 +194,7 @@ def _round(entry: Entry, measured: Measured, clock: Clock, pace: StepPace) -> No
 
 
 def first_loss(values: Tensor) -> float:
-    """Of what a step returns: reading waits for the device."""
+    """The loss of a step; reading it waits for the device."""
     return float(values.flatten()[0])
 
 
@@ -217,13 +217,13 @@ def check_counts(config: Any, *names: str) -> None:
 
 
 def check_known(flag: str, given: Sequence[str], known: Sequence[str]) -> None:
-    """Raises UsageError for a word that is none of those known."""
+    """Raises UsageError for an unknown word."""
     for word in given:
         if word not in known:
             raise UsageError(f"--{flag} {word}: there are {', '.join(known)}{nearest(word, known)}")
 
 
-# -- a table of them ------------------------------------------------------------------------------
+# -- tables ---------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -239,9 +239,9 @@ def strict_fp32() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Steps:
-    """A table of training steps. name: of its files; headers: of its columns, the first being that
-    of the labels; changes: what the list of each row's flags is introduced by; about: what a step
-    is; baseline: the row that others are multiples of."""
+    """A table of training steps. name: of its files; headers: of its columns, the labels' first;
+    changes: the introduction of the list of flags; about: what a step is; baseline: the row that
+    others are multiples of."""
 
     name: str
     title: str
@@ -382,7 +382,7 @@ def describe(row: Measured, peak: float | None) -> str:
 def as_record(
     row: Measured, peak: float | None, table: Steps, rows: Sequence[Measured]
 ) -> dict[str, Any]:
-    """Everything known of a row, for a line of JSON."""
+    """A row as a record of JSON."""
     known: dict[str, Any] = dict(vars(row))
     if row.samples:
         known |= {
@@ -401,7 +401,7 @@ def as_record(
 def cells(
     row: Measured, table: Steps, rows: Sequence[Measured], peak: float | None
 ) -> tuple[str, ...]:
-    """The columns after the label; the status where there are no figures."""
+    """The columns after the label; without figures, the status."""
     if not row.samples:
         return (row.status, *[""] * (len(table.headers) - 2))
     factor, mfu = times(row, find(rows, table.baseline)), row.mfu(peak)
@@ -458,7 +458,7 @@ def page_of(
 
 
 def panels_of(table: Steps, rows: Sequence[Measured]) -> list[Panel]:
-    """Speed and memory; rows without figures say why."""
+    """Panels of speed and memory. Rows without figures show the status."""
     baseline = find(rows, table.baseline)
     speeds, peaks = [], []
     for row in rows:

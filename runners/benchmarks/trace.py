@@ -1,4 +1,4 @@
-"""`bench trace`: which kernels the default training step really runs, against what is promised."""
+"""`bench trace`: the kernels that the default training step runs, against its start-up report."""
 
 from __future__ import annotations
 

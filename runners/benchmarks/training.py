@@ -1,4 +1,4 @@
-"""`bench train`: whole training steps, from plain PyTorch to all that `runners.train` does."""
+"""`bench train`: whole training steps, from plain PyTorch to the default of `runners.train`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from runners.training.flops import training_flops
 from runners.training.step import Learner
 from runners.training.weights import build_params
 
-# What a config may change of without another program being traced.
+# Settings that do not change the traced program.
 SAME_PROGRAM = {
     "optimizer": "adamw",
     "use_fused_adamw": True,
@@ -160,13 +160,13 @@ class TrainBenchConfig(StepBench):
 
     @property
     def start(self) -> TrainConfig:
-        """What no rung changes."""
+        """The settings that no rung changes."""
         override = (*self.override, *(() if self.pictures else ("vision=none",)))
         return plain_config(self.preset, override, self.length)
 
     @cached_property
     def step(self) -> tuple[Documents, VLMConfig]:
-        """What a step is made of, and the model that learns it. Raises UserError for bad --data."""
+        """A step's documents, and the model. Raises UserError for bad --data."""
         model = model_config(self.start.model)
         if self.data is not None:
             data = self.start.changed(
@@ -202,7 +202,7 @@ class TrainBenchConfig(StepBench):
 
 
 def plain_config(preset: str, override: Sequence[str], length: int) -> TrainConfig:
-    """The trainer's defaults. The rate is small: the numbers must stay ordinary ones."""
+    """The trainer's defaults with a small learning rate, which keeps the numbers ordinary."""
     return TrainConfig.of(
         preset=preset,
         override=tuple(override),
@@ -223,7 +223,7 @@ class Programs:
         self.owner: dict[Any, str] = {}
 
     def shared(self, key: str, plan: RungConfig) -> str | None:
-        """The rung that compiles for this one, or None; to be asked in the order of measuring."""
+        """The earlier rung whose compiled programs this one runs, or None."""
         owner = self.owner.setdefault(self._key(plan), key)
         return None if owner == key or not plan.config.speed.compile else owner
 
@@ -240,7 +240,7 @@ class Programs:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a row trains, and how: for further figures of it."""
+    """A row's config and state, for further figures."""
 
     plan: RungConfig
     programs: Programs
