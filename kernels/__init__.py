@@ -6,6 +6,7 @@ from kernels.linear.linear import linear
 from kernels.linear.norm_linears import add_norm_linears, norm_linears
 from kernels.loss.cross_entropy import cross_entropy
 from kernels.loss.linear_cross_entropy import linear_cross_entropy
+from kernels.loss.token_logprobs import token_logprobs
 from kernels.mlp.fused_mlp import add_norm_gated_mlp
 from kernels.mlp.glu import geglu, relu2, swiglu
 from kernels.norm.layer_norm import layer_norm
@@ -37,5 +38,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "swiglu",
+    "token_logprobs",
     "why_not",
 ]

@@ -6,7 +6,7 @@ from transforms.compile import compile
 from transforms.cuda_graph import cuda_graph
 from transforms.fp8 import fp8
 from transforms.fuse_kernels import fuse_kernels
-from transforms.fuse_loss import fuse_loss, unfused_loss
+from transforms.fuse_loss import fuse_loss, token_logprobs, unfused_loss
 from transforms.lora import lora, merge_lora
 from transforms.mixed_precision import cast_matrices, mixed_precision
 from transforms.quantize_int8 import fake_quant, quantize_int8
@@ -28,6 +28,7 @@ __all__ = [
     "mixed_precision",
     "quantize_int8",
     "rematerialize",
+    "token_logprobs",
     "trainable",
     "unfused_loss",
     "value_and_grad",

@@ -48,6 +48,28 @@ def unfused_loss(forward: Forward, *, z_loss: float = 0.0, label_smoothing: floa
     return _with_loss(forward, "unfused_loss", finish, dense=True)
 
 
+def token_logprobs(forward: Forward) -> Forward:
+    """``(params, batch) -> [N] fp32``: each label's log-probability, 0 where it is -100.
+
+    Equals ``log_softmax(logits)`` at ``batch["labels"]``, with the memory of :func:`fuse_loss`.
+    It is differentiable, so that losses of one's own are sums over it: preference losses compare
+    the sums of two answers, policy gradients weight tokens.
+
+    >>> import torch
+    >>> from core import make_batch, preset, vlm
+    >>> from params import init_params
+    >>> config = preset("tiny")
+    >>> params, batch = init_params(config, seed=0), make_batch(torch.tensor([[1, 2, 3]]))
+    >>> logprobs, mean_loss = token_logprobs(vlm(config)), fuse_loss(vlm(config))
+    >>> found = -logprobs(params, batch).sum() / 2  # of the three tokens two have labels
+    >>> bool((found - mean_loss(params, batch)).abs() < 1e-5)
+    True
+
+    Raises ValueError if the forward has no head site, or ends in a loss already.
+    """
+    return _with_loss(forward, "token_logprobs", _logprobs)
+
+
 def _with_loss(forward: Forward, name: str, finish: Any, *, dense: bool = False) -> Forward:
     check_legal(forward, name)
     if not forward.select(("head",)):
@@ -82,6 +104,18 @@ def _fused(
         z_loss=z_loss,
         label_smoothing=smoothing,
         accumulate=accumulate,
+    )
+
+
+def _logprobs(out: Any, batch: Any) -> Tensor:
+    logits = _logits(out)
+    return kernels.token_logprobs(
+        logits.hidden.flatten(0, -2),
+        logits.weight(),
+        batch["labels"].flatten(),
+        bias=logits.bias(),
+        scale=logits.scale,
+        softcap=logits.softcap,
     )
 
 

@@ -8,6 +8,9 @@ ILLEGAL: dict[tuple[str, str], str] = {
     ("fuse_loss", "fuse_loss"): "the forward already ends in a loss",
     ("fuse_loss", "unfused_loss"): "the forward already ends in a loss",
     ("unfused_loss", "unfused_loss"): "the forward already ends in a loss",
+    ("fuse_loss", "token_logprobs"): "the forward already ends in a loss",
+    ("unfused_loss", "token_logprobs"): "the forward already ends in a loss",
+    ("token_logprobs", "token_logprobs"): "the forward already ends in log-probabilities",
     ("quantize_int8", "quantize_int8"): "its weights are int8 already: merge the two skip= lists",
     ("fake_quant", "fake_quant"): "its weights are rounded already: merge the two skip= lists",
     ("fake_quant", "quantize_int8"): (

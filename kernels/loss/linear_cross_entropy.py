@@ -409,8 +409,35 @@ def linear_cross_entropy(
     """
     where = "linear_cross_entropy"
     check_logits_and_labels(where, "hidden", hidden, labels)
-    check_floating(where, hidden=hidden, unembed=unembed, bias=bias)
     check_options(where, label_smoothing, z_loss, softcap)
+    check_unembed(where, hidden, unembed, bias, chunk, memory)
+    if accumulate not in ("fp32", "bf16"):
+        raise ValueError(f"{where}: accumulate must be 'fp32' or 'bf16', got {accumulate!r}.")
+    narrow = accumulate == "bf16"
+    if narrow and unembed.dtype != torch.bfloat16:
+        raise ValueError(f"{where}: accumulate='bf16' is for bf16 weights, got {unembed.dtype}.")
+    check_label_range(where, labels, unembed.shape[0], ignore_index, check_labels)
+    triton = choose("linear_cross_entropy", str(hidden.device), hidden.dtype) == "triton"
+    if chunk is None:
+        chunk = chunk_within(memory, unembed.shape[0], hidden, triton)
+    # fp16 gradients wait for the backward: loss scaling has to come before they are rounded
+    now = torch.is_grad_enabled() and hidden.dtype != torch.float16
+    eager = tuple(now and x is not None and x.requires_grad for x in (hidden, unembed, bias))
+    settings = LinearLossSettings(
+        ignore_index, label_smoothing, z_loss, softcap, scale, chunk, narrow, triton
+    )
+    return _apply(hidden, unembed, bias, labels, eager, *settings)
+
+
+def check_unembed(
+    where: str,
+    hidden: Tensor,
+    unembed: Tensor,
+    bias: Tensor | None,
+    chunk: int | None,
+    memory: int | None,
+) -> None:
+    check_floating(where, hidden=hidden, unembed=unembed, bias=bias)
     if unembed.ndim != 2 or unembed.shape[1] != hidden.shape[1]:
         raise ValueError(
             f"{where}: unembed must have shape [V, {hidden.shape[1]}] to match hidden "
@@ -428,22 +455,6 @@ def linear_cross_entropy(
         raise ValueError(f"{where}: give chunk or memory, not both.")
     if chunk is not None and chunk < 1:
         raise ValueError(f"{where}: chunk must be at least 1 token, got {chunk}.")
-    if accumulate not in ("fp32", "bf16"):
-        raise ValueError(f"{where}: accumulate must be 'fp32' or 'bf16', got {accumulate!r}.")
-    narrow = accumulate == "bf16"
-    if narrow and unembed.dtype != torch.bfloat16:
-        raise ValueError(f"{where}: accumulate='bf16' is for bf16 weights, got {unembed.dtype}.")
-    check_label_range(where, labels, unembed.shape[0], ignore_index, check_labels)
-    triton = choose("linear_cross_entropy", str(hidden.device), hidden.dtype) == "triton"
-    if chunk is None:
-        chunk = chunk_within(memory, unembed.shape[0], hidden, triton)
-    # fp16 gradients wait for the backward: loss scaling has to come before they are rounded
-    now = torch.is_grad_enabled() and hidden.dtype != torch.float16
-    eager = tuple(now and x is not None and x.requires_grad for x in (hidden, unembed, bias))
-    settings = LinearLossSettings(
-        ignore_index, label_smoothing, z_loss, softcap, scale, chunk, narrow, triton
-    )
-    return _apply(hidden, unembed, bias, labels, eager, *settings)
 
 
 def chunk_within(memory: int | None, vocab: int, hidden: Tensor, triton: bool) -> int:

@@ -100,6 +100,20 @@ def make_cases() -> dict[str, Case]:
             module("loss.linear_cross_entropy"),
             "OP",
         ),
+        "token_logprobs": Case(
+            lambda h, w, b: kernels.token_logprobs(
+                h, w, labels, bias=b, scale=0.7, softcap=3.0, chunk=4
+            ),
+            lambda h, w, b: (
+                (3.0 * ((h @ w.mT + b) * 0.7 / 3.0).tanh())
+                .log_softmax(-1)
+                .gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+                .where(labels >= 0, 0.0)
+            ),
+            ((N, DIM), (VOCAB, DIM), (VOCAB,)),
+            module("loss.token_logprobs"),
+            "OP",
+        ),
         "rms_norm": Case(
             lambda x, w: rms_norm(x, w, 1e-3),
             lambda x, w: rn(x, w, eps=1e-3),
@@ -192,6 +206,7 @@ ATTENTION = "attention ragged causal"
 BROKEN = [
     "cross_entropy",
     "linear_cross_entropy",
+    "token_logprobs",
     "rms_norm",
     "layer_norm",
     "swiglu",

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import cross_entropy, linear_cross_entropy
+from kernels import cross_entropy, linear_cross_entropy, token_logprobs
 from kernels.loss import cross_entropy_in_place as in_place
 from kernels.loss import cross_entropy_triton
 from kernels.loss.cross_entropy_torch import LossOptions
@@ -978,6 +978,27 @@ def test_more_than_two_to_the_31_elements() -> None:
         )
         assert not seen[0][:-3].any()
         del logits, seen, loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logprobs_per_token(dtype: torch.dtype, kernel_device: str) -> None:
+    n, dim, vocab = 9, 16, 40
+    leaves = [random(*shape, seed=i) for i, shape in enumerate([(n, dim), (vocab, dim), (vocab,)])]
+    labels, weights = labels_for(n, vocab), torch.arange(float(n))
+
+    def by(backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
+        given = [leaf.to(device, dtype).requires_grad_() for leaf in leaves]
+        options = {"bias": given[2], "scale": 0.7, "softcap": 3.0, "chunk": 4}
+        with dispatch.override(linear_cross_entropy=backend):
+            out = token_logprobs(given[0], given[1], labels.to(device), **options)
+        loss = (out * weights.to(out)).sum()
+        return [out.detach(), *torch.autograd.grad(loss, given)]
+
+    exact = by("torch", "cpu", torch.float64)
+    # in bf16 logits and their gradients are rounded once each, twice as far in the interpreter
+    allowed = 4 * torch.finfo(torch.bfloat16).eps if dtype == torch.bfloat16 else ulps(dtype, 256)
+    for got, want in zip(by("triton", kernel_device, dtype), exact, strict=True):
+        assert (got.cpu().double() - want).norm() <= allowed * want.norm()
 
 
 @pytest.mark.gpu

@@ -17,6 +17,7 @@ from transforms import (
     lora,
     mixed_precision,
     quantize_int8,
+    token_logprobs,
     unfused_loss,
 )
 from transforms.legal import ILLEGAL
@@ -32,6 +33,7 @@ TRANSFORMS = {
         update_wrapper(partial(lora, rank=2), lora),
         mixed_precision,
         quantize_int8,
+        token_logprobs,
         unfused_loss,
     )
 }
@@ -59,6 +61,7 @@ def test_the_list_names_transforms_that_exist() -> None:
     assert {a for a, b in ILLEGAL if a == b} == {
         "fuse_loss",
         "unfused_loss",
+        "token_logprobs",
         "quantize_int8",
         "fake_quant",
         "mixed_precision",
