@@ -230,7 +230,7 @@ class VLMConfig:
         return count_leaves(self.param_spec())
 
     def image_tokens(self, patches: int) -> int:
-        """How many tokens of the decoder a picture of so many patches takes."""
+        """The number of the decoder's tokens for a picture of ``patches`` patches."""
         if self.vision is None or self.projector is None:
             raise ValueError("this config has no vision tower")
         if self.projector.kind == "resampler":

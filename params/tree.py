@@ -2,7 +2,7 @@
 
 A leaf's dotted path is its name in a safetensors file. Keys contain no dots; the layers of a list
 are keyed ``"0"``, ``"1"``, ... The order of keys never matters, and flattening drops empty dicts.
-All functions return new dicts around the same leaves. All but those that take patterns trace under
+All functions return new dicts around the same leaves. The ones without patterns trace under
 ``torch.compile``.
 """
 

@@ -92,7 +92,7 @@ def fake_quant(
 def targets(
     forward: Forward, skip: Sequence[str] | None, activations: str | None
 ) -> frozenset[str]:
-    """Paths of the weights to quantise, without those that a skipped site (a tied head) uses."""
+    """Paths of the weights to quantise, without the weights of skipped sites (a tied head)."""
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations is None or 'dynamic', not {activations!r}")
     if skip is None:

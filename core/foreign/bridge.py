@@ -262,7 +262,7 @@ class _TreeModule(nn.Module):
                 self.register_parameter(name, nn.Parameter(value, path not in frozen))
 
     def params(self) -> Tree:
-        """The current leaves: under ``functional_call``, those that it was given."""
+        """The current leaves: under ``functional_call``, its arguments."""
         own: Tree = {**self._parameters, **self._buffers}
         own = {name: leaf for name, leaf in own.items() if leaf is not None}
         return own | {k: m.params() for k, m in self._modules.items() if isinstance(m, _TreeModule)}

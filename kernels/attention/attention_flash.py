@@ -247,7 +247,9 @@ def flash_forward(
     if q.numel() == 0:
         return torch.empty_like(q), torch.empty(lse_shape, device=q.device)
     if backend in SMALL and is_large(q, 0 if cu_seqlens is None else cu_seqlens.shape[0]):
-        raise RuntimeError(f"attention backend {backend} cannot count so many examples' entries")
+        raise RuntimeError(
+            f"attention backend {backend} cannot count the entries of this many examples"
+        )
     forward = _LIBRARIES[backend][0]
     (x, y, z), cu = _arranged((q, k, v), cu_seqlens, backend, length)
     out, lse = forward(x, y, z, cu, FlashOptions(length or longest, causal, window, scale))

@@ -132,7 +132,7 @@ def import_problem(module: str, remedy: str) -> str | None:
 
 
 def versions(libraries: Sequence[str]) -> str:
-    """ "flash-attn-4 4.0.0b36 with quack-kernels 0.6.5, ...": of those that are installed."""
+    """ "flash-attn-4 4.0.0b36 with quack-kernels 0.6.5, ...": the installed ones."""
     found = []
     for library in libraries:
         try:

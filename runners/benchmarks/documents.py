@@ -99,9 +99,9 @@ class Documents:
         return min(self.row_len, -(-max(self.lengths) // MULTIPLE) * MULTIPLE)
 
     def rows_at_once(self, packed: int, is_packed: bool) -> int:
-        """Rows of a device batch, where so many packed ones are. Of padded ones, which are shorter,
-        as many as take no more tokens, evenly shared out among batches: with few and short rows a
-        GPU would wait for launches, and not for the padding. One row is one row."""
+        """Rows of a device batch, where it has ``packed`` packed ones: of padded rows, which are
+        shorter, as many as take no more tokens, shared evenly among batches. With few short rows a
+        GPU would wait for launches instead of computing the padding. One row stays one row."""
         if is_packed or packed == 1:
             return packed
         count = len(self.lengths)
@@ -112,7 +112,7 @@ class Documents:
 def draw_documents(
     rows: int, row_len: int, sigma: float, seed: int = 0, pictures: Pictures | None = None
 ) -> Documents:
-    """Documents for so many rows. sigma 0: each fills a row; else their lengths are log-normal of
+    """Documents for ``rows`` rows. sigma 0: each fills a row; else their lengths are log-normal of
     mean a quarter of a row and this sigma (of the logarithm), at most a row. With pictures it is
     the text behind them whose length is drawn, in the mean as many tokens as the pictures take, and
     rows have room for as many pictures as the trainer would plan for such documents."""
@@ -134,7 +134,7 @@ def draw_documents(
 
 
 def pack(stream: Iterator[Document], spec: PackSpec) -> list[list[Document]]:
-    """The rows of a batch, packed as the loader packs: from a window of those that wait."""
+    """The rows of a batch, packed as the loader packs: from a window of waiting documents."""
     waiting = list(islice(stream, WINDOW))
     rows: list[list[Document]] = []
     for _ in range(spec.rows):
@@ -238,7 +238,7 @@ def _unmarked(turns: Sequence[Turn]) -> tuple[Turn, ...]:
 
 
 def read_documents(config: TrainConfig, model: VLMConfig, rows: int) -> tuple[Documents, VLMConfig]:
-    """Documents of ``--data`` for so many rows, encoded and packed as training does, from all
+    """Documents of ``--data`` for ``rows`` rows, encoded and packed as training does, from all
     over the data (again from the start where there are too few), and the model: with more words
     where the tokenizer has more. A model without a vision tower is given the words of records with
     pictures. Raises UserError where the data cannot be read or used."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from runners.benchmarks.harness import Case
 from runners.benchmarks.providers import Forward, Inputs, Provider, ours, simple
 
-WEIGHTS = 12  # in turn, so that none is in the cache
+WEIGHTS = 12  # used in turn, so that no weight is in the cache
 
 
 def cases() -> list[Case]:

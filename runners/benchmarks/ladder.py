@@ -145,7 +145,7 @@ def leaves(top: str, graphs: bool) -> list[Rung]:
 
 
 def without_packing(rungs: Sequence[Rung]) -> tuple[Rung, ...]:
-    """The rungs for documents that fill a row: those that only change packing are left out, and
+    """The rungs for documents that fill a row: rungs that only change packing are left out, and
     their children move to their parents."""
     kept: list[Rung] = []
     gone: dict[str | None, str | None] = {}

@@ -68,7 +68,7 @@ class LengthsConfig(StepBench):
     """What recomputed blocks keep, where the rung does not say: nothing, dots, attention,
     dots+attention, offload. Of several, each has lines of its own."""
     once: int = 262_144
-    """Rows of so many tokens or more take a single timed step: no warm-up but a step on a row of
+    """Rows of at least this many tokens take a single timed step: no warm-up but a step on a row of
     2,048, and neither torch.compile nor a CUDA graph, whose time would be the step's."""
 
     def keys(self) -> Mapping[str, str]:
@@ -213,13 +213,13 @@ class MemoryConfig(SettingsBench):
     rank: int = 16
     """Of the adapters over int8 weights."""
     limits: tuple[float, ...] = (24.0, 48.0, 0.0)
-    """Find the longest row that trains in so many GiB; 0: the whole card."""
+    """Find the longest row that trains within these GiB; 0: the whole card."""
     longest: bool = True
     """Search for the longest rows (on a GPU)."""
     slowest: float = 25.0
     """Seconds of a step on the longest row that is tried, at most, going by those before it."""
     minutes: float = 8.0
-    """No row is tried whose step would end after so many."""
+    """The search ends after this time."""
 
     def rungs(self) -> list[Rung]:
         rungs = []
@@ -306,10 +306,10 @@ class CheckpointingConfig(SettingsBench):
     rounds: int = 2
     """Rounds over all ways: a GPU's clock changes from minute to minute."""
     longest: tuple[float, ...] = ()
-    """Find the longest row that trains in so many GiB, with and without checkpointing, such as
+    """Find the longest row that trains within these GiB, with and without checkpointing, such as
     24,48,139."""
     minutes: float = 20.0
-    """No way is begun after so many."""
+    """No way begins after this time."""
 
     def keys(self) -> Mapping[str, str]:
         return {way: way for way in WAYS}

@@ -106,7 +106,7 @@ def recompute(built: Any) -> None:
 def entries(
     keys: Sequence[str], model: VLMConfig, rows: Tensor, device: torch.device, flops: float
 ) -> list[Entry]:
-    """Rows of a table; those that compile take their steps in one round."""
+    """Rows of a table; compiled peers take their steps in one round."""
     return [
         Entry(
             key,

@@ -16,7 +16,7 @@ MARK = 1  # the token that stands where a picture's go: its row of the embedding
 
 @dataclass(frozen=True)
 class Pictures:
-    """What every document begins with: so many pictures of the model's nominal size."""
+    """The pictures at the head of every document, of the model's nominal size."""
 
     images: ImageSpec
     count: int
@@ -32,7 +32,7 @@ class Pictures:
         return self.count * self.images.tokens(self.images.square_patches)
 
     def bare(self, length: int) -> Document:
-        """A document of so many tokens, pictures included, that only its cost is asked of."""
+        """A document of ``length`` tokens, pictures included, of which only the cost is used."""
         nothing = np.zeros(0, np.int64)
         pixels = np.broadcast_to(np.uint8(0), (self.patches, self.images.patch_dim))
         counts = (self.images.square_patches,) * self.count

@@ -272,7 +272,7 @@ class StepBench:
     rounds: int = 1
     """Rounds over all rows: a GPU's clock changes from minute to minute."""
     minutes: float = 8.0
-    """No row is begun after so many."""
+    """No row begins after this time."""
     out: str = "runs/bench"
     """Folder for the results: NAME.jsonl, NAME.md and NAME.png; what is there is replaced."""
 

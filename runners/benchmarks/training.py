@@ -69,7 +69,7 @@ PICTURED = replace(
     RUNGS,
     headers=("rung", "tok/s", "pictures/s", *RUNGS.headers[2:]),
     legend=(
-        f"{RUNGS.legend} Tokens are those that the decoder computes, pictures' included; MFU "
+        f"{RUNGS.legend} Tokens are the decoder's, pictures' included; MFU "
         "counts the vision tower and the projector on the patches of real pictures, forward and "
         "both gradients, each patch seeing all of its picture."
     ),

@@ -46,7 +46,7 @@ class DelayedReader:
         self._before = self._now()
 
     def push(self, step: Step, values: Tensor) -> Iterator[Read]:
-        """Takes a step's values and yields those that are ready (on a CPU, the same)."""
+        """Takes a step's values and yields the ready ones (on a CPU, the same)."""
         if self._cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             values = host.copy_(values, non_blocking=True)

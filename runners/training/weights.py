@@ -129,7 +129,7 @@ def check_base(folder: Path, config: ModelSettings) -> None:
     """Raises UserError if the base of a run's adapters is missing or has other weights."""
     if read_object(folder / CONFIG).get("base", str) != base_digest(config):
         raise UserError(
-            f"{config.init_from} holds other weights than those that the adapters of "
+            f"{config.init_from} holds other weights than the ones that the adapters of "
             f"{folder} were trained beside: restore it from a copy, or train the adapters again"
         )
 

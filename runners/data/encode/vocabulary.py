@@ -30,7 +30,7 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 @dataclass(frozen=True)
 class Parted:
     """full: a tokenizer.json with all tokens, for others to read. text: what text may become.
-    ids: of every token by name. control: the names of those that no text becomes, by id.
+    ids: of every token by name. control: names of control tokens by id.
     lacking: marks that the file did not have."""
 
     full: str

@@ -151,7 +151,7 @@ class Llava:
         return picture
 
     def _leave_out(self, errors: Sequence[BadRecordError], total: int) -> None:
-        """Say why records are left out, with counts. Raises UserError where none is left."""
+        """Logs why records are left out, with counts. Raises UserError if no record remains."""
         if not errors:
             return
         reasons: dict[str, list[BadRecordError]] = {}

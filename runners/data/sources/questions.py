@@ -42,7 +42,7 @@ class Scene(NamedTuple):
     things: tuple[Thing, ...]
     grid: int  # cells a side
     colours: tuple[str, ...]  # all there could be
-    about: tuple[Thing, ...]  # those that questions single out
+    about: tuple[Thing, ...]  # the things that questions single out
 
 
 def _colour(scene: Scene) -> list[QA]:

@@ -81,7 +81,7 @@ def hold_out(
     """Indices of the held-out groups, in the order of `shuffled`.
 
     Their weight is `fraction` of the whole, up to half of the lightest remaining group. With two
-    groups or more neither side is empty; with fewer none is held out.
+    groups or more neither side is empty; fewer are all trained on.
     """
     order = shuffled(names, seed)
     target, taken, total = fraction * sum(weights), [], 0
