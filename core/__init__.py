@@ -2,18 +2,17 @@
 
 from core.batch import Batch, check_batch, make_batch, patchify, stack_examples
 from core.config import (
-    PRESETS,
     ProjectorConfig,
     TextConfig,
     VisionConfig,
     VLMConfig,
     config_from_dict,
-    preset,
 )
 from core.foreign.bridge import as_module, from_module
 from core.forward import Forward, Rule, Site
 from core.model.layers import Logits
 from core.model.vlm import Bounds, vlm
+from core.presets import PRESETS, preset
 from core.sites import SiteInfo
 
 __all__ = [

@@ -1,12 +1,11 @@
-"""What a model is: frozen configs, their presets, and everything that follows from the numbers.
+"""Model configs: frozen dataclasses, and what follows from their numbers.
 
-The parameter tree is derived here once (``param_spec``); counts and initial values come from it.
+``param_spec`` derives the parameter tree; counts and initial values come from it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Literal
 from core.ranges import Range, check_fields, shown
 from params.spec import Leaf, Spec, count_leaves
 
-# Far above any model that there is, and small enough to count what a config would take.
+# far above any model, and small enough that sizes can still be computed
 Width = Annotated[int, Range(1, 2**24)]
 Layers = Annotated[int, Range(1, 10_000)]
 Epsilon = Annotated[float, Range(0, below=1)]
@@ -159,7 +158,7 @@ class ProjectorConfig:
     """From patch features to image tokens of the decoder.
 
     ``mlp``: pixel shuffle (each cell of merge x merge patches becomes one token) and two linears.
-    ``resampler``: a fixed number of learned queries a picture attend to its patches (Flamingo's
+    ``resampler``: per picture a fixed number of learned queries attends to its patches (Flamingo's
     perceiver resampler, https://arxiv.org/abs/2204.14198).
     """
 
@@ -203,7 +202,7 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class VLMConfig:
-    """A decoder, and optionally the eye and the bridge that feed it pictures."""
+    """A decoder, and optionally a vision tower with its projector."""
 
     text: TextConfig
     vision: VisionConfig | None = None
@@ -222,7 +221,7 @@ class VLMConfig:
         return spec
 
     def num_params(self) -> int:
-        """Parameters in all, counted from ``param_spec``.
+        """The number of parameters.
 
         For a decoder with tied head, no biases and square attention that is
         ``V D + L (2 D^2 + 2 D D Hk / H + 3 D F + 2 D) + D``.
@@ -240,13 +239,12 @@ class VLMConfig:
     def flops_per_token(self, context: int, *, training: bool = True) -> float:
         """Floating-point operations of the decoder per token, in documents of ``context`` tokens.
 
-        A matmul with an ``[O, I]`` weight is 2 O I operations a token; biases, norms and the
-        embedding's look-up are left out, the unembedding counts, tied or not. Attention scores
-        and their weighted sum are 2 * 2 * H Dh operations per query and key; a causal query sees
-        half the context on average, ``min(window, context / 2)`` at the most where a window is
-        set. The backward pass is two matmuls for each of the forward's: training is three times
-        the forward (PaLM, appendix B, https://arxiv.org/abs/2204.02311). Recomputation by
-        checkpointing is not counted.
+        A matmul with an ``[O, I]`` weight takes 2 O I operations per token. The unembedding counts,
+        tied or not; biases, norms and the lookup of embeddings do not. Attention takes 4 H Dh
+        operations per query and key; a causal query sees half of the context on average, with a
+        window ``min(window, context / 2)``. Backward takes two matmuls for each of the forward's:
+        training is three times the forward (PaLM, appendix B, https://arxiv.org/abs/2204.02311).
+        Recomputation by checkpointing is not counted.
         """
         text, spec = self.text, self.text.param_spec()
         weights = _matmul_weights(spec["blocks"]) + text.vocab_size * text.dim
@@ -281,7 +279,7 @@ class VLMConfig:
         return forward * (3 if training else 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers; :func:`config_from_dict` is the way back."""
+        """Plain dicts, lists and numbers. :func:`config_from_dict` is the inverse."""
         return dataclasses.asdict(self)
 
 
@@ -310,17 +308,16 @@ def config_from_dict(data: dict[str, Any]) -> VLMConfig:
 
 
 def _dense(out: int, inp: int, scale: float = 1.0, *, bias: bool = True) -> Spec:
-    """A matrix with standard deviation ``scale / sqrt(fan-in)`` (LeCun 1998), and zero bias.
+    """A matrix with standard deviation ``scale / sqrt(fan-in)`` (LeCun 1998), and a zero bias.
 
-    At GPT-2's width that is its constant 0.02 or so; at the tiny preset's 128 the constant left
-    attention too flat to find the pictures: 1,000 steps at chance, against 58% in 350.
+    At GPT-2's width that is about its constant of 0.02, which is too small for narrow models.
     """
     weight = {"weight": Leaf((out, inp), std=scale / math.sqrt(inp))}
     return weight | ({"bias": Leaf((out,), "zeros")} if bias else {})
 
 
 def _residual(layers: int) -> float:
-    """What adds to the residual stream starts smaller, the more layers add: GPT-2, section 2.3."""
+    """The scale of layers that add to the residual stream (GPT-2, section 2.3)."""
     return 1 / math.sqrt(2 * layers)
 
 
@@ -333,67 +330,7 @@ def _layer_norm(dim: int) -> Spec:
 
 
 def _matmul_weights(spec: Any) -> int:
-    """Elements of the matrices in a spec: what is multiplied with every token."""
+    """The number of weights in a spec that multiply every token."""
     if isinstance(spec, Leaf):
         return math.prod(spec.shape) if len(spec.shape) > 1 else 0
     return sum(_matmul_weights(v) for k, v in spec.items() if k != "queries")
-
-
-# From mini up, head sizes of 64 and 128: the ones every fast attention kernel serves.
-# fmt: off
-PRESETS: dict[str, VLMConfig] = {
-    "tiny": VLMConfig(
-        TextConfig(
-            vocab_size=512, dim=128, layers=3, heads=4, kv_heads=2, mlp_dim=384, qk_norm=True
-        ),
-        VisionConfig(
-            dim=128, layers=2, heads=4, mlp_dim=384, patch_size=8, image_size=32, merge=1,
-            positions="sincos2d",
-        ),
-        ProjectorConfig(hidden=128),
-    ),
-    "mini": VLMConfig(
-        TextConfig(
-            vocab_size=1024, dim=384, layers=6, heads=6, kv_heads=6, mlp_dim=1024, qk_norm=True
-        ),
-        VisionConfig(dim=384, layers=6, heads=6, mlp_dim=1536, patch_size=8, image_size=64),
-        ProjectorConfig(),
-    ),
-    # SmolLM2-135M's decoder (https://huggingface.co/HuggingFaceTB/SmolLM2-135M) with a ViT-S/16.
-    "small": VLMConfig(
-        TextConfig(
-            vocab_size=49_152, dim=576, layers=30, heads=9, kv_heads=3, mlp_dim=1536,
-            rope_theta=100_000.0, norm_eps=1e-5,
-        ),
-        VisionConfig(dim=384, layers=12, heads=6, mlp_dim=1536, patch_size=16, image_size=128),
-        ProjectorConfig(),
-    ),
-    # Qwen2-1.5B's decoder (https://arxiv.org/abs/2407.10671, table 1) with a ViT of SigLIP-so400m's
-    # size (1152 wide, 27 layers, MLP 4304), its 16 heads of 72 made 9 of 128:
-    # attention takes 1.07 ms a layer then, 1.37 with 18 of 64 (33 pictures, flash-attn 4, an H200).
-    "vlm_1.5b": VLMConfig(
-        TextConfig(
-            vocab_size=151_936, dim=1536, layers=28, heads=12, kv_heads=2, mlp_dim=8960,
-            rope_theta=1_000_000.0, qkv_bias=True,
-        ),
-        VisionConfig(dim=1152, layers=27, heads=9, mlp_dim=4304, patch_size=14, image_size=448),
-        ProjectorConfig(),
-    ),
-    # Llama-3.1-8B's decoder (https://arxiv.org/abs/2407.21783, table 3).
-    "text_8b": VLMConfig(
-        TextConfig(
-            vocab_size=128_256, dim=4096, layers=32, heads=32, kv_heads=8, mlp_dim=14_336,
-            rope_theta=500_000.0, norm_eps=1e-5, tied=False,
-        ),
-    ),
-}
-# fmt: on
-
-
-def preset(name: str) -> VLMConfig:
-    """A named config. Raises ValueError with the nearest name if there is none of this one."""
-    if name in PRESETS:
-        return PRESETS[name]
-    near = difflib.get_close_matches(name, PRESETS, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"no preset {name!r}{hint} (presets: {', '.join(PRESETS)})")
