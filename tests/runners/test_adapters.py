@@ -108,7 +108,7 @@ def test_adapters_are_resumed_to_the_same_losses(
     changed.write_bytes((trained / MODEL).read_bytes()[:-1] + b"x")
     record["train"]["init_from"] = str(changed)
     (resumed / "config.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match="other weights than those that the adapters"):
+    with pytest.raises(UserError, match="other weights than the ones that the adapters"):
         open_evaluator(open_run(resumed), CPU)
 
 
